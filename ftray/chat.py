@@ -1,0 +1,188 @@
+"""A conversation → token ids and loss mask: the one place that knows chat templates.
+
+Training, evaluation and serving all come through here, so that they give a conversation the same ids. Takes a
+tokenizer, loads none; knows nothing of files, rows, models or HTTP.
+
+How ids are made: the template is rendered once for the whole conversation and once up to each assistant turn with the
+generation prompt. Where these texts end, the whole text is cut into segments, and each segment is tokenized by itself.
+A prompt of the endpoint therefore is, id for id, the beginning of the training example with the same turns: no token
+ever spans the border between what was asked and what is to be answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.errors import DataError, ModelError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `train` is only looked at in assistant turns: False leaves the turn out of the loss."""
+
+    role: str
+    content: str
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and, for each, whether it is supervised (predicted under the loss)."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+def read_messages(raw: object) -> list[Message]:
+    """Reads OpenAI-style turns, `[{"role": …, "content": …, "train": …?}]`. Raises DataError saying which turn is wrong."""
+    if not isinstance(raw, list) or not raw:
+        raise DataError("messages must be a list with at least one turn")
+    return [_read_turn(i, turn) for i, turn in enumerate(raw)]
+
+
+def _read_turn(i: int, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"turn {i} must be an object with role and content")
+    role, content, train = turn.get("role"), turn.get("content"), turn.get("train", True)
+    if role not in ROLES:
+        raise DataError(f"turn {i} has the role {role!r}; use one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise DataError(f"turn {i} ({role}) has no text; content must be a string")
+    if not isinstance(train, bool):
+        raise DataError(f"turn {i}: train must be true or false")
+    return Message(role, content, train)
+
+
+class ChatFormat:
+    """A tokenizer's chat template, as ids.
+
+    tokenizer: a transformers fast tokenizer with a chat template. Raises ModelError when it has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError("the tokenizer has no chat template; use an instruct model, or records of the format text")
+        self._tokenizer = tokenizer
+        self._specials = _special_tokens(tokenizer)
+        self._special_ids = frozenset(self._specials.values())
+        self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
+        self.stop_token_ids = self._find_stop_tokens()
+
+    def encode_example(self, messages: Sequence[Message]) -> Encoded:
+        """Ids of a whole conversation; supervised are the text and end token of each assistant turn with `train`.
+
+        Raises DataError: no assistant turn to learn from, an empty answer, a special token inside a text, or a template
+        that the conversation doesn't fit.
+        """
+        self._check(messages)
+        if not any(m.role == "assistant" and m.train for m in messages):
+            raise DataError("there is no assistant turn to learn from")
+        ids: list[int] = []
+        mask: list[bool] = []
+        for text, supervised in self._segments(messages):
+            new = self._tokenize(text)
+            ids += new
+            mask += self._mask(new, supervised)
+        return Encoded(ids, mask)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids up to and with the generation prompt, cut into segments as in training.
+
+        Raises DataError as `encode_example` does, and when the last turn is the assistant's.
+        """
+        self._check(messages)
+        if messages[-1].role == "assistant":
+            raise DataError("the last turn is the assistant's; end with the turn to be answered")
+        segments = self._segments(messages, add_generation_prompt=True)
+        return [token for text, _ in segments for token in self._tokenize(text)]
+
+    def encode_text(self, text: str) -> Encoded:
+        """Ids of plain text followed by the end token; all supervised."""
+        if not text:
+            raise DataError("the text is empty")
+        self._refuse_special(text, "the text")
+        ids = [*self._tokenize(text), self._tokenizer.eos_token_id]
+        return Encoded(ids, [True] * len(ids))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens shown."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _segments(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> list[tuple[str, bool]]:
+        """The rendered text, cut before and after each assistant turn; True marks turns that are learned."""
+        full = self._render(messages, add_generation_prompt)
+        segments: list[tuple[str, bool]] = []
+        done = 0
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            start = self._border(full, messages[:i], add_generation_prompt=True)
+            end = self._border(full, messages[: i + 1], add_generation_prompt=False)
+            segments += [(full[done:start], False), (full[start:end], message.train)]
+            done = end
+        return [*segments, (full[done:], False)]
+
+    def _border(self, full: str, head: Sequence[Message], add_generation_prompt: bool) -> int:
+        text = self._render(head, add_generation_prompt)
+        if not full.startswith(text):
+            raise DataError(
+                f"the chat template rewrites earlier turns (turn {len(head)}), so that no prompt of the endpoint would "
+                "match the training text; split the conversation into one record for each answer"
+            )
+        return len(text)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if not messages:
+            raise DataError("the conversation begins with the assistant; begin with a system or user turn")
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except Exception as err:  # a template may raise anything: jinja errors, or its own raise_exception()
+            raise DataError(f"the chat template refuses the conversation: {' '.join(str(err).split())[:200]}") from None
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _mask(self, ids: list[int], supervised: bool) -> list[bool]:
+        """Supervised up to and with the last special token of the turn: what templates write after it is theirs."""
+        if not supervised:
+            return [False] * len(ids)
+        ends = [i for i, token in enumerate(ids) if token in self._special_ids]
+        last = ends[-1] if ends else len(ids) - 1
+        return [i <= last for i in range(len(ids))]
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        for i, message in enumerate(messages):
+            self._refuse_special(message.content, f"turn {i} ({message.role})")
+            if message.role == "assistant" and not message.content.strip():
+                raise DataError(f"turn {i} (assistant) is empty")
+
+    def _refuse_special(self, text: str, where: str) -> None:
+        # Inside a text such a string would become the control token itself: a way to forge turns.
+        for token in self._specials:
+            if token in text:
+                raise DataError(f"{where} contains the special token {token}; remove it from the text")
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        """End token of an assistant turn, read off a rendered probe, and the tokenizer's own end token."""
+        probe = [Message("user", "a"), Message("assistant", "b")]
+        text, _ = self._segments(probe)[1]
+        ends = [token for token in self._tokenize(text) if token in self._special_ids]
+        eos = self._tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*ends[-1:], *([eos] if eos is not None else [])]))
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """All control tokens (text → id): named ones and added ones that the tokenizer marks special."""
+    added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    named = {str(t): int(tokenizer.convert_tokens_to_ids(t)) for t in tokenizer.all_special_tokens}
+    return {**added, **named}

@@ -1,0 +1,226 @@
+"""The verbs. Each imports its room only when it is called, so that `ftray check` takes a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ftray import config
+from ftray.console import Console
+from ftray.errors import ConfigError, FtrayError, Interrupted
+
+if TYPE_CHECKING:
+    from ftray.train.checkpoint import Found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code (see `errors`)."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        code: int = arguments.verb(arguments, console)
+        return code
+    except FtrayError as err:
+        print(f"ftray: {err}", file=sys.stderr)
+        return err.exit_code
+    except KeyboardInterrupt:
+        print("ftray: interrupted; run the same command again to continue", file=sys.stderr)
+        return Interrupted.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ftray", description="Fine-tunes language models on Ray, from one YAML file.")
+    verbs = parser.add_subparsers(required=True, metavar="verb")
+
+    def verb(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("run", help="run file (.yaml), or the directory of a run that was started")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.max_steps=10")
+        sub.set_defaults(verb=function)
+        return sub
+
+    verb("run", run, "train, evaluate, export and try the endpoint: the whole file")
+    verb("check", check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
+        "--json", action="store_true", help="print the resolved run as JSON"
+    )
+    verb("train", train, "train, or continue a run")
+    verb("evaluate", evaluate, "compare the tuned model with its base on the held-out data")
+    verb("export", export, "write the adapter and the merged model")
+    verb("serve", serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
+    return parser
+
+
+def open_target(target: str, overrides: list[str]) -> config.Run:
+    """The run that an argument names: a run file, or a run's directory (local or s3://) with its run.json."""
+    if target.endswith((".yaml", ".yml")):
+        return config.load_run(target, overrides)
+    from ftray import storage
+    from ftray.runfile import apply_override
+
+    uri = storage.join(storage.absolute(target), "run.json")
+    if not storage.exists(uri):
+        raise ConfigError(f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path")
+    try:
+        tree = json.loads(storage.read_bytes(uri))["config"]
+    except (ValueError, KeyError):
+        raise ConfigError(f"{uri} is damaged; restore it, or give the run file instead") from None
+    for text in overrides:
+        apply_override(tree, text)
+    tree["storage"] = storage.absolute(target).rsplit("/", 1)[0]
+    return config.parse_run(tree, uri)
+
+
+def check(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads a run file and prints what follows from it."""
+    run = open_target(arguments.run, arguments.overrides)
+    if arguments.json:
+        console.say(json.dumps(run.model_dump(mode="json"), indent=1))
+        return 0
+    data, micro = run.data, run.micro_batch_size
+    held_out = "none" if data.eval is None else f"{data.eval.fraction:g} of the records" if isinstance(data.eval, config.Split) else f"{len(data.eval)} sources"
+    length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.epochs:g} epochs; steps are known after the index pass"
+    epoch = (
+        "one pass over the source that is largest relative to its weight; others repeat or stop short"
+        if data.train[0].weight
+        else "every record once; rows that fill no global batch are carried into the next epoch, or left out at the end"
+    )
+    for name, text in (
+        ("run", f"{run.directory}  (config hash {run.config_hash})"),
+        ("model", f"{run.model.base}, {run.method.type}, {run.train.precision}"),
+        ("data", f"{len(data.train)} training sources, held out: {held_out}"),
+        ("rows", f"{data.max_seq_len} tokens, {'packed' if data.packing else 'one record each'}"),
+        ("epoch", epoch),
+        ("length", length),
+        ("step", f"{run.train.global_batch_size} rows = {run.scale.num_workers} workers × micro-batch {micro} × {run.accumulation_steps} accumulated"),
+        ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
+        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}"),
+        ("checkpoint", f"every {run.checkpoint.every}{' steps' if isinstance(run.checkpoint.every, int) else ''}, the newest {run.checkpoint.keep} and the best are kept"),
+    ):
+        console.say(f"{name:<11}{text}")
+    return 0
+
+
+@contextmanager
+def _owned(run: config.Run, console: Console) -> Iterator[str]:
+    """The run's directory, checked, leased and with Ray up."""
+    from ftray import storage
+    from ftray.session import ray_session
+    from ftray.train.identity import open_run
+
+    run_dir = open_run(run)
+    with storage.acquire_lease(run_dir), ray_session(run.name, run.scale.num_workers * run.scale.cpus_per_worker, console):
+        yield run_dir
+
+
+def train(arguments: argparse.Namespace, console: Console) -> int:
+    """Trains, or continues."""
+    run = open_target(arguments.run, arguments.overrides)
+    if (done := _finished(run)) is not None:
+        console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
+        return 0
+    with _owned(run, console) as run_dir:
+        from ftray.train.launch import train as launch
+
+        found = launch(run, run_dir, console)
+        console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
+    return 0
+
+
+def _finished(run: config.Run) -> Found | None:
+    """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
+    from ftray.train.identity import finished_checkpoint
+
+    return finished_checkpoint(run)
+
+
+def evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    """Compares the tuned model with its base."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _owned(run, console) as run_dir:
+        from ftray.evaluate.compare import compare
+
+        compare(run, run_dir, console)
+    return 0
+
+
+def export(arguments: argparse.Namespace, console: Console) -> int:
+    """Writes the adapter and the merged model."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _owned(run, console) as run_dir:
+        from ftray.train.export import export as write
+
+        where = write(run, run_dir, console)
+    console.say(f"done: {where}\nnext: ftray serve {arguments.run}")
+    return 0
+
+
+def serve(arguments: argparse.Namespace, console: Console) -> int:
+    """Serves the exported model until Ctrl-C."""
+    from ftray import storage
+    from ftray.serve.run import check_endpoint, run_until_signal, start_endpoint
+    from ftray.session import ray_session
+
+    run = open_target(arguments.run, arguments.overrides)
+    model_dir = storage.join(storage.absolute(run.directory), *_whole(run))
+    check_endpoint(model_dir, run.serve)
+    with ray_session(run.name, run.serve.max_replicas * run.scale.cpus_per_worker, console):
+        endpoint = start_endpoint(model_dir, run.name, run.serve)
+        console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
+        run_until_signal(endpoint)
+    return 0
+
+
+def _whole(run: config.Run) -> tuple[str, ...]:
+    return ("model",) if run.method.type == "full" else ("model", "merged")
+
+
+def _curl(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return f"try: curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """The whole file, in order: train, evaluate, export, one request to the endpoint."""
+    run = open_target(arguments.run, arguments.overrides)
+    from ftray.serve.trial import known_answer
+
+    done = _finished(run)
+    answer = known_answer(run.directory, done.step) if done is not None else None
+    if done is None or answer is None:
+        with _owned(run, console) as run_dir:
+            from ftray.evaluate.compare import compare
+            from ftray.serve.trial import try_endpoint
+            from ftray.train.export import export as write
+            from ftray.train.launch import train as launch
+
+            done = launch(run, run_dir, console)
+            question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
+            model_dir = write(run, run_dir, console)
+            answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
+    _say_end(arguments, run, console)
+    return 0
+
+
+def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -> None:
+    from ftray import storage
+
+    directory = storage.absolute(run.directory)
+    for line in (
+        "",
+        f"the run '{run.name}' is complete. Everything is in {directory}:",
+        "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
+        "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
+        "  model/                  the trained model" + ("" if run.method.type == "full" else " (adapter)      model/merged/          whole weights"),
+        "",
+        f"serve it:               ftray serve {arguments.run}",
+        "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
+    ):
+        console.say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What the user sees: lines, warnings and progress on a terminal or in a log. Knows nothing of runs.
+
+`quiet_natives` sends everything that libraries print (Ray's processes too) to a file, and keeps the user's own stream.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+PLAIN_EVERY_S = 10.0  # seconds between progress lines where there is no terminal
+
+
+class Console:
+    """The user's stream."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._bar: Progress | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person is watching."""
+        return self._stream.isatty()
+
+    def say(self, text: str = "") -> None:
+        """Prints a line."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=self._stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self.say(f"warning: {text}")
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Progress]:
+        """A progress display over `total` units, `done` of them done before."""
+        self._bar = Progress(self._stream, what, total, done)
+        try:
+            yield self._bar
+        finally:
+            self._bar.close()
+            self._bar = None
+
+    @contextmanager
+    def quiet_natives(self, log: Path) -> Iterator[None]:
+        """File descriptors 1 and 2 go to `log`; this console keeps its stream."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        kept = [os.dup(1), os.dup(2)]
+        own = self._stream
+        self._stream = os.fdopen(os.dup(own.fileno()), "w", buffering=1, encoding="utf-8", errors="replace")
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        os.close(target)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, copy in enumerate(kept, start=1):
+                os.dup2(copy, fd)
+                os.close(copy)
+            self._stream.close()
+            self._stream = own
+
+
+class Progress:
+    """Done and total, with rate-based time left: one line that is rewritten on a terminal, a line now and then else."""
+
+    def __init__(self, stream: IO[str], what: str, total: int, done: int) -> None:
+        self._stream, self._what, self._total = stream, what, total
+        self._first, self._done, self._began_s = done, done, time.monotonic()
+        self._shown_s, self._fields, self._is_terminal = 0.0, "", stream.isatty()
+
+    def update(self, done: int, fields: str = "") -> None:
+        """Shows that `done` units are done; fields: what else to show, e.g. the loss."""
+        self._done, self._fields = done, fields
+        now = time.monotonic()
+        if self._is_terminal:
+            self._stream.write(f"\r\x1b[2K{self._text()}")
+            self._stream.flush()
+        elif now - self._shown_s >= PLAIN_EVERY_S or done >= self._total:
+            self._shown_s = now
+            print(self._text(), file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        """Makes room for a line."""
+        if self._is_terminal:
+            self._stream.write("\r\x1b[2K")
+
+    def close(self) -> None:
+        """Leaves the last state as a line."""
+        if self._is_terminal and self._done > self._first:
+            self._stream.write(f"\r\x1b[2K{self._text()}\n")
+            self._stream.flush()
+
+    def _text(self) -> str:
+        made, seconds = self._done - self._first, time.monotonic() - self._began_s
+        left = ""
+        if made and self._done < self._total:
+            left = f" · {duration(seconds / made * (self._total - self._done))} left"
+        return f"{self._what} {self._done}/{self._total}{' · ' + self._fields if self._fields else ''}{left}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

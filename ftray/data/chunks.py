@@ -1,0 +1,93 @@
+"""A chunk → packed rows: the one pure function that the index pass and the training feed both run.
+
+Knows sources, formats, cleaning and packing; nothing of order, epochs or Ray. The same descriptor gives the same rows,
+on any machine, in any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ftray import config
+from ftray.chat import ChatFormat
+from ftray.data.clean import Example, Quarantined, Rules, read_examples
+from ftray.data.packing import PackedRow, pack_examples
+from ftray.data.sources import Chunk
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Training or held-out data: its sources, and how a chunk of them becomes rows.
+
+    part: `train` or `eval` where one set of sources is split by `eval_fraction`, else None. load_tokenizer: picklable,
+    called once a process.
+    """
+
+    sources: tuple[config.Source, ...]
+    max_seq_len: int
+    packing: bool
+    eval_fraction: float | None
+    part: str | None
+    load_tokenizer: Callable[[], Any]
+
+    def rules(self, source: int) -> Rules:
+        """Cleaning rules of one source."""
+        s = self.sources[source]
+        return Rules(self.max_seq_len, s.format, s.columns, self.eval_fraction, self.part)
+
+
+@dataclass(frozen=True)
+class PackedChunk:
+    """Rows of a chunk in packing order; the examples they hold (by `PackedRow.documents`), and the bad records."""
+
+    rows: list[PackedRow]
+    examples: list[Example]
+    bad: list[Quarantined]
+
+    @property
+    def digest(self) -> str:
+        """Hash over the rows' input_ids and labels: what the chunk means to training."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            digest.update(row.input_ids.tobytes())
+            digest.update(row.labels.tobytes())
+        return digest.hexdigest()
+
+
+def streams(data: config.Data, load_tokenizer: Callable[[], Any]) -> tuple[Stream, Stream | None]:
+    """Training stream and, where the run file has one, the held-out stream."""
+
+    def stream(sources: list[config.Source], fraction: float | None, part: str | None) -> Stream:
+        return Stream(tuple(sources), data.max_seq_len, data.packing, fraction, part, load_tokenizer)
+
+    if data.eval is None:
+        return stream(data.train, None, None), None
+    if isinstance(data.eval, config.Split):
+        fraction = data.eval.fraction
+        return stream(data.train, fraction, "train"), stream(data.train, fraction, "eval")
+    return stream(data.train, None, None), stream(data.eval, None, None)
+
+
+def pack_chunk(chunk: Chunk, stream: Stream) -> PackedChunk:
+    """Reads, cleans, tokenizes and packs a chunk. Raises DataError when the shard changed or can't be read."""
+    chat, pad_id = _tokenizer(stream.load_tokenizer)
+    examples: list[Example] = []
+    bad: list[Quarantined] = []
+    for item in read_examples(chunk, chat, stream.rules(chunk.source)):
+        if isinstance(item, Example):
+            examples.append(item)
+        else:
+            bad.append(item)
+    pairs = [(e.encoded.input_ids, e.encoded.loss_mask) for e in examples]
+    return PackedChunk(pack_examples(pairs, stream.max_seq_len, pad_id, stream.packing), examples, bad)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(load: Callable[[], Any]) -> tuple[ChatFormat, int]:
+    tokenizer = load()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return ChatFormat(tokenizer), int(pad or 0)

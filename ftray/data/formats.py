@@ -1,0 +1,101 @@
+"""A record of any known shape → a conversation, or plain text. Knows no files, tokens or templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftray.chat import Message, read_messages
+from ftray.errors import DataError
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+
+
+class BadRecord(Exception):
+    """A record that can't be trained on. rule: its short name; the message says what is wrong with this record."""
+
+    def __init__(self, rule: str, detail: str) -> None:
+        super().__init__(detail)
+        self.rule = rule
+
+
+def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> list[Message] | str:
+    """Turns of a record, or its plain text.
+
+    format: a name of `data.train[].format`; `auto` looks at the keys. columns: role → column, for the format columns.
+    Raises BadRecord: unknown_shape, missing_field, no_answer, bad_turn.
+    """
+    if columns is not None:
+        return _from_columns(record, columns)
+    name = _detect(record) if format == "auto" else format
+    if name == "messages":
+        return _turns(record.get("messages"))
+    if name == "sharegpt":
+        return _from_sharegpt(record.get("conversations"))
+    if name == "alpaca":
+        question = _text(record, "instruction")
+        extra = record.get("input")
+        return _pair(f"{question}\n\n{extra}" if isinstance(extra, str) and extra.strip() else question, record, "output")
+    if name == "prompt-completion":
+        return _pair(_text(record, "prompt"), record, "completion")
+    return _text(record, "text")
+
+
+def _detect(record: Mapping[str, Any]) -> str:
+    for keys, name in (
+        (("messages",), "messages"),
+        (("conversations",), "sharegpt"),
+        (("prompt",), "prompt-completion"),
+        (("instruction",), "alpaca"),
+        (("text",), "text"),
+    ):
+        if all(k in record for k in keys):
+            return name
+    shown = ", ".join(sorted(map(str, record))[:8]) or "none"
+    raise BadRecord(
+        "unknown_shape",
+        f"its keys ({shown}) fit no known format; give the source columns: {{user: …, assistant: …}}",
+    )
+
+
+def _turns(raw: object) -> list[Message]:
+    try:
+        turns = read_messages(raw)
+    except DataError as err:
+        raise BadRecord("bad_turn", str(err)) from None
+    if not any(t.role == "assistant" for t in turns):
+        raise BadRecord("no_answer", "no turn is the assistant's")
+    return turns
+
+
+def _from_sharegpt(raw: object) -> list[Message]:
+    if not isinstance(raw, list):
+        raise BadRecord("bad_turn", "conversations must be a list")
+    turns = [
+        {"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} if isinstance(t, dict) else t
+        for t in raw
+    ]
+    return _turns(turns)
+
+
+def _from_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    turns = [Message("system", _text(record, columns["system"]))] if "system" in columns else []
+    return turns + _pair(_text(record, columns["user"]), record, columns["assistant"])
+
+
+def _pair(question: str, record: Mapping[str, Any], answer_key: str) -> list[Message]:
+    answer = record.get(answer_key)
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        raise BadRecord("no_answer", f"{answer_key} is missing or empty")
+    return [Message("user", question), Message("assistant", _text(record, answer_key))]
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None:
+        raise BadRecord("missing_field", f"{key} is missing")
+    if not isinstance(value, str):
+        raise BadRecord("wrong_type", f"{key} is of type {type(value).__name__}, not a string")
+    if not value.strip():
+        raise BadRecord("missing_field", f"{key} is empty")
+    return value

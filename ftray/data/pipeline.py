@@ -1,0 +1,262 @@
+"""Ray Data carries the order out: a coordinator hands each rank, for each step, its rows as references to blocks.
+
+One actor (`Feed`) iterates an order-preserving Ray Data execution of the plan's chunks, mixes sources row by row and
+tells each rank which rows of which blocks are its own; ranks fetch these blocks themselves, so no row passes through
+the coordinator. It enters Ray Train through `DataConfig.configure`: `ray.train.get_dataset_shard("train")` returns a
+`FeedShard`. Knows nothing of models or losses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+from ray.train import DataConfig
+
+from ftray.data.chunks import Stream, pack_chunk
+from ftray.data.index import ChunkFacts, Index
+from ftray.data.order import Mixture, chunk_order, find_cursor, row_order
+from ftray.data.raydata import SEGMENT, open_dataset
+
+STEPS_AHEAD = 8  # steps that the coordinator prepares before the slowest rank has asked for them
+FETCH_AHEAD = 2  # steps whose blocks a rank asks for in advance
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides which rows a step takes: the stream, its chunks with their rows, seed and batch size."""
+
+    stream: Stream
+    sources: tuple[tuple[ChunkFacts, ...], ...]
+    mixture: Mixture
+    seed: int
+    global_batch_size: int
+    num_steps: int
+
+    def chunk_keys(self, source: int) -> list[tuple[str, int]]:
+        """(path, start) of a source's chunks, as `order` takes them."""
+        return [(f.chunk.path, f.chunk.start) for f in self.sources[source]]
+
+    def position(self, step: int) -> list[dict[str, int]]:
+        """Cursor of each source before a step: (epoch, chunk, row), for the checkpoint."""
+        counts = self.mixture.counts(step * self.global_batch_size)
+        cursors = [
+            find_cursor(k, [f.num_rows for f in self.sources[i]], self.chunk_keys(i), self.seed, i)
+            for i, k in enumerate(counts)
+        ]
+        return [{"epoch": c.epoch, "chunk": c.chunk, "row": c.row} for c in cursors]
+
+
+def make_plan(index: Index, stream: Stream, seed: int, global_batch_size: int, epochs: float, max_steps: int | None) -> Plan:
+    """Plan of a run; num_steps counts whole global batches in `epochs`, or max_steps."""
+    mixture = index.mixture(stream)
+    num_steps = max_steps or int(epochs * mixture.rows_per_epoch) // global_batch_size
+    sources = tuple(tuple(index.of_source(i)) for i in range(len(stream.sources)))
+    return Plan(stream, sources, mixture, seed, global_batch_size, num_steps)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's rows of a step. input_ids, labels, position_ids: int32 [rows, max_seq_len].
+
+    row_ids: (source, epoch, chunk, row) of each row. first_row: place of the first of them in the run.
+    """
+
+    step: int
+    first_row: int
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    position_ids: npt.NDArray[np.int32]
+    num_tokens: npt.NDArray[np.int32]
+    row_ids: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+def _rows_table(item: tuple[int, int, ChunkFacts], stream: Stream, seed: int | None) -> pa.Table:
+    """Rows of a chunk as an Arrow table, in the order of the epoch (seed None: in packing order)."""
+    number, epoch, facts = item
+    chunk = facts.chunk
+    packed = pack_chunk(chunk, stream)
+    n = len(packed.rows)
+    places = range(n) if seed is None else row_order(n, seed, epoch, chunk.source, chunk.path, chunk.start)
+    rows = [packed.rows[i] for i in places]
+
+    def matrix(name: str) -> pa.FixedSizeListArray:
+        flat = np.concatenate([getattr(r, name) for r in rows]) if rows else np.zeros(0, np.int32)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.int32()), stream.max_seq_len)
+
+    return pa.table(
+        {
+            "input_ids": matrix("input_ids"),
+            "labels": matrix("labels"),
+            "position_ids": matrix("position_ids"),
+            "num_tokens": pa.array([r.num_tokens for r in rows], pa.int32()),
+            "source": pa.array([chunk.source] * n, pa.int32()),
+            "epoch": pa.array([epoch] * n, pa.int32()),
+            "chunk": pa.array([number] * n, pa.int32()),
+            "row": pa.array(list(places), pa.int32()),
+            "records": pa.array([[packed.examples[d].position for d in r.documents] for r in rows], pa.list_(pa.int64())),
+        }
+    )
+
+
+def to_batch(table: pa.Table, step: int = 0, first_row: int = 0) -> Batch:
+    """A table of rows as numpy arrays."""
+
+    def matrix(name: str) -> npt.NDArray[np.int32]:
+        column = table.column(name).combine_chunks()
+        flat: npt.NDArray[np.int32] = column.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(column), -1)
+
+    ids = [table.column(name).to_pylist() for name in ("source", "epoch", "chunk", "row")]
+    return Batch(
+        step,
+        first_row,
+        matrix("input_ids"),
+        matrix("labels"),
+        matrix("position_ids"),
+        table.column("num_tokens").to_numpy(),
+        list(zip(*ids, strict=True)),
+    )
+
+
+def heldout_table(index: Index, stream: Stream) -> pa.Table:
+    """All held-out rows in source and file order, as one table."""
+    items = [(i, 0, f) for i, f in enumerate(index.facts) if f.num_rows]
+    dataset = open_dataset(partial(_rows_table, stream=stream, seed=None), items)
+    return pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+Run = tuple[ray.ObjectRef, int, int]  # rows [lo, hi) of a block
+
+
+class Feed:
+    """The coordinator, an actor. Ranks call `begin` once and then `get` for each step, in order."""
+
+    def __init__(self, plan: Plan, world_size: int) -> None:
+        self._plan, self._world_size = plan, world_size
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ready: dict[int, list[list[Run]]] = {}
+        self._acked = [0] * world_size
+        self._error: BaseException | None = None
+
+    def begin(self, step: int) -> None:
+        """Starts to prepare steps from `step`; the first rank's call counts, all ranks pass the same."""
+        with self._changed:
+            if self._thread is None:
+                self._acked = [step] * self._world_size
+                self._thread = threading.Thread(target=self._prepare, args=(step,), daemon=True)
+                self._thread.start()
+
+    def get(self, rank: int, step: int) -> list[Run]:
+        """A rank's runs of rows for a step. Steps before `step` are done with: a threaded actor may run calls out of
+        order, so the step itself says how far the rank is."""
+        with self._changed:
+            self._acked[rank] = max(self._acked[rank], step - FETCH_AHEAD)
+            for old in [s for s in self._ready if s < min(self._acked)]:
+                del self._ready[old]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: step in self._ready or self._error is not None)
+            if step not in self._ready and self._error is not None:
+                raise self._error
+            return self._ready[step][rank]
+
+    def _prepare(self, step: int) -> None:
+        try:
+            size, share = self._plan.global_batch_size, self._plan.global_batch_size // self._world_size
+            rows = self._rows(step * size)
+            while step < self._plan.num_steps:
+                batch = list(islice(rows, size))
+                parts = [_coalesce(batch[r * share : (r + 1) * share]) for r in range(self._world_size)]
+                with self._changed:
+                    self._changed.wait_for(lambda s=step: s - min(self._acked) <= STEPS_AHEAD)  # type: ignore[misc]
+                    self._ready[step] = parts
+                    step += 1
+                    self._changed.notify_all()
+        except BaseException as err:  # handed to the ranks, which are waiting for this thread
+            with self._changed:
+                self._error = err
+                self._changed.notify_all()
+
+    def _rows(self, start: int) -> Iterator[tuple[ray.ObjectRef, int]]:
+        """(block, row in it) of the run's rows start, start + 1, …"""
+        counts = self._plan.mixture.counts(start)
+        streams = [self._source_rows(i, k) for i, k in enumerate(counts)]
+        for source in self._plan.mixture.sources(start):
+            yield next(streams[source])
+
+    def _source_rows(self, source: int, k: int) -> Iterator[tuple[ray.ObjectRef, int]]:
+        """Rows of one source from its k-th, epoch after epoch; reads no chunk before the one that holds the k-th."""
+        plan, facts, keys = self._plan, self._plan.sources[source], self._plan.chunk_keys(source)
+        cursor = find_cursor(k, [f.num_rows for f in facts], keys, plan.seed, source)
+        epoch, place, skip = cursor.epoch, cursor.chunk, cursor.row
+        while True:
+            items = [(i, epoch, facts[i]) for i in chunk_order(keys, plan.seed, epoch, source)]
+            while place < len(items):
+                segment = items[place : place + SEGMENT]
+                place += len(segment)
+                dataset = open_dataset(partial(_rows_table, stream=plan.stream, seed=plan.seed), segment)
+                for bundle in dataset.iter_internal_ref_bundles():
+                    for block in bundle.blocks:
+                        num_rows = int(block.metadata.num_rows or 0)
+                        lo, skip = min(skip, num_rows), max(0, skip - num_rows)
+                        for row in range(lo, num_rows):
+                            yield block.ref, row
+            epoch, place = epoch + 1, 0
+
+
+def _coalesce(rows: list[tuple[ray.ObjectRef, int]]) -> list[Run]:
+    runs: list[Run] = []
+    for ref, row in rows:
+        if runs and runs[-1][0] == ref and runs[-1][2] == row:
+            runs[-1] = (ref, runs[-1][1], row + 1)
+        else:
+            runs.append((ref, row, row + 1))
+    return runs
+
+
+class FeedShard:
+    """What `ray.train.get_dataset_shard("train")` returns to a rank."""
+
+    def __init__(self, feed: Any, plan: Plan, rank: int, world_size: int) -> None:
+        self._feed, self.plan, self._rank, self._world_size = feed, plan, rank, world_size
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """This rank's batches of the steps start_step … num_steps - 1."""
+        size = self.plan.global_batch_size
+        ray.get(self._feed.begin.remote(start_step))
+        last = self.plan.num_steps
+        asked = deque(self._feed.get.remote(self._rank, s) for s in range(start_step, min(start_step + FETCH_AHEAD, last)))
+        blocks: dict[ray.ObjectRef, pa.Table] = {}
+        for step in range(start_step, last):
+            if step + FETCH_AHEAD < last:
+                asked.append(self._feed.get.remote(self._rank, step + FETCH_AHEAD))
+            runs: list[Run] = ray.get(asked.popleft())
+            needed = list(dict.fromkeys(ref for ref, _, _ in runs))
+            missing = [ref for ref in needed if ref not in blocks]
+            fetched = dict(zip(missing, ray.get(missing), strict=True))
+            blocks = {ref: blocks.get(ref, fetched.get(ref)) for ref in needed}
+            table = pa.concat_tables([blocks[ref].slice(lo, hi - lo) for ref, lo, hi in runs])
+            yield to_batch(table, step, step * size + self._rank * (size // self._world_size))
+
+
+class FeedConfig(DataConfig):  # type: ignore[misc]
+    """Ray Train's hook: gives each rank of a new worker group a shard of one new coordinator."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, FeedShard]]:
+        """One `FeedShard` under the name `train` for each rank."""
+        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=(FETCH_AHEAD + 2) * world_size + 2).remote(self._plan, world_size)
+        return [{"train": FeedShard(feed, self._plan, rank, world_size)} for rank in range(world_size)]

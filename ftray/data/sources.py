@@ -1,0 +1,203 @@
+"""Shards and chunks: which files a source has, how they are cut, how a chunk's raw records are read.
+
+Knows files and bytes; nothing of conversations, tokens or Ray. A record belongs to the chunk that holds its first
+byte, so that nothing has to be scanned to cut a file. Its identity is its byte offset (its number, where a file
+doesn't split by bytes or is parquet).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ftray import storage
+from ftray.data import embedded
+from ftray.errors import DataError
+
+READ_AHEAD = 1 << 16  # bytes fetched at a time to find the end of a chunk's last record
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a source. path: relative to the source, so that copies elsewhere keep their order."""
+
+    uri: str
+    path: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of parquet, else the file."""
+
+    source: int
+    uri: str
+    path: str
+    etag: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """position: byte offset, or number in the file. value: a line's bytes, or already an object."""
+
+    position: int
+    value: bytes | dict[str, Any]
+
+
+def list_shards(path: str) -> list[Shard]:
+    """Files of a source, sorted by relative path.
+
+    path: file, directory, glob, or `embedded:…`. Raises DataError: nothing there, no file of a known kind, all empty.
+    """
+    path = embedded.resolve(path) if path.startswith("embedded:") else storage.absolute(path)
+    if any(c in path for c in "*?["):
+        found = storage.glob_files(path)
+    elif path.endswith(SUFFIXES):
+        if not storage.exists(path):
+            raise DataError(f"{path} does not exist; correct data.train or data.eval")
+        size, etag = storage.size_and_etag(path)
+        found = [storage.FileInfo(uri=path, path=path.rsplit("/", 1)[-1], size_bytes=size, etag=etag)]
+    else:
+        found = storage.list_files(path)
+    if not found:
+        raise DataError(f"{path}: no such file or directory, or nothing in it; correct data.train or data.eval")
+    known = [f for f in found if f.path.endswith(SUFFIXES)]
+    if not known:
+        raise DataError(f"{path} holds {found[0].path} but no {', '.join(SUFFIXES)} file; convert the data to one of these")
+    shards = [Shard(f.uri, f.path, f.size_bytes, f.etag) for f in known if f.size_bytes > 0]
+    if not shards:
+        raise DataError(f"{path}: all {len(known)} files are empty; put records into them or correct the path")
+    return shards
+
+
+def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
+    """Chunks of a shard in file order. Raises DataError for a parquet file without a readable footer."""
+    if shard.path.endswith((".jsonl", ".ndjson")):
+        edges = [*range(0, shard.size_bytes, chunk_bytes), shard.size_bytes]
+    elif shard.path.endswith(".parquet"):
+        edges = _cut_row_groups(shard, chunk_bytes)
+    else:
+        edges = [0, shard.size_bytes]
+    return [Chunk(source, shard.uri, shard.path, shard.etag, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
+    """Raw records of a chunk in file order. Raises DataError when the shard changed since it was listed."""
+    _, etag = storage.size_and_etag(chunk.uri)
+    if etag != chunk.etag:
+        raise DataError(f"{chunk.uri} changed while the run was using it; restore it, or start a new run under another name")
+    if chunk.path.endswith((".jsonl", ".ndjson")):
+        return _read_lines(chunk)
+    if chunk.path.endswith(".parquet"):
+        return _read_row_groups(chunk)
+    data = storage.read_bytes(chunk.uri)
+    data = _gunzip(chunk.uri, data) if chunk.path.endswith(".gz") else data
+    stem = chunk.path.removesuffix(".gz")
+    if stem.endswith((".jsonl", ".ndjson")):
+        return _numbered_lines(data)
+    return _read_csv(chunk.uri, data) if stem.endswith(".csv") else _read_array(chunk.uri, data)
+
+
+def line_number(uri: str, position: int) -> int | None:
+    """Line (from 1) at a byte offset of an uncompressed .jsonl file; None for other kinds. Reads up to the offset."""
+    if not uri.endswith((".jsonl", ".ndjson")):
+        return None
+    return storage.read_range(uri, 0, position).count(b"\n") + 1
+
+
+def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
+    # From one byte before the chunk: if that is a newline, a record begins at the chunk's first byte.
+    start = max(chunk.start - 1, 0)
+    data = storage.read_range(chunk.uri, start, chunk.end)
+    end = chunk.end
+    while not data.endswith(b"\n"):
+        more = storage.read_range(chunk.uri, end, end + READ_AHEAD)
+        newline = more.find(b"\n") + 1
+        data += more[:newline] if newline else more
+        end += len(more)
+        if newline or not more:
+            break
+    at = start
+    if chunk.start > 0:
+        first = data.find(b"\n") + 1
+        if not first or start + first >= chunk.end:
+            return  # the chunk lies inside one long record that began before it
+        data, at = data[first:], start + first
+    if at == 0 and data.startswith(b"\xef\xbb\xbf"):
+        data, at = data[3:], 3  # a byte order mark is no part of the first record
+    for line in data.split(b"\n"):
+        if line.strip():
+            yield RawRecord(at, line)
+        at += len(line) + 1
+
+
+def _numbered_lines(data: bytes) -> Iterator[RawRecord]:
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n")):
+        if line.strip():
+            yield RawRecord(number, line)
+
+
+def _gunzip(uri: str, data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError) as err:
+        raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
+
+
+def _read_array(uri: str, data: bytes) -> Iterator[RawRecord]:
+    try:
+        items = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as err:
+        raise DataError(f"{uri} is not JSON ({err}); a .json file is one array of records, use .jsonl for lines") from None
+    if not isinstance(items, list):
+        raise DataError(f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line in .jsonl")
+    for number, item in enumerate(items):
+        yield RawRecord(number, item if isinstance(item, dict) else json.dumps(item).encode())
+
+
+def _read_csv(uri: str, data: bytes) -> Iterator[RawRecord]:
+    try:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as err:
+        raise DataError(f"{uri} is not UTF-8 (byte {err.start}); convert it") from None
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
+        yield RawRecord(number, {str(k): v for k, v in row.items()})
+
+
+def _cut_row_groups(shard: Shard, chunk_bytes: int) -> list[int]:
+    metadata = _open_parquet(shard.uri).metadata
+    edges, size = [0], 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= chunk_bytes or group == metadata.num_row_groups - 1:
+            edges.append(group + 1)
+            size = 0
+    return edges
+
+
+def _read_row_groups(chunk: Chunk) -> Iterator[RawRecord]:
+    file = _open_parquet(chunk.uri)
+    number = sum(file.metadata.row_group(g).num_rows for g in range(chunk.start))
+    for group in range(chunk.start, chunk.end):
+        for row in file.read_row_group(group).to_pylist():
+            yield RawRecord(number, row)
+            number += 1
+
+
+def _open_parquet(uri: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else uri)
+    except pa.ArrowInvalid as err:
+        raise DataError(f"{uri} is not a parquet file ({str(err).splitlines()[0]}); write it anew") from None

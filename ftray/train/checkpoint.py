@@ -1,0 +1,89 @@
+"""What is in a checkpoint, and how it is committed without stopping training.
+
+Knows storage and tensors by name; nothing of DeepSpeed or data. Tensors in safetensors, state in JSON, manifest.json
+(size and sha256 of each file) written last.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftray import storage
+from ftray.errors import CheckpointError
+from ftray.train.timeline import Found, Progress, list_checkpoints
+
+TENSORS, STATE = "state.safetensors", "state.json"
+
+
+def load_checkpoint(found: Found) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, verified against its manifest while they are read. Raises CheckpointError."""
+    with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+        storage.fetch_directory(found.uri, directory)
+        return load_file(Path(directory) / TENSORS)
+
+
+class CheckpointWriter:
+    """Commits checkpoints on a thread of its own, one at a time; training waits only if the last is still under way.
+
+    meta: goes into each manifest (config hash, data hash, versions). keep: newest ones that stay; the best stays besides.
+    """
+
+    def __init__(self, run_dir: str, keep: int, meta: dict[str, Any]) -> None:
+        self._run_dir, self._keep, self._meta = run_dir, keep, meta
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
+        """Starts to commit. tensors must not change afterwards. Raises what the commit before it raised.
+
+        lines: metrics since the last checkpoint. Raises CheckpointError for an empty or missing tensor.
+        """
+        self.wait()
+        for name, tensor in tensors.items():
+            if tensor.numel() == 0:
+                raise CheckpointError(f"step {progress.step}: the tensor {name} is empty; this is a fault of ftray, please report it")
+        if not any(name.startswith("weights.") for name in tensors):
+            raise CheckpointError(f"step {progress.step}: there are no weights to save; this is a fault of ftray, please report it")
+        if lines:
+            first = int(lines[0]["step"])
+            segment = f"{first:08d}-{int(lines[-1]['step']):08d}.jsonl"
+            progress.segments = [s for s in progress.segments if int(s[:8]) < first] + [segment]
+        snapshot = Progress(**json.loads(json.dumps(asdict(progress))))
+        self._pending = self._pool.submit(self._commit, snapshot, tensors, list(lines))
+
+    def wait(self) -> None:
+        """Returns when the last commit is done. Raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _commit(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
+        uri = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}")
+        if (there := storage.read_manifest(uri)) is not None:
+            if not storage.verify_directory(uri) and there["meta"].get("config_hash") == self._meta.get("config_hash"):
+                return  # committed before an interruption, and sound
+            storage.delete_tree(uri)
+        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+            save_file(tensors, Path(directory) / TENSORS)
+            Path(directory, STATE).write_text(json.dumps(asdict(progress), indent=1))
+            if not storage.commit_directory(directory, uri, {**self._meta, "progress": asdict(progress)}):
+                raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+        self._sweep(progress)
+
+    def _sweep(self, progress: Progress) -> None:
+        best = int(progress.best["step"]) if progress.best else None
+        for found in list_checkpoints(self._run_dir)[self._keep :]:
+            if found.step != best:
+                storage.delete(storage.join(found.uri, "manifest.json"))  # first: what has no manifest doesn't exist
+                storage.delete_tree(found.uri)

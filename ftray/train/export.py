@@ -1,0 +1,52 @@
+"""From a run's best checkpoint to `<run>/model/`: the adapter and, in `merged/`, whole weights; committed as one."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ftray import config, storage
+from ftray.console import Console
+from ftray.errors import RunError
+from ftray.model.export import write_adapter, write_whole
+from ftray.train.restore import best_checkpoint, load_tuned
+from ftray.train.timeline import Found
+
+
+def export(run: config.Run, run_dir: str, console: Console) -> str:
+    """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
+
+    Raises RunError without a checkpoint.
+    """
+    found = best_checkpoint(run_dir)
+    target = storage.join(run_dir, "model")
+    if _holds(target, found):
+        console.say(f"the model of step {found.step} is there already: {target}")
+    else:
+        console.say(f"export: writing the model of step {found.step} to {target}")
+        with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
+            _write(run, found, Path(scratch))
+            storage.delete_tree(target)
+            meta = {"step": found.step, "run": run.name, "base": run.model.base, **found.meta}
+            if not storage.commit_directory(scratch, target, meta):
+                raise RunError(f"{target} was written by another process; run the command again")
+    return whole_weights(run, run_dir)
+
+
+def whole_weights(run: config.Run, run_dir: str) -> str:
+    """URI of a run's whole weights, there or not."""
+    parts = ("model",) if run.method.type == "full" else ("model", "merged")
+    return storage.join(run_dir, *parts)
+
+
+def _holds(target: str, found: Found) -> bool:
+    manifest = storage.read_manifest(target)
+    return manifest is not None and manifest["meta"].get("step") == found.step and not storage.verify_directory(target)
+
+
+def _write(run: config.Run, found: Found, directory: Path) -> None:
+    if run.method.type == "full":
+        write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
+        return
+    write_adapter(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
+    write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory / "merged")

@@ -1,0 +1,55 @@
+"""Who a run is: its directory in storage, its settings written once, whether it is finished. No Ray, no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+from ftray import config, storage
+from ftray.errors import ConfigError
+from ftray.train.timeline import Found, list_checkpoints
+
+NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
+
+
+def open_run(run: config.Run) -> str:
+    """Absolute directory of a run, writable and of the same identity; writes run.json the first time.
+
+    Raises StorageError (not writable), ConfigError (the name belongs to a run with other settings).
+    """
+    run_dir = storage.absolute(run.directory)
+    storage.check_writable(run_dir)
+    check_identity(run, run_dir)
+    text = json.dumps({"config": run.model_dump(mode="json"), "config_hash": run.config_hash, "versions": versions()}, indent=1)
+    storage.create_bytes(storage.join(run_dir, "run.json"), text.encode())
+    return run_dir
+
+
+def check_identity(run: config.Run, run_dir: str) -> None:
+    """Raises ConfigError, naming the keys, when the directory belongs to a run with other settings."""
+    uri = storage.join(run_dir, "run.json")
+    if not storage.exists(uri):
+        return
+    try:
+        known = config.parse_run(json.loads(storage.read_bytes(uri))["config"], uri)
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{uri} is damaged; restore it, or choose another name") from None
+    if known.config_hash != run.config_hash:
+        keys = "; ".join(config.differing_keys(known.identity(), run.identity()))
+        raise ConfigError(
+            f"the run '{run.name}' in {run_dir} was started with other settings: {keys}. Choose another name, "
+            "set these back, or delete that directory"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a run's result."""
+    return {name: importlib.metadata.version(name) for name in NAMED_VERSIONS}
+
+
+def finished_checkpoint(run: config.Run) -> Found | None:
+    """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
+    run_dir = storage.absolute(run.directory)
+    check_identity(run, run_dir)
+    found = list_checkpoints(run_dir)
+    return found[0] if found and found[0].progress.finished else None

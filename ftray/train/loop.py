@@ -1,0 +1,289 @@
+"""The training loop: one for full, LoRA and QLoRA. Runs in each Ray Train worker.
+
+Optimizer step t takes exactly the rows that the plan gives it; its loss is one mean over the supervised tokens of the
+global batch. Nothing here is random but dropout, which is seeded from (seed, step, first row of the micro-batch); the
+learning rate is a function of the step. So a step depends on weights, optimizer state and t alone, and that is what a
+checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from ftray import config
+from ftray.compat import deepspeed_without_compiler
+from ftray.data.pipeline import Batch, FeedShard, to_batch
+from ftray.errors import RunError
+from ftray.model.lora import build_model, trainable
+from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
+from ftray.train.schedule import learning_rate
+from ftray.train.state import gather_state, scatter_state
+from ftray.train.timeline import Found, Progress, find_newest
+from ftray.train.zero import deepspeed_config
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to each worker. heldout: reference to the held-out rows' table, or None. monitor: an actor."""
+
+    run: config.Run
+    run_dir: str
+    data_hash: str
+    versions: dict[str, str]
+    heldout: Any
+    monitor: Any
+
+
+def train_worker(arguments: dict[str, Job]) -> None:
+    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it."""
+    Trainer(arguments["job"]).train()
+
+
+class Trainer:
+    """One rank's engine, data shard and progress."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self._job, self._run = job, job.run
+        self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
+        self._device = _device()
+        shard = ray.train.get_dataset_shard("train")
+        assert isinstance(shard, FeedShard)
+        self._shard = shard
+        self._engine, self._parameters = self._build_engine()
+        meta = {"config_hash": self._run.config_hash, "data_hash": job.data_hash, "versions": job.versions}
+        self._writer = CheckpointWriter(job.run_dir, self._run.checkpoint.keep, meta)
+        self._progress = self._resume()
+        self._lines: list[dict[str, Any]] = []
+        self._saved_s = time.monotonic()
+        self._link = MonitorLink(job.monitor) if self._rank == 0 else None
+
+    def train(self) -> None:
+        """Runs the steps; every rank leaves at the same one."""
+        if not self._progress.finished:
+            self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
+            for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
+                num_supervised, stop = self._agree(batch)
+                if stop:
+                    break
+                self._step(batch, num_supervised, wait_s)
+                if self._after_step():
+                    break
+            if self._lines:  # stopped between two checkpoints
+                self._save()
+        self._writer.wait()
+        self._link_send({"event": "end", "step": self._progress.step, "finished": self._progress.finished}, last=True)
+
+    def _build_engine(self) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+        deepspeed_without_compiler()
+        import deepspeed
+
+        train = self._run.train
+        if self._device.type == "cpu":
+            torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
+        model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
+        parameters = trainable(model.model)
+        optimizer = torch.optim.AdamW(list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay)
+        engine, *_ = deepspeed.initialize(
+            model=model.to(self._device),
+            optimizer=optimizer,
+            config=deepspeed_config(train, self._run.deepspeed, self._run.micro_batch_size, self._world_size),
+            dist_init_required=False,
+        )
+        if hasattr(engine.optimizer, "check_grad_overflow"):
+            engine.optimizer.check_grad_overflow = True  # in fp32 too a non-finite gradient must never reach the weights
+        return engine, parameters
+
+    def _resume(self) -> Progress:
+        # Rank 0 looks, so that all ranks start from the same checkpoint whatever storage shows each of them.
+        chosen: list[Found | None] = [None]
+        if self._rank == 0:
+            chosen[0] = find_newest(self._job.run_dir, warn=lambda text: print(f"warning: {text}", flush=True))
+        dist.broadcast_object_list(chosen, src=0)
+        found = chosen[0]
+        if found is None:
+            return Progress()
+        progress = found.progress
+        scatter_state(self._engine, self._parameters, load_checkpoint(found), progress.num_updates)
+        expected = self._shard.plan.position(progress.step)
+        if progress.position != expected:
+            raise RunError(f"checkpoint {found.uri} stands at {progress.position} in the data, the plan at {expected}; the data changed")
+        return progress
+
+    def _agree(self, batch: Batch) -> tuple[float, bool]:
+        """Supervised tokens of the global batch, and whether to stop before this step: one sum over all ranks."""
+        stop = self._link is not None and self._link.stop_asked()
+        mine = float((batch.labels >= 0).sum())
+        total = self._sum([mine, float(stop)])
+        return total[0], total[1] > 0
+
+    def _sum(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor)
+        return [float(v) for v in tensor]
+
+    def _step(self, batch: Batch, num_supervised: float, wait_s: float) -> None:
+        """One optimizer step: accumulates micro-batches, then updates the weights unless something is non-finite."""
+        began_s = time.monotonic()
+        rate = learning_rate(batch.step, self._shard.plan.num_steps, *_schedule(self._run.train))
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        loss_sum = 0.0
+        for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
+            torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
+            loss = self._engine(micro.input_ids, micro.labels, micro.position_ids)
+            loss_sum += float(loss.detach())
+            # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
+            self._engine.backward(loss * (self._world_size / max(1.0, num_supervised)), scale_wrt_gas=False)
+            self._engine.step()
+        sums = self._sum([loss_sum, float(batch.num_tokens.sum())])
+        norm = self._engine.get_global_grad_norm()
+        applied = math.isfinite(sums[0]) and not getattr(self._engine.optimizer, "overflow", False)
+        progress = self._progress
+        progress.step = batch.step + 1
+        progress.num_updates += applied
+        progress.num_bad_steps += not applied
+        duration_s = time.monotonic() - began_s + wait_s
+        line = {
+            "step": batch.step,
+            "loss": sums[0] / max(1.0, num_supervised),
+            "num_tokens": int(sums[1]),
+            "num_supervised": int(num_supervised),
+            "learning_rate": rate,
+            "grad_norm": float(norm) if norm is not None else None,
+            "tokens_per_s": round(sums[1] / duration_s, 1),
+            "data_wait_s": round(wait_s, 4),
+        }
+        if not applied:
+            line["skipped"] = True
+        self._lines.append(line)
+        self._link_send({"event": "step", **line})
+        if progress.num_bad_steps > self._run.train.max_bad_steps:
+            raise RunError(
+                f"step {batch.step}: {progress.num_bad_steps} steps had a non-finite loss or gradient, allowed are "
+                f"train.max_bad_steps ({self._run.train.max_bad_steps}); lower train.learning_rate or look at the data"
+            )
+
+    def _after_step(self) -> bool:
+        """Held-out loss and checkpoint where they are due; True when the run is finished."""
+        step, evaluate, progress = self._progress.step, self._run.evaluate, self._progress
+        evaluates = evaluate.every and self._job.heldout is not None and step % evaluate.every == 0
+        is_best = self._evaluate() if evaluates else False
+        out_of_patience = evaluate.early_stopping is not None and progress.since_best >= evaluate.early_stopping
+        progress.finished = out_of_patience or step == self._shard.plan.num_steps
+        if is_best or progress.finished or self._checkpoint_due():
+            self._save()
+        return progress.finished
+
+    def _checkpoint_due(self) -> bool:
+        """By steps or epochs a function of the step; by time rank 0's clock decides for all."""
+        section, plan, step = self._run.checkpoint, self._shard.plan, self._progress.step
+        if isinstance(section.every, int):
+            return step % section.every == 0
+        if section.every_epochs is not None:
+            rows = section.every_epochs * plan.mixture.rows_per_epoch
+            size = plan.global_batch_size
+            return int(step * size // rows) > int((step - 1) * size // rows)
+        due = self._rank == 0 and time.monotonic() - self._saved_s >= (section.every_s or 0)
+        return self._sum([float(due)])[0] > 0
+
+    def _evaluate(self) -> bool:
+        """Held-out loss over all ranks; True when it is the best so far."""
+        table: pa.Table = ray.get(self._job.heldout)
+        mine = table.take(pa.array(range(self._rank, table.num_rows, self._world_size)))
+        loss_sum, count = heldout_sums(self._engine, mine, self._run.micro_batch_size, self._device)
+        self._engine.train()
+        sums = self._sum([loss_sum, count])
+        loss, progress = sums[0] / sums[1], self._progress
+        is_best = progress.best is None or loss < progress.best["loss"]
+        if is_best:
+            progress.best = {"step": progress.step, "loss": loss}
+        progress.since_best = 0 if is_best else progress.since_best + 1
+        self._lines[-1]["heldout_loss"] = loss
+        self._link_send({"event": "heldout", "step": progress.step, "heldout_loss": loss})
+        return is_best
+
+    def _save(self) -> None:
+        self._progress.position = self._shard.plan.position(self._progress.step)
+        tensors = gather_state(self._engine, self._parameters, keep=self._rank == 0)
+        if self._rank == 0:
+            self._writer.save(self._progress, tensors, self._lines)
+            self._link_send({"event": "checkpoint", "step": self._progress.step})
+        self._lines = []
+        self._saved_s = time.monotonic()
+
+    def _link_send(self, event: dict[str, Any], last: bool = False) -> None:
+        if self._link is not None:
+            self._link.send(event, last)
+
+
+class MonitorLink:
+    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor, self._reply, self._stop = monitor, None, False
+
+    def send(self, event: dict[str, Any], last: bool = False) -> None:
+        """Sends an event without waiting, unless it is the last."""
+        self._reply = self._monitor.record.remote(event)
+        if last:
+            ray.get(self._reply)
+
+    def stop_asked(self) -> bool:
+        """Whether the driver asked to stop, as far as its replies have come."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._reply))
+        return self._stop
+
+
+def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: torch.device) -> tuple[float, float]:
+    """(summed loss, supervised tokens) over held-out rows. model: a SummedLoss or an engine around one; left in eval mode."""
+    model.eval()
+    loss_sum, count = 0.0, 0.0
+    batch = to_batch(table)
+    with torch.no_grad():
+        for _, micro in _micro_batches(batch, micro_batch_size, device):
+            loss_sum += float(model(micro.input_ids, micro.labels, micro.position_ids))
+            count += float((micro.labels >= 0).sum())
+    return loss_sum, count
+
+
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[int, MicroBatch]]:
+    for lo in range(0, len(batch.input_ids), size):
+        part = slice(lo, lo + size)
+        arrays = (batch.input_ids[part], batch.labels[part], batch.position_ids[part], batch.num_tokens[part])
+        yield batch.first_row + lo, flatten_rows(*arrays, device=device)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    while True:
+        began_s = time.monotonic()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.monotonic() - began_s
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _schedule(train: config.Train) -> tuple[float, float, str]:
+    return train.learning_rate, train.warmup, train.schedule
+
+
+def _dropout_seed(seed: int, step: int, first_row: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{first_row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,84 @@
+"""What storage says of a run: committed checkpoints, how far it is, its metrics. No Ray, no torch.
+
+A checkpoint is `<run>/checkpoints/step-000200/`; without a manifest.json it doesn't exist. The newest committed one is
+the truth, not what a controller remembers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray import storage
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimizer steps; goes into each checkpoint.
+
+    position: cursor of each data source (it follows from step and data; kept to be compared). num_updates: steps that
+    changed the weights. best: step and held-out loss. since_best: held-out losses since then. segments: first steps of
+    the metrics segments on the committed timeline.
+    """
+
+    step: int = 0
+    num_updates: int = 0
+    num_bad_steps: int = 0
+    finished: bool = False
+    position: list[dict[str, int]] = field(default_factory=list)
+    best: dict[str, float] | None = None
+    since_best: int = 0
+    segments: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint: its URI and the manifest's meta."""
+
+    uri: str
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.meta["progress"]["step"])
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stood."""
+        return Progress(**self.meta["progress"])
+
+
+def list_checkpoints(run_dir: str) -> list[Found]:
+    """Committed checkpoints of a run, newest first."""
+    manifests = storage.list_files(storage.join(run_dir, "checkpoints"), suffix="/manifest.json")
+    uris = [m.uri.rsplit("/", 1)[0] for m in manifests]
+    found = [Found(uri, m["meta"]) for uri in uris if (m := storage.read_manifest(uri)) is not None]
+    return sorted(found, key=lambda f: f.step, reverse=True)
+
+
+def find_newest(run_dir: str, warn: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint whose files all match its manifest; says which ones it passes over."""
+    for found in list_checkpoints(run_dir):
+        problems = storage.verify_directory(found.uri)
+        if not problems:
+            return found
+        warn(f"checkpoint {found.uri} is damaged ({problems[0]}); the one before it is used")
+    return None
+
+
+def merge_metrics(run_dir: str, progress: Progress) -> int:
+    """Writes `<run>/metrics.jsonl` out of the committed timeline's segments; returns its number of lines.
+
+    A segment that a later one overlaps (after a fall-back) counts up to where that one begins.
+    """
+    lines: dict[int, str] = {}
+    for segment in progress.segments:
+        first = int(segment[:8])
+        lines = {step: line for step, line in lines.items() if step < first}
+        text = storage.read_bytes(storage.join(run_dir, "metrics", segment)).decode()
+        lines |= {int(json.loads(line)["step"]): line for line in text.splitlines()}
+    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), "".join(f"{lines[s]}\n" for s in sorted(lines)).encode())
+    return len(lines)

@@ -1,0 +1,45 @@
+"""Our settings → DeepSpeed's config. Pure: imports neither DeepSpeed nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftray import config
+from ftray.errors import ConfigError
+
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and train.weight_decay",
+    "scheduler": "train.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+def deepspeed_config(train: config.Train, deepspeed: config.DeepSpeed, micro_batch_size: int, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides."""
+    for key, ours in OWNED.items():
+        if key in deepspeed.overrides:
+            raise ConfigError(f"deepspeed.overrides.{key} is decided by {ours}; set that instead")
+    derived: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (micro_batch_size * world_size),
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": {"stage": deepspeed.zero_stage},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    return _merge(derived, deepspeed.overrides)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

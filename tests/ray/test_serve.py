@@ -1,0 +1,179 @@
+"""A real endpoint on Ray Serve under the official client: answers, refusals, clients that leave, drain on SIGTERM."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import ray
+
+from ftray.chat import ChatFormat, Message
+from ftray.config import Serve
+from ftray.engine.offline import generate_all
+from ftray.engine.protocol import SamplingParams
+from ftray.errors import ConfigError
+from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
+from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
+
+CONTEXT = 1024
+HI: Any = [{"role": "user", "content": "Grüß dich 🐦"}]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model(max_positions=CONTEXT).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTRAY_API_KEY", "key one,key two")
+        ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
+        try:
+            # two at once (1.5 × 1, rounded up) and two that wait
+            config = Serve(port=0, target_ongoing_requests=1, max_queued_requests=2, max_tokens=1000)
+            yield start_endpoint(directory, "tiny", config, num_cpus=0.5)
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: Endpoint) -> openai.OpenAI:
+    return openai.OpenAI(base_url=endpoint.url, api_key="key two", max_retries=0, timeout=60)
+
+
+def test_served_greedy_answers_equal_offline_ones(client: openai.OpenAI) -> None:
+    prompts = make_prompts(20)
+    offline = generate_all(tiny_model(max_positions=CONTEXT), byte_tokenizer(), prompts, SamplingParams(max_tokens=24))
+
+    def ask(prompt: list[int]) -> Any:
+        return client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0)
+
+    with ThreadPoolExecutor(2) as pool:
+        for answer, expected in zip(pool.map(ask, prompts), offline, strict=True):
+            assert answer.choices[0].text == expected.text
+            assert answer.choices[0].finish_reason == expected.finish_reason
+            assert answer.usage.completion_tokens == len(expected.token_ids)
+
+
+def test_a_chat_prompt_becomes_the_ids_of_training_and_streams_what_it_answers_at_once(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 30, "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    prompt = ChatFormat(byte_tokenizer()).encode_prompt([Message("user", HI[0]["content"])])
+    expected = generate_all(
+        tiny_model(max_positions=CONTEXT), byte_tokenizer(), [prompt], SamplingParams(max_tokens=30)
+    )[0]
+    assert whole.choices[0].message.content == expected.text
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(prompt)
+    *chunks, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
+    assert last.usage == whole.usage
+
+
+def test_a_seed_repeats_and_no_seed_does_not(client: openai.OpenAI) -> None:
+    def text(**how: Any) -> str:
+        return (
+            client.completions.create(model="tiny", prompt="x", max_tokens=30, temperature=1.5, **how).choices[0].text
+        )
+
+    assert text(seed=5) == text(seed=5)
+    assert len({text(), text(), text(seed=5)}) == 3
+
+
+def test_models_are_listed_under_the_runs_name(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "ftray"
+
+
+def test_refusals_reach_the_client_as_its_own_errors(client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    with pytest.raises(openai.NotFoundError) as not_found:
+        create(model="other", messages=HI)
+    assert not_found.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        create(model="tiny", messages=HI, n=3)
+    assert (bad.value.param, bad.value.code) == ("n", "unsupported")
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="tiny", prompt="x" * 1000, max_tokens=100)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError) as stranger:
+        client.with_options(api_key="key").models.list()
+    assert stranger.value.code == "invalid_api_key"
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(model="tiny", prompt="x" * (1 << 20))
+    assert (large.value.status_code, large.value.code) == (413, "body_too_large")
+
+
+def test_a_client_that_leaves_frees_the_engine(client: openai.OpenAI) -> None:
+    long: Any = {"model": "tiny", "prompt": "x", "max_tokens": 900, "temperature": 0, "stream": True}
+    begin = time.monotonic()
+    assert len(list(client.completions.create(**long))) > 100
+    whole_s = time.monotonic() - begin
+    streams = [client.completions.create(**long) for _ in range(2)]  # all places are taken
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    begin = time.monotonic()
+    client.completions.create(model="tiny", prompt="x", max_tokens=1)
+    assert time.monotonic() - begin < whole_s / 3  # had they stayed, it would have waited for one of them
+
+
+def test_beyond_its_queue_the_endpoint_answers_503_at_once(client: openai.OpenAI) -> None:
+    def ask(_: int) -> tuple[int, bool]:
+        try:
+            client.completions.create(model="tiny", prompt="x", max_tokens=300, temperature=0)
+        except openai.APIStatusError as err:
+            return err.status_code, "retry-after" in err.response.headers
+        return 200, True
+
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = list(pool.map(ask, range(16)))
+    assert {status for status, _ in outcomes} == {200, 503}
+    assert all(told for _, told in outcomes)
+
+
+def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match="serves an endpoint already"):
+        start_endpoint(tmp_path, "other", Serve(port=0))
+
+
+def test_on_sigterm_streams_end_and_then_the_endpoint_is_gone(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    """Last in this file: it ends the endpoint."""
+    started, num_tokens, errors = threading.Event(), 0, []
+
+    def read() -> None:
+        nonlocal num_tokens
+        usage: Any = {"include_usage": True}
+        stream = client.completions.create(
+            model="tiny", prompt="x", max_tokens=900, temperature=0, stream=True, stream_options=usage
+        )
+        try:
+            for chunk in stream:
+                started.set()
+                num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+        except openai.OpenAIError as err:
+            errors.append(err)
+
+    def end() -> None:
+        started.wait(30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threads = [threading.Thread(target=read), threading.Thread(target=end)]
+    for thread in threads:
+        thread.start()
+    run_until_signal(endpoint)
+    for thread in threads:
+        thread.join(30)
+    assert (errors, num_tokens) == ([], 900)
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()

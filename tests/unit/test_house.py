@@ -1,0 +1,111 @@
+"""The rules of the house: what stays light, who knows whom, what no file may name; nothing of what the rooms do."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "ftray"
+
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "botocore",
+    "datasets",
+    "deepspeed",
+    "numpy",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "ray",
+    "s3fs",
+    "torch",
+    "transformers",
+    "vllm",
+}
+
+# Spelled in parts, because this file is searched too.
+REGISTRY_HOSTS = [
+    ".".join(parts)
+    for parts in [
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("pypi", "python", "org"),
+        ("download", "pytorch", "org"),
+        ("conda", "anaconda", "org"),
+        ("npmjs", "org"),
+        ("npmjs", "com"),
+    ]
+]
+
+
+def files_of_the_repository() -> list[Path]:
+    """Every file that git tracks or would add; without git, every file outside environments, caches and runs."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode == 0:
+        paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    else:
+        skip = {".git", ".venv", "runs", "build", "dist", "__pycache__"}
+        paths = [path for path in ROOT.rglob("*") if not skip & set(path.relative_to(ROOT).parts)]
+    return sorted(path for path in paths if path.is_file())
+
+
+def lines_with(pattern: str, paths: list[Path]) -> list[str]:
+    """`file:line: text` for each line of these files in which the pattern is found."""
+    regex = re.compile(pattern)
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if regex.search(line)
+    ]
+
+
+@pytest.mark.parametrize("module", ["ftray.config", "ftray.cli", "ftray.storage", "ftray.chat", "ftray.serve.protocol"])
+def test_importing_a_light_module_loads_no_heavy_library(module: str) -> None:
+    code = f"import json, sys, {module}; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert HEAVY & set(json.loads(done.stdout)) == set()
+
+
+def test_rooms_know_only_the_rooms_below_them() -> None:
+    # A process of its own: the linter remembers its settings and is handed the path of this checkout.
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_names_a_package_registry() -> None:
+    assert lines_with("|".join(map(re.escape, REGISTRY_HOSTS)), files_of_the_repository()) == []
+
+
+def test_no_code_of_a_model_repository_is_trusted() -> None:
+    assert lines_with(r"trust_remote_code\W+True", sorted(PACKAGE.rglob("*.py"))) == []
+
+
+def test_pickles_are_opened_nowhere() -> None:
+    unsafe = r"\b(pickle|dill|joblib)\.loads?\(|weights_only\s*=\s*False|yaml\.(unsafe|full)_load\("
+    assert lines_with(unsafe, sorted(PACKAGE.rglob("*.py"))) == []
+
+
+def test_imports_are_absolute() -> None:
+    assert lines_with(r"^\s*from \.", sorted(PACKAGE.rglob("*.py"))) == []
+
+
+def test_every_room_is_a_package_that_gets_shipped() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_locks_hold_exact_versions() -> None:
+    for lock in ["requirements.lock", "requirements-nodeps.lock"]:
+        pins = [line for line in (ROOT / lock).read_text().splitlines() if line and not line.startswith("#")]
+        assert pins
+        assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", pin)] == []
