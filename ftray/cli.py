@@ -14,7 +14,7 @@ from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, Interrupted
 
 if TYPE_CHECKING:
-    from ftray.train.checkpoint import Found
+    from ftray.train.timeline import Found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +63,9 @@ def open_target(target: str, overrides: list[str]) -> config.Run:
 
     uri = storage.join(storage.absolute(target), "run.json")
     if not storage.exists(uri):
-        raise ConfigError(f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path")
+        raise ConfigError(
+            f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path"
+        )
     try:
         tree = json.loads(storage.read_bytes(uri))["config"]
     except (ValueError, KeyError):
@@ -80,14 +82,25 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
-    data, micro = run.data, run.micro_batch_size
-    held_out = "none" if data.eval is None else f"{data.eval.fraction:g} of the records" if isinstance(data.eval, config.Split) else f"{len(data.eval)} sources"
-    length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.epochs:g} epochs; steps are known after the index pass"
+    data = run.data
+    held_out = (
+        "none"
+        if data.eval is None
+        else f"{data.eval.fraction:g} of the records"
+        if isinstance(data.eval, config.Split)
+        else f"{len(data.eval)} sources"
+    )
+    length = (
+        f"{run.train.max_steps} steps"
+        if run.train.max_steps
+        else f"{run.train.epochs:g} epochs; steps are known after the index pass"
+    )
     epoch = (
         "one pass over the source that is largest relative to its weight; others repeat or stop short"
         if data.train[0].weight
         else "every record once; rows that fill no global batch are carried into the next epoch, or left out at the end"
     )
+    every = f"{run.checkpoint.every} steps" if isinstance(run.checkpoint.every, int) else run.checkpoint.every
     for name, text in (
         ("run", f"{run.directory}  (config hash {run.config_hash})"),
         ("model", f"{run.model.base}, {run.method.type}, {run.train.precision}"),
@@ -95,13 +108,17 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
         ("rows", f"{data.max_seq_len} tokens, {'packed' if data.packing else 'one record each'}"),
         ("epoch", epoch),
         ("length", length),
-        ("step", f"{run.train.global_batch_size} rows = {run.scale.num_workers} workers × micro-batch {micro} × {run.accumulation_steps} accumulated"),
+        ("step", f"{run.train.global_batch_size} rows = {_parts(run)}"),
         ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
         ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}"),
-        ("checkpoint", f"every {run.checkpoint.every}{' steps' if isinstance(run.checkpoint.every, int) else ''}, the newest {run.checkpoint.keep} and the best are kept"),
+        ("checkpoint", f"every {every}, the newest {run.checkpoint.keep} and the best are kept"),
     ):
         console.say(f"{name:<11}{text}")
     return 0
+
+
+def _parts(run: config.Run) -> str:
+    return f"{run.scale.num_workers} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
 
 
 @contextmanager
@@ -112,7 +129,10 @@ def _owned(run: config.Run, console: Console) -> Iterator[str]:
     from ftray.train.identity import open_run
 
     run_dir = open_run(run)
-    with storage.acquire_lease(run_dir), ray_session(run.name, run.scale.num_workers * run.scale.cpus_per_worker, console):
+    with (
+        storage.acquire_lease(run_dir),
+        ray_session(run.name, run.scale.num_workers * run.scale.cpus_per_worker, console),
+    ):
         yield run_dir
 
 
@@ -214,7 +234,8 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -
         f"the run '{run.name}' is complete. Everything is in {directory}:",
         "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
         "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
-        "  model/                  the trained model" + ("" if run.method.type == "full" else " (adapter)      model/merged/          whole weights"),
+        "  model/                  the trained model"
+        + ("" if run.method.type == "full" else " (adapter)      model/merged/          whole weights"),
         "",
         f"serve it:               ftray serve {arguments.run}",
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",

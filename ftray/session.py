@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ftray import storage
 from ftray.console import Console
@@ -34,7 +33,9 @@ def ray_session(name: str, num_cpus: float, console: Console) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="warning")
         else:
             total = max(os.cpu_count() or 1, int(num_cpus)) + 1
-            ray.init(address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning")
+            ray.init(
+                address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning"
+            )
         try:
             yield
         finally:

@@ -71,13 +71,18 @@ def build_index(
     chunk_bytes: int,
     directory: str,
     tokenizer_hash: str,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Index:
     """Index of a stream: read from `directory` if it is there, else made by one Ray Data pass and kept there.
 
     Raises DataError: a source that is missing, empty or unreadable.
     """
-    chunks = [c for i, s in enumerate(stream.sources) for shard in list_shards(s.path) for c in cut_shard(shard, i, chunk_bytes)]
+    chunks = [
+        c
+        for i, s in enumerate(stream.sources)
+        for shard in list_shards(s.path)
+        for c in cut_shard(shard, i, chunk_bytes)
+    ]
     uri = storage.join(directory, f"index-{_cache_key(stream, chunks, tokenizer_hash)}.json")
     if storage.exists(uri):
         return _from_json(json.loads(storage.read_bytes(uri)))
@@ -87,7 +92,8 @@ def build_index(
         found = json.loads(text)
         facts.append(ChunkFacts(chunk, **found["facts"]))
         bad += [Quarantined(**b) for b in found["bad"]]
-        on_progress(len(facts), len(chunks))
+        if on_progress:
+            on_progress(len(facts), len(chunks))
     index = Index(tuple(facts), tuple(bad))
     storage.write_bytes(uri, json.dumps(asdict(index)).encode())
     return index
@@ -117,7 +123,9 @@ def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, d
                     f"data.eval.fraction ({stream.eval_fraction}) holds out no record of {source.path} "
                     f"({index.total('num_records')} in all); raise it, or give data.eval sources of its own"
                 )
-            raise DataError(f"data.{what}: {source.path} has no usable record; put records into it or remove the source")
+            raise DataError(
+                f"data.{what}: {source.path} has no usable record; put records into it or remove the source"
+            )
 
 
 def _index_chunk(stream: Stream, chunk: Chunk) -> str:

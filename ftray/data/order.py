@@ -56,7 +56,7 @@ class Mixture:
     @property
     def shares(self) -> tuple[Fraction, ...]:
         """Exact share of each source; they sum to 1."""
-        parts = [Fraction(n) for n in self.num_rows] if self.weights is None else [Fraction(str(w)) for w in self.weights]
+        parts = [Fraction(str(part)) for part in (self.num_rows if self.weights is None else self.weights)]
         return tuple(p / sum(parts) for p in parts)
 
     @property

@@ -2,7 +2,7 @@
 
 A row holds whole examples ("documents") one after the other, then padding. Positions restart at 0 in each document
 and in the padding, so that a block-diagonal mask or `cu_seqlens` follows from them. Labels are shifted here, once:
-labels[t] is the token that the logits at t must predict, or IGNORE_INDEX; the last token of a document predicts nothing.
+labels[t] is the token that the logits at t must predict, or IGNORE_INDEX; a document's last token predicts nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackedRow:
-    """input_ids, labels, position_ids: int32 [max_seq_len]. lengths: tokens of each document. documents: whose they are."""
+    """input_ids, labels, position_ids: int32 [max_seq_len]. lengths: tokens of each document; documents: their places."""
 
     input_ids: Array
     labels: Array

@@ -56,7 +56,9 @@ class Plan:
         return [{"epoch": c.epoch, "chunk": c.chunk, "row": c.row} for c in cursors]
 
 
-def make_plan(index: Index, stream: Stream, seed: int, global_batch_size: int, epochs: float, max_steps: int | None) -> Plan:
+def make_plan(
+    index: Index, stream: Stream, seed: int, global_batch_size: int, epochs: float, max_steps: int | None
+) -> Plan:
     """Plan of a run; num_steps counts whole global batches in `epochs`, or max_steps."""
     mixture = index.mixture(stream)
     num_steps = max_steps or int(epochs * mixture.rows_per_epoch) // global_batch_size
@@ -103,7 +105,9 @@ def _rows_table(item: tuple[int, int, ChunkFacts], stream: Stream, seed: int | N
             "epoch": pa.array([epoch] * n, pa.int32()),
             "chunk": pa.array([number] * n, pa.int32()),
             "row": pa.array(list(places), pa.int32()),
-            "records": pa.array([[packed.examples[d].position for d in r.documents] for r in rows], pa.list_(pa.int64())),
+            "records": pa.array(
+                [[packed.examples[d].position for d in r.documents] for r in rows], pa.list_(pa.int64())
+            ),
         }
     )
 
@@ -182,7 +186,7 @@ class Feed:
                     self._ready[step] = parts
                     step += 1
                     self._changed.notify_all()
-        except BaseException as err:  # handed to the ranks, which are waiting for this thread
+        except BaseException as err:  # noqa: BLE001 - handed to the ranks, which are waiting for this thread
             with self._changed:
                 self._error = err
                 self._changed.notify_all()
@@ -235,7 +239,9 @@ class FeedShard:
         size = self.plan.global_batch_size
         ray.get(self._feed.begin.remote(start_step))
         last = self.plan.num_steps
-        asked = deque(self._feed.get.remote(self._rank, s) for s in range(start_step, min(start_step + FETCH_AHEAD, last)))
+        asked = deque(
+            self._feed.get.remote(self._rank, s) for s in range(start_step, min(start_step + FETCH_AHEAD, last))
+        )
         blocks: dict[ray.ObjectRef, pa.Table] = {}
         for step in range(start_step, last):
             if step + FETCH_AHEAD < last:
@@ -249,14 +255,19 @@ class FeedShard:
             yield to_batch(table, step, step * size + self._rank * (size // self._world_size))
 
 
-class FeedConfig(DataConfig):  # type: ignore[misc]
+class FeedConfig(DataConfig):
     """Ray Train's hook: gives each rank of a new worker group a shard of one new coordinator."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self._plan = plan
 
-    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, FeedShard]]:
-        """One `FeedShard` under the name `train` for each rank."""
-        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=(FETCH_AHEAD + 2) * world_size + 2).remote(self._plan, world_size)
+    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, FeedShard]]:
+        """One `FeedShard` under the name `train` for each rank; what Ray Train passes as datasets is a placeholder."""
+        del datasets
+        feed = (
+            ray.remote(Feed)
+            .options(num_cpus=0, max_concurrency=(FETCH_AHEAD + 2) * world_size + 2)
+            .remote(self._plan, world_size)
+        )
         return [{"train": FeedShard(feed, self._plan, rank, world_size)} for rank in range(world_size)]

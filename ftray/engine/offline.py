@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ftray.engine.directory import check_model_directory
-from ftray.engine.protocol import Completion, Engine, SamplingParams
+from ftray.engine.protocol import Completion, Engine, FinishReason, SamplingParams
 from ftray.engine.transformers import TransformersEngine
 from ftray.errors import ModelError
 
@@ -84,12 +84,13 @@ async def complete(engine: Engine, request_id: str, prompt_ids: list[int], param
     """The whole answer at once. Raises as `Engine.generate` and its iterator do."""
     texts: list[str] = []
     token_ids: list[int] = []
-    async for chunk in engine.generate(request_id, prompt_ids, params):
+    reason: FinishReason | None = None
+    async for chunk in engine.generate(request_id, prompt_ids, params):  # to its end, where the engine tidies up
         texts.append(chunk.text)
         token_ids += chunk.token_ids
-        if chunk.finish_reason:
-            return Completion("".join(texts), token_ids, chunk.finish_reason)
-    raise AssertionError("an engine's last chunk has a finish_reason")
+        reason = chunk.finish_reason
+    assert reason is not None
+    return Completion("".join(texts), token_ids, reason)
 
 
 def load_engine(

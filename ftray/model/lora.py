@@ -43,7 +43,7 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
 
     settings = LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=method.target_modules,
         task_type="CAUSAL_LM",
@@ -52,7 +52,9 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=False)
     except ValueError as err:
-        raise ConfigError(f"method.target_modules ({method.target_modules}): {str(err).splitlines()[0]}; use all-linear") from None
+        raise ConfigError(
+            f"method.target_modules ({method.target_modules}): {str(err).splitlines()[0]}; use all-linear"
+        ) from None
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -31,7 +31,7 @@ def load_checkpoint(found: Found) -> dict[str, torch.Tensor]:
 
 
 class CheckpointWriter:
-    """Commits checkpoints on a thread of its own, one at a time; training waits only if the last is still under way.
+    """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
 
     meta: goes into each manifest (config hash, data hash, versions). keep: newest ones that stay; the best stays besides.
     """
@@ -49,9 +49,13 @@ class CheckpointWriter:
         self.wait()
         for name, tensor in tensors.items():
             if tensor.numel() == 0:
-                raise CheckpointError(f"step {progress.step}: the tensor {name} is empty; this is a fault of ftray, please report it")
+                raise CheckpointError(
+                    f"step {progress.step}: the tensor {name} is empty; this is a fault of ftray, please report it"
+                )
         if not any(name.startswith("weights.") for name in tensors):
-            raise CheckpointError(f"step {progress.step}: there are no weights to save; this is a fault of ftray, please report it")
+            raise CheckpointError(
+                f"step {progress.step}: there are no weights to save; this is a fault of ftray, please report it"
+            )
         if lines:
             first = int(lines[0]["step"])
             segment = f"{first:08d}-{int(lines[-1]['step']):08d}.jsonl"

@@ -20,7 +20,9 @@ def open_run(run: config.Run) -> str:
     run_dir = storage.absolute(run.directory)
     storage.check_writable(run_dir)
     check_identity(run, run_dir)
-    text = json.dumps({"config": run.model_dump(mode="json"), "config_hash": run.config_hash, "versions": versions()}, indent=1)
+    text = json.dumps(
+        {"config": run.model_dump(mode="json"), "config_hash": run.config_hash, "versions": versions()}, indent=1
+    )
     storage.create_bytes(storage.join(run_dir, "run.json"), text.encode())
     return run_dir
 

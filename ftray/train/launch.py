@@ -39,7 +39,7 @@ POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Data:
-    """A run's data as the index knows it. data_hash: identity of training and held-out rows and their order's settings."""
+    """A run's data as the index knows it. data_hash: identity of training and held-out rows."""
 
     plan: Plan
     index: Index
@@ -137,12 +137,18 @@ def check_resources(run: config.Run) -> bool:
     use_gpu = scale.accelerator is not None or num_gpus > 0
     if scale.accelerator is not None and f"accelerator_type:{scale.accelerator}" not in total:
         kinds = [k.split(":")[1] for k in total if k.startswith("accelerator_type:")]
-        raise ConfigError(f"scale.accelerator {scale.accelerator} is not in this cluster (it has {', '.join(kinds) or 'no GPU'}); correct it")
+        raise ConfigError(
+            f"scale.accelerator {scale.accelerator} is not in this cluster (it has {', '.join(kinds) or 'no GPU'}); correct it"
+        )
     if use_gpu and num_gpus < scale.num_workers:
-        raise ConfigError(f"scale.num_workers ({scale.num_workers}) needs as many GPUs, the cluster has {int(num_gpus)}; lower it")
+        raise ConfigError(
+            f"scale.num_workers ({scale.num_workers}) needs as many GPUs, the cluster has {int(num_gpus)}; lower it"
+        )
     needed = scale.num_workers * scale.cpus_per_worker
     if needed > total.get("CPU", 0):
-        raise ConfigError(f"scale asks for {needed:g} CPUs (num_workers × cpus_per_worker), the cluster has {total.get('CPU', 0):g}; lower one")
+        raise ConfigError(
+            f"scale asks for {needed:g} CPUs (num_workers × cpus_per_worker), the cluster has {total.get('CPU', 0):g}; lower one"
+        )
     return use_gpu
 
 
@@ -191,7 +197,7 @@ def _fit(trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as err:  # handed to the main thread, which waits for this one
+        except BaseException as err:  # noqa: BLE001 - handed to the main thread, which waits for this one
             failure.append(err)
 
     thread = threading.Thread(target=fit, daemon=True)

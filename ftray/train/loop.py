@@ -36,7 +36,7 @@ from ftray.train.zero import deepspeed_config
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to each worker. heldout: reference to the held-out rows' table, or None. monitor: an actor."""
+    """What the driver hands to each worker. heldout: reference to the held-out rows' table, or None."""
 
     run: config.Run
     run_dir: str
@@ -95,7 +95,9 @@ class Trainer:
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
         parameters = trainable(model.model)
-        optimizer = torch.optim.AdamW(list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(
+            list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
         engine, *_ = deepspeed.initialize(
             model=model.to(self._device),
             optimizer=optimizer,
@@ -103,7 +105,9 @@ class Trainer:
             dist_init_required=False,
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
-            engine.optimizer.check_grad_overflow = True  # in fp32 too a non-finite gradient must never reach the weights
+            engine.optimizer.check_grad_overflow = (
+                True  # in fp32 too a non-finite gradient must never reach the weights
+            )
         return engine, parameters
 
     def _resume(self) -> Progress:
@@ -119,7 +123,9 @@ class Trainer:
         scatter_state(self._engine, self._parameters, load_checkpoint(found), progress.num_updates)
         expected = self._shard.plan.position(progress.step)
         if progress.position != expected:
-            raise RunError(f"checkpoint {found.uri} stands at {progress.position} in the data, the plan at {expected}; the data changed")
+            raise RunError(
+                f"checkpoint {found.uri} stands at {progress.position} in the data, the plan at {expected}; the data changed"
+            )
         return progress
 
     def _agree(self, batch: Batch) -> tuple[float, bool]:
@@ -249,7 +255,7 @@ class MonitorLink:
 
 
 def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: torch.device) -> tuple[float, float]:
-    """(summed loss, supervised tokens) over held-out rows. model: a SummedLoss or an engine around one; left in eval mode."""
+    """(summed loss, supervised tokens) over held-out rows. model: SummedLoss, or an engine of one; left in eval mode."""
     model.eval()
     loss_sum, count = 0.0, 0.0
     batch = to_batch(table)

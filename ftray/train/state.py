@@ -23,11 +23,15 @@ def gather_state(engine: Any, parameters: dict[str, torch.nn.Parameter], keep: b
         for kind in KINDS:
             whole = _gather(engine, parameter, None if kind == "weights" else kind)
             if keep and whole is not None:
-                state[f"{kind}.{name}"] = whole.detach().to("cpu", torch.float32, copy=True).reshape(_shape(parameter)).contiguous()
+                state[f"{kind}.{name}"] = (
+                    whole.detach().to("cpu", torch.float32, copy=True).reshape(_shape(parameter)).contiguous()
+                )
     return state
 
 
-def scatter_state(engine: Any, parameters: dict[str, torch.nn.Parameter], state: dict[str, torch.Tensor], num_updates: int) -> None:
+def scatter_state(
+    engine: Any, parameters: dict[str, torch.nn.Parameter], state: dict[str, torch.Tensor], num_updates: int
+) -> None:
     """Puts gathered tensors back into a fresh engine; num_updates is Adam's step count."""
     if num_updates:
         _create_moments(engine, num_updates)
@@ -76,7 +80,9 @@ def _gather(engine: Any, parameter: torch.nn.Parameter, key: str | None) -> torc
         master = _whole_master(engine, parameter)
         whole: torch.Tensor = master if key is None else inner.state[master][key]
         return whole
-    found: torch.Tensor = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    found: torch.Tensor = (
+        safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    )
     return found
 
 

@@ -80,5 +80,7 @@ def merge_metrics(run_dir: str, progress: Progress) -> int:
         lines = {step: line for step, line in lines.items() if step < first}
         text = storage.read_bytes(storage.join(run_dir, "metrics", segment)).decode()
         lines |= {int(json.loads(line)["step"]): line for line in text.splitlines()}
-    storage.write_bytes(storage.join(run_dir, "metrics.jsonl"), "".join(f"{lines[s]}\n" for s in sorted(lines)).encode())
+    storage.write_bytes(
+        storage.join(run_dir, "metrics.jsonl"), "".join(f"{lines[s]}\n" for s in sorted(lines)).encode()
+    )
     return len(lines)

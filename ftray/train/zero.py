@@ -19,7 +19,9 @@ OWNED = {
 }
 
 
-def deepspeed_config(train: config.Train, deepspeed: config.DeepSpeed, micro_batch_size: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    train: config.Train, deepspeed: config.DeepSpeed, micro_batch_size: int, world_size: int
+) -> dict[str, Any]:
     """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides."""
     for key, ours in OWNED.items():
         if key in deepspeed.overrides:

@@ -12,6 +12,8 @@ from typing import Any
 import openai
 import pytest
 import ray
+import torch
+from transformers import LlamaForCausalLM
 
 from ftray.chat import ChatFormat, Message
 from ftray.config import Serve
@@ -21,14 +23,21 @@ from ftray.errors import ConfigError
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
 
-CONTEXT = 1024
 HI: Any = [{"role": "user", "content": "Grüß dich 🐦"}]
+
+
+def endless_model() -> LlamaForCausalLM:
+    """Never comes to an end token: streams are as long as a test asks for."""
+    model = tiny_model(max_positions=1024)
+    with torch.no_grad():
+        model.lm_head.weight[byte_tokenizer().eos_token_id] = 0
+    return model
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     directory = tmp_path_factory.mktemp("model")
-    tiny_model(max_positions=CONTEXT).save_pretrained(directory)
+    endless_model().save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTRAY_API_KEY", "key one,key two")
@@ -48,7 +57,7 @@ def client(endpoint: Endpoint) -> openai.OpenAI:
 
 def test_served_greedy_answers_equal_offline_ones(client: openai.OpenAI) -> None:
     prompts = make_prompts(20)
-    offline = generate_all(tiny_model(max_positions=CONTEXT), byte_tokenizer(), prompts, SamplingParams(max_tokens=24))
+    offline = generate_all(endless_model(), byte_tokenizer(), prompts, SamplingParams(max_tokens=24))
 
     def ask(prompt: list[int]) -> Any:
         return client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0)
@@ -64,9 +73,7 @@ def test_a_chat_prompt_becomes_the_ids_of_training_and_streams_what_it_answers_a
     ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**ask)
     prompt = ChatFormat(byte_tokenizer()).encode_prompt([Message("user", HI[0]["content"])])
-    expected = generate_all(
-        tiny_model(max_positions=CONTEXT), byte_tokenizer(), [prompt], SamplingParams(max_tokens=30)
-    )[0]
+    expected = generate_all(endless_model(), byte_tokenizer(), [prompt], SamplingParams(max_tokens=30))[0]
     assert whole.choices[0].message.content == expected.text
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == len(prompt)
@@ -122,6 +129,20 @@ def test_a_client_that_leaves_frees_the_engine(client: openai.OpenAI) -> None:
     begin = time.monotonic()
     client.completions.create(model="tiny", prompt="x", max_tokens=1)
     assert time.monotonic() - begin < whole_s / 3  # had they stayed, it would have waited for one of them
+
+
+def test_no_log_holds_a_prompt_or_an_answer(client: openai.OpenAI) -> None:
+    secret: Any = {"model": "tiny", "prompt": "a-word-that-no-log-may-hold", "max_tokens": 40, "temperature": 0}
+    client.completions.create(**secret)
+    list(client.completions.create(**secret, stream=True))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**{**secret, "stop": ["a-word-that-no-log-may-hold"] * 5})
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**{**secret, "prompt": secret["prompt"] * 100})
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    files = [path for path in logs.rglob("*") if path.is_file()]
+    assert any("replica" in path.name for path in files)
+    assert [path for path in files if b"a-word-that" in path.read_bytes()] == []
 
 
 def test_beyond_its_queue_the_endpoint_answers_503_at_once(client: openai.OpenAI) -> None:

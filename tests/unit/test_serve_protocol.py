@@ -227,7 +227,7 @@ def test_only_one_prompt_is_taken(prompt: Any) -> None:
         b"[]",
         b'"x"',
         b"\xff\xfe",
-        b'{"model": NaN}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "user": NaN}',
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b'{"seed": ' + b"9" * 5000 + b"}",

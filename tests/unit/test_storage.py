@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,14 @@ def at_once(action: Callable[[int], Any], num_threads: int = NUM_WRITERS) -> lis
     for thread in threads:
         thread.join()
     return results
+
+
+def soon(condition: Callable[[], bool], deadline_s: float = 20.0) -> bool:
+    """Whether a condition comes true in time; the machine may be busy."""
+    deadline = time.monotonic() + deadline_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
 
 
 # Addresses
@@ -541,7 +549,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(place: str) -> N
                 storage.acquire_lease(place).release()
                 break
             except RunHeldError:
-                assert time.monotonic() - began_s < 5
+                assert time.monotonic() - began_s < 20
         assert lease_files(place) == ["000001.json", "000002.json"]
 
 
@@ -568,15 +576,15 @@ def test_a_released_lease_is_taken_at_once_and_old_files_go(place: str) -> None:
 
 
 def test_a_lease_without_sign_of_life_is_taken_after_its_own_ttl(tmp_path: Path) -> None:
-    foreign_lease(str(tmp_path), ttl_s=0.5)
-    with pytest.raises(RunHeldError):
-        storage.acquire_lease(str(tmp_path), ttl_s=0.01)
-    time.sleep(0.6)
-    storage.acquire_lease(str(tmp_path)).release()
+    foreign_lease(str(tmp_path), ttl_s=100.0)
+    for age_s, held in [(0, True), (90, True), (101, False)]:
+        os.utime(tmp_path / "lease" / "000001.json", (time.time() - age_s,) * 2)
+        with pytest.raises(RunHeldError, match=f"last sign of life {age_s} s ago") if held else nullcontext():
+            storage.acquire_lease(str(tmp_path), ttl_s=0.01).release()
 
 
 def test_a_living_owner_keeps_its_lease_past_the_ttl(place: str) -> None:
-    ttl_s = 2.5 if storage.is_remote(place) else 0.6  # S3 tells times in whole seconds
+    ttl_s = 2.5 if storage.is_remote(place) else 1.2  # S3 tells times in whole seconds
     with storage.acquire_lease(place, ttl_s=ttl_s) as lease:
         time.sleep(1.5 * ttl_s)
         with pytest.raises(RunHeldError):
@@ -616,10 +624,9 @@ def test_a_taker_that_slept_while_others_came_and_went_is_refused(
 
 
 def test_an_owner_notices_that_another_took_the_run(place: str) -> None:
-    with storage.acquire_lease(place, ttl_s=1.2) as lease:
+    with storage.acquire_lease(place, ttl_s=3) as lease:
         foreign_lease(place, 2)
-        time.sleep(0.6)
-        assert lease.lost
+        assert soon(lambda: lease.lost)
     assert not json.loads(storage.read_bytes(storage.join(place, "lease/000002.json")))["released"]
 
 
@@ -629,12 +636,9 @@ def test_an_owner_that_can_not_reach_the_store_holds_its_lease_for_lost(
     def unreachable(uri: str, data: bytes) -> None:
         raise StorageError("not now")
 
-    with storage.acquire_lease(str(tmp_path), ttl_s=0.6) as lease:
+    with storage.acquire_lease(str(tmp_path), ttl_s=1.2) as lease:
         monkeypatch.setattr(storage, "write_bytes", unreachable)
-        time.sleep(0.2)
         assert not lease.lost
-        time.sleep(0.6)
-        assert lease.lost
+        assert soon(lambda: lease.lost)
         monkeypatch.undo()
-        time.sleep(0.25)
-        assert not lease.lost
+        assert soon(lambda: not lease.lost)
