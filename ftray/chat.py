@@ -48,13 +48,16 @@ def read_messages(raw: object) -> list[Message]:
 def _read_turn(i: int, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"turn {i} must be an object with role and content")
-    role, content, train = turn.get("role"), turn.get("content"), turn.get("train", True)
+    role, content = turn.get("role"), turn.get("content")
+    train = turn.get("train", turn.get("weight") != 0)  # OpenAI's files say `weight: 0` for what isn't learned
     if role not in ROLES:
         raise DataError(f"turn {i} has the role {role!r}; use one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(f"turn {i} ({role}) has no text; content must be a string")
     if not isinstance(train, bool):
         raise DataError(f"turn {i}: train must be true or false")
+    if lost := [key for key in ("tool_calls", "function_call") if turn.get(key)]:
+        raise DataError(f"turn {i} ({role}) has {lost[0]}, which would be lost; write the call into its content")
     return Message(role, content, train)
 
 
@@ -66,7 +69,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ModelError("the tokenizer has no chat template; use an instruct model, or records of the format text")
+            raise ModelError("the tokenizer has no chat template; use an instruct model, or add a template to the tokenizer")
         self._tokenizer = tokenizer
         self._specials = _special_tokens(tokenizer)
         self._special_ids = frozenset(self._specials.values())
@@ -105,7 +108,9 @@ class ChatFormat:
         """Ids of plain text followed by the end token; all supervised."""
         if not text:
             raise DataError("the text is empty")
-        self._refuse_special(text, "the text")
+        if self._tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end token, so that plain text can't be learned; use another base")
+        self._check_text(text, "the text")
         ids = [*self._tokenize(text), self._tokenizer.eos_token_id]
         return Encoded(ids, [True] * len(ids))
 
@@ -162,11 +167,15 @@ class ChatFormat:
 
     def _check(self, messages: Sequence[Message]) -> None:
         for i, message in enumerate(messages):
-            self._refuse_special(message.content, f"turn {i} ({message.role})")
+            self._check_text(message.content, f"turn {i} ({message.role})")
             if message.role == "assistant" and not message.content.strip():
                 raise DataError(f"turn {i} (assistant) is empty")
 
-    def _refuse_special(self, text: str, where: str) -> None:
+    def _check_text(self, text: str, where: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where} has half of a surrogate pair, which is no character; remove it") from None
         # Inside a text such a string would become the control token itself: a way to forge turns.
         for token in self._specials:
             if token in text:
@@ -175,7 +184,10 @@ class ChatFormat:
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """End token of an assistant turn, read off a rendered probe, and the tokenizer's own end token."""
         probe = [Message("user", "a"), Message("assistant", "b")]
-        text, _ = self._segments(probe)[1]
+        try:
+            text, _ = self._segments(probe)[1]
+        except DataError as err:
+            raise ModelError(f"the tokenizer's chat template can't be used: {err}") from None
         ends = [token for token in self._tokenize(text) if token in self._special_ids]
         eos = self._tokenizer.eos_token_id
         return tuple(dict.fromkeys([*ends[-1:], *([eos] if eos is not None else [])]))
@@ -185,4 +197,4 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
     """All control tokens (text → id): named ones and added ones that the tokenizer marks special."""
     added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     named = {str(t): int(tokenizer.convert_tokens_to_ids(t)) for t in tokenizer.all_special_tokens}
-    return {**added, **named}
+    return {token: i for token, i in {**added, **named}.items() if token}

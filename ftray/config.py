@@ -11,17 +11,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from ftray import runfile
 from ftray.errors import ConfigError
 
 
 def _refuse_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("is true/false where a number belongs")
+    if isinstance(value, bool):  # to pydantic, true is 1
+        raise PydanticCustomError("number_type", "not a number")
     return value
 
 
@@ -58,7 +60,7 @@ class Method(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input while training."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get adapters: all but the output head, or the ends of their names."""
 
 
@@ -111,19 +113,20 @@ class Data(Section):
     @field_validator("eval", mode="before")
     @classmethod
     def _eval_shape(cls, value: object) -> object:
-        if value is not None and not isinstance(value, (dict, list, Split)):
+        if (isinstance(value, dict) and "path" in value) or not isinstance(value, (dict, list, Split, NoneType)):
             raise ValueError("must be {fraction: 0.1} or a list of sources [{path: …}]")
         if isinstance(value, list) and not value:
             raise ValueError("is an empty list; name a source, or leave the key out")
         return value
 
-    @model_validator(mode="after")
-    def _weights_all_or_none(self) -> Data:
-        given = [s.weight is not None for s in self.train]
+    @field_validator("train")
+    @classmethod
+    def _weights_all_or_none(cls, value: list[Source]) -> list[Source]:
+        given = [s.weight is not None for s in value]
         if any(given) and not all(given):
-            bare = self.train[given.index(False)].path
-            raise ValueError(f"train: {bare} has no weight while others have; give each source a weight, or none")
-        return self
+            bare = value[given.index(False)].path
+            raise ValueError(f"gives {bare} no weight while others have one; give each source a weight, or none")
+        return value
 
 
 class Train(Section):
@@ -183,11 +186,13 @@ class CheckpointSection(Section):
     keep: Positive = 3
     """How many of the newest stay; the best stays besides."""
 
-    @field_validator("every")
+    @field_validator("every", mode="before")
     @classmethod
-    def _every_reads(cls, value: int | str) -> int | str:
-        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)? ?(epochs?|s|min|h)", value):
-            raise ValueError("must be a number of steps, or like '1 epoch', '10 min', '2 h'")
+    def _every_reads(cls, value: object) -> object:
+        text = re.fullmatch(r"(\d+(?:\.\d+)?) ?(epochs?|s|min|h)", value) if isinstance(value, str) else None
+        number = float(text[1]) if text else value if isinstance(value, int) and not isinstance(value, bool) else 0
+        if number <= 0:
+            raise ValueError("must be a number of steps from 1 up, or like '1 epoch', '10 min', '2 h'")
         return value
 
     @property
@@ -269,7 +274,7 @@ class Run(Section):
 
     name: str
     """Names the run and makes it resumable; it owns `<storage>/<name>/`."""
-    storage: str = "runs"
+    storage: str = Field("runs", min_length=1)
     """Directory or `s3://bucket/prefix` under which runs live."""
     model: Model
     method: Method = Method()
@@ -294,7 +299,11 @@ class Run(Section):
         unit = workers * (1 if micro == "auto" else micro)
         if batch % unit:
             below, above = batch // unit * unit, -(-batch // unit) * unit
-            product = f"num_workers ({workers})" if micro == "auto" else f"micro_batch_size × num_workers ({micro} × {workers} = {unit})"
+            product = (
+                f"num_workers ({workers})"
+                if micro == "auto"
+                else f"micro_batch_size × num_workers ({micro} × {workers} = {unit})"
+            )
             remedy = f"{below} or {above}" if below else f"{above}"
             raise ValueError(f"train.global_batch_size ({batch}) must be a multiple of {product}; try {remedy}")
         return self
@@ -324,8 +333,12 @@ class Run(Section):
         return self.train.global_batch_size // (self.scale.num_workers * self.micro_batch_size)
 
     def identity(self) -> dict[str, Any]:
-        """The keys that change the result: what the config hash covers."""
-        return self.model_dump(mode="json", include={"model", "method", "data", "train", "deepspeed"})
+        """The keys that change the result: what the config hash covers. How much may go wrong is not among them."""
+        return self.model_dump(
+            mode="json",
+            include={"model", "method", "data", "train", "deepspeed"},
+            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps"}},
+        )
 
     @property
     def config_hash(self) -> str:
@@ -334,13 +347,37 @@ class Run(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+# Keys and values of the design that this version doesn't carry out: (key, value or type or ... for any, name, remedy).
+_LATER: tuple[tuple[str, object, str, str], ...] = (
+    ("tune", ..., "tune", "remove the section"),
+    ("method.type", "prompt", "method.type prompt", "use full, lora or qlora"),
+    ("data.eval.stratify", ..., "data.eval.stratify", "remove the key"),
+    ("train.precision", "fp16", "train.precision fp16", "use bf16 or fp32"),
+    ("scale.num_workers", dict, "scale.num_workers as a range", "give one number of workers"),
+)
+
+
+def _not_carried_out(tree: dict[str, Any]) -> list[str]:
+    """A sentence for each of `_LATER` that the tree holds: refused by name, not as a typo."""
+    lines = []
+    for key, wanted, name, remedy in _LATER:
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part, _LATER) if isinstance(node, dict) else _LATER
+        if node is not _LATER and (wanted in (..., node) or (wanted is dict and isinstance(node, dict))):
+            lines.append(f"{name} is not carried out by this version of ftray; {remedy}")
+    return lines
+
+
 def parse_run(tree: dict[str, Any], origin: str) -> Run:
     """Validates a tree of plain values. Raises ConfigError with one line for each wrong key; `origin` names the file."""
-    try:
-        return Run.model_validate(tree)
-    except ValidationError as err:
-        lines = runfile.explain(err, Run)
-        raise ConfigError(f"{origin}: " + ("\n  ".join(["", *lines]).lstrip(" ") if len(lines) > 1 else lines[0])) from None
+    lines = _not_carried_out(tree)
+    if not lines:
+        try:
+            return Run.model_validate(tree)
+        except ValidationError as err:
+            lines = runfile.explain(err, Run, tree)
+    raise ConfigError(f"{origin}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{origin}:", *lines]))
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-import typing
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,9 @@ def _parse(text: str, origin: str) -> Any:
         place = f"{origin}, line {mark.line + 1}, column {mark.column + 1}" if mark else origin
         raise ConfigError(f"{place}: {err.problem}; correct the YAML there") from None
     except yaml.YAMLError as err:
-        raise ConfigError(f"{origin} is not YAML: {' '.join(str(err).split())}") from None
+        raise ConfigError(f"{origin} is not YAML: {' '.join(str(err).split())}; write it anew") from None
+    except (RecursionError, ValueError) as err:  # nested thousands deep; a date such as 2024-13-45
+        raise ConfigError(f"{origin} can't be read: {' '.join(str(err).split())}; correct the YAML there") from None
 
 
 def apply_override(tree: dict[str, Any], text: str) -> None:
@@ -60,81 +64,184 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"'{text}' is not an override; write key.sub=value, for example train.max_steps=10")
     node: Any = tree
     for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"{key}: '{part}' is not a place in a list of {len(node)}; use 0 to {len(node) - 1}")
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-            if not last and not isinstance(node.get(part), (dict, list)):
-                node[part] = {}
-        else:  # pragma: no cover - the branch above always leaves a container
-            raise ConfigError(f"{key}: nothing below '{parts[depth - 1]}'")
-        if last:
-            node[index] = _parse(value, f"override {key}")
-        else:
-            if isinstance(node, list) and not isinstance(node[index], (dict, list)):
-                raise ConfigError(f"{key}: entry {index} is no mapping; override it whole")
-            node = node[index]
+        above = ".".join(parts[:depth])
+        place: Any = _place_in_list(node, part, key, above) if isinstance(node, list) else part
+        if depth == len(parts) - 1:
+            node[place] = _parse(value, f"override {key}")
+            return
+        below = node[place] if isinstance(node, list) else node.get(place)
+        if below is None and isinstance(node, dict):
+            below = {}
+        if not isinstance(below, (dict, list)):
+            raise ConfigError(
+                f"{key}: {'.'.join(parts[: depth + 1])} holds {_shown(below)} and no keys; override it whole"
+            )
+        node[place] = copy.copy(below)  # the file may name one mapping in two places (&anchor, *alias)
+        node = node[place]
 
 
-def explain(err: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One sentence for each complaint of pydantic: dotted key, value, what is wrong, remedy."""
-    known = known_keys(root)
-    lines: list[str] = []
+def _place_in_list(node: list[Any], part: str, key: str, above: str) -> int:
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    remedy = f"use 0 to {len(node) - 1}" if node else f"override {above} whole"
+    raise ConfigError(f"{key}: '{part}' is not a place in {above}, a list of {len(node)}; {remedy}")
+
+
+def explain(err: ValidationError, root: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
+    """One sentence for each wrong key of the tree: dotted key, value, what it must be, remedy."""
+    schema = Schema(root)
+    complaints: dict[str, list[Any]] = {}
     for item in err.errors():
-        line = _sentence(item, known)
-        if line not in lines:
-            lines.append(line)
-    return lines
+        complaints.setdefault(_written_key(item, tree), []).append(item)
+    # Of a key that may be several things, pydantic complains for each; what is wrong further down says which was meant.
+    return [
+        _sentence(key, items, schema)
+        for key, items in complaints.items()
+        if not any(other.startswith(f"{key}.") for other in complaints) or not key
+    ]
 
 
-def _sentence(item: Any, known: list[str]) -> str:
-    # Union members and list positions appear in pydantic's location; only names and numbers that a user wrote stay.
-    spelled = [str(part) for part in item["loc"] if isinstance(part, int) or _is_key(str(part))]
-    key, kind, value = ".".join(spelled), item["type"], item.get("input")
+def _written_key(item: Any, tree: Any) -> str:
+    """The dotted key as the user wrote it: pydantic's location also names the members of unions."""
+    spelled: list[str] = []
+    for part in item["loc"]:
+        if part in (range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()):
+            tree = tree[part]
+        elif item["type"] not in ("missing", "invalid_key") or part != item["loc"][-1]:
+            continue
+        spelled.append(str(part))
+    return ".".join(spelled)
+
+
+def _sentence(key: str, items: list[Any], schema: Schema) -> str:
+    kind, value, context = items[0]["type"], items[0].get("input"), items[0].get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key {key}; {_closest(key, known)}"
+        return f"unknown key {key}; {schema.closest(key)}"
     if kind == "missing":
         return f"the key {key} is missing; add it"
-    shown = "" if isinstance(value, dict) else f" ({json.dumps(value, default=str, ensure_ascii=False)})"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "invalid_key":
+        return f"the key {key} is no name; write it as text, or remove it"
+    if "[key]" in items[0]["loc"]:
+        return f"unknown key {key}; use {context['expected'].replace(' or ', ', ')}"
     if kind == "value_error":
-        return message if isinstance(value, dict) and not key else f"{key}{shown} {message}" if shown else f"{key}: {message}"
-    if kind == "literal_error":
-        return f"{key}{shown} must be one of {item['ctx']['expected'].replace(' or ', ', ')}"
-    return f"{key}{shown} is wrong: {message[0].lower() + message[1:]}"
+        message = str(items[0]["msg"]).removeprefix("Value error, ")
+        if isinstance(value, dict):
+            return f"{key}: {message}" if key else message
+        return f"{key}{'' if isinstance(value, list) else f' ({_shown(value)})'} {message}"
+    shown = "" if isinstance(value, dict) else f" ({_shown(value)})"
+    for name, words in LIMITS.items():
+        if name in context and len(items) == 1:
+            return f"{key}{shown} must be {words} {_number(context[name])}"
+    quoted = "; put it in quotes" if kind == "string_type" and not isinstance(value, (dict, list, type(None))) else ""
+    return f"{key}{shown} must be {schema.expected(key)}{quoted}"
 
 
-def _is_key(part: str) -> bool:
-    return part.islower() and part.isidentifier() and part not in ("int", "str", "float", "constrained")
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # YAML can write a list that holds itself
+        text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _closest(key: str, known: list[str]) -> str:
-    """Names the nearest key: first by the whole dotted name, then by the last part in any section."""
-    plain = ".".join(p for p in key.split(".") if not p.isdigit())
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
-    leaf = plain.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-    near = near or difflib.get_close_matches(leaf, [k for k in known if "." not in k], n=1, cutoff=0.7)
-    if not near:
-        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    return f"did you mean {near[0]}?" if near else "remove it; the keys are listed in docs/run-file.md"
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def known_keys(root: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys below a section, list entries included without their number."""
-    keys: list[str] = []
-    for name, field in root.model_fields.items():
-        keys.append(prefix + name)
-        for section in _sections(field.annotation):
-            keys += [k for k in known_keys(section, f"{prefix}{name}.") if k not in keys]
-    return keys
+class Schema:
+    """What a section of the run file may hold, in words: for messages and for the reference page."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self.tree = root.model_json_schema()
+
+    def options(self, node: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The plain schemas that a value may follow; null is left out."""
+        if "$ref" in node:
+            return self.options(self.tree["$defs"][node["$ref"].rsplit("/", 1)[-1]])
+        if "anyOf" in node:
+            return [plain for member in node["anyOf"] for plain in self.options(member)]
+        return [] if node.get("type") == "null" else [dict(node)]
+
+    def sections(self, node: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The groups of keys that a value may be, or a list of them."""
+        found = []
+        for plain in self.options(node):
+            if plain["type"] == "array":
+                found += self.sections(plain["items"])
+            elif "properties" in plain:
+                found.append(plain)
+        return found
+
+    def known(self, node: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[str]:
+        """All dotted keys, those of list entries without a number."""
+        for section in self.sections(node or self.tree):
+            for name, below in section["properties"].items():
+                yield prefix + name
+                yield from self.known(below, f"{prefix}{name}.")
+
+    def expected(self, key: str) -> str:
+        """What a key must be, for a key that the schema knows."""
+        nodes = self.options(self.tree)
+        for part in key.split("."):
+            below: list[Any] = []
+            for node in nodes:
+                if part.isdecimal() and "items" in node:
+                    below += self.options(node["items"])
+                elif part in node.get("properties", {}):
+                    below += self.options(node["properties"][part])
+                elif isinstance(node.get("additionalProperties"), dict):
+                    below += self.options(node["additionalProperties"])
+            nodes = below
+        return " or ".join(dict.fromkeys(map(self.phrase, nodes)))
+
+    def phrase(self, plain: Mapping[str, Any]) -> str:
+        """A plain schema in words, such as "a whole number from 1 up"."""
+        if "const" in plain:
+            return f"'{plain['const']}'"
+        if "enum" in plain:
+            return f"one of {', '.join(plain['enum'])}"
+        kind = plain["type"]
+        if kind in ("integer", "number"):
+            return ("a whole number" if kind == "integer" else "a number") + _range(plain)
+        if kind == "array":
+            entries = " or ".join(self.phrase(p) for p in self.options(plain["items"]))
+            return f"a list{' with something in it' if plain.get('minItems') else ''} (each entry {entries})"
+        if kind == "object":
+            return f"a mapping with {', '.join(plain['properties'])}" if "properties" in plain else "a mapping"
+        return {"string": "text that isn't empty" if plain.get("minLength") else "text", "boolean": "true or false"}[
+            kind
+        ]
+
+    def closest(self, key: str) -> str:
+        """Names the key that an unknown one may have meant: of the same name elsewhere, then alike in its own section."""
+        *above, leaf = [part for part in key.split(".") if not part.isdecimal()] or [key]
+        section = "".join(f"{part}." for part in above)
+        leaf = re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", leaf).lower()
+        known = list(dict.fromkeys(self.known()))
+        own = {
+            k.removeprefix(section): k for k in known if k.startswith(section) and "." not in k.removeprefix(section)
+        }
+        near = [own[leaf]] if leaf in own else [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+        near = near or [own[m] for m in difflib.get_close_matches(leaf, own, n=1, cutoff=0.6)]
+        near = near or [k for k in known if "".join(word[0] for word in k.rsplit(".", 1)[-1].split("_")) == leaf]  # lr
+        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+        near = near or [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+        return f"did you mean {near[0]}?" if near else "remove it; the keys are listed in docs/run-file.md"
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for arg in typing.get_args(annotation) for section in _sections(arg)]
+def _range(plain: Mapping[str, Any]) -> str:
+    """The limits of a number in words; pydantic writes them by JSON schema's names or by its own."""
+
+    def limit(*names: str) -> Any:
+        return next((plain[name] for name in names if name in plain), None)
+
+    least, above = limit("minimum", "ge"), limit("exclusiveMinimum", "gt")
+    most, below = limit("maximum", "le"), limit("exclusiveMaximum", "lt")
+    if least is not None and most is not None:
+        return f" from {_number(least)} to {_number(most)}"
+    low = f"from {_number(least)} up" if least is not None else f"above {_number(above)}" if above is not None else ""
+    high = f"at most {_number(most)}" if most is not None else f"below {_number(below)}" if below is not None else ""
+    return f" {', '.join(words for words in (low, high) if words)}" if low or high else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"

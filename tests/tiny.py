@@ -32,7 +32,7 @@ SOUNDS = {
     "pig": "oink",
     "sheep": "baa",
 }
-NAMES = ("Ada", "Bo", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jun", "Kai", "Lou", "Mia", "Ned", "Ola", "Zoë")
+NAMES = ("Ada", "Bo", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jun", "Kai", "Lou", "Mia", "Ned", "Zoë")
 Shape = Literal["messages", "prompt-completion", "alpaca", "text", "sharegpt"]
 
 

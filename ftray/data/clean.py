@@ -65,20 +65,25 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
         except BadRecord as bad:
             if rules.part == "eval":
                 continue
-            yield Quarantined(chunk.uri, raw.position, bad.rule, str(bad), _excerpt(raw.value))
+            yield Quarantined(chunk.uri, raw.position, bad.rule, _clip(str(bad)), _excerpt(raw.value))
 
 
 def split_part(record: dict[str, Any], fraction: float | None) -> str:
     """`eval` for that fraction of records, else `train`: by a hash of the record's content, never by its place."""
     if fraction is None:
         return "train"
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are no text
+        raise BadRecord("invalid_json", f"can't be written as JSON: {err}") from None
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "eval" if int.from_bytes(digest, "big") < fraction * 2**64 else "train"
 
 
 def _parse(raw: RawRecord) -> dict[str, Any]:
     if isinstance(raw.value, dict):
+        if None in raw.value:  # so csv calls what has no column
+            raise BadRecord("too_many_fields", "the line has more fields than the header; put quotes around commas")
         return raw.value
     try:
         record = json.loads(raw.value.decode("utf-8"))
@@ -100,8 +105,6 @@ def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rule
             encoded, messages = chat.encode_example(conversation), conversation
     except DataError as err:
         raise BadRecord("bad_turn", str(err)) from None
-    except UnicodeEncodeError:
-        raise BadRecord("invalid_utf8", "its text has half of a surrogate pair") from None
     num_tokens = len(encoded.input_ids)
     if num_tokens > rules.max_seq_len:
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
@@ -111,5 +114,15 @@ def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rule
 
 
 def _excerpt(value: bytes | dict[str, Any]) -> str:
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + "…"
+    if isinstance(value, bytes):
+        return _clip(value[: 4 * EXCERPT_CHARS + 4].decode("utf-8", "replace"))
+    try:
+        return _clip(json.dumps(value, ensure_ascii=False, default=str))
+    except (RecursionError, TypeError, ValueError):
+        return ""
+
+
+def _clip(text: str) -> str:
+    """The beginning of a text, as text that can be written to any file."""
+    short = text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()

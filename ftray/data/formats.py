@@ -34,8 +34,8 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
         return _from_sharegpt(record.get("conversations"))
     if name == "alpaca":
         question = _text(record, "instruction")
-        extra = record.get("input")
-        return _pair(f"{question}\n\n{extra}" if isinstance(extra, str) and extra.strip() else question, record, "output")
+        extra = _text(record, "input") if record.get("input") not in (None, "") else ""
+        return _pair(f"{question}\n\n{extra}" if extra else question, record, "output")
     if name == "prompt-completion":
         return _pair(_text(record, "prompt"), record, "completion")
     return _text(record, "text")

@@ -164,8 +164,6 @@ class TransformersEngine:
         manager, self._manager = self._manager, None
         if manager is None:
             return
-        for _, inbox in self._inboxes.values():
-            inbox.put_nowait(EngineError("the engine was stopped"))
         await asyncio.to_thread(manager.stop, block=True, hard_stop=True)  # frees the cache, too
         manager.destroy()
         self._put_attention_back()

@@ -268,6 +268,12 @@ def test_no_part_of_a_stop_string_is_ever_shown(
     assert stream.stopped == (text != expected)
 
 
+def test_the_first_of_two_stop_strings_in_one_token_counts() -> None:
+    words = ["say ", "x--y++z"]
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids), ("++", "--"))
+    assert feed(stream, [0, 1]) == ["say ", "x", ""]
+
+
 def test_a_stop_string_ends_the_request(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer("hello")["input_ids"]
     whole = generate_all(model, tokenizer, [prompt], SamplingParams(max_tokens=60))[0]
@@ -335,8 +341,9 @@ def test_an_aborted_request_ends_and_frees_its_place(tokenizer: Any, monkeypatch
         await engine.abort("unknown")
         with pytest.raises(EngineError, match="first was aborted"):
             await first
-        async for _ in engine.generate("second", [1, 2], long):  # the client leaves after one token
-            break
+        for i in range(10):
+            async for _ in engine.generate(f"second {i}", [1, 2], long):  # the client leaves after one token
+                break
         gc.collect()  # an iterator that was left is closed when it is collected
         async with asyncio.timeout(3):  # the only place is free again
             await complete(engine, "third", [1, 2], SamplingParams(max_tokens=2))

@@ -295,7 +295,7 @@ def test_a_store_that_is_down_is_told_after_the_deadline(
         proxy.fraction = 1.0
         with pytest.raises(StorageError, match=r"gave no good answer for .* within 1 s \(last: 503\)"):
             storage.read_bytes(storage.join(place, "x"))
-        assert proxy.count["503"] >= 3
+        assert 2 <= proxy.count["503"] <= 4, "after 0.1, 0.2 and 0.4 s the next wait would pass the deadline"
 
 
 def test_an_owner_whose_store_is_down_holds_its_lease_for_lost(

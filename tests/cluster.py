@@ -1,0 +1,135 @@
+"""One Ray for a test module, and runs of the tiny model on it through ftray's own driver."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from ftray import config, console, storage
+from ftray.train.identity import open_run
+from ftray.train.launch import train
+from ftray.train.timeline import Found
+
+DEADLINE_S = 300.0
+
+
+@contextmanager
+def local_ray(num_cpus: int = 4) -> Iterator[None]:
+    """A Ray of its own, quiet."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def make_run(directory: Path, model: Path, data: Path, **overrides: Any) -> config.Run:
+    """A small run: 2 workers, rows of 128 tokens, global batch 4, fp32. overrides: dotted keys with __ for the dot."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "storage": str(directory),
+        "model": {"base": str(model)},
+        "method": {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
+        "data": {"max_seq_len": 128, "chunk_mb": 0.002, "train": [{"path": str(data)}]},
+        "train": {"max_steps": 12, "global_batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"},
+        "deepspeed": {"zero_stage": 2},
+        "scale": {"num_workers": 2},
+        "checkpoint": {"every": 4, "keep": 9},
+        "evaluate": {"metrics": ["loss", "rouge"], "num_generations": 4, "max_new_tokens": 12},
+    }
+    for key, value in overrides.items():
+        *path, last = key.split("__")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return config.parse_run(tree, "test")
+
+
+class Watched(io.StringIO):
+    """A stream for a Console that calls `act` once when the text first holds `until`."""
+
+    def __init__(self, until: str = "", act: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._until, self._act = until, act
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self._act is not None and self._until in self.getvalue():
+            act, self._act = self._act, None
+            threading.Thread(target=act, daemon=True).start()
+        return written
+
+
+def run_training(run: config.Run, until: str = "", act: Callable[[], None] | None = None) -> tuple[Found, str]:
+    """Trains in this process; returns the last checkpoint and what the user saw."""
+    stream = Watched(until, act)
+    run_dir = open_run(run)
+    kept, console.PLAIN_EVERY_S = console.PLAIN_EVERY_S, 0.0
+    try:
+        found = train(run, run_dir, console.Console(stream))
+    finally:
+        console.PLAIN_EVERY_S = kept
+    return found, stream.getvalue()
+
+
+def press_ctrl_c() -> None:
+    """What a terminal does to the foreground process."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill_a_worker() -> None:
+    """SIGKILL to one training worker of this process's Ray."""
+    workers = [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p)]
+    assert workers, "no training worker is running"
+    workers[-1].kill()
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    title = " ".join(process.info["cmdline"] or [])
+    if "RayTrainWorker" not in title:
+        return False
+    try:
+        return any(p.pid == os.getpid() for p in process.parents())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def losses(run_dir: str) -> dict[int, float]:
+    """Loss of each step in metrics.jsonl; fails if a step appears twice."""
+    lines = [json.loads(line) for line in storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), f"steps repeat or are out of order: {steps}"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def weights_hash(found: Found) -> str:
+    """sha256 over a checkpoint's tensors: weights and moments."""
+    from ftray.train.checkpoint import load_checkpoint
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_checkpoint(found).items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Waits until a condition holds."""
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"waited too long for {what}"
+        time.sleep(0.1)

@@ -1,0 +1,115 @@
+"""A run continues as if nothing had happened: losses and weights are bit-identical to the uninterrupted run's (P2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftray.errors import ConfigError, DataError, Interrupted
+from ftray.train.timeline import list_checkpoints
+from tests import cluster, tiny
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    root = tmp_path_factory.mktemp("parts")
+    found = {
+        "model": tiny.write_tiny_model(root / "model"),
+        "data": tiny.write_records(root / "data", 60),
+        "heldout": tiny.write_records(root / "heldout", 16, seed=1),
+    }
+    with cluster.local_ray():
+        yield found
+
+
+def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
+    return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [("lora", 0), ("lora", 2), ("full", 3)], ids=["lora-stage-0", "lora-zero-2", "full-zero-3"]
+)
+def test_interrupted_and_killed_runs_end_bit_identical(
+    parts: dict[str, Path], tmp_path: Path, method: str, stage: int
+) -> None:
+    settings: dict[str, Any] = {"method__type": method, "deepspeed__zero_stage": stage}
+    smooth, _ = cluster.run_training(run_of(parts, tmp_path / "smooth", **settings))
+    expected = cluster.losses(str(tmp_path / "smooth/tiny"))
+    assert sorted(expected) == list(range(12))
+    assert expected[11] < 0.9 * expected[0], "the model must learn, or equal losses prove nothing"
+
+    rough = run_of(parts, tmp_path / "rough", **settings)
+    with pytest.raises(Interrupted, match="checkpoint of step"):
+        cluster.run_training(rough, "step 6/12", cluster.press_ctrl_c)
+    stopped_at = list_checkpoints(str(tmp_path / "rough/tiny"))[0].step
+    assert 6 <= stopped_at < 12
+    found, text = cluster.run_training(rough, f"step {stopped_at + 1}/12", cluster.kill_a_worker)
+    assert f"continuing at step {stopped_at}" in text
+    assert found.progress.finished
+    assert cluster.losses(str(tmp_path / "rough/tiny")) == expected
+    assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
+
+
+def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method__dropout": 0.1, "deepspeed__zero_stage": 1, "train__max_steps": 6}
+    cluster.run_training(run_of(parts, tmp_path / "two", **settings))
+    cluster.run_training(run_of(parts, tmp_path / "one", scale__num_workers=1, **settings))
+    two, one = cluster.losses(str(tmp_path / "two/tiny")), cluster.losses(str(tmp_path / "one/tiny"))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(parts: dict[str, Path], tmp_path: Path) -> None:
+    run = run_of(
+        parts,
+        tmp_path,
+        data__eval=[{"path": str(parts["heldout"])}],
+        train__learning_rate=1.0,  # far too high: it gets worse from the first step on
+        train__schedule="constant",
+        evaluate__every=1,
+        evaluate__early_stopping=2,
+        checkpoint__keep=1,
+    )
+    found, text = cluster.run_training(run)
+    assert found.progress.finished
+    assert found.progress.best is not None
+    best = int(found.progress.best["step"])
+    assert found.step == best + 2 < 12
+    assert {f.step for f in list_checkpoints(str(tmp_path / "tiny"))} == {best, found.step}
+    assert text.count("held-out loss at step") == found.step
+
+
+def test_a_finished_run_does_nothing_again(parts: dict[str, Path], tmp_path: Path) -> None:
+    run = run_of(parts, tmp_path, train__max_steps=2)
+    first, _ = cluster.run_training(run)
+    again, text = cluster.run_training(run)
+    assert again.uri == first.uri
+    assert "training is complete (2 steps)" in text
+
+
+def test_changed_data_and_other_settings_are_refused_by_name(parts: dict[str, Path], tmp_path: Path) -> None:
+    data = tiny.write_records(tmp_path / "data", 30)
+    run = run_of(parts | {"data": data}, tmp_path, train__max_steps=2)
+    cluster.run_training(run)
+    with pytest.raises(ConfigError, match=r"train\.learning_rate \(0\.005 → 0\.001\)"):
+        cluster.run_training(run_of(parts | {"data": data}, tmp_path, train__max_steps=2, train__learning_rate=1e-3))
+    tiny.write_records(tmp_path / "data", 30, seed=9)
+    with pytest.raises(DataError, match="changed since its checkpoint"):
+        cluster.run_training(run)
+
+
+def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"packed rows, fewer than train\.global_batch_size \(4096\)"):
+        cluster.run_training(run_of(parts, tmp_path / "a", train__global_batch_size=4096))
+    with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):
+        cluster.run_training(run_of(parts, tmp_path / "b", scale__num_workers=64, train__global_batch_size=64))
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, Path], tmp_path: Path) -> None:
+    from ftray.errors import RunError
+
+    run = run_of(parts, tmp_path, train__learning_rate=1e30, train__max_bad_steps=2, train__warmup=0, method__type="full")
+    with pytest.raises(RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"):
+        cluster.run_training(run)
