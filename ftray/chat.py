@@ -69,7 +69,9 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ModelError("the tokenizer has no chat template; use an instruct model, or add a template to the tokenizer")
+            raise ModelError(
+                "the tokenizer has no chat template; use an instruct model, or add a template to the tokenizer"
+            )
         self._tokenizer = tokenizer
         self._specials = _special_tokens(tokenizer)
         self._special_ids = frozenset(self._specials.values())
@@ -118,9 +120,7 @@ class ChatFormat:
         """Text of ids, special tokens shown."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _segments(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
-    ) -> list[tuple[str, bool]]:
+    def _segments(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
         """The rendered text, cut before and after each assistant turn; True marks turns that are learned."""
         full = self._render(messages, add_generation_prompt)
         segments: list[tuple[str, bool]] = []
@@ -151,7 +151,7 @@ class ChatFormat:
             return str(
                 self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
-        except Exception as err:  # a template may raise anything: jinja errors, or its own raise_exception()
+        except Exception as err:  # noqa: BLE001 - a template may raise anything: jinja's errors, or raise_exception()
             raise DataError(f"the chat template refuses the conversation: {' '.join(str(err).split())[:200]}") from None
 
     def _tokenize(self, text: str) -> list[int]:

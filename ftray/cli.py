@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from ftray import config
 from ftray.console import Console
-from ftray.errors import ConfigError, FtrayError, Interrupted
+from ftray.errors import ConfigError, FtrayError, Interrupted, innermost
 
 if TYPE_CHECKING:
     from ftray.train.timeline import Found
@@ -24,9 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = arguments.verb(arguments, console)
         return code
-    except FtrayError as err:
-        print(f"ftray: {err}", file=sys.stderr)
-        return err.exit_code
+    except Exception as err:
+        known = innermost(err)  # what a Ray task raised arrives wrapped
+        if not isinstance(known, FtrayError):
+            raise
+        print(f"ftray: {known}", file=sys.stderr)
+        return known.exit_code
     except KeyboardInterrupt:
         print("ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
@@ -118,22 +121,25 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _parts(run: config.Run) -> str:
-    return f"{run.scale.num_workers} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
+    return (
+        f"{run.scale.num_workers} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
+    )
 
 
 @contextmanager
-def _owned(run: config.Run, console: Console) -> Iterator[str]:
-    """The run's directory, checked, leased and with Ray up."""
+def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator[str]:
+    """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
-    from ftray.session import ray_session
+    from ftray.session import quiet, ray_session
     from ftray.train.identity import open_run
 
     run_dir = open_run(run)
-    with (
-        storage.acquire_lease(run_dir),
-        ray_session(run.name, run.scale.num_workers * run.scale.cpus_per_worker, console),
-    ):
-        yield run_dir
+    with storage.acquire_lease(run_dir), quiet(run.name, console):
+        from ftray.train.preflight import preflight
+
+        preflight(run)
+        with ray_session(run.scale.num_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
+            yield run_dir
 
 
 def train(arguments: argparse.Namespace, console: Console) -> int:
@@ -170,7 +176,7 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 def export(arguments: argparse.Namespace, console: Console) -> int:
     """Writes the adapter and the merged model."""
     run = open_target(arguments.run, arguments.overrides)
-    with _owned(run, console) as run_dir:
+    with _owned(run, console, with_ray=False) as run_dir:
         from ftray.train.export import export as write
 
         where = write(run, run_dir, console)
@@ -182,12 +188,12 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     """Serves the exported model until Ctrl-C."""
     from ftray import storage
     from ftray.serve.run import check_endpoint, run_until_signal, start_endpoint
-    from ftray.session import ray_session
+    from ftray.session import quiet, ray_session
 
     run = open_target(arguments.run, arguments.overrides)
     model_dir = storage.join(storage.absolute(run.directory), *_whole(run))
     check_endpoint(model_dir, run.serve)
-    with ray_session(run.name, run.serve.max_replicas * run.scale.cpus_per_worker, console):
+    with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
         endpoint = start_endpoint(model_dir, run.name, run.serve)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
         run_until_signal(endpoint)

@@ -255,7 +255,7 @@ class Serve(Section):
     """Replicas at most."""
     target_ongoing_requests: Annotated[Float, Field(gt=0)] = 8.0
     """Ongoing requests a replica that autoscaling aims for."""
-    max_queued_requests: Annotated[Int, Field(ge=0)] = 64
+    max_queued_requests: Positive = 64
     """Requests that may wait; more are answered 503."""
     max_tokens: Positive = 1024
     """Most tokens that a request may ask for; also the default."""

@@ -75,3 +75,15 @@ class Interrupted(FtrayError):
     """Ctrl-C; the same command continues the run."""
 
     exit_code = 130
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error at the bottom: Ray wraps what a task or actor raised, in several layers. An FtrayError ends the search."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        below = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(below, BaseException) or (isinstance(error, FtrayError) and type(error).__module__ == __name__):
+            return error
+        error = below
+    return error

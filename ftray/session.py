@@ -1,6 +1,6 @@
-"""A Ray session for one command: an address from the environment, or a Ray of its own on this machine. Quiet.
+"""Surroundings of one command: libraries' output in a log file, and a Ray, started here or joined.
 
-Knows Ray's start and stop; nothing of runs beyond the number of CPUs they need.
+Knows nothing of runs beyond a name and a number of CPUs.
 """
 
 from __future__ import annotations
@@ -12,31 +12,43 @@ from contextlib import contextmanager
 
 from ftray import storage
 from ftray.console import Console
+from ftray.errors import ConfigError
 
 
 @contextmanager
-def ray_session(name: str, num_cpus: float, console: Console) -> Iterator[None]:
-    """Ray, started or joined (RAY_ADDRESS), its output in a log file that the console names.
-
-    num_cpus: CPUs that training workers reserve; a Ray started here has one more, so that data is never starved.
-    """
+def quiet(name: str, console: Console) -> Iterator[None]:
+    """What Ray, its processes and the libraries print goes to a log file, which the console names."""
     log = storage.cache_directory() / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console.say(f"what Ray and other libraries print goes to {log}")
     with console.quiet_natives(log):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
+        yield
 
-        console.say(f"starting Ray; what it and the libraries print goes to {log}")
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
-        else:
-            total = max(os.cpu_count() or 1, int(num_cpus)) + 1
-            ray.init(
-                address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning"
-            )
+
+@contextmanager
+def ray_session(num_cpus: float) -> Iterator[None]:
+    """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
+
+    num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
+    when the cluster can't be reached.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
         try:
-            yield
-        finally:
-            ray.shutdown()
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except (ConnectionError, RuntimeError, ValueError) as err:
+            reason = " ".join(str(err).split())[:200]
+            raise ConfigError(
+                f"RAY_ADDRESS {address}: no Ray cluster answers ({reason}); correct or unset it"
+            ) from None
+    else:
+        total = max(os.cpu_count() or 1, int(num_cpus)) + 1
+        ray.init(address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()

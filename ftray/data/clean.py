@@ -16,7 +16,7 @@ from ftray.data.formats import BadRecord, read_record
 from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.errors import DataError
 
-EXCERPT_CHARS = 160
+EXCERPT_CHARS, DETAIL_CHARS = 160, 400
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Rules:
 def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
     """Every record of a chunk that belongs to the part, in file order, as an example or a quarantine entry.
 
-    A bad record belongs to the training part, so that it is counted once.
+    What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
     """
     for raw in read_chunk(chunk):
+        part = "train"
         try:
             record = _parse(raw)
             part = split_part(record, rules.eval_fraction)
-            if rules.part is not None and part != rules.part:
-                continue
-            yield _encode(raw.position, record, chat, rules)
+            if rules.part in (None, part):
+                yield _encode(raw.position, record, chat, rules)
         except BadRecord as bad:
-            if rules.part == "eval":
+            if rules.part not in (None, part):
                 continue
-            yield Quarantined(chunk.uri, raw.position, bad.rule, _clip(str(bad)), _excerpt(raw.value))
+            yield Quarantined(chunk.uri, raw.position, bad.rule, _clip(str(bad), DETAIL_CHARS), _excerpt(raw.value))
 
 
 def split_part(record: dict[str, Any], fraction: float | None) -> str:
@@ -122,7 +122,7 @@ def _excerpt(value: bytes | dict[str, Any]) -> str:
         return ""
 
 
-def _clip(text: str) -> str:
+def _clip(text: str, num_chars: int = EXCERPT_CHARS) -> str:
     """The beginning of a text, as text that can be written to any file."""
-    short = text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS] + "…"
+    short = text if len(text) <= num_chars else text[:num_chars] + "…"
     return short.encode("utf-8", "backslashreplace").decode()

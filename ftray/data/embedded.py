@@ -26,7 +26,17 @@ NUM_EVAL_RECORDS = 96
 NUM_TRAIN_CHARS = 158_000  # code and docstrings: about 80,000 tokens with the template's own
 SHARD_RECORDS = 200
 MAX_CODE_CHARS = 900
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "ensurepip",
+}
 
 
 def resolve(path: str) -> str:
@@ -45,7 +55,10 @@ def _write(directory: Path) -> None:
     train, evaluation = _split(list(_functions(Path(sysconfig.get_paths()["stdlib"]))))
     for part, records in (("train", train), ("eval", evaluation)):  # eval last: its presence says that all is there
         for n in reversed(range(0, len(records), SHARD_RECORDS)):
-            lines = [_record(code, doc, as_messages=n // SHARD_RECORDS % 2 == 0) for code, doc in records[n : n + SHARD_RECORDS]]
+            lines = [
+                _record(code, doc, as_messages=n // SHARD_RECORDS % 2 == 0)
+                for code, doc in records[n : n + SHARD_RECORDS]
+            ]
             storage.write_bytes(str(directory / part / f"part-{n // SHARD_RECORDS:03d}.jsonl"), "".join(lines).encode())
 
 

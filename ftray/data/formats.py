@@ -8,7 +8,14 @@ from typing import Any
 from ftray.chat import Message, read_messages
 from ftray.errors import DataError
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
 class BadRecord(Exception):
@@ -23,7 +30,7 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
     """Turns of a record, or its plain text.
 
     format: a name of `data.train[].format`; `auto` looks at the keys. columns: role → column, for the format columns.
-    Raises BadRecord: unknown_shape, missing_field, no_answer, bad_turn.
+    Raises BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn.
     """
     if columns is not None:
         return _from_columns(record, columns)
@@ -34,8 +41,10 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
         return _from_sharegpt(record.get("conversations"))
     if name == "alpaca":
         question = _text(record, "instruction")
-        extra = _text(record, "input") if record.get("input") not in (None, "") else ""
-        return _pair(f"{question}\n\n{extra}" if extra else question, record, "output")
+        extra = record.get("input")
+        if extra is not None and (not isinstance(extra, str) or extra.strip()):
+            question += f"\n\n{_text(record, 'input')}"
+        return _pair(question, record, "output")
     if name == "prompt-completion":
         return _pair(_text(record, "prompt"), record, "completion")
     return _text(record, "text")
@@ -72,7 +81,9 @@ def _from_sharegpt(raw: object) -> list[Message]:
     if not isinstance(raw, list):
         raise BadRecord("bad_turn", "conversations must be a list")
     turns = [
-        {"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} if isinstance(t, dict) else t
+        {"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")}
+        if isinstance(t, dict)
+        else t
         for t in raw
     ]
     return _turns(turns)

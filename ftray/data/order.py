@@ -97,7 +97,9 @@ def _due(count: int, share: Fraction) -> Fraction:
     return (count + Fraction(1, 2)) / share
 
 
-def find_cursor(k: int, rows_by_chunk: Sequence[int], chunks: Sequence[tuple[str, int]], seed: int, source: int) -> Cursor:
+def find_cursor(
+    k: int, rows_by_chunk: Sequence[int], chunks: Sequence[tuple[str, int]], seed: int, source: int
+) -> Cursor:
     """Cursor of the k-th row (from 0) that a source gives over all epochs. rows_by_chunk: in the chunks' own order."""
     total = sum(rows_by_chunk)
     epoch, rest = divmod(k, total)

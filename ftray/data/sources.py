@@ -11,15 +11,19 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ftray import storage
 from ftray.data import embedded
 from ftray.errors import DataError
 
-READ_AHEAD = 1 << 16  # bytes fetched at a time to find the end of a chunk's last record
+READ_AHEAD = 1 << 16  # bytes fetched to find the end of a chunk's last record; doubled until it is found
+PIECE = 1 << 24  # bytes looked at together when lines are counted
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
 
 
@@ -50,7 +54,7 @@ class RawRecord:
     """position: byte offset, or number in the file. value: a line's bytes, or already an object."""
 
     position: int
-    value: bytes | dict[str, Any]
+    value: bytes | dict[Any, Any]
 
 
 def list_shards(path: str) -> list[Shard]:
@@ -72,7 +76,9 @@ def list_shards(path: str) -> list[Shard]:
         raise DataError(f"{path}: no such file or directory, or nothing in it; correct data.train or data.eval")
     known = [f for f in found if f.path.endswith(SUFFIXES)]
     if not known:
-        raise DataError(f"{path} holds {found[0].path} but no {', '.join(SUFFIXES)} file; convert the data to one of these")
+        raise DataError(
+            f"{path} holds {found[0].path} but no {', '.join(SUFFIXES)} file; convert the data to one of these"
+        )
     shards = [Shard(f.uri, f.path, f.size_bytes, f.etag) for f in known if f.size_bytes > 0]
     if not shards:
         raise DataError(f"{path}: all {len(known)} files are empty; put records into them or correct the path")
@@ -87,14 +93,16 @@ def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
         edges = _cut_row_groups(shard, chunk_bytes)
     else:
         edges = [0, shard.size_bytes]
-    return [Chunk(source, shard.uri, shard.path, shard.etag, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Chunk(source, shard.uri, shard.path, shard.etag, a, b) for a, b in pairwise(edges)]
 
 
 def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
     """Raw records of a chunk in file order. Raises DataError when the shard changed since it was listed."""
     _, etag = storage.size_and_etag(chunk.uri)
     if etag != chunk.etag:
-        raise DataError(f"{chunk.uri} changed while the run was using it; restore it, or start a new run under another name")
+        raise DataError(
+            f"{chunk.uri} changed while the run was using it; restore it, or start a new run under another name"
+        )
     if chunk.path.endswith((".jsonl", ".ndjson")):
         return _read_lines(chunk)
     if chunk.path.endswith(".parquet"):
@@ -111,33 +119,39 @@ def line_number(uri: str, position: int) -> int | None:
     """Line (from 1) at a byte offset of an uncompressed .jsonl file; None for other kinds. Reads up to the offset."""
     if not uri.endswith((".jsonl", ".ndjson")):
         return None
-    return storage.read_range(uri, 0, position).count(b"\n") + 1
+    pieces = pairwise([*range(0, position, PIECE), position])
+    return 1 + sum(storage.read_range(uri, start, end).count(b"\n") for start, end in pieces)
 
 
 def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
     # From one byte before the chunk: if that is a newline, a record begins at the chunk's first byte.
-    start = max(chunk.start - 1, 0)
-    data = storage.read_range(chunk.uri, start, chunk.end)
-    end = chunk.end
-    while not data.endswith(b"\n"):
-        more = storage.read_range(chunk.uri, end, end + READ_AHEAD)
-        newline = more.find(b"\n") + 1
-        data += more[:newline] if newline else more
-        end += len(more)
-        if newline or not more:
-            break
-    at = start
+    at = max(chunk.start - 1, 0)
+    data = storage.read_range(chunk.uri, at, chunk.end)
     if chunk.start > 0:
         first = data.find(b"\n") + 1
-        if not first or start + first >= chunk.end:
-            return  # the chunk lies inside one long record that began before it
-        data, at = data[first:], start + first
+        if not first or at + first >= chunk.end:
+            return  # the chunk lies inside one record that began before it
+        data, at = data[first:], at + first
+    if not data.endswith(b"\n"):
+        data += _rest_of_line(chunk.uri, chunk.end)
     if at == 0 and data.startswith(b"\xef\xbb\xbf"):
         data, at = data[3:], 3  # a byte order mark is no part of the first record
     for line in data.split(b"\n"):
         if line.strip():
             yield RawRecord(at, line)
         at += len(line) + 1
+
+
+def _rest_of_line(uri: str, start: int) -> bytes:
+    """From a byte offset to the next newline, or to the file's end."""
+    pieces, size = [], READ_AHEAD
+    while True:
+        piece = storage.read_range(uri, start, start + size)
+        newline = piece.find(b"\n") + 1
+        pieces.append(piece[:newline] if newline else piece)
+        if newline or len(piece) < size:
+            return b"".join(pieces)
+        start, size = start + size, size * 2
 
 
 def _numbered_lines(data: bytes) -> Iterator[RawRecord]:
@@ -149,15 +163,17 @@ def _numbered_lines(data: bytes) -> Iterator[RawRecord]:
 def _gunzip(uri: str, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
-    except (OSError, EOFError) as err:
+    except (OSError, EOFError, zlib.error) as err:
         raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
 
 
 def _read_array(uri: str, data: bytes) -> Iterator[RawRecord]:
     try:
         items = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
-    except ValueError as err:
-        raise DataError(f"{uri} is not JSON ({err}); a .json file is one array of records, use .jsonl for lines") from None
+    except (ValueError, RecursionError) as err:
+        raise DataError(
+            f"{uri} is not JSON ({err}); a .json file is one array of records, use .jsonl for lines"
+        ) from None
     if not isinstance(items, list):
         raise DataError(f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line in .jsonl")
     for number, item in enumerate(items):
@@ -169,8 +185,16 @@ def _read_csv(uri: str, data: bytes) -> Iterator[RawRecord]:
         text = data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as err:
         raise DataError(f"{uri} is not UTF-8 (byte {err.start}); convert it") from None
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""))):
-        yield RawRecord(number, {str(k): v for k, v in row.items()})
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # csv's own limit is 128 KB a field
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+        for number, row in enumerate(reader):
+            yield RawRecord(number, dict(row))  # fields beyond the header lie under the key None
+    except csv.Error as err:
+        raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
 
 
 def _cut_row_groups(shard: Shard, chunk_bytes: int) -> list[int]:
@@ -188,16 +212,28 @@ def _read_row_groups(chunk: Chunk) -> Iterator[RawRecord]:
     file = _open_parquet(chunk.uri)
     number = sum(file.metadata.row_group(g).num_rows for g in range(chunk.start))
     for group in range(chunk.start, chunk.end):
-        for row in file.read_row_group(group).to_pylist():
+        with _damage_explained(chunk.uri):
+            rows = file.read_row_group(group).to_pylist()
+        for row in rows:
             yield RawRecord(number, row)
             number += 1
 
 
 def _open_parquet(uri: str) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _damage_explained(uri):
         return pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else uri)
-    except pa.ArrowInvalid as err:
-        raise DataError(f"{uri} is not a parquet file ({str(err).splitlines()[0]}); write it anew") from None
+
+
+@contextmanager
+def _damage_explained(uri: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+        if isinstance(err, OSError) and err.errno is not None:
+            raise  # the disk's trouble, not the file's: it may pass
+        first = (str(err).splitlines() or ["damaged"])[0]
+        raise DataError(f"{uri} is not a whole parquet file ({first}); write it anew") from None

@@ -42,10 +42,11 @@ class ModelReplica:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         from ftray.engine.offline import load_engine
+        from ftray.serve.models import local_model
 
         self._settings = settings
         self._engine = load_engine(
-            settings.model_dir,
+            local_model(settings.model_dir),
             name=settings.model_id,
             dtype=settings.dtype,
             num_threads=settings.num_threads,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray import config
-from ftray.engine.directory import check_model_directory
+from ftray import config, storage
 from ftray.errors import ConfigError, RunError
 from ftray.serve.keys import read_key_hashes
+from ftray.serve.models import check_model
 
 _APP = "ftray"
 
@@ -43,7 +43,7 @@ def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str,
     Raises ConfigError (no key on an open host, port taken), ModelError (no model in the directory).
     """
     key_hashes = read_key_hashes(serve_cfg.host)
-    check_model_directory(Path(model_dir))
+    check_model(str(model_dir))
     _find_port(serve_cfg.host, serve_cfg.port)
     return key_hashes
 
@@ -63,7 +63,7 @@ def start_endpoint(model_dir: str | Path, model_id: str, serve_cfg: config.Serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         raise ConfigError("this Ray cluster serves an endpoint already; stop it, or use another cluster")
-    directory = str(Path(model_dir).resolve())  # replicas have another working directory
+    directory = storage.absolute(str(model_dir))  # replicas have another working directory
     app = build_app(directory, model_id, serve_cfg, key_hashes=key_hashes, **replica)
     serve.start(proxy_location="HeadOnly", http_options={"host": serve_cfg.host, "port": port}, logging_config=QUIET)
     try:

@@ -25,13 +25,12 @@ from ftray.console import Console
 from ftray.data.chunks import Stream, streams
 from ftray.data.index import Index, build_index, check_index
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table, make_plan
-from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError
-from ftray.model.load import check_base, load_tokenizer, tokenizer_hash
+from ftray.errors import ConfigError, DataError, FtrayError, Interrupted, Preempted, RunError, innermost
+from ftray.model.load import load_tokenizer, tokenizer_hash
 from ftray.train.identity import versions
 from ftray.train.loop import Job, train_worker
 from ftray.train.monitor import Monitor
 from ftray.train.timeline import Found, find_newest, merge_metrics
-from ftray.train.zero import deepspeed_config
 
 MAX_FAILURES = 3  # times that a crashed group of workers is started anew
 POLL_S = 0.3
@@ -96,8 +95,6 @@ def train(run: config.Run, run_dir: str, console: Console) -> Found:
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
     """
-    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.scale.num_workers)
-    check_base(run.model)
     use_gpu = check_resources(run)
     data = prepare_data(run, run_dir, console)
     newest = find_newest(run_dir, console.warn)
@@ -210,7 +207,7 @@ def _fit(trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console
                 _show(event, bar, console)
                 last = event
     if failure:
-        raise RunError(_cause(failure[0])) from failure[0]
+        raise RunError(_explain(failure[0])) from failure[0]
     if not last.get("finished", False):
         remedy = "run the same command again to continue"
         if caught and caught[0] == signal.SIGTERM:
@@ -249,11 +246,9 @@ def _signals(monitor: Any, console: Console) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message of what Ray Train raised, as one sentence."""
+def _explain(error: BaseException) -> str:
+    """What Ray Train raised, as one sentence: the innermost message."""
     failures = getattr(error, "worker_failures", None)
-    inner: BaseException = next(iter(failures.values())) if failures else error
-    while (below := getattr(inner, "cause", None) or inner.__cause__) is not None and below is not inner:
-        inner = below
-    text = " ".join(str(inner).split())
-    return f"training failed: {type(inner).__name__}: {text[:500]}"
+    inner = innermost(next(iter(failures.values())) if failures else error)
+    text = str(inner) if isinstance(inner, FtrayError) else f"{type(inner).__name__}: {inner}"
+    return f"training failed: {' '.join(text.split())[:500]}"

@@ -61,12 +61,14 @@ def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], 
     assert one == pytest.approx(two, rel=1e-5)
 
 
-def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     run = run_of(
         parts,
         tmp_path,
         data__eval=[{"path": str(parts["heldout"])}],
-        train__learning_rate=1.0,  # far too high: it gets worse from the first step on
+        train__learning_rate=1e-30,  # nothing changes: the first loss stays the best
         train__schedule="constant",
         evaluate__every=1,
         evaluate__early_stopping=2,
@@ -110,6 +112,10 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, Path], tmp_path: Path) -> None:
     from ftray.errors import RunError
 
-    run = run_of(parts, tmp_path, train__learning_rate=1e30, train__max_bad_steps=2, train__warmup=0, method__type="full")
-    with pytest.raises(RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"):
+    run = run_of(
+        parts, tmp_path, train__learning_rate=1e30, train__max_bad_steps=2, train__warmup=0, method__type="full"
+    )
+    with pytest.raises(
+        RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"
+    ):
         cluster.run_training(run)

@@ -1,0 +1,279 @@
+"""Files → chunks → raw records: every record exactly once, whatever the chunks; what can't be read is named."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftray.data import sources
+from ftray.data.sources import RawRecord, Shard, cut_shard, line_number, list_shards, read_chunk
+from ftray.errors import DataError, StorageError
+
+BOM = b"\xef\xbb\xbf"
+
+
+def only_shard(path: Path) -> Shard:
+    (shard,) = list_shards(str(path))
+    return shard
+
+
+def records(shard: Shard, chunk_bytes: int) -> list[RawRecord]:
+    return [record for chunk in cut_shard(shard, 0, chunk_bytes) for record in read_chunk(chunk)]
+
+
+def values(path: Path, chunk_bytes: int = 1 << 20) -> list[Any]:
+    return [record.value for record in records(only_shard(path), chunk_bytes)]
+
+
+LINE = st.one_of(
+    st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")),
+    st.text("aé日🙂", min_size=1, max_size=8).map(str.encode),
+    st.just(b""),
+    st.just(b"  \t"),
+    st.integers(20, 90).map(lambda n: b"x" * n),  # longer than several chunks
+)
+FILE = st.tuples(
+    st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=12), st.booleans(), st.booleans()
+)
+
+
+def test_chunks_of_any_size_give_each_record_exactly_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "READ_AHEAD", 4)
+    path = tmp_path / "part.jsonl"
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(FILE, st.integers(1, 40))
+    def holds(drawn: tuple[list[tuple[bytes, bytes]], bool, bool], chunk_bytes: int) -> None:
+        lines, has_mark, ends_bare = drawn
+        content = BOM * has_mark + b"".join(line + end for line, end in lines)
+        content = content.removesuffix(b"\n") if ends_bare else content
+        path.write_bytes(content or b"\n")
+        wanted = [line.strip() for line in content.removeprefix(BOM).split(b"\n") if line.strip()]
+        found = records(only_shard(path), chunk_bytes)
+        assert [record.value.strip() for record in found if isinstance(record.value, bytes)] == wanted
+        # a record's identity is the byte offset at which it lies
+        for record in found:
+            assert isinstance(record.value, bytes)
+            assert content[record.position : record.position + len(record.value)] == record.value
+
+    holds()
+
+
+@pytest.mark.parametrize("chunk_bytes", range(1, 30))
+def test_a_character_cut_by_a_chunks_edge_stays_whole(tmp_path: Path, chunk_bytes: int) -> None:
+    lines = ['{"a": "日本語"}', '{"a": "é🙂"}', '{"a": "x"}']
+    path = tmp_path / "part.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert [value.decode() for value in values(path, chunk_bytes)] == lines
+
+
+def test_a_chunk_inside_a_long_record_does_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "part.jsonl"
+    path.write_bytes(b"x" * 1_000_000 + b"\nlast\n")
+    shard, read = only_shard(path), 0
+    original = sources.storage.read_range
+
+    def counting(uri: str, start: int, end: int) -> bytes:
+        nonlocal read
+        found = original(uri, start, end)
+        read += len(found)
+        return found
+
+    monkeypatch.setattr(sources.storage, "read_range", counting)
+    assert [len(r.value) for r in records(shard, 10_000)] == [1_000_000, 4]
+    assert read < 3_000_000  # twice, not a hundred times
+
+
+def test_gzipped_lines_are_read_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "part.jsonl.gz"
+    path.write_bytes(gzip.compress(BOM + b'{"a": 1}\r\n\n{"a": 2}'))
+    assert [(r.position, json.loads(r.value)) for r in records(only_shard(path), 3)] == [(0, {"a": 1}), (2, {"a": 2})]
+
+
+def damaged_gzips() -> dict[str, bytes]:
+    whole = gzip.compress(random.Random(0).randbytes(3000))
+    return {
+        "cut": whole[:-20],
+        "flipped": whole[:50] + bytes(256 - b for b in whole[50:60]) + whole[60:],
+        "no gzip": b"{}\n",
+        "wrong sum": whole[:-8] + b"\0" * 8,
+        "trailing": whole + b"rubbish",
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_gzips())
+def test_a_damaged_gzip_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "part.jsonl.gz"
+    path.write_bytes(damaged_gzips()[kind])
+    with pytest.raises(DataError, match=r"part\.jsonl\.gz is not a whole gzip file"):
+        values(path)
+
+
+def test_csv_keeps_newlines_commas_and_quotes_inside_fields(tmp_path: Path) -> None:
+    rows = [["prompt", "completion"], ["a,b", 'say "x"\nand\r\ny'], ["日本", "z"]]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    path = tmp_path / "part.csv"
+    path.write_bytes(BOM + text.getvalue().encode())
+    assert values(path) == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    zipped = tmp_path / "zipped.csv.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert values(zipped) == values(path)
+
+
+def test_csv_fields_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text(f"prompt,completion\n{'x' * 300_000},y\n")
+    assert [len(value["prompt"]) for value in values(path)] == [300_000]
+
+
+def test_csv_fields_beyond_the_header_are_kept_to_be_told(tmp_path: Path) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text("prompt,completion\nhi,Hello, there\nhi\n")
+    assert values(path) == [
+        {"prompt": "hi", "completion": "Hello", None: [" there"]},
+        {"prompt": "hi", "completion": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a\xff,b\n1,2\n", "is not UTF-8 (byte 1); convert it"),
+        (b"a,b,a\n1,2,3\n", "has the column 'a' twice; rename one"),
+    ],
+)
+def test_a_csv_that_can_not_be_read_is_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "part.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        values(path)
+    assert str(caught.value).startswith(f"{path} {words}")
+
+
+def test_a_json_array_gives_its_entries(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    path.write_bytes(BOM + b'[{"a": 1}, 7, {"a": 2}]')
+    assert [(r.position, r.value) for r in records(only_shard(path), 2)] == [(0, {"a": 1}), (1, b"7"), (2, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}', b"[", b"\xff", b"[" * 100_000],
+    ids=["lines", "one", "cut", "bytes", "deep"],
+)
+def test_a_json_file_that_is_no_array_is_refused_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "part.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part\.json is not (JSON|a JSON array).*\.jsonl"):
+        values(path)
+
+
+def test_parquet_is_cut_at_row_groups_and_each_row_comes_once(tmp_path: Path) -> None:
+    path, rows = tmp_path / "part.parquet", [{"n": n, "text": f"é{n}"} for n in range(103)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
+    shard = only_shard(path)
+    for chunk_bytes, num_chunks in ((1, 11), (1 << 30, 1)):
+        assert len(cut_shard(shard, 0, chunk_bytes)) == num_chunks
+        assert [(r.position, r.value) for r in records(shard, chunk_bytes)] == list(enumerate(rows))
+    some = cut_shard(shard, 0, 3 * pq.read_metadata(path).row_group(0).total_byte_size)
+    assert [(c.start, c.end) for c in some] == [(0, 3), (3, 6), (6, 9), (9, 11)]
+    assert [r.value for chunk in some for r in read_chunk(chunk)] == rows
+
+
+def test_a_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"part\.parquet is not a whole parquet file"):
+        cut_shard(only_shard(path), 0, 1)
+    pq.write_table(pa.Table.from_pylist([{"text": "word " * n} for n in range(200)]), path)
+    content = bytearray(path.read_bytes())
+    content[40:200] = bytes(160)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part\.parquet is not a whole parquet file"):
+        values(path)
+
+
+def test_a_shard_that_changed_since_it_was_listed_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "part.jsonl"
+    path.write_text('{"a": 1}\n')
+    (chunk,) = cut_shard(only_shard(path), 0, 1 << 20)
+    assert len(list(read_chunk(chunk))) == 1
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(
+        DataError, match=r"part\.jsonl changed while the run was using it; restore it, or start a new run"
+    ):
+        list(read_chunk(chunk))
+    path.write_text('{"a": 3}\n')  # the same size, another time
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match="changed while the run was using it"):
+        list(read_chunk(chunk))
+    path.unlink()
+    with pytest.raises(StorageError, match=r"part\.jsonl does not exist"):
+        list(read_chunk(chunk))
+
+
+def test_a_source_is_a_file_a_directory_or_a_pattern(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "b/1.parquet", "a.csv", "README.md", "b/empty.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if "empty" in name else "x\n")
+    assert [s.path for s in list_shards(str(tmp_path))] == ["a.csv", "b/1.parquet", "b/2.jsonl"]
+    assert [s.path for s in list_shards(f"{tmp_path}/b")] == ["1.parquet", "2.jsonl"]
+    assert [s.path for s in list_shards(f"{tmp_path}/b/*.jsonl")] == ["2.jsonl"]
+    assert [s.path for s in list_shards(f"{tmp_path}/**/*.jsonl")] == ["b/2.jsonl"]
+    assert [s.path for s in list_shards(f"{tmp_path}/a.csv")] == ["a.csv"]
+
+
+def test_copies_elsewhere_have_the_same_paths_and_chunks(tmp_path: Path) -> None:
+    for place in ("here", "there/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "p.jsonl").write_bytes(b'{"a": 1}\n' * 100)
+    cuts = [
+        [(c.path, c.start, c.end) for s in list_shards(str(tmp_path / place)) for c in cut_shard(s, 0, 100)]
+        for place in ("here", "there/deep")
+    ]
+    assert cuts[0] == cuts[1]
+    assert len(cuts[0]) == 9
+
+
+NOTHING = {
+    "none.jsonl": "{}/none.jsonl does not exist; correct data.train or data.eval",
+    "none": "{}/none: no such file or directory, or nothing in it; correct data.train or data.eval",
+    "*.jsonl": "{}/*.jsonl: no such file or directory, or nothing in it; correct data.train or data.eval",
+    "hollow": "{}/hollow: no such file or directory, or nothing in it; correct data.train or data.eval",
+    "words.txt": "{}/words.txt holds words.txt but no .jsonl, .ndjson, .json, .parquet, .csv",
+    "texts": "{}/texts holds a.txt but no .jsonl, .ndjson, .json, .parquet, .csv",
+    "empty.jsonl": "{}/empty.jsonl: all 1 files are empty; put records into them or correct the path",
+}
+
+
+@pytest.mark.parametrize(("path", "words"), NOTHING.items())
+def test_a_source_with_nothing_to_read_is_refused_with_the_remedy(tmp_path: Path, path: str, words: str) -> None:
+    for folder in ("hollow", "texts"):
+        (tmp_path / folder).mkdir()
+    for name in ("words.txt", "texts/a.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError) as caught:
+        list_shards(str(tmp_path / path))
+    assert str(caught.value).startswith(words.format(tmp_path))
+
+
+def test_a_position_is_told_as_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE", 5)
+    path = tmp_path / "part.jsonl"
+    path.write_bytes(b"".join(b"%d\n" % n for n in range(200)))
+    assert [line_number(str(path), r.position) for r in records(only_shard(path), 50)] == list(range(1, 201))
+    assert line_number("x.parquet", 3) is None
