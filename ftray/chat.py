@@ -116,9 +116,18 @@ class ChatFormat:
         ids = [*self._tokenize(text), self._tokenizer.eos_token_id]
         return Encoded(ids, [True] * len(ids))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens shown."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+        """Text of ids, special tokens shown. before: ids that they follow, of which nothing is in the result."""
+        whole, head = (
+            str(self._tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for part in ([*before, *ids], before)
+        )
+        # A character of several tokens may be cut between the two: then there is a stand-in for it at the end of head.
+        return whole[len(head) :] if whole.startswith(head) else whole[len(head.rstrip("\ufffd")) :]
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id is a control token."""
+        return token in self._special_ids
 
     def _segments(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
         """The rendered text, cut before and after each assistant turn; True marks turns that are learned."""

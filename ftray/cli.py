@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ftray import config
 from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, Interrupted, innermost
 
 if TYPE_CHECKING:
+    from ftray.data.prepare import Data
     from ftray.train.timeline import Found
 
 
@@ -39,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ftray", description="Fine-tunes language models on Ray, from one YAML file.")
     verbs = parser.add_subparsers(required=True, metavar="verb")
 
-    def verb(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
+    def verb(name: str, function: object, text: str, among: Any = verbs) -> argparse.ArgumentParser:
+        sub = among.add_parser(name, help=text, description=text)
         sub.add_argument("run", help="run file (.yaml), or the directory of a run that was started")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.max_steps=10")
         sub.set_defaults(verb=function)
@@ -54,7 +57,36 @@ def _parser() -> argparse.ArgumentParser:
     verb("evaluate", evaluate, "compare the tuned model with its base on the held-out data")
     verb("export", export, "write the adapter and the merged model")
     verb("serve", serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
+    _add_data_verbs(verbs, verb)
     return parser
+
+
+def _add_data_verbs(verbs: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "look at a run's data: index, stats, preview, order"
+    views = verbs.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="view")
+    verb("index", data_index, "read, check and count all data, and tell the steps of an epoch", views)
+    stats = verb("stats", data_stats, "lengths, tokens, duplicates, packing, warnings", views)
+    stats.add_argument("--html", metavar="FILE", help="write a page with plots, too")
+    preview = verb("preview", data_preview, "show records as the model will see them; no Ray", views)
+    preview.add_argument("--number", type=_from_one, default=3, help="records shown of each source (3)")
+    order = verb("order", data_order, "show which rank takes which rows and records at which step", views)
+    order.add_argument("--workers", type=_from_one, help="ranks; scale.num_workers if left out")
+    order.add_argument("--steps", type=_steps, default=(0, 1), metavar="A:B", help="steps A … B - 1 (0:1)")
+    order.add_argument("--after-step", type=int, metavar="N", help="start the feed as after a checkpoint of step N")
+    order.add_argument("--json", action="store_true", help="one line of JSON for each step and rank")
+
+
+def _from_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return int(text)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text} is no range of steps; write A:B with A below B, e.g. 0:10")
+    return int(first), int(end)
 
 
 def open_target(target: str, overrides: list[str]) -> config.Run:
@@ -81,7 +113,10 @@ def open_target(target: str, overrides: list[str]) -> config.Run:
 
 def check(arguments: argparse.Namespace, console: Console) -> int:
     """Reads a run file and prints what follows from it."""
+    from ftray.train.zero import deepspeed_config
+
     run = open_target(arguments.run, arguments.overrides)
+    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.scale.num_workers)
     if arguments.json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
@@ -161,6 +196,80 @@ def _finished(run: config.Run) -> Found | None:
     from ftray.train.identity import finished_checkpoint
 
     return finished_checkpoint(run)
+
+
+@contextmanager
+def _data_of(run: config.Run, console: Console) -> Iterator[tuple[str, Data]]:
+    """A run's directory and its data, indexed, with Ray up. Binds no name to settings and takes no lease."""
+    from ftray import storage
+    from ftray.session import quiet, ray_session
+
+    run_dir = storage.absolute(run.directory)
+    storage.check_writable(run_dir)
+    with quiet(run.name, console):
+        from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+        from ftray.train.preflight import preflight
+
+        preflight(run)
+        with ray_session(run.scale.num_workers):
+            from ftray.data.prepare import prepare_data
+
+            load = partial(load_tokenizer, absolute_base(run.model))
+            yield run_dir, prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
+
+
+def data_index(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads, checks and counts all data."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _data_of(run, console) as (_, data):
+        from ftray.data.prepare import say_steps
+
+        say_steps(data.plan, run.train, console)
+    return 0
+
+
+def data_stats(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows what the data is like."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _data_of(run, console) as (run_dir, _):
+        from ftray.data.stats import show_stats
+
+        show_stats(run, run_dir, console, arguments.html)
+    return 0
+
+
+def data_preview(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows records as the model will see them."""
+    from ftray.data.chunks import streams
+    from ftray.data.preview import show_preview
+    from ftray.model.load import load_tokenizer
+
+    run = open_target(arguments.run, arguments.overrides)
+    stream, _ = streams(run.data, partial(load_tokenizer, run.model))
+    show_preview(stream, int(run.data.chunk_mb * 1e6), arguments.number, console)
+    return 0
+
+
+def data_order(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows the order of rows as the feed gives it. With --json only these lines go to standard output."""
+    run = open_target(arguments.run, arguments.overrides)
+    workers = arguments.workers or run.scale.num_workers
+    if run.train.global_batch_size % workers:
+        raise ConfigError(f"--workers {workers} does not divide train.global_batch_size ({run.train.global_batch_size})")
+    first, end = arguments.steps
+    start = first if arguments.after_step is None else arguments.after_step
+    if not 0 <= start < end:
+        raise ConfigError(f"--after-step {start} is not in front of the last step of --steps {first}:{end}; lower it")
+    told = Console(sys.stderr) if arguments.json else console
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as out, _data_of(run, told) as (_, data):
+        from ftray.data.trace import as_line, as_text, trace_order
+
+        if end > data.plan.num_steps:
+            raise ConfigError(f"--steps {first}:{end}: the run has {data.plan.num_steps} steps; lower it")
+        show = as_line if arguments.json else as_text
+        for entry in trace_order(data.plan, workers, start, max(first, start), end):
+            print(show(entry), file=out, flush=True)
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:

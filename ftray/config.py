@@ -92,6 +92,38 @@ class Split(Section):
 
     fraction: Annotated[Float, Field(gt=0, lt=1)]
     """Share of records held out; chosen by each record's hash, so that it stays put when data is added."""
+    stratify: str | None = Field(None, min_length=1)
+    """Column of a class: each class has a held-out record as soon as it has 1 / fraction different records."""
+    group: str | None = Field(None, min_length=1)
+    """Column of a group (a customer, a document): held out as a whole, by the hash of its value."""
+
+    @model_validator(mode="after")
+    def _one_column(self) -> Split:
+        if self.stratify is not None and self.group is not None:
+            raise ValueError("stratify and group exclude each other: a whole group can't be shared out; drop one of them")
+        return self
+
+
+def _off_is_text(value: object) -> object:
+    return "off" if value is False else value  # YAML reads the bare word `off` as false
+
+
+Mode = Annotated[Literal["report", "drop", "off"], BeforeValidator(_off_is_text)]
+
+
+class Clean(Section):
+    """What is looked for over all records: counted and listed (`report`), taken out of training (`drop`), or not (`off`)."""
+
+    duplicates: Mode = "report"
+    """Training records that say the same as an earlier one, but for white space."""
+    near_duplicates: Mode = "report"
+    """Training records that say nearly the same as an earlier one: other casing, punctuation, order, a word or two."""
+    overlap: Mode = "report"
+    """Training records that hold a question, or most of the word sequences, of a held-out record."""
+    quality: Mode = "report"
+    """Records with a very short answer, mostly repeated lines, or many characters that can't be printed."""
+    min_answer_chars: Annotated[Int, Field(ge=0)] = 2
+    """Answers shorter than this count as very short (with data.labels, none does)."""
 
 
 class Data(Section):
@@ -105,8 +137,12 @@ class Data(Section):
     """Held-out data: `{fraction: 0.1}` of the training records, or sources of their own."""
     packing: bool = True
     """Pack several records into a row, with attention kept inside each. Off: one record a row."""
+    labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """For classification: the only answers allowed; any other makes a bad record."""
+    clean: Clean = Clean()
     max_bad_records: Annotated[Int, Field(ge=0)] = 0
-    """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts."""
+    """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts. What
+    `data.clean` drops is wanted and isn't counted."""
     chunk_mb: Annotated[Float, Field(gt=0, le=1024)] = 4.0
     """Size of the pieces (MB of a shard) that are read, packed and shuffled as one."""
 
@@ -117,6 +153,14 @@ class Data(Section):
             raise ValueError("must be {fraction: 0.1} or a list of sources [{path: …}]")
         if isinstance(value, list) and not value:
             raise ValueError("is an empty list; name a source, or leave the key out")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, value: list[str] | None) -> list[str] | None:
+        plain = [label.strip() for label in value or []]
+        if twice := sorted({label for label in plain if plain.count(label) > 1 or not label}):
+            raise ValueError(f"gives {twice[0]!r} more than once; name each label once" if twice[0] else "holds white space")
         return value
 
     @field_validator("train")
@@ -334,11 +378,16 @@ class Run(Section):
 
     def identity(self) -> dict[str, Any]:
         """The keys that change the result: what the config hash covers. How much may go wrong is not among them."""
-        return self.model_dump(
+        tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
             exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps"}},
         )
+        clean = self.data.clean  # what is only reported changes nothing
+        tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}
+        if clean.quality == "drop":
+            tree["data"]["clean"]["min_answer_chars"] = clean.min_answer_chars
+        return tree
 
     @property
     def config_hash(self) -> str:
@@ -351,7 +400,6 @@ class Run(Section):
 _LATER: tuple[tuple[str, object, str, str], ...] = (
     ("tune", ..., "tune", "remove the section"),
     ("method.type", "prompt", "method.type prompt", "use full, lora or qlora"),
-    ("data.eval.stratify", ..., "data.eval.stratify", "remove the key"),
     ("train.precision", "fp16", "train.precision fp16", "use bf16 or fp32"),
     ("scale.num_workers", dict, "scale.num_workers as a range", "give one number of workers"),
 )

@@ -78,13 +78,15 @@ class Progress:
 
     def __init__(self, stream: IO[str], what: str, total: int, done: int) -> None:
         self._stream, self._what, self._total = stream, what, total
-        self._first, self._done, self._began_s = done, done, time.monotonic()
+        self._first, self._done, self._began_s = done, done, 0.0
         self._shown_s, self._fields, self._is_terminal = 0.0, "", stream.isatty()
 
     def update(self, done: int, fields: str = "") -> None:
         """Shows that `done` units are done; fields: what else to show, e.g. the loss."""
-        self._done, self._fields = done, fields
         now = time.monotonic()
+        if not self._began_s:  # what comes before the first unit (starting workers, loading) says nothing of the rate
+            self._first, self._began_s = done, now
+        self._done, self._fields = done, fields
         if self._is_terminal:
             self._stream.write(f"\r\x1b[2K{self._text()}")
             self._stream.flush()
@@ -99,7 +101,7 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the last state as a line."""
-        if self._is_terminal and self._done > self._first:
+        if self._is_terminal and self._began_s:
             self._stream.write(f"\r\x1b[2K{self._text()}\n")
             self._stream.flush()
 

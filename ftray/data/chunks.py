@@ -24,7 +24,7 @@ class Stream:
     """Training or held-out data: its sources, and how a chunk of them becomes rows.
 
     part: `train` or `eval` where one set of sources is split by `eval_fraction`, else None. load_tokenizer: picklable,
-    called once a process.
+    called once a process. data: the section that it comes from; None: nothing is looked for over all records.
     """
 
     sources: tuple[config.Source, ...]
@@ -33,11 +33,25 @@ class Stream:
     eval_fraction: float | None
     part: str | None
     load_tokenizer: Callable[[], Any]
+    data: config.Data | None = None
+    is_heldout: bool = False
 
     def rules(self, source: int) -> Rules:
         """Cleaning rules of one source."""
         s = self.sources[source]
-        return Rules(self.max_seq_len, s.format, s.columns, self.eval_fraction, self.part)
+        columns = None if s.columns is None else {str(role): column for role, column in s.columns.items()}
+        split = self.data.eval if self.data and isinstance(self.data.eval, config.Split) else None
+        labels = tuple(label.strip() for label in self.data.labels) if self.data and self.data.labels else None
+        return Rules(
+            self.max_seq_len,
+            s.format,
+            columns,
+            self.eval_fraction,
+            self.part,
+            split.stratify if split else None,
+            split.group if split else None,
+            labels,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,15 +75,16 @@ class PackedChunk:
 def streams(data: config.Data, load_tokenizer: Callable[[], Any]) -> tuple[Stream, Stream | None]:
     """Training stream and, where the run file has one, the held-out stream."""
 
-    def stream(sources: list[config.Source], fraction: float | None, part: str | None) -> Stream:
-        return Stream(tuple(sources), data.max_seq_len, data.packing, fraction, part, load_tokenizer)
+    def stream(sources: list[config.Source], fraction: float | None, part: str | None, is_heldout: bool) -> Stream:
+        shape = (data.max_seq_len, data.packing, fraction, part, load_tokenizer)
+        return Stream(tuple(sources), *shape, data, is_heldout)
 
     if data.eval is None:
-        return stream(data.train, None, None), None
+        return stream(data.train, None, None, False), None
     if isinstance(data.eval, config.Split):
         fraction = data.eval.fraction
-        return stream(data.train, fraction, "train"), stream(data.train, fraction, "eval")
-    return stream(data.train, None, None), stream(data.eval, None, None)
+        return stream(data.train, fraction, "train", False), stream(data.train, fraction, "eval", True)
+    return stream(data.train, None, None, False), stream(data.eval, None, None, True)
 
 
 def pack_chunk(chunk: Chunk, stream: Stream) -> PackedChunk:

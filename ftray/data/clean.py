@@ -1,6 +1,10 @@
 """Raw record → example, or a quarantine entry that says why not. Knows no rows, order or Ray.
 
 Nothing is dropped, cut or left without supervised tokens in silence: every record becomes exactly one of the two.
+
+Sides of a split: a record is held out when the first 64 bits of its hash (or its group's) lie below `fraction`, so that
+no other record has a say. A class may end up without a held-out record that way; `labels.pick_substitutes` gives it
+one, and the chunk's descriptor names it in `moved`.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 from ftray.chat import ChatFormat, Encoded, Message
 from ftray.data.formats import BadRecord, read_record
+from ftray.data.labels import check_labels
 from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.errors import DataError
 
@@ -21,33 +26,63 @@ EXCERPT_CHARS, DETAIL_CHARS = 160, 400
 
 @dataclass(frozen=True)
 class Example:
-    """A record ready to be packed. position: its identity in the shard. messages: None for plain text."""
+    """A record ready to be packed. position: its identity in the shard. messages: None for plain text.
+
+    digest: 64 bits of the record's hash; stratum: its class; both are only there where the split needs them.
+    """
 
     position: int
     encoded: Encoded
     messages: list[Message] | None
+    text: str | None = None
+    digest: int = 0
+    stratum: str | None = None
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A bad record: where it is, which rule it broke, what is wrong, and its beginning."""
+    """A bad record: where it is, which rule it broke, what is wrong, its beginning, and what to do about it."""
 
     uri: str
     position: int
     rule: str
     detail: str
     excerpt: str
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a record must keep to. part: `train` or `eval` where records are split by hash, else None for all."""
+    """What a record must keep to. part: `train` or `eval` where records are split by hash, else None for all.
+
+    stratify, group: columns of the split. labels: the only answers allowed.
+    """
 
     max_seq_len: int
     format: str
     columns: dict[str, str] | None
     eval_fraction: float | None
     part: str | None
+    stratify: str | None = None
+    group: str | None = None
+    labels: tuple[str, ...] | None = None
+
+
+FIXES = {
+    "bad_turn": "correct the turn that is named",
+    "dropped": "nothing, if it is a copy; else set data.clean to report",
+    "invalid_json": "write one JSON object a line",
+    "invalid_utf8": "save the file as UTF-8",
+    "missing_field": "fill the field that is named, or remove the record",
+    "no_answer": "add the answer, or remove the record",
+    "not_an_object": "write one JSON object a line",
+    "nothing_supervised": "give it an answer of at least two tokens, or remove it",
+    "too_long": "raise data.max_seq_len, or split the record",
+    "too_many_fields": "put quotes around fields that hold commas",
+    "unknown_label": "correct the answer, or add it to data.labels",
+    "unknown_shape": "give the source columns: {user: …, assistant: …}, or a format",
+    "wrong_type": "write the field as a string",
+}
 
 
 def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
@@ -55,29 +90,46 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
 
     What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
     """
+    dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
     for raw in read_chunk(chunk):
         part = "train"
         try:
+            if raw.position in dropped:
+                raise BadRecord("dropped", "taken out by data.clean")
             record = _parse(raw)
-            part = split_part(record, rules.eval_fraction)
+            part = split_part(record, rules.eval_fraction, rules.group)
+            if raw.position in moved:
+                part = "eval" if part == "train" else "train"
             if rules.part in (None, part):
                 yield _encode(raw.position, record, chat, rules)
         except BadRecord as bad:
             if rules.part not in (None, part):
                 continue
-            yield Quarantined(chunk.uri, raw.position, bad.rule, _clip(str(bad), DETAIL_CHARS), _excerpt(raw.value))
+            detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule, "correct it, or remove it")
+            yield Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
 
 
-def split_part(record: dict[str, Any], fraction: float | None) -> str:
-    """`eval` for that fraction of records, else `train`: by a hash of the record's content, never by its place."""
+def split_part(record: dict[str, Any], fraction: float | None, group: str | None = None) -> str:
+    """`eval` for that fraction of records, else `train`: by a hash of the record's content, never by its place.
+
+    group: column by whose value records are held out together. Raises BadRecord where it is missing.
+    """
     if fraction is None:
         return "train"
+    if group is not None and record.get(group) is None:
+        raise BadRecord("missing_field", f"{group} is missing, the column that data.eval.group names")
+    digest = content_hash(record if group is None else record[group])
+    return "eval" if digest < fraction * 2**64 else "train"
+
+
+def content_hash(value: object) -> int:
+    """64 bits of blake2b over a value written as JSON with sorted keys. Raises BadRecord where it can't be written."""
     try:
-        text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are no text
         raise BadRecord("invalid_json", f"can't be written as JSON: {err}") from None
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "eval" if int.from_bytes(digest, "big") < fraction * 2**64 else "train"
+    return int.from_bytes(digest, "big")
 
 
 def _parse(raw: RawRecord) -> dict[str, Any]:
@@ -97,7 +149,14 @@ def _parse(raw: RawRecord) -> dict[str, Any]:
 
 
 def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rules) -> Example:
+    digest, stratum = 0, None
+    if rules.stratify is not None:
+        if record.get(rules.stratify) is None:
+            raise BadRecord("missing_field", f"{rules.stratify} is missing, the column that data.eval.stratify names")
+        digest, stratum = content_hash(record), str(record[rules.stratify])
     conversation = read_record(record, rules.format, rules.columns)
+    if rules.labels is not None:
+        check_labels(conversation, rules.labels)
     try:
         if isinstance(conversation, str):
             encoded, messages = chat.encode_text(conversation), None
@@ -110,7 +169,8 @@ def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rule
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
     if not any(encoded.loss_mask[1:]):
         raise BadRecord("nothing_supervised", "no token of it is under the loss")
-    return Example(position, encoded, messages)
+    text = conversation if isinstance(conversation, str) else None
+    return Example(position, encoded, messages, text, digest, stratum)
 
 
 def _excerpt(value: bytes | dict[str, Any]) -> str:

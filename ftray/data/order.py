@@ -45,7 +45,7 @@ class Mixture:
     """Which source each row of the run comes from, by stride scheduling.
 
     The k-th row of a source of share w is due at (k + ½) / w; rows are taken in the order of their due times, ties by
-    the source's place. So every window of n rows holds n·w rows of a source within one row of rounding for each source.
+    the source's place. So every window of n rows holds n·w rows of a source within one row for each other source.
     num_rows: rows of each source in one pass. weights: relative shares; None takes each source's rows exactly once an
     epoch.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -65,36 +66,35 @@ def best_fit(lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def shift_labels(input_ids: Sequence[int], loss_mask: Sequence[bool]) -> Array:
+def shift_labels(input_ids: Sequence[int] | Array, loss_mask: Sequence[bool] | npt.NDArray[np.bool_]) -> Array:
     """labels[t] = input_ids[t + 1] where loss_mask[t + 1], else IGNORE_INDEX; int32, as long as input_ids."""
     labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int32)
-    ids, mask = np.asarray(input_ids, dtype=np.int32), np.asarray(loss_mask, dtype=bool)
-    labels[:-1] = np.where(mask[1:], ids[1:], IGNORE_INDEX)
+    ids, mask = np.asarray(input_ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.bool_)
+    np.copyto(labels[:-1], ids[1:], where=mask[1:])
     return labels
 
 
 def pack_examples(
-    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], max_seq_len: int, pad_id: int, packing: bool = True
+    examples: Sequence[tuple[Sequence[int] | Array, Sequence[bool] | npt.NDArray[np.bool_]]],
+    max_seq_len: int,
+    pad_id: int,
+    packing: bool = True,
 ) -> list[PackedRow]:
     """Packs (input_ids, loss_mask) pairs into rows of max_seq_len; with packing off, one document a row."""
-    lengths = [len(ids) for ids, _ in examples]
+    documents = [(np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=np.bool_)) for ids, mask in examples]
+    lengths = [len(ids) for ids, _ in documents]
     rows = best_fit(lengths, max_seq_len) if packing else [[i] for i in range(len(lengths))]
-    return [_build_row([examples[i] for i in row], row, max_seq_len, pad_id) for row in rows]
-
-
-def _build_row(
-    documents: Sequence[tuple[Sequence[int], Sequence[bool]]], places: list[int], max_seq_len: int, pad_id: int
-) -> PackedRow:
-    input_ids = np.full(max_seq_len, pad_id, dtype=np.int32)
-    labels = np.full(max_seq_len, IGNORE_INDEX, dtype=np.int32)
-    position_ids = np.zeros(max_seq_len, dtype=np.int32)
-    at, lengths = 0, []
-    for ids, mask in documents:
-        end = at + len(ids)
-        input_ids[at:end] = ids
-        labels[at:end] = shift_labels(ids, mask)
-        position_ids[at:end] = np.arange(len(ids))
-        lengths.append(len(ids))
-        at = end
-    position_ids[at:] = np.arange(max_seq_len - at)
-    return PackedRow(input_ids, labels, position_ids, lengths, list(places))
+    padding = np.full(max_seq_len, pad_id, dtype=np.int32)
+    unlearned = np.zeros(max_seq_len, dtype=np.bool_)
+    positions = np.arange(max_seq_len, dtype=np.int32)
+    packed = []
+    for row in rows:
+        mine = [lengths[i] for i in row]
+        ends = list(accumulate(mine))
+        room = max_seq_len - ends[-1]
+        input_ids = np.concatenate([*(documents[i][0] for i in row), padding[:room]])
+        mask = np.concatenate([*(documents[i][1] for i in row), unlearned[:room]])
+        mask[ends[:-1]] = False  # a document's first token is predicted by nothing, least of all by its neighbour
+        position_ids = np.concatenate([positions[:n] for n in (*mine, room)])
+        packed.append(PackedRow(input_ids, shift_labels(input_ids, mask), position_ids, mine, row))
+    return packed

@@ -26,6 +26,7 @@ from ftray.data.chunks import Stream, pack_chunk
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.order import Mixture, chunk_order, find_cursor, row_order
 from ftray.data.raydata import SEGMENT, open_dataset
+from ftray.errors import DataError
 
 STEPS_AHEAD = 8  # steps that the coordinator prepares before the slowest rank has asked for them
 FETCH_AHEAD = 2  # steps whose blocks a rank asks for in advance
@@ -87,6 +88,11 @@ def _rows_table(item: tuple[int, int, ChunkFacts], stream: Stream, seed: int | N
     number, epoch, facts = item
     chunk = facts.chunk
     packed = pack_chunk(chunk, stream)
+    if packed.digest != facts.digest:  # size and etag are the old ones, the content is not
+        raise DataError(
+            f"{chunk.uri} gives other rows than when it was indexed: the file or the tokenizer changed while the run was "
+            "using it; restore it, or start a new run under another name"
+        )
     n = len(packed.rows)
     places = range(n) if seed is None else row_order(n, seed, epoch, chunk.source, chunk.path, chunk.start)
     rows = [packed.rows[i] for i in places]
@@ -236,7 +242,12 @@ class FeedShard:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps start_step … num_steps - 1."""
-        size = self.plan.global_batch_size
+        share = self.plan.global_batch_size // self._world_size
+        for step, table in enumerate(self.tables(start_step), start_step):
+            yield to_batch(table, step, step * self.plan.global_batch_size + self._rank * share)
+
+    def tables(self, start_step: int) -> Iterator[pa.Table]:
+        """This rank's rows of the steps start_step … num_steps - 1, with where each came from (see `_rows_table`)."""
         ray.get(self._feed.begin.remote(start_step))
         last = self.plan.num_steps
         asked = deque(
@@ -251,8 +262,7 @@ class FeedShard:
             missing = [ref for ref in needed if ref not in blocks]
             fetched = dict(zip(missing, ray.get(missing), strict=True))
             blocks = {ref: blocks.get(ref, fetched.get(ref)) for ref in needed}
-            table = pa.concat_tables([blocks[ref].slice(lo, hi - lo) for ref, lo, hi in runs])
-            yield to_batch(table, step, step * size + self._rank * (size // self._world_size))
+            yield pa.concat_tables([blocks[ref].slice(lo, hi - lo) for ref, lo, hi in runs])
 
 
 class FeedConfig(DataConfig):

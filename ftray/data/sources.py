@@ -39,7 +39,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of parquet, else the file."""
+    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of parquet, else the file.
+
+    dropped: positions of training records that `data.clean` takes out. moved: of records that are on the other side of
+    a split than their hash says, so that their class has a held-out record.
+    """
 
     source: int
     uri: str
@@ -47,6 +51,8 @@ class Chunk:
     etag: str
     start: int
     end: int
+    dropped: tuple[int, ...] = ()
+    moved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def list_shards(path: str) -> list[Shard]:
         )
     shards = [Shard(f.uri, f.path, f.size_bytes, f.etag) for f in known if f.size_bytes > 0]
     if not shards:
-        raise DataError(f"{path}: all {len(known)} files are empty; put records into them or correct the path")
+        what = "there is nothing in it" if len(known) == 1 else f"all {len(known)} files are empty"
+        raise DataError(f"{path}: {what}; put records there, or correct the path")
     return shards
 
 

@@ -26,7 +26,7 @@ from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
 from ftray.evaluate.metrics import format_score, mean, perplexity, rouge_l
-from ftray.model.load import load_base, load_tokenizer, tokenizer_hash
+from ftray.model.load import absolute_base, load_base, load_tokenizer, tokenizer_hash
 from ftray.model.lora import dtype_of
 from ftray.train.loop import heldout_sums
 from ftray.train.loss import SummedLoss
@@ -92,7 +92,8 @@ def read_results(run_dir: str) -> Comparison | None:
 
 
 def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, console: Console) -> Comparison:
-    load = partial(load_tokenizer, run.model)
+    there = run.model_copy(update={"model": absolute_base(run.model)})
+    load = partial(load_tokenizer, there.model)
     tokenizer = load()
     _, stream = streams(run.data, load)
     assert stream is not None
@@ -109,7 +110,7 @@ def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, con
     )
     monitor = ray.remote(Monitor).options(num_cpus=0).remote()
     score = ray.remote(_score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=_num_gpus())
-    tasks = [score.remote(run, checkpoint, rows, questions, monitor) for checkpoint in (None, found)]
+    tasks = [score.remote(there, checkpoint, rows, questions, monitor) for checkpoint in (None, found)]
     _wait(tasks, monitor, 2 * len(questions), console)
     (base, base_answers), (tuned, tuned_answers) = ray.get(tasks)
     comparison = Comparison(found.step, run.config_hash, base, tuned)

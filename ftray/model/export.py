@@ -13,7 +13,7 @@ import torch
 
 from ftray import config
 from ftray.errors import CheckpointError
-from ftray.model.load import load_tokenizer
+from ftray.model.load import absolute_base, load_tokenizer
 from ftray.model.lora import dtype_of
 
 
@@ -23,7 +23,7 @@ def write_adapter(model: Any, base: config.Model, precision: str, directory: Pat
     model.save_pretrained(directory, safe_serialization=True)
     path = directory / "adapter_config.json"
     settings = json.loads(path.read_text())
-    settings["base_model_name_or_path"], settings["revision"] = base.base, base.revision
+    settings["base_model_name_or_path"], settings["revision"] = absolute_base(base).base, base.revision
     path.write_text(json.dumps(settings, indent=2, sort_keys=True))
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 

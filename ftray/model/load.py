@@ -41,6 +41,13 @@ def resolve_base(model: config.Model) -> str:
     return str(directory.resolve())
 
 
+def absolute_base(model: config.Model) -> config.Model:
+    """The same base for processes with another working directory, as Ray's workers have. Raises as `resolve_base`."""
+    if model.base.startswith("embedded:"):
+        return model  # each machine has its own cache
+    return model.model_copy(update={"base": resolve_base(model)})
+
+
 def load_tokenizer(model: config.Model) -> Any:
     """The base's tokenizer. Raises ModelError when it can't be had or is not a fast one."""
     from transformers import AutoTokenizer
@@ -70,21 +77,27 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
 
     Raises ModelError when it can't be had or isn't a causal language model.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    from ftray.model.attention import choose_attention
+    from ftray.model.kernels import apply_kernels
 
     quantization = None
     if quantize:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    base = resolve_base(model)
     try:
+        found = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        apply_kernels(found.model_type)
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve_base(model),
+            base,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=choose_attention(found),
             quantization_config=quantization,
         )
     except (OSError, ValueError, ImportError) as err:

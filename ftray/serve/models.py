@@ -29,8 +29,7 @@ def local_model(uri: str) -> Path:
     manifest = json.dumps(storage.read_manifest(root), sort_keys=True)
     name = hashlib.sha256(f"{root} {manifest}".encode()).hexdigest()[:24]
     directory = storage.cache_directory() / "models" / name
-    if not (directory / "manifest.json").exists() or storage.verify_directory(str(directory)):
-        storage.fetch_directory(root, directory)
+    storage.fetch_directory(root, directory)
     return directory / uri.removeprefix(root).strip("/")
 
 

@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,13 +19,12 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ftray import config, storage
+from ftray import config
 from ftray.console import Console
-from ftray.data.chunks import Stream, streams
-from ftray.data.index import Index, build_index, check_index
-from ftray.data.pipeline import FeedConfig, Plan, heldout_table, make_plan
+from ftray.data.pipeline import FeedConfig, Plan, heldout_table
+from ftray.data.prepare import Data, prepare_data
 from ftray.errors import ConfigError, DataError, FtrayError, Interrupted, Preempted, RunError, innermost
-from ftray.model.load import load_tokenizer, tokenizer_hash
+from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.identity import versions
 from ftray.train.loop import Job, train_worker
 from ftray.train.monitor import Monitor
@@ -36,59 +34,6 @@ MAX_FAILURES = 3  # times that a crashed group of workers is started anew
 POLL_S = 0.3
 
 
-@dataclass(frozen=True)
-class Data:
-    """A run's data as the index knows it. data_hash: identity of training and held-out rows."""
-
-    plan: Plan
-    index: Index
-    heldout_stream: Stream | None
-    heldout_index: Index | None
-    data_hash: str
-
-
-def prepare_data(run: config.Run, run_dir: str, console: Console) -> Data:
-    """Index of training and held-out data, checked, and the plan. Raises DataError, ConfigError."""
-    load = partial(load_tokenizer, run.model)
-    token_hash = tokenizer_hash(load())
-    directory = storage.join(run_dir, "data")
-    stream, heldout = streams(run.data, load)
-    chunk_bytes = int(run.data.chunk_mb * 1e6)
-    index = _index(stream, "train", run, directory, chunk_bytes, token_hash, console)
-    heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, token_hash, console) if heldout else None
-    train = run.train
-    plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
-    if plan.mixture.rows_per_epoch < train.global_batch_size:
-        raise DataError(
-            f"data.train gives {plan.mixture.rows_per_epoch} packed rows, fewer than train.global_batch_size "
-            f"({train.global_batch_size}); lower it, or add data"
-        )
-    if plan.num_steps < 1:
-        raise ConfigError(f"train.epochs ({train.epochs}) is less than one global batch; raise it")
-    hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
-    return Data(plan, index, heldout, heldout_index, "-".join(h for h in hashes if h))
-
-
-def _index(
-    stream: Stream, what: str, run: config.Run, directory: str, chunk_bytes: int, token_hash: str, console: Console
-) -> Index:
-    with console.progress(f"data: indexing data.{what}, chunk", 1) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar._total = total
-            bar.update(done)
-
-        index = build_index(stream, chunk_bytes, directory, token_hash, show)
-    check_index(index, stream, what, run.data.max_bad_records, directory)
-    tokens, rows = index.total("num_tokens"), index.total("num_rows")
-    bad = f", {len(index.bad)} bad records quarantined" if index.bad else ""
-    console.say(
-        f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_supervised')} supervised), "
-        f"{rows} packed rows, {100 * tokens / max(1, rows * run.data.max_seq_len):.1f}% full{bad}"
-    )
-    return index
-
-
 def train(run: config.Run, run_dir: str, console: Console) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 
@@ -96,7 +41,8 @@ def train(run: config.Run, run_dir: str, console: Console) -> Found:
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
     """
     use_gpu = check_resources(run)
-    data = prepare_data(run, run_dir, console)
+    load = partial(load_tokenizer, absolute_base(run.model))
+    data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
@@ -107,7 +53,9 @@ def train(run: config.Run, run_dir: str, console: Console) -> Found:
     if data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
     monitor = ray.remote(Monitor).options(num_cpus=0, max_concurrency=4).remote()
-    job = Job(run, run_dir, data.data_hash, versions(), heldout, monitor)
+    meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
+    there = run.model_copy(update={"model": absolute_base(run.model)})
+    job = Job(there, run_dir, meta, heldout, monitor)
     with tempfile.TemporaryDirectory(prefix="ftray-train-") as scratch:
         trainer = _trainer(job, data.plan, use_gpu, run, scratch)
         _fit(trainer, monitor, newest.step if newest else 0, data.plan.num_steps, console)

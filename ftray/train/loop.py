@@ -36,12 +36,14 @@ from ftray.train.zero import deepspeed_config
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to each worker. heldout: reference to the held-out rows' table, or None."""
+    """What the driver hands to each worker.
+
+    meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
+    """
 
     run: config.Run
     run_dir: str
-    data_hash: str
-    versions: dict[str, str]
+    meta: dict[str, Any]
     heldout: Any
     monitor: Any
 
@@ -63,8 +65,7 @@ class Trainer:
         assert isinstance(shard, FeedShard)
         self._shard = shard
         self._engine, self._parameters = self._build_engine()
-        meta = {"config_hash": self._run.config_hash, "data_hash": job.data_hash, "versions": job.versions}
-        self._writer = CheckpointWriter(job.run_dir, self._run.checkpoint.keep, meta)
+        self._writer = CheckpointWriter(job.run_dir, self._run.checkpoint.keep, job.meta)
         self._progress = self._resume()
         self._lines: list[dict[str, Any]] = []
         self._saved_s = time.monotonic()
@@ -96,7 +97,10 @@ class Trainer:
         model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
         parameters = trainable(model.model)
         optimizer = torch.optim.AdamW(
-            list(parameters.values()), lr=train.learning_rate, weight_decay=train.weight_decay
+            list(parameters.values()),
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=self._device.type == "cuda",
         )
         engine, *_ = deepspeed.initialize(
             model=model.to(self._device),
@@ -105,9 +109,7 @@ class Trainer:
             dist_init_required=False,
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
-            engine.optimizer.check_grad_overflow = (
-                True  # in fp32 too a non-finite gradient must never reach the weights
-            )
+            engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
         return engine, parameters
 
     def _resume(self) -> Progress:
@@ -146,15 +148,15 @@ class Trainer:
         rate = learning_rate(batch.step, self._shard.plan.num_steps, *_schedule(self._run.train))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
         for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
             torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
-            loss = self._engine(micro.input_ids, micro.labels, micro.position_ids)
-            loss_sum += float(loss.detach())
+            loss = self._engine(*vars(micro).values())
+            loss_sum += loss.detach()
             # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
             self._engine.backward(loss * (self._world_size / max(1.0, num_supervised)), scale_wrt_gas=False)
             self._engine.step()
-        sums = self._sum([loss_sum, float(batch.num_tokens.sum())])
+        sums = self._sum([float(loss_sum), float(batch.num_tokens.sum())])
         norm = self._engine.get_global_grad_norm()
         applied = math.isfinite(sums[0]) and not getattr(self._engine.optimizer, "overflow", False)
         progress = self._progress
@@ -174,6 +176,8 @@ class Trainer:
         }
         if not applied:
             line["skipped"] = True
+        if self._device.type == "cuda":
+            line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._lines.append(line)
         self._link_send({"event": "step", **line})
         if progress.num_bad_steps > self._run.train.max_bad_steps:
@@ -261,7 +265,7 @@ def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: tor
     batch = to_batch(table)
     with torch.no_grad():
         for _, micro in _micro_batches(batch, micro_batch_size, device):
-            loss_sum += float(model(micro.input_ids, micro.labels, micro.position_ids))
+            loss_sum += float(model(*vars(micro).values()))
             count += float((micro.labels >= 0).sum())
     return loss_sum, count
 

@@ -14,14 +14,21 @@ import torch
 
 from ftray.data.packing import IGNORE_INDEX
 
+PIECE_TOKENS = 2048  # tokens whose logits are in memory at once
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows laid end to end without their padding: int64 [1, tokens] each; positions restart at 0 in each document."""
+    """Rows laid end to end without their padding: int64 [1, tokens] each; positions restart at 0 in each document.
+
+    cu_seqlens: int32 [documents + 1], where documents begin, and the end. max_length: tokens of the longest.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
 
 
 def flatten_rows(
@@ -33,29 +40,97 @@ def flatten_rows(
 ) -> MicroBatch:
     """Rows [rows, max_seq_len] → one MicroBatch; num_tokens: tokens of each row before its padding."""
 
-    def flat(matrix: npt.NDArray[np.int32]) -> torch.Tensor:
-        tokens = np.concatenate([row[:n] for row, n in zip(matrix, num_tokens, strict=True)])
-        return torch.from_numpy(tokens.astype(np.int64))[None].to(device)
+    def flat(matrix: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        return np.concatenate([row[:n] for row, n in zip(matrix, num_tokens, strict=True)]).astype(np.int64)
 
-    return MicroBatch(flat(input_ids), flat(labels), flat(position_ids))
+    def send(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    positions = flat(position_ids)
+    begins = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
+    return MicroBatch(
+        send(flat(input_ids)[None]),
+        send(flat(labels)[None]),
+        send(positions[None]),
+        send(begins),
+        int(np.diff(begins).max(initial=0)),
+    )
 
 
 class SummedLoss(torch.nn.Module):
     """A causal language model whose forward is the summed cross-entropy of a MicroBatch, float32 scalar.
 
-    Logits are computed for supervised positions only, in float32. Attention stays inside each document: with no mask
-    and no cache, transformers builds a block-diagonal causal mask from positions that restart (`tests/unit` holds it to
-    that).
+    Logits are computed for supervised positions only, in float32. Attention stays inside each document: by cu_seqlens
+    on a GPU; elsewhere, with no mask and no cache, transformers builds a block-diagonal causal mask from positions that
+    restart (`tests/unit` holds it to that).
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._fused = _head_is_plain(self._causal)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids, labels, position_ids: int64 [1, tokens]."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_length: int,
+    ) -> torch.Tensor:
+        """The fields of a MicroBatch."""
         supervised = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
-        logits = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=supervised
-        ).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), labels[0, supervised], reduction="sum")
+        targets = labels[0, supervised]
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if input_ids.is_cuda:
+            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            inputs |= {"max_length_q": max_length, "max_length_k": max_length}
+        head = self._causal.get_output_embeddings().weight
+        if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
+            hidden = self._causal.get_decoder()(**inputs).last_hidden_state[0, supervised]
+            loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets)
+            return loss
+        logits = self.model(**inputs, logits_to_keep=supervised).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _head_is_plain(causal: Any) -> bool:
+    """Whether logits are just hidden states times the output embedding: no soft cap, scale or bias."""
+    head = causal.get_output_embeddings()
+    settings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    return head.bias is None and not any(getattr(causal.config, s, None) for s in settings)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ weight.T, in pieces, so that logits are never whole in memory.
+
+    hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]. Gradients are made in the forward
+    pass, where each piece's logits are at hand (as in Hsu et al. 2024, Liger Kernel).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Scalar float32."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        for lo in range(0, len(hidden), PIECE_TOKENS):
+            piece, wanted = hidden[lo : lo + PIECE_TOKENS], targets[lo : lo + PIECE_TOKENS, None]
+            logits = (piece @ weight.T).float()
+            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            slope = logits.sub_(norm).exp_()  # softmax, in place
+            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+            slope = slope.to(hidden.dtype)
+            torch.mm(slope, weight, out=grad_hidden[lo : lo + PIECE_TOKENS])
+            if grad_weight is not None:
+                grad_weight += slope.T @ piece
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is not None else torch.empty(0))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """grad: scalar."""
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, (grad_weight * grad).to(grad_hidden.dtype) if grad_weight.numel() else None, None

@@ -11,7 +11,7 @@ def learning_rate(step: int, num_steps: int, peak: float, warmup: float, schedul
     Rises linearly over the first warmup · num_steps steps, then follows `schedule`: cosine or linear, which reach 0
     after the last step, or constant.
     """
-    num_warmup = math.ceil(warmup * num_steps)
+    num_warmup = math.ceil(warmup * num_steps - 1e-9)  # 0.07 * 100 is a little more than 7
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
     if schedule == "constant":

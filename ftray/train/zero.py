@@ -16,6 +16,7 @@ OWNED = {
     "scheduler": "train.schedule",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
 }
 
 
@@ -24,7 +25,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides."""
     for key, ours in OWNED.items():
-        if key in deepspeed.overrides:
+        if _holds(deepspeed.overrides, key):
             raise ConfigError(f"deepspeed.overrides.{key} is decided by {ours}; set that instead")
     derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
@@ -39,9 +40,20 @@ def deepspeed_config(
     return _merge(derived, deepspeed.overrides)
 
 
+def _holds(tree: Any, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return isinstance(tree, dict) and first in tree and (not rest or _holds(tree[first], rest))
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if not isinstance(merged.get(key), dict):
+            merged[key] = value
+        elif isinstance(value, dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            raise ConfigError(
+                f"deepspeed.overrides: {key} ({value!r}) must be a mapping; it is merged with {merged[key]}"
+            )
     return merged

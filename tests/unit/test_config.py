@@ -25,7 +25,7 @@ data:
   train:
     - {path: s3://acme-data/support/, weight: 0.7}
     - {path: s3://acme-data/general/*.parquet, weight: 0.3}   # general data against forgetting
-  eval: {fraction: 0.1}
+  eval: {fraction: 0.1, stratify: category}
 train: {epochs: 3, global_batch_size: 128, micro_batch_size: auto, learning_rate: 2.0e-4, precision: bf16, seed: 0}
 deepspeed: {zero_stage: 2}
 scale: {num_workers: 16, accelerator: A100}
@@ -70,7 +70,6 @@ def test_every_file_in_jobs_parses_and_is_named_as_its_run(path: Path) -> None:
 NOT_CARRIED_OUT = {
     "tune={num_trials: 8, space: {train.learning_rate: {type: loguniform, low: 5.0e-5}}}": "tune is {}; remove the section",
     "tune=": "tune is {}; remove the section",
-    "data.eval={fraction: 0.1, stratify: category}": "data.eval.stratify is {}; remove the key",
     "method.type=prompt": "method.type prompt is {}; use full, lora or qlora",
     "train.precision=fp16": "train.precision fp16 is {}; use bf16 or fp32",
     "scale.num_workers={min: 1, max: 4}": "scale.num_workers as a range is {}; give one number of workers",
@@ -335,6 +334,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "train": [{"path": "o"}],
         "eval": {"fraction": 0.3},
         "packing": False,
+        "labels": ["yes", "no"],
+        "clean": {"duplicates": "drop"},
         "chunk_mb": 3.0,
     },
     "train": {
@@ -404,6 +405,14 @@ def test_the_hash_covers_what_changes_the_result_and_nothing_else() -> None:
         assert set(section.model_fields) == {*OTHER.get(name, {}), *SAME.get(name, {})}, name  # type: ignore[union-attr]
 
 
+def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> None:
+    hashes = {mode: changed("data", "clean", {"quality": mode}).config_hash for mode in ("report", "off", "drop")}
+    assert hashes["report"] == hashes["off"] != hashes["drop"]
+    short = [{"quality": mode, "min_answer_chars": 9} for mode in ("report", "drop")]
+    assert changed("data", "clean", short[0]).config_hash == hashes["report"]
+    assert changed("data", "clean", short[1]).config_hash != hashes["drop"]
+
+
 def test_the_hash_does_not_change_when_a_default_is_written_out_or_the_file_is_reordered() -> None:
     run = parse_run(yaml.safe_load(SMALL), "f")
     whole = run.model_dump(mode="json")
@@ -438,6 +447,14 @@ def test_check_ends_with_code_2_and_one_line(run_file: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
+    told = "deepspeed.overrides.zero_optimization.stage is decided by deepspeed.zero_stage; set that instead"
+    assert capsys.readouterr().err == f"ftray: {told}\n"
+
+
 def test_check_prints_what_follows_from_the_file(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train.global_batch_size=8", "scale.num_workers=2", "train.micro_batch_size=2", "train.max_steps=5"]
     assert cli.main(["check", str(run_file), *arguments]) == 0
@@ -459,6 +476,6 @@ def test_every_key_is_described() -> None:
         for section in config.Section.__subclasses__()
         if section is not config.Run
         for name, field in section.model_fields.items()
-        if not field.description
+        if not field.description and field.annotation not in config.Section.__subclasses__()
     ]
     assert bare == []

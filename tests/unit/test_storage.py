@@ -194,7 +194,7 @@ def test_a_pattern_finds_the_files_that_match_it(place: str) -> None:
 def test_files_are_copied_in_both_directions_at_any_size(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(storage.transfer, "PART_BYTES", 5 << 20)
     for size_bytes in [0, 1, 5 << 20, (11 << 20) + 7]:
         data = random.Random(size_bytes).randbytes(size_bytes)
         (tmp_path / "from here").write_bytes(data)
@@ -338,7 +338,7 @@ def test_a_disk_that_refuses_is_told_in_words(
 
 def test_a_full_disk_is_told_by_the_disk_itself() -> None:
     words = "no space is left on the device; free some"
-    full = storage._local("/dev/full", "written")
+    full = storage.local.guarded("/dev/full", "written")
     with pytest.raises(StorageError, match=words), full as path, path.open("wb", buffering=0) as file:
         file.write(b"x")
 
@@ -421,14 +421,14 @@ def test_an_empty_directory_and_one_with_a_manifest_are_not_committed(
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_writer_killed_between_files_has_committed_nothing(place: str, checkpoint: Path, after: int) -> None:
     code = """
-really, storage._NUM_THREADS, uploaded = storage.upload_file, 1, []
+really, storage.transfer.NUM_THREADS, uploaded = storage.upload_file, 1, []
 def upload(path, uri):
     really(path, uri)
     uploaded.append(uri)
     if len(uploaded) == int(sys.argv[3]):
         say("stopped")
         time.sleep(60)
-storage.upload_file = upload
+storage.transfer.upload_file = upload
 storage.commit_directory(sys.argv[1], sys.argv[2], {})
 """
     with process(code, str(checkpoint), place, str(after)) as child:
@@ -494,7 +494,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
 
 def test_a_manifest_can_not_write_outside_of_its_directory(tmp_path: Path) -> None:
     body: dict[str, Any] = {"files": {"../../evil": {"size": 1, "sha256": "0"}}, "meta": {}}
-    manifest = {**body, "sha256": storage._sum_of(body)}
+    manifest = {**body, "sha256": storage.commit._sum_of(body)}
     storage.write_bytes(str(tmp_path / "made" / "manifest.json"), json.dumps(manifest).encode())
     with pytest.raises(CheckpointError, match="outside of its directory"):
         storage.fetch_directory(str(tmp_path / "made"), tmp_path / "a" / "b")
@@ -502,7 +502,7 @@ def test_a_manifest_can_not_write_outside_of_its_directory(tmp_path: Path) -> No
 
 def test_a_half_deleted_checkpoint_is_not_a_committed_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.commit_directory(checkpoint, str(checkpoint), META)
-    monkeypatch.setattr(storage.shutil, "rmtree", lambda path: None)  # killed right after the manifest
+    monkeypatch.setattr(storage.files.shutil, "rmtree", lambda path: None)  # killed right after the manifest
     storage.delete_tree(str(checkpoint.parent))
     assert storage.read_manifest(str(checkpoint)) is None
 
@@ -523,7 +523,7 @@ def lease_files(run: str) -> list[str]:
 def foreign_lease(run: str, number: int = 1, **changes: Any) -> None:
     """A lease of a process on another machine, written now."""
     record = {
-        **storage._this_process(),
+        **storage.lease._this_process(),
         "host": "host-7",
         "user": "alice",
         "pid": 4242,
@@ -593,7 +593,7 @@ def test_a_living_owner_keeps_its_lease_past_the_ttl(place: str) -> None:
 
 
 def test_a_pid_that_was_used_again_is_not_the_owner(tmp_path: Path) -> None:
-    here = storage._this_process()
+    here = storage.lease._this_process()
     foreign_lease(str(tmp_path), pid=here["pid"], machine=here["machine"], process_start="1")
     storage.acquire_lease(str(tmp_path)).release()
     foreign_lease(str(tmp_path), 3, pid=here["pid"], machine=here["machine"], process_start=here["process_start"])
@@ -615,9 +615,11 @@ def test_a_taker_that_slept_while_others_came_and_went_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign_lease(str(tmp_path), 9)
-    really = storage._lease_numbers
+    really = storage.lease._lease_numbers
     old_views = [[3]]  # what it saw before it slept; 4 has been used and cleared since
-    monkeypatch.setattr(storage, "_lease_numbers", lambda folder: old_views.pop() if old_views else really(folder))
+    monkeypatch.setattr(
+        storage.lease, "_lease_numbers", lambda folder: old_views.pop() if old_views else really(folder)
+    )
     with pytest.raises(RunHeldError, match="alice"):
         storage.acquire_lease(str(tmp_path))
     assert lease_files(str(tmp_path)) == ["000009.json"]
@@ -637,7 +639,7 @@ def test_an_owner_that_can_not_reach_the_store_holds_its_lease_for_lost(
         raise StorageError("not now")
 
     with storage.acquire_lease(str(tmp_path), ttl_s=1.2) as lease:
-        monkeypatch.setattr(storage, "write_bytes", unreachable)
+        monkeypatch.setattr(storage.files, "write_bytes", unreachable)
         assert not lease.lost
         assert soon(lambda: lease.lost)
         monkeypatch.undo()

@@ -133,13 +133,13 @@ def test_a_missing_bucket_is_not_an_absent_file(s3: S3Server) -> None:
 def test_listings_go_on_past_a_page(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(7):
         storage.write_bytes(storage.join(place, f"{number}"), b"x")
-    really = storage._request
+    really = storage.s3.request
 
     def in_small_pages(operation: str, *arguments: object, **named: object) -> object:
         named |= {"MaxKeys": 3} if operation == "list_objects_v2" else {}
         return really(operation, *arguments, **named)
 
-    monkeypatch.setattr(storage, "_request", in_small_pages)
+    monkeypatch.setattr(storage.s3, "request", in_small_pages)
     assert [info.path for info in storage.list_files(place)] == [str(number) for number in range(7)]
 
 
@@ -170,11 +170,11 @@ def test_a_forked_child_makes_connections_of_its_own(place: str) -> None:
 def test_a_file_that_changes_while_it_is_fetched_is_not_mixed(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 1000)
-    monkeypatch.setattr(storage, "_NUM_THREADS", 1)
+    monkeypatch.setattr(storage.transfer, "PART_BYTES", 1000)
+    monkeypatch.setattr(storage.transfer, "NUM_THREADS", 1)
     uri = storage.join(place, "x")
     storage.write_bytes(uri, b"a" * 5000)
-    really = storage._read_range
+    really = storage.s3.read_range
 
     def read_and_change(uri: str, start: int, end: int, **condition: str) -> bytes:
         data = really(uri, start, end, **condition)
@@ -182,7 +182,7 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_mixed(
             storage.write_bytes(uri, b"b" * 5000)
         return data
 
-    monkeypatch.setattr(storage, "_read_range", read_and_change)
+    monkeypatch.setattr(storage.s3, "read_range", read_and_change)
     with pytest.raises(StorageError, match="changed while it was read; try again"):
         storage.download_file(uri, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -252,7 +252,7 @@ def test_of_racing_creators_one_wins_through_faults(faulty: FaultyProxy, place: 
 def test_a_directory_with_a_large_file_is_committed_and_fetched_through_faults(
     faulty: FaultyProxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(storage.transfer, "PART_BYTES", 5 << 20)
     files = {"large.bin": random.Random(1).randbytes(12 << 20), **{f"{n}.bin": bytes([n]) * 1000 for n in range(6)}}
     for path, data in files.items():
         storage.write_bytes(str(tmp_path / "made" / path), data)
@@ -265,8 +265,8 @@ def test_a_directory_with_a_large_file_is_committed_and_fetched_through_faults(
 def test_a_completed_upload_whose_answer_was_lost_is_not_an_error(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
-    really, lost = storage._send, []
+    monkeypatch.setattr(storage.transfer, "PART_BYTES", 5 << 20)
+    really, lost = storage.s3._send, []
 
     async def lose(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
         if operation != "complete_multipart_upload":
@@ -278,7 +278,7 @@ def test_a_completed_upload_whose_answer_was_lost_is_not_an_error(
         lost.append(await really(client, operation, arguments))
         raise ConnectionResetError
 
-    monkeypatch.setattr(storage, "_send", lose)
+    monkeypatch.setattr(storage.s3, "_send", lose)
     (tmp_path / "large").write_bytes(bytes(6 << 20))
     storage.upload_file(tmp_path / "large", storage.join(place, "large"))
     assert lost

@@ -1,0 +1,207 @@
+"""Which records say the same, or nearly the same: keys, MinHash signatures, and pairs found among millions of them.
+
+Two records are duplicates when their turns are equal but for white space. They are near-duplicates when the sets of
+their five-character sequences (letters and digits, casing folded, system turns left out) are alike by SIMILARITY
+(Jaccard), estimated from MinHash signatures (Broder 1997; datasketch). What most records have in common, a template or
+an instruction, says nothing of likeness and is left out of the estimate. Knows conversations and arrays only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ftray.chat import Message
+
+SHINGLE = 5  # characters
+NUM_PERM = 128  # slots of a signature, 16 bits each: 256 bytes a record
+BAND = 4  # slots that must be equal for two records to be compared: 64 bits, one number
+SIMILARITY = 0.7
+ROUNDS = 6  # leaders tried in a group of records that share a band
+PIECE = 4096  # shingles hashed at once
+MIN_SLOTS = 24  # own slots that a judgement needs
+COMMON_SHARE, COMMON_RECORDS = 0.05, 20  # a slot's value is common above both: a template's, not the record's
+
+Keys = npt.NDArray[np.uint64]
+Signatures = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class RecordKeys:
+    """64-bit hashes of a record's whole conversation, of all before its last answer (0: nothing), of that answer."""
+
+    whole: int
+    prompt: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A record that repeats an earlier one. Places of both; similarity 1.0 for equal ones."""
+
+    place: int
+    of: int
+    similarity: float
+
+
+def record_keys(turns: Sequence[Message]) -> RecordKeys:
+    """Keys of a conversation (plain text: one assistant turn)."""
+    parts = [f"{turn.role}\x1f{' '.join(turn.content.split())}" for turn in turns]
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+    prompt = _hash("\x1e".join(parts[:last])) if last else 0
+    return RecordKeys(_hash("\x1e".join(parts)), prompt, _hash(parts[last]))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def spoken_text(turns: Sequence[Message]) -> str:
+    """What near-duplicates are compared by: words of all but system turns, casing folded, without punctuation."""
+    raw = " ".join(turn.content for turn in turns if turn.role != "system").casefold()
+    return " ".join(re.findall(r"[^\W_]+", raw)) or " ".join(raw.split())
+
+
+def signature(text: str) -> Signatures:
+    """MinHash of the text's shingles: uint16 [NUM_PERM], the low bits of datasketch's 32."""
+    from datasketch import MinHash
+
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    if len(codes) < SHINGLE:
+        codes = np.pad(codes, (0, SHINGLE - len(codes)))
+    hashes = np.zeros(len(codes) - SHINGLE + 1, np.uint64)
+    for k in range(SHINGLE):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[k : len(codes) - SHINGLE + 1 + k]
+    shingles = np.unique(hashes >> np.uint64(32)).tolist()
+    sketch = MinHash(NUM_PERM, hashfunc=_itself, permutations=_permutations(), scheme="affine32")
+    for at in range(0, len(shingles), PIECE):
+        sketch.update_batch(shingles[at : at + PIECE])
+    return (np.asarray(sketch.hashvalues) & 0xFFFF).astype(np.uint16)
+
+
+def _itself(value: int) -> int:
+    return value
+
+
+@lru_cache(maxsize=1)
+def _permutations() -> Any:
+    from datasketch import MinHash
+
+    return MinHash(NUM_PERM, seed=1, scheme="affine32").permutations
+
+
+def find_equal(keys: Keys) -> list[Pair]:
+    """Records whose key an earlier record has; `of` is the first that has it."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(keys) else np.zeros(0, bool)
+    firsts = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))] if len(keys) else order
+    again = np.flatnonzero(~starts)
+    pairs = [Pair(int(order[i]), int(firsts[i]), 1.0) for i in again]
+    return sorted(pairs, key=lambda p: p.place)
+
+
+def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> list[Pair]:
+    """Records that are nearly an earlier one that stays.
+
+    signatures: uint16 [records, NUM_PERM], duplicates left out. Memory: 24 bytes a record besides; time: a sort for each
+    band. Deterministic; the one kept is always the earlier.
+    """
+    common = _common(signatures)
+    best: dict[int, dict[int, float]] = {}
+    for lead, others in _candidates(_bands(signatures, common)):
+        alike = _similarity(signatures, others, lead, common)
+        for place, value in zip(others[alike >= similarity].tolist(), alike[alike >= similarity].tolist(), strict=True):
+            best.setdefault(place, {})[lead] = value
+    gone: set[int] = set()
+    pairs = []
+    for place in sorted(best):
+        stay = {of: value for of, value in best[place].items() if of not in gone}
+        if stay:
+            of = min(stay, key=lambda of: (-stay[of], of))
+            pairs.append(Pair(place, of, round(stay[of], 3)))
+            gone.add(place)
+    return pairs
+
+
+def find_near_to(signatures: Signatures, heldout: Signatures, similarity: float = SIMILARITY) -> list[Pair]:
+    """Training records that are nearly a held-out one; `of` is a place in `heldout`. Arrays as in `find_near`."""
+    num = len(heldout)
+    both = np.concatenate([heldout, signatures])
+    common = _common(both)
+    best: dict[int, Pair] = {}
+    for bands in _bands(both, common):
+        keys, use = bands
+        order = np.argsort(keys[:num], kind="stable")
+        order = order[use[:num][order]]
+        places = np.flatnonzero(use[num:])
+        lo = np.searchsorted(keys[:num][order], keys[num:][places], "left")
+        hi = np.searchsorted(keys[:num][order], keys[num:][places], "right")
+        for step in range(ROUNDS):
+            some = lo + step < hi
+            if not some.any():
+                break
+            rows, of = places[some], order[lo[some] + step]
+            for row, lead, value in _alike_pairs(both, rows + num, of, common, similarity):
+                if row - num not in best or (-value, lead) < (-best[row - num].similarity, best[row - num].of):
+                    best[row - num] = Pair(row - num, lead, value)
+    return [best[place] for place in sorted(best)]
+
+
+def _alike_pairs(
+    signatures: Signatures, rows: npt.NDArray[np.int64], of: npt.NDArray[np.int64], common: Any, similarity: float
+) -> Iterator[tuple[int, int, float]]:
+    values = _compare(signatures[rows], signatures[of], common)
+    for i in np.flatnonzero(values >= similarity).tolist():
+        yield int(rows[i]), int(of[i]), round(float(values[i]), 3)
+
+
+def _common(signatures: Signatures) -> npt.NDArray[np.bool_]:
+    """bool [65536, NUM_PERM]: values of a slot that more than COMMON_SHARE of the records have."""
+    limit = max(COMMON_RECORDS, COMMON_SHARE * len(signatures))
+    counts = [np.bincount(signatures[:, slot], minlength=1 << 16) > limit for slot in range(NUM_PERM)]
+    return np.stack(counts, axis=1)
+
+
+def _bands(signatures: Signatures, common: npt.NDArray[np.bool_]) -> Iterator[tuple[Keys, npt.NDArray[np.bool_]]]:
+    """For each band: a key of each record, and whether it has a slot of its own in it."""
+    for at in range(0, NUM_PERM, BAND):
+        part = np.ascontiguousarray(signatures[:, at : at + BAND])
+        own = np.zeros(len(part), bool)
+        for k in range(BAND):
+            own |= ~common[part[:, k], at + k]
+        yield part.view(np.uint64)[:, 0], own
+
+
+def _candidates(bands: Iterator[tuple[Keys, npt.NDArray[np.bool_]]]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """(leader, later records that share a band with it). Each record of a group is compared with ROUNDS leaders at most."""
+    for keys, own in bands:
+        places = np.flatnonzero(own)
+        order = places[np.argsort(keys[places], kind="stable")]
+        found = keys[order]
+        starts = np.flatnonzero(np.r_[True, found[1:] != found[:-1]]) if len(found) else np.zeros(0, np.int64)
+        ends = np.r_[starts[1:], len(found)]
+        for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
+            for lead in range(start, min(end - 1, start + ROUNDS)):
+                yield int(order[lead]), order[lead + 1 : end]
+
+
+def _similarity(
+    signatures: Signatures, others: npt.NDArray[np.int64], lead: int, common: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
+    return _compare(signatures[others], signatures[lead][None, :], common)
+
+
+def _compare(a: Signatures, b: Signatures, common: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Share of equal slots, of those that don't hold the same common value; 0 where too few are left."""
+    equal = a == b
+    slots = np.arange(NUM_PERM)
+    template = equal & common[b, slots]
+    left = NUM_PERM - template.sum(axis=1)
+    return np.where(left >= MIN_SLOTS, (equal & ~template).sum(axis=1) / np.maximum(left, 1), 0.0)

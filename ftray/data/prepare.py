@@ -1,0 +1,93 @@
+"""A run's data, ready to be fed: indexed, checked, proven on a sample, and planned.
+
+What training and the `data` verbs have in common. Knows runs and Ray Data; the tokenizer is handed in, so that nothing
+here knows models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftray import config, storage
+from ftray.console import Console
+from ftray.data.chunks import Stream, streams
+from ftray.data.index import Index, build_index, check_index
+from ftray.data.pipeline import Plan, make_plan
+from ftray.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Data:
+    """A run's data as the index knows it. data_hash: identity of training and held-out rows."""
+
+    plan: Plan
+    index: Index
+    heldout_stream: Stream | None
+    heldout_index: Index | None
+    data_hash: str
+
+
+def prepare_data(
+    run: config.Run, run_dir: str, console: Console, load_tokenizer: Callable[[], Any], tokenizer_hash: str
+) -> Data:
+    """Index of training and held-out data, checked, and the plan. Needs a started Ray.
+
+    load_tokenizer: picklable. Raises DataError, ConfigError.
+    """
+    directory = storage.join(run_dir, "data")
+    stream, heldout = streams(run.data, load_tokenizer)
+    chunk_bytes = int(run.data.chunk_mb * 1e6)
+    index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
+    heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
+    train = run.train
+    plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
+    if plan.mixture.rows_per_epoch < train.global_batch_size:
+        raise DataError(
+            f"data.train gives {plan.mixture.rows_per_epoch} packed rows, fewer than train.global_batch_size "
+            f"({train.global_batch_size}); lower it, or add data"
+        )
+    if plan.num_steps < 1:
+        raise ConfigError(f"train.epochs ({train.epochs}) is less than one global batch; raise it")
+    hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
+    return Data(plan, index, heldout, heldout_index, "-".join(h for h in hashes if h))
+
+
+def _index(
+    stream: Stream, what: str, run: config.Run, directory: str, chunk_bytes: int, token_hash: str, console: Console
+) -> Index:
+    with console.progress(f"data: indexing data.{what}, chunk", 1) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar._total = total
+            bar.update(done)
+
+        index = build_index(stream, chunk_bytes, directory, token_hash, show)
+    check_index(index, stream, what, run.data.max_bad_records, directory)
+    tokens, rows = index.total("num_tokens"), index.total("num_rows")
+    bad = f", {len(index.bad)} bad records quarantined" if index.bad else ""
+    console.say(
+        f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_supervised')} supervised), "
+        f"{rows} packed rows, {100 * tokens / max(1, rows * run.data.max_seq_len):.1f}% full{bad}"
+    )
+    return index
+
+
+def say_steps(plan: Plan, train: config.Train, console: Console) -> None:
+    """Tells what an epoch is, how many steps it gives, and what becomes of the tail."""
+    size, per_epoch = plan.global_batch_size, plan.mixture.rows_per_epoch
+    steps, tail = divmod(per_epoch, size)
+    console.say(
+        f"an epoch: {per_epoch} rows, {steps} steps of {size}"
+        + (f" and {tail} rows, which are carried into the next epoch's first step" if tail else "")
+    )
+    left = round(train.epochs * per_epoch) - plan.num_steps * size if train.max_steps is None else 0
+    console.say(
+        f"the run: {plan.num_steps} steps, {plan.num_steps * size / per_epoch:.2f} epochs"
+        + (f"; its last {left} rows fill no step and are left out" if left > 0 else "")
+    )
+    if plan.mixture.weights is not None:
+        for source, share, rows in zip(plan.stream.sources, plan.mixture.shares, plan.mixture.num_rows, strict=True):
+            passes = float(share) * per_epoch / rows
+            console.say(f"  {source.path}: {float(share):.1%} of the rows, {passes:.2f} passes an epoch")

@@ -1,0 +1,100 @@
+"""What the model will see of the first records: which tokens are learned, which are only read. Needs no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from ftray.chat import ChatFormat, Encoded
+from ftray.console import Console
+from ftray.data.chunks import Stream
+from ftray.data.clean import Example, Quarantined, read_examples
+from ftray.data.packing import best_fit
+from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
+
+# kind of a piece → before and after it on a terminal: green, dim, inverted
+COLOURS = {"learned": ("\x1b[32m", "\x1b[0m"), "context": ("\x1b[2m", "\x1b[0m"), "special": ("\x1b[7m", "\x1b[0m")}
+LEGEND = {
+    True: "\x1b[32mlearned\x1b[0m · \x1b[2mread only\x1b[0m · \x1b[7mspecial token\x1b[0m (underlined: learned too)",
+    False: "{+learned+}, all else is read only",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens in a row of one kind: `learned`, `context` or `special`."""
+
+    text: str
+    kind: str
+    learned: bool
+
+
+def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console) -> None:
+    """Prints the first `number` records of each source as the model will see them. Raises DataError."""
+    colour = console.is_terminal and not os.environ.get("NO_COLOR")
+    chat = ChatFormat(stream.load_tokenizer())
+    console.say(LEGEND[colour])
+    for i, source in enumerate(stream.sources):
+        console.say(f"\n{source.path}")
+        lengths = []
+        for chunk, item in islice(_records(stream, i, chunk_bytes, chat), number):
+            line = line_number(chunk.uri, item.position)
+            where = f"{chunk.path}, {f'line {line}' if line else f'record {item.position}'}"
+            if isinstance(item, Quarantined):
+                console.say(f"\n--- {where}: bad ({item.rule}): {item.detail}")
+                continue
+            num_tokens, num_learned = len(item.encoded.input_ids), sum(item.encoded.loss_mask)
+            lengths.append(num_tokens)
+            console.say(f"\n--- {where}: {num_tokens} tokens, {num_learned} learned")
+            console.say(paint(pieces(chat, item.encoded), colour))
+        if stream.packing and lengths:
+            rows = [[lengths[place] for place in row] for row in best_fit(lengths, stream.max_seq_len)]
+            told = ", ".join(" + ".join(map(str, row)) for row in rows)
+            console.say(f"\npacked alone, these fill {len(rows)} rows of {stream.max_seq_len}: {told} tokens")
+
+
+def _records(
+    stream: Stream, source: int, chunk_bytes: int, chat: ChatFormat
+) -> Iterator[tuple[Chunk, Example | Quarantined]]:
+    for shard in list_shards(stream.sources[source].path):
+        for chunk in cut_shard(shard, source, chunk_bytes):
+            for item in read_examples(chunk, chat, stream.rules(source)):
+                yield chunk, item
+
+
+def pieces(chat: ChatFormat, encoded: Encoded) -> list[Piece]:
+    """The whole text, cut wherever tokens begin or cease to be learned or special; together it is the decoded text."""
+    kinds = [
+        ("special" if chat.is_special(token) else "learned" if learned else "context", learned)
+        for token, learned in zip(encoded.input_ids, encoded.loss_mask, strict=True)
+    ]
+    found: list[Piece] = []
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or kinds[end] != kinds[start]:
+            text = chat.decode(encoded.input_ids[start:end], before=encoded.input_ids[:start])
+            found.append(Piece(text, *kinds[start]))
+            start = end
+    return found
+
+
+def paint(shown: list[Piece], colour: bool) -> str:
+    """Pieces as text for a terminal, or with plain marks. Control characters of the data are shown, not obeyed."""
+    if not colour:
+        parts, open_ = [], False
+        for piece in shown:
+            if piece.learned != open_:
+                parts.append("{+" if piece.learned else "+}")
+                open_ = piece.learned
+            parts.append(_visible(piece.text))
+        return "".join(parts) + ("+}" if open_ else "")
+    return "".join(
+        COLOURS[p.kind][0] + ("\x1b[4m" if p.kind == "special" and p.learned else "") + _visible(p.text) + COLOURS[p.kind][1]
+        for p in shown
+    )
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

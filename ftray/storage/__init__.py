@@ -1,0 +1,59 @@
+"""One way to files, local or s3://. Knows neither what the files hold nor any room but errors.
+
+An address says where (address). Each of the two kinds of place keeps its own promises: on the disk (local) what is
+written appears at once and whole, S3 (s3) is asked one request at a time, with one deadline and refusals in words. On
+both stand single files (files) and their copies (transfer); on those a directory that is whole or does not exist
+(commit), and the lease that names the one owner of a run (lease). Beside them, what can be made again (cache).
+
+What touches the world is called by module, `files.read_bytes`, never imported by name: a test replaces it in one place.
+"""
+
+from ftray.storage.address import MANIFEST, FileInfo, MissingFile, absolute, is_remote, join
+from ftray.storage.cache import cache_directory
+from ftray.storage.commit import commit_directory, fetch_directory, read_manifest, verify_directory
+from ftray.storage.files import (
+    check_writable,
+    create_bytes,
+    delete,
+    delete_tree,
+    exists,
+    glob_files,
+    list_files,
+    read_bytes,
+    read_range,
+    size_and_etag,
+    write_bytes,
+)
+from ftray.storage.lease import Lease, acquire_lease
+from ftray.storage.s3 import RETRY_S
+from ftray.storage.transfer import download_file, upload_file
+
+__all__ = [
+    "MANIFEST",
+    "RETRY_S",
+    "FileInfo",
+    "Lease",
+    "MissingFile",
+    "absolute",
+    "acquire_lease",
+    "cache_directory",
+    "check_writable",
+    "commit_directory",
+    "create_bytes",
+    "delete",
+    "delete_tree",
+    "download_file",
+    "exists",
+    "fetch_directory",
+    "glob_files",
+    "is_remote",
+    "join",
+    "list_files",
+    "read_bytes",
+    "read_manifest",
+    "read_range",
+    "size_and_etag",
+    "upload_file",
+    "verify_directory",
+    "write_bytes",
+]

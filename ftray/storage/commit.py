@@ -1,0 +1,124 @@
+"""Committed directories: files first, the manifest last. So a directory is whole or does not exist, and damage shows.
+
+Knows files; nothing of checkpoints, adapters or what else is kept this way.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ftray.errors import CheckpointError
+from ftray.storage import files, local, transfer
+from ftray.storage.address import MANIFEST, FileInfo, MissingFile, absolute, join
+
+
+def commit_directory(local_dir: str | os.PathLike[str], uri: str, meta: dict[str, Any]) -> bool:
+    """Copies a directory to `uri` and commits it: its files in parallel, then manifest.json, exclusively and last.
+
+    The manifest is {"files": {path: {"size": bytes, "sha256": hex}}, "meta": meta, "sha256": of these two}. `local_dir`
+    may be `uri` itself. Returns False if another writer committed first; keeping the files of two writers at
+    one time apart is the lease's work. Raises CheckpointError for an empty directory, StorageError.
+    """
+    source = absolute(os.fspath(local_dir))
+    if files.exists(join(uri, MANIFEST)):
+        return False
+    infos = files.list_files(source)
+    if not infos or any(info.path == MANIFEST for info in infos):
+        wrong = f"has a {MANIFEST} of its own; remove it" if infos else "holds no file"
+        raise CheckpointError(f"{source} can't be committed to {uri}: it {wrong}")
+
+    def put(info: FileInfo) -> tuple[str, dict[str, Any]]:
+        size_bytes, sha256 = _size_and_sha256(info.uri)
+        if source == absolute(uri):
+            local.sync(Path(info.uri))
+            local.sync(Path(info.uri).parent)
+        else:
+            transfer.upload_file(info.uri, join(uri, info.path))
+        return info.path, {"size": size_bytes, "sha256": sha256}
+
+    body = json.loads(json.dumps({"files": dict(transfer.in_parallel(put, infos)), "meta": meta}))
+    text = json.dumps({**body, "sha256": _sum_of(body)}, indent=1)
+    return files.create_bytes(join(uri, MANIFEST), text.encode())
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """{"files": …, "meta": …} of a committed directory, None if it was not committed.
+
+    Raises CheckpointError for a manifest that is damaged, StorageError.
+    """
+    address = join(uri, MANIFEST)
+    try:
+        manifest = json.loads(files.read_bytes(address))
+        if manifest.pop("sha256") == _sum_of(manifest):
+            return dict(manifest)
+    except MissingFile:
+        return None
+    except (AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{address} is damaged; use the checkpoint before it") from error
+    raise CheckpointError(f"{address} is damaged: its sha256 is another; use the checkpoint before it")
+
+
+def verify_directory(uri: str) -> list[str]:
+    """What is wrong with a committed directory, a sentence for each file; reads all of it. [] if it is sound.
+
+    Raises StorageError.
+    """
+    try:
+        manifest = read_manifest(uri)
+    except CheckpointError as error:
+        return [str(error)]
+    if manifest is None:
+        return [f"{join(uri, MANIFEST)} is missing: the directory was not committed"]
+    wrongs = transfer.in_parallel(partial(_what_is_wrong, uri), sorted(manifest["files"].items()))
+    return [wrong for wrong in wrongs if wrong]
+
+
+def fetch_directory(uri: str, local_dir: str | os.PathLike[str]) -> None:
+    """Copies the files of a committed directory to `local_dir` and verifies them; sound ones that are there are kept.
+
+    Raises CheckpointError naming the file that is missing or damaged, StorageError.
+    """
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise CheckpointError(f"{uri} is not committed: it has no {MANIFEST}; use the checkpoint before it")
+    target = absolute(os.fspath(local_dir))
+
+    def fetch(item: tuple[str, dict[str, Any]]) -> None:
+        path = item[0]
+        if path.startswith("/") or ".." in path.split("/"):  # a published manifest may come from anybody
+            raise CheckpointError(f"{join(uri, MANIFEST)} names '{path}', which is outside of its directory")
+        if _what_is_wrong(target, item):
+            with suppress(MissingFile):
+                transfer.download_file(join(uri, path), join(target, path))
+            if wrong := _what_is_wrong(target, item):
+                files.delete(join(target, path))
+                raise CheckpointError(f"{uri} is damaged: {wrong}; use the checkpoint before it")
+
+    transfer.in_parallel(fetch, sorted(manifest["files"].items()))
+
+
+def _what_is_wrong(uri: str, item: tuple[str, dict[str, Any]]) -> str:
+    path, expected = item
+    try:
+        size_bytes = files.size_and_etag(join(uri, path))[0]
+        if size_bytes != expected["size"]:
+            return f"{path} has {size_bytes} bytes instead of {expected['size']}"
+        return "" if _size_and_sha256(join(uri, path))[1] == expected["sha256"] else f"{path} has another sha256"
+    except MissingFile:
+        return f"{path} is missing"
+
+
+def _size_and_sha256(uri: str) -> tuple[int, str]:
+    size_bytes, _ = files.size_and_etag(uri)
+    digest = hashlib.sha256()
+    for start in range(0, size_bytes, transfer.PART_BYTES):
+        digest.update(files.read_range(uri, start, min(start + transfer.PART_BYTES, size_bytes)))
+    return size_bytes, digest.hexdigest()
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

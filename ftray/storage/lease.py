@@ -1,0 +1,163 @@
+"""The lease: who owns a run. A numbered file whose owner rewrites it; the highest number is the owner.
+
+Knows files, processes and clocks; nothing of what a run does.
+"""
+
+import getpass
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Self
+
+from ftray.errors import RunHeldError, StorageError
+from ftray.storage import files, local, s3
+from ftray.storage.address import MissingFile, absolute, is_remote, join
+
+log = logging.getLogger(__name__)
+
+_NUM_LEASE_FILES = 3
+
+
+class Lease:
+    """The right to write a run, kept by a thread that rewrites its file every ttl/6; made by `acquire_lease`.
+
+    Leaving the `with` block releases it. A process that dies leaves it to grow stale.
+    """
+
+    def __init__(self, folder: str, number: int, record: dict[str, Any], began_s: float) -> None:
+        self._folder, self._number, self._record = folder, number, record
+        self._ttl_s: float = record["ttl_s"]
+        self._last_sign_s = began_s
+        self._overtaken = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="ftray-lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """True if another process took the run, or may have: no sign of life reached the store for `ttl_s`."""
+        return self._overtaken or time.monotonic() - self._last_sign_s > self._ttl_s
+
+    def release(self) -> None:
+        """Lets the next one take the run at once. A store that can't be reached only delays that, by `ttl_s`."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join(self._ttl_s)
+        self._record["released"] = True
+        self._sign()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _keep(self) -> None:
+        while not self._overtaken and not self._stop.wait(self._ttl_s / 6):
+            self._sign()
+
+    def _sign(self) -> None:
+        before = s3.retry_s.set(self._ttl_s / 3)
+        began_s = time.monotonic()  # before the write: another reads the age of the write itself
+        try:
+            self._overtaken = max(_lease_numbers(self._folder), default=0) != self._number
+            if not self._overtaken:
+                files.write_bytes(_lease_uri(self._folder, self._number), json.dumps(self._record).encode())
+                self._last_sign_s = began_s
+        except StorageError as error:
+            log.warning("the lease of the run could not be renewed: %s", error)
+        finally:
+            s3.retry_s.reset(before)
+
+
+def acquire_lease(run_uri: str, ttl_s: float = 60.0, owner: dict[str, Any] | None = None) -> Lease:
+    """Takes the run, also from an owner that released it, died on this machine, or gave no sign of life for its ttl_s.
+
+    `owner`: more about this process, kept in the lease. Raises RunHeldError naming the live owner, StorageError.
+    """
+    folder = join(absolute(run_uri), "lease")
+    for _ in range(10):
+        last = max(_lease_numbers(folder), default=0)
+        if last and (held := _live_owner(_lease_uri(folder, last))):
+            raise RunHeldError(f"run '{run_uri.rstrip('/').rpartition('/')[2]}' {held}; wait for it, or stop it there")
+        record, began_s = {**(owner or {}), **_this_process(), "ttl_s": ttl_s}, time.monotonic()
+        mine = _lease_uri(folder, last + 1)
+        if not files.create_bytes(mine, json.dumps(record).encode()):
+            continue  # another was quicker: it is the owner now
+        numbers = _lease_numbers(folder)
+        if max(numbers) == last + 1:
+            for number in numbers[:-_NUM_LEASE_FILES]:
+                files.delete(_lease_uri(folder, number))
+            return Lease(folder, last + 1, record, began_s)
+        files.delete(mine)  # this process slept so long that later owners had come, and cleared the number it took
+    raise RunHeldError(f"{run_uri} changes hands too fast to be taken; try again")
+
+
+def _lease_uri(folder: str, number: int) -> str:
+    return join(folder, f"{number:06d}.json")
+
+
+def _lease_numbers(folder: str) -> list[int]:
+    stems = [info.path.removesuffix(".json") for info in files.list_files(folder, ".json")]
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+
+def _live_owner(uri: str) -> str:
+    """Who holds a lease file, in words; "" if nobody does: released, grown stale, or its process is dead."""
+    try:
+        data, age_s = _read_with_age(uri)
+        record = json.loads(data)
+    except (MissingFile, ValueError):
+        return ""
+    here = _this_process()
+    dead = record["machine"] == here["machine"] and _process_start(record["pid"]) != record["process_start"]
+    if record["released"] or age_s > record["ttl_s"] or (dead and here["machine"]):
+        return ""
+    since = datetime.fromisoformat(record["since"])
+    return (
+        f"is held by {record['user']} on {record['host']} (pid {record['pid']}, since {since:%Y-%m-%d %H:%M} UTC, "
+        f"last sign of life {age_s:.0f} s ago)"
+    )
+
+
+def _read_with_age(uri: str) -> tuple[bytes, float]:
+    """Content, and seconds since it was written by the store's own clock: those of two machines may differ."""
+    if is_remote(uri):
+        response = s3.request("get_object", uri)
+        now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return response["Body"], max(0.0, (now - response["LastModified"]).total_seconds())
+    with local.guarded(uri, "read") as path, local.staged(path) as probe:
+        probe.touch()
+        return path.read_bytes(), max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+
+
+def _this_process() -> dict[str, Any]:
+    host, machine = socket.gethostname(), ""
+    # Containers of one host share its name and boot, but a pid means a process only within its own namespace.
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{host} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = f"uid {os.getuid()}"
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    process = {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "machine": machine}
+    return {"host": host, "user": user, "since": since, "released": False, **process}
+
+
+def _process_start(pid: int) -> str:
+    """When a process began, in clock ticks since boot; "" if it is dead. A pid is used again, a pair of both is not."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,74 @@
+"""Our settings → DeepSpeed's config: what the run file decides can't be overridden, the rest is merged."""
+
+from typing import Any
+
+import pytest
+
+from ftray.config import DeepSpeed, Train
+from ftray.errors import ConfigError
+from ftray.train.zero import OWNED, deepspeed_config
+
+
+def made(zero_stage: int = 2, overrides: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+    section = Train(**{"global_batch_size": 24, "micro_batch_size": 3, **train})
+    return deepspeed_config(section, DeepSpeed(zero_stage=zero_stage, overrides=overrides or {}), 3, 2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_batch_sizes_stage_and_clipping_follow_the_run_file(stage: int) -> None:
+    found = made(stage, max_grad_norm=0.5)
+    assert found["zero_optimization"]["stage"] == stage
+    assert found["gradient_clipping"] == 0.5
+    sizes = [found[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    assert sizes == [24, 3, 4]
+    assert sizes[0] == sizes[1] * sizes[2] * 2
+
+
+def test_precision_is_bf16_or_nothing() -> None:
+    assert made(precision="bf16")["bf16"]["enabled"] is True
+    assert made(precision="fp32")["bf16"]["enabled"] is False
+    assert "fp16" not in made()
+
+
+def test_overrides_are_merged_key_by_key_and_leave_their_neighbours() -> None:
+    overrides = {
+        "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
+        "comms_logger": {"enabled": True},
+    }
+    found = made(3, overrides)
+    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
+    assert found["comms_logger"] == {"enabled": True}
+    assert {k: v for k, v in found.items() if k not in overrides} == {
+        k: v for k, v in made(3).items() if k not in overrides
+    }
+
+
+def test_overrides_of_the_run_file_are_left_as_they_are() -> None:
+    overrides = {"zero_optimization": {"overlap_comm": False}}
+    made(2, overrides)
+    assert overrides == {"zero_optimization": {"overlap_comm": False}}
+
+
+@pytest.mark.parametrize("key", OWNED)
+def test_what_a_key_of_the_run_file_decides_is_refused_naming_that_key(key: str) -> None:
+    *above, leaf = key.split(".")
+    overrides: dict[str, Any] = {leaf: 1}
+    for part in reversed(above):
+        overrides = {part: overrides}
+    with pytest.raises(ConfigError) as caught:
+        made(2, overrides)
+    assert str(caught.value) == f"deepspeed.overrides.{key} is decided by {OWNED[key]}; set that instead"
+
+
+@pytest.mark.parametrize("value", [2, "stage 2", None])
+def test_a_mapping_can_not_be_replaced_by_something_else(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"deepspeed\.overrides: zero_optimization \(.*\) must be a mapping"):
+        made(2, {"zero_optimization": value})
+
+
+def test_what_is_decided_elsewhere_names_keys_that_exist() -> None:
+    assert {"zero_optimization.stage", "train_batch_size", "optimizer", "fp16"} <= set(OWNED)
+    for names in OWNED.values():
+        for name in names.split(" and "):
+            section, leaf = name.split(".")
+            assert leaf in {"train": Train, "deepspeed": DeepSpeed}[section].model_fields
