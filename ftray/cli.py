@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ftray: {known}", file=sys.stderr)
         return known.exit_code
     except KeyboardInterrupt:
-        print("ftray: interrupted; run the same command again to continue", file=sys.stderr)
+        start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
+        print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
 
 
@@ -166,13 +167,15 @@ def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
     from ftray.session import quiet, ray_session
-    from ftray.train.identity import open_run
+    from ftray.train.identity import check_identity, open_run
 
-    run_dir = open_run(run)
-    with storage.acquire_lease(run_dir), quiet(run.name, console):
+    run_dir = storage.absolute(run.directory)
+    check_identity(run, run_dir)
+    with storage.acquire_lease(run_dir), quiet(run.name, console):  # the lease first: run.json may be written anew
         from ftray.train.preflight import preflight
 
         preflight(run)
+        open_run(run)
         with ray_session(run.scale.num_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
             yield run_dir
 
@@ -255,7 +258,9 @@ def data_order(arguments: argparse.Namespace, console: Console) -> int:
     run = open_target(arguments.run, arguments.overrides)
     workers = arguments.workers or run.scale.num_workers
     if run.train.global_batch_size % workers:
-        raise ConfigError(f"--workers {workers} does not divide train.global_batch_size ({run.train.global_batch_size})")
+        raise ConfigError(
+            f"--workers {workers} does not divide train.global_batch_size ({run.train.global_batch_size})"
+        )
     first, end = arguments.steps
     start = first if arguments.after_step is None else arguments.after_step
     if not 0 <= start < end:
@@ -274,7 +279,11 @@ def data_order(arguments: argparse.Namespace, console: Console) -> int:
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     """Compares the tuned model with its base."""
+    from ftray import storage
+    from ftray.train.preflight import check_evaluation
+
     run = open_target(arguments.run, arguments.overrides)
+    check_evaluation(run, storage.absolute(run.directory))
     with _owned(run, console) as run_dir:
         from ftray.evaluate.compare import compare
 
@@ -284,7 +293,11 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
 def export(arguments: argparse.Namespace, console: Console) -> int:
     """Writes the adapter and the merged model."""
+    from ftray import storage
+    from ftray.train.timeline import best_checkpoint
+
     run = open_target(arguments.run, arguments.overrides)
+    best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
     with _owned(run, console, with_ray=False) as run_dir:
         from ftray.train.export import export as write
 

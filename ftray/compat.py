@@ -8,7 +8,7 @@ def deepspeed_without_compiler() -> None:
 
     Reason: deepspeed 0.19's TorchBackend builds the op `deepspeed_shm_comm` with a C++ compiler as soon as a CPU
     process group is set up, and fails where there is none. It is a speed-up of collectives inside one host only.
-    Test: tests/ray/test_compat.py. Upstream: deepspeed/comm/torch.py, build_shm_op.
+    Test: tests/unit/test_compat.py. Upstream: deepspeed/comm/torch.py, build_shm_op.
     """
     import deepspeed.ops
 

@@ -100,7 +100,9 @@ class Split(Section):
     @model_validator(mode="after")
     def _one_column(self) -> Split:
         if self.stratify is not None and self.group is not None:
-            raise ValueError("stratify and group exclude each other: a whole group can't be shared out; drop one of them")
+            raise ValueError(
+                "stratify and group exclude each other: a whole group can't be shared out; drop one of them"
+            )
         return self
 
 
@@ -159,8 +161,10 @@ class Data(Section):
     @classmethod
     def _labels_differ(cls, value: list[str] | None) -> list[str] | None:
         plain = [label.strip() for label in value or []]
-        if twice := sorted({label for label in plain if plain.count(label) > 1 or not label}):
-            raise ValueError(f"gives {twice[0]!r} more than once; name each label once" if twice[0] else "holds white space")
+        if "" in plain:
+            raise ValueError("names an empty label; remove it")
+        if twice := sorted({label for label in plain if plain.count(label) > 1}):
+            raise ValueError(f"gives {twice[0]!r} more than once; name each label once")
         return value
 
     @field_validator("train")

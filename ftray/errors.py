@@ -83,7 +83,7 @@ def innermost(error: BaseException) -> BaseException:
     while id(error) not in seen:
         seen.add(id(error))
         below = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(below, BaseException) or (isinstance(error, FtrayError) and type(error).__module__ == __name__):
+        if not isinstance(below, BaseException) or (isinstance(error, FtrayError) and type(error).__module__.startswith("ftray.")):
             return error
         error = below
     return error

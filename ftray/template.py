@@ -50,7 +50,7 @@ def only_copies(template: str) -> bool:
 
 
 def _parse(template: str) -> nodes.Template:
-    from jinja2 import Environment, TemplateError, nodes
+    from jinja2 import Environment, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
 
@@ -64,7 +64,7 @@ def _parse(template: str) -> nodes.Template:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     try:
-        return Environment(extensions=[Generation, loopcontrols]).parse(template)  # noqa: S701 - parsed, never rendered
+        return Environment(extensions=[Generation, loopcontrols]).parse(template)
     except (TemplateError, RecursionError) as err:
         raise _LooksInside from err
 
@@ -94,7 +94,9 @@ class _Reading:
                 self.statements(list(branch))
         elif isinstance(node, nodes.For) and not node.recursive:
             held = self._expect(node.iter, _Kind.OTHER, _Kind.TURNS)
-            for name in [node.target] if isinstance(node.target, nodes.Name) else list(node.target.find_all(nodes.Name)):
+            for name in (
+                [node.target] if isinstance(node.target, nodes.Name) else list(node.target.find_all(nodes.Name))
+            ):
                 self._set(name.name, held)
             if node.test is not None:
                 self._condition(node.test)
@@ -172,9 +174,9 @@ class _Reading:
                 self._expect(node.left, _Kind.OTHER)
                 self._expect(node.right, _Kind.OTHER)
             return _Kind.OTHER
-        elif not isinstance(node, nodes.List | nodes.Tuple | nodes.Dict | nodes.Pair | nodes.Operand | nodes.Slice) and (
-            not isinstance(node, nodes.BinExpr | nodes.UnaryExpr)
-        ):
+        elif not isinstance(
+            node, nodes.List | nodes.Tuple | nodes.Dict | nodes.Pair | nodes.Operand | nodes.Slice
+        ) and (not isinstance(node, nodes.BinExpr | nodes.UnaryExpr)):
             raise _LooksInside
         for child in node.iter_child_nodes():
             if not isinstance(node, nodes.Test) or child is not node.node:

@@ -133,3 +133,9 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"waited too long for {what}"
         time.sleep(0.1)
+
+
+def restart_ray(num_cpus: int = 4) -> None:
+    """A new Ray in place of this process's own; it takes over the environment as it is now."""
+    ray.shutdown()
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -17,6 +17,7 @@ from ftray.chat import ChatFormat
 from ftray.data.clean import Example, Quarantined, Rules, read_examples
 from ftray.data.packing import PackedRow, pack_examples
 from ftray.data.sources import Chunk
+from ftray.data.tokenize import BatchTokenizer, TokenizerLoader, backend_json
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class PackedChunk:
 
 
 def streams(data: config.Data, load_tokenizer: Callable[[], Any]) -> tuple[Stream, Stream | None]:
-    """Training stream and, where the run file has one, the held-out stream."""
+    """Training stream and, where the run file has one, the held-out stream. load_tokenizer: picklable."""
+    loader = load_tokenizer if isinstance(load_tokenizer, TokenizerLoader) else TokenizerLoader(load_tokenizer)
 
     def stream(sources: list[config.Source], fraction: float | None, part: str | None, is_heldout: bool) -> Stream:
-        shape = (data.max_seq_len, data.packing, fraction, part, load_tokenizer)
+        shape = (data.max_seq_len, data.packing, fraction, part, loader)
         return Stream(tuple(sources), *shape, data, is_heldout)
 
     if data.eval is None:
@@ -105,4 +107,4 @@ def pack_chunk(chunk: Chunk, stream: Stream) -> PackedChunk:
 def _tokenizer(load: Callable[[], Any]) -> tuple[ChatFormat, int]:
     tokenizer = load()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return ChatFormat(tokenizer), int(pad or 0)
+    return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer))), int(pad or 0)

@@ -13,7 +13,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from ftray.chat import ChatFormat, Encoded, Message
 from ftray.data.formats import BadRecord, read_record
@@ -22,6 +25,7 @@ from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.errors import DataError
 
 EXCERPT_CHARS, DETAIL_CHARS = 160, 400
+WINDOW = 1024  # records that are tokenized together
 
 
 @dataclass(frozen=True)
@@ -91,22 +95,32 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
     What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
     """
     dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
-    for raw in read_chunk(chunk):
-        part = "train"
-        try:
-            if raw.position in dropped:
-                raise BadRecord("dropped", "taken out by data.clean")
-            record = _parse(raw)
-            part = split_part(record, rules.eval_fraction, rules.group)
-            if raw.position in moved:
-                part = "eval" if part == "train" else "train"
-            if rules.part in (None, part):
-                yield _encode(raw.position, record, chat, rules)
-        except BadRecord as bad:
-            if rules.part not in (None, part):
+    raws = read_chunk(chunk)
+    while window := list(islice(raws, WINDOW)):
+        drafts: list[_Draft | Quarantined] = []
+        for raw in window:
+            part = "train"
+            try:
+                if raw.position in dropped:
+                    raise BadRecord("dropped", "taken out by data.clean")
+                record = _parse(raw)
+                part = split_part(record, rules.eval_fraction, rules.group)
+                if raw.position in moved:
+                    part = "eval" if part == "train" else "train"
+                if rules.part in (None, part):
+                    drafts.append(_read(raw, record, rules))
+            except BadRecord as bad:
+                if rules.part in (None, part):
+                    drafts.append(_quarantine(chunk, raw, bad))
+        encoded = iter(chat.encode_examples([d.conversation for d in drafts if isinstance(d, _Draft)]))
+        for draft in drafts:
+            if isinstance(draft, Quarantined):
+                yield draft
                 continue
-            detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule, "correct it, or remove it")
-            yield Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
+            try:
+                yield _finish(draft, next(encoded), rules)
+            except BadRecord as bad:
+                yield _quarantine(chunk, draft.raw, bad)
 
 
 def split_part(record: dict[str, Any], fraction: float | None, group: str | None = None) -> str:
@@ -148,7 +162,17 @@ def _parse(raw: RawRecord) -> dict[str, Any]:
     return record
 
 
-def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rules) -> Example:
+@dataclass(frozen=True)
+class _Draft:
+    """A record that was read and not yet tokenized."""
+
+    raw: RawRecord
+    conversation: list[Message] | str
+    digest: int
+    stratum: str | None
+
+
+def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
     digest, stratum = 0, None
     if rules.stratify is not None:
         if record.get(rules.stratify) is None:
@@ -157,20 +181,25 @@ def _encode(position: int, record: dict[str, Any], chat: ChatFormat, rules: Rule
     conversation = read_record(record, rules.format, rules.columns)
     if rules.labels is not None:
         check_labels(conversation, rules.labels)
-    try:
-        if isinstance(conversation, str):
-            encoded, messages = chat.encode_text(conversation), None
-        else:
-            encoded, messages = chat.encode_example(conversation), conversation
-    except DataError as err:
-        raise BadRecord("bad_turn", str(err)) from None
+    return _Draft(raw, conversation, digest, stratum)
+
+
+def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Example:
+    if isinstance(encoded, DataError):
+        raise BadRecord("bad_turn", str(encoded))
     num_tokens = len(encoded.input_ids)
     if num_tokens > rules.max_seq_len:
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
-    if not any(encoded.loss_mask[1:]):
+    if not np.any(encoded.loss_mask[1:]):
         raise BadRecord("nothing_supervised", "no token of it is under the loss")
-    text = conversation if isinstance(conversation, str) else None
-    return Example(position, encoded, messages, text, digest, stratum)
+    said = draft.conversation
+    messages, text = (None, said) if isinstance(said, str) else (said, None)
+    return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum)
+
+
+def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:
+    detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule, "correct it, or remove it")
+    return Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
 
 
 def _excerpt(value: bytes | dict[str, Any]) -> str:

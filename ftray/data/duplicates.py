@@ -27,7 +27,7 @@ SIMILARITY = 0.7
 ROUNDS = 6  # leaders tried in a group of records that share a band
 PIECE = 4096  # shingles hashed at once
 MIN_SLOTS = 24  # own slots that a judgement needs
-COMMON_SHARE, COMMON_RECORDS = 0.05, 20  # a slot's value is common above both: a template's, not the record's
+COMMON_SHARE, COMMON_RECORDS = 0.1, 20  # a slot's value is common above both: a template's, not the record's
 
 Keys = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint16]
@@ -186,7 +186,7 @@ def _candidates(bands: Iterator[tuple[Keys, npt.NDArray[np.bool_]]]) -> Iterator
         order = places[np.argsort(keys[places], kind="stable")]
         found = keys[order]
         starts = np.flatnonzero(np.r_[True, found[1:] != found[:-1]]) if len(found) else np.zeros(0, np.int64)
-        ends = np.r_[starts[1:], len(found)]
+        ends = np.r_[starts[1:], len(found)][: len(starts)]
         for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
             for lead in range(start, min(end - 1, start + ROUNDS)):
                 yield int(order[lead]), order[lead + 1 : end]

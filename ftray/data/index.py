@@ -2,7 +2,11 @@
 
 For each chunk: records, packed rows, tokens, a digest. From these follow the exact number of steps, the order of rows
 (`plan`), the quarantine, and the identity of the data (`plan_hash`): two runs with one plan hash see the same rows.
-Kept as JSON in the run's storage under a name that covers files, settings and tokenizer, so that it is made once.
+
+One Ray Data pass describes every chunk (`records`); what it found is kept as one file a shard, under a name that covers
+the shard's etag and cuts, settings and tokenizer, so that a new shard is the only one that is read when one is added.
+Over all records together `findings` says what repeats, leaks or must change sides; chunks with such records carry their
+positions in the descriptor and are counted again. The whole is kept as JSON beside.
 """
 
 from __future__ import annotations
@@ -10,20 +14,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
-from ftray import storage
-from ftray.data.chunks import Stream, pack_chunk
+from ftray import config, storage
+from ftray.data.chunks import Stream, streams
 from ftray.data.clean import Quarantined
+from ftray.data.findings import Finding, find_all, find_moved, with_changes
 from ftray.data.order import Mixture
 from ftray.data.raydata import map_in_order
+from ftray.data.records import (
+    ChunkSummary,
+    Survey,
+    Wants,
+    describe_chunk,
+    join_surveys,
+    read_described,
+    write_described,
+)
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 1  # raise it when a chunk's rows or facts change their meaning
+VERSION = 2  # raise it when a chunk's rows, facts or records change their meaning
+NUM_LINES = 50  # entries of a quarantine file whose line is counted
+NOTHING = Wants(signatures=False, grams=False, min_answer_chars=0)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,10 +58,13 @@ class ChunkFacts:
 
 @dataclass(frozen=True)
 class Index:
-    """Facts of all chunks of a stream in source and file order, and its bad records."""
+    """Facts of all chunks of a stream in source and file order, its bad records, those that `data.clean` took out, and
+    all that was found over the whole set (taken out or only told)."""
 
     facts: tuple[ChunkFacts, ...]
     bad: tuple[Quarantined, ...]
+    dropped: tuple[Quarantined, ...] = ()
+    found: tuple[Finding, ...] = ()
 
     def total(self, field: str) -> int:
         """Sum of a numeric field of ChunkFacts."""
@@ -61,92 +82,226 @@ class Index:
 
     @property
     def data_hash(self) -> str:
-        """Identity of the rows, wherever the files lie: paths within their sources, places, and the rows' content."""
-        parts = [(f.chunk.source, f.chunk.path, f.chunk.start, f.num_rows, f.digest) for f in self.facts]
+        """Identity of the rows, wherever the files lie: paths within their sources, places, the rows' content, and what
+        was dropped or moved to the other side of the split."""
+        parts = [
+            (f.chunk.source, f.chunk.path, f.chunk.start, f.num_rows, f.digest, f.chunk.dropped, f.chunk.moved)
+            for f in self.facts
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def build_index(
-    stream: Stream,
-    chunk_bytes: int,
-    directory: str,
-    tokenizer_hash: str,
-    on_progress: Callable[[int, int], None] | None = None,
+    stream: Stream, chunk_bytes: int, directory: str, tokenizer_hash: str, on_progress: Progress | None = None
 ) -> Index:
     """Index of a stream: read from `directory` if it is there, else made by one Ray Data pass and kept there.
 
-    Raises DataError: a source that is missing, empty or unreadable.
+    The pass reads training and held-out data together, because each has a say in what the other holds. Raises DataError:
+    a source that is missing, empty or unreadable.
     """
-    chunks = [
-        c
-        for i, s in enumerate(stream.sources)
-        for shard in list_shards(s.path)
-        for c in cut_shard(shard, i, chunk_bytes)
-    ]
-    uri = storage.join(directory, f"index-{_cache_key(stream, chunks, tokenizer_hash)}.json")
+    both = _both(stream)
+    listed = [_list_chunks(s, chunk_bytes) for s in both]
+    uri = storage.join(directory, f"index-{_index_key(stream, both, listed, tokenizer_hash)}.json")
     if storage.exists(uri):
         return _from_json(json.loads(storage.read_bytes(uri)))
-    facts: list[ChunkFacts] = []
-    bad: list[Quarantined] = []
-    for chunk, text in zip(chunks, map_in_order(partial(_index_chunk, stream), chunks), strict=True):
-        found = json.loads(text)
-        facts.append(ChunkFacts(chunk, **found["facts"]))
-        bad += [Quarantined(**b) for b in found["bad"]]
-        if on_progress:
-            on_progress(len(facts), len(chunks))
-    index = Index(tuple(facts), tuple(bad))
+    surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
+    moved = _moved(stream, surveys)
+    if moved:
+        listed = [with_changes(chunks, {}, moved) for chunks in listed]
+        surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
+    own = surveys[both.index(stream)]
+    found: list[Finding] = []
+    drops: dict[int, list[int]] = {}
+    if stream.data is not None and not stream.is_heldout:
+        found, drops = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
+    index = _assemble(stream, own, found, drops, moved)
     storage.write_bytes(uri, json.dumps(asdict(index)).encode())
     return index
 
 
-def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:
-    """Writes the quarantine file and raises DataError when there are too many bad records, or no rows in a source.
-
-    what: `train` or `eval`, for messages and the quarantine file's name.
-    """
-    if index.bad:
-        uri = storage.join(directory, "quarantine", f"{what}.jsonl")
-        storage.write_bytes(uri, "".join(json.dumps(asdict(b), ensure_ascii=False) + "\n" for b in index.bad).encode())
-        if len(index.bad) > max_bad_records:
-            first = index.bad[0]
-            line = line_number(first.uri, first.position)
-            place = f"line {line}" if line else f"record {first.position}"
-            rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in index.bad).most_common())
-            raise DataError(
-                f"data.{what}: {len(index.bad)} bad records ({rules}), allowed are {max_bad_records}; the first is "
-                f"{first.uri}, {place}: {first.detail}. All are listed in {uri}; correct them, or raise data.max_bad_records"
-            )
-    for i, source in enumerate(stream.sources):
-        if not index.of_source(i):
-            if stream.part == "eval":
-                raise DataError(
-                    f"data.eval.fraction ({stream.eval_fraction}) holds out no record of {source.path} "
-                    f"({index.total('num_records')} in all); raise it, or give data.eval sources of its own"
-                )
-            raise DataError(
-                f"data.{what}: {source.path} has no usable record; put records into it or remove the source"
-            )
+def read_survey(stream: Stream, index: Index, chunk_bytes: int, directory: str, tokenizer_hash: str) -> Survey:
+    """The record tables behind an index, less nothing: what `data.clean` took out is in them."""
+    both = _both(stream)
+    moved = {i: f.chunk.moved for i, f in enumerate(index.facts) if f.chunk.moved}
+    listed = [with_changes(_list_chunks(s, chunk_bytes), {}, moved) for s in both]
+    return _survey(both, listed, directory, tokenizer_hash, None)[both.index(stream)]
 
 
-def _index_chunk(stream: Stream, chunk: Chunk) -> str:
-    packed = pack_chunk(chunk, stream)
-    facts = {
-        "num_records": len(packed.examples),
-        "num_rows": len(packed.rows),
-        "num_tokens": sum(r.num_tokens for r in packed.rows),
-        "num_supervised": sum(r.num_supervised for r in packed.rows),
-        "digest": packed.digest,
-    }
-    return json.dumps({"facts": facts, "bad": [asdict(b) for b in packed.bad]})
+def _both(stream: Stream) -> list[Stream]:
+    """Training stream and held-out stream of the section that a stream comes from."""
+    if stream.data is None:
+        return [stream]
+    return [s for s in streams(stream.data, stream.load_tokenizer) if s is not None]
 
 
-def _cache_key(stream: Stream, chunks: Iterable[Chunk], tokenizer_hash: str) -> str:
-    settings = [VERSION, stream.max_seq_len, stream.packing, stream.eval_fraction, stream.part, tokenizer_hash]
-    shapes = [(s.format, s.columns) for s in stream.sources]
-    text = json.dumps([settings, shapes, [asdict(c) for c in chunks]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _list_chunks(stream: Stream, chunk_bytes: int) -> list[Chunk]:
+    return [
+        chunk
+        for i, source in enumerate(stream.sources)
+        for shard in list_shards(source.path)
+        for chunk in cut_shard(shard, i, chunk_bytes)
+    ]
+
+
+def _survey(
+    both: Sequence[Stream],
+    listed: Sequence[Sequence[Chunk]],
+    directory: str,
+    tokenizer_hash: str,
+    on_progress: Progress | None,
+) -> list[Survey]:
+    """What the pass finds in each stream; shards that are known already are not read."""
+    shards: list[tuple[int, list[Chunk], str]] = []
+    for number, chunks in enumerate(listed):
+        for _, group in groupby(chunks, key=lambda c: (c.source, c.uri)):
+            cut = list(group)
+            key = _shard_key(both[number], _wants(both[number], len(both)), cut, tokenizer_hash)
+            shards.append((number, cut, storage.join(directory, "shards", f"{key}.arrow")))
+    missing = [shard for shard in shards if not storage.exists(shard[2])]
+    items = [(number, chunk) for number, cut, _ in missing for chunk in cut]
+    describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
+    results, done = map_in_order(describe, items), 0
+    for _, cut, uri in missing:
+        described = []
+        for _ in cut:
+            described.append(read_described(next(results)))
+            done += 1
+            if on_progress:
+                on_progress(done, len(items))
+        survey = join_surveys(cut, described)
+        storage.write_bytes(uri, write_described(survey.summaries, survey.table))
+    return [
+        join_surveys(listed[i], [read_described(storage.read_bytes(uri)) for number, _, uri in shards if number == i])
+        for i in range(len(both))
+    ]
+
+
+def _describe(both: tuple[Stream, ...], wants: tuple[Wants, ...], item: tuple[int, Chunk]) -> bytes:
+    number, chunk = item
+    return describe_chunk(chunk, both[number], wants[number])
+
+
+def _wants(stream: Stream, num_streams: int) -> Wants:
+    if stream.data is None:
+        return NOTHING
+    clean, compares = stream.data.clean, stream.data.clean.overlap != "off" and num_streams > 1
+    near = clean.near_duplicates != "off" and not stream.is_heldout
+    return Wants(near or compares, compares, 0 if stream.data.labels else clean.min_answer_chars)
+
+
+def _moved(stream: Stream, surveys: Sequence[Survey]) -> dict[int, tuple[int, ...]]:
+    split = stream.data.eval if stream.data else None
+    if not isinstance(split, config.Split) or split.stratify is None:
+        return {}
+    return find_moved(surveys[0], surveys[1], split.fraction)
+
+
+def _assemble(
+    stream: Stream,
+    survey: Survey,
+    found: list[Finding],
+    drops: dict[int, list[int]],
+    moved: dict[int, tuple[int, ...]],
+) -> Index:
+    """Chunks with dropped records are packed and counted again, so that the index says what training will see."""
+    chunks = with_changes([replace(c, dropped=(), moved=()) for c in survey.chunks], drops, moved)
+    summaries = dict(enumerate(survey.summaries))
+    again = [i for i in range(len(chunks)) if chunks[i].dropped]
+    describe = partial(_describe, (stream,), (NOTHING,))
+    for i, data in zip(again, map_in_order(describe, [(0, chunks[i]) for i in again]), strict=True):
+        summaries[i] = read_described(data)[0][0]
+    facts = tuple(ChunkFacts(chunk, *_numbers(summaries[i])) for i, chunk in enumerate(chunks))
+    told = {(f.uri, f.position): f for f in found if f.dropped}
+    bad, dropped = [], []
+    for i in range(len(chunks)):
+        for entry in summaries[i].bad:
+            finding = told.get((entry.uri, entry.position)) if entry.rule == "dropped" else None
+            if finding is None:
+                bad.append(entry)
+            else:
+                dropped.append(replace(entry, rule=finding.rule, detail=finding.detail))
+    return Index(facts, tuple(bad), tuple(dropped), tuple(found))
+
+
+def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str]:
+    return s.num_records, s.num_rows, s.num_tokens, s.num_supervised, s.digest
+
+
+def _settings(stream: Stream, tokenizer_hash: str) -> list[Any]:
+    split = stream.data.eval if stream.data and isinstance(stream.data.eval, config.Split) else None
+    labels = stream.data.labels if stream.data else None
+    shape = [stream.max_seq_len, stream.packing, stream.eval_fraction, stream.part]
+    return [VERSION, shape, split.stratify if split else None, split.group if split else None, labels, tokenizer_hash]
+
+
+def _shard_key(stream: Stream, wants: Wants, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
+    """Name of a shard's file. Which source it belongs to is not in it: one may be put in front of it."""
+    source = stream.sources[chunks[0].source]
+    places = [{**asdict(chunk), "source": 0} for chunk in chunks]
+    return _hash([_settings(stream, tokenizer_hash), asdict(wants), source.format, source.columns, places])
+
+
+def _index_key(stream: Stream, both: Iterable[Stream], listed: Iterable[Sequence[Chunk]], tokenizer_hash: str) -> str:
+    shapes = [[(s.format, s.columns) for s in each.sources] for each in both]
+    clean = stream.data.clean.model_dump() if stream.data else None
+    chunks = [[asdict(chunk) for chunk in each] for each in listed]
+    return _hash([_settings(stream, tokenizer_hash), stream.is_heldout, shapes, clean, chunks])
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _from_json(tree: dict[str, Any]) -> Index:
-    facts = tuple(ChunkFacts(**{**f, "chunk": Chunk(**f["chunk"])}) for f in tree["facts"])
-    return Index(facts, tuple(Quarantined(**b) for b in tree["bad"]))
+    def chunk(plain: dict[str, Any]) -> Chunk:
+        return Chunk(**{**plain, "dropped": tuple(plain["dropped"]), "moved": tuple(plain["moved"])})
+
+    facts = tuple(ChunkFacts(**{**f, "chunk": chunk(f["chunk"])}) for f in tree["facts"])
+    bad, dropped = (tuple(Quarantined(**b) for b in tree[name]) for name in ("bad", "dropped"))
+    return Index(facts, bad, dropped, tuple(Finding(**f) for f in tree["found"]))
+
+
+def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:
+    """Writes the quarantine file and the findings; raises DataError for too many bad records, or no rows in a source.
+
+    what: `train` or `eval`, for messages and the quarantine file's name. What `data.clean` took out is in the quarantine
+    file too, but isn't counted: it was asked for.
+    """
+    uri = storage.join(directory, "quarantine", f"{what}.jsonl")
+    if index.bad or index.dropped:
+        _write_lines(uri, [*index.bad, *index.dropped])
+    if index.found:
+        _write_lines(storage.join(directory, "findings.jsonl"), index.found)
+    if len(index.bad) > max_bad_records:
+        first = index.bad[0]
+        line = line_number(first.uri, first.position)
+        place = f"line {line}" if line else f"record {first.position}"
+        rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in index.bad).most_common())
+        raise DataError(
+            f"data.{what}: {len(index.bad)} bad records ({rules}), allowed are {max_bad_records}; the first is "
+            f"{first.uri}, {place}: {first.detail}. All are listed in {uri}; correct them, or raise data.max_bad_records"
+        )
+    for i, source in enumerate(stream.sources):
+        if index.of_source(i):
+            continue
+        if stream.part == "eval":
+            raise DataError(
+                f"data.eval.fraction ({stream.eval_fraction}) holds out no record of {source.path} "
+                f"({index.total('num_records')} in all); raise it, or give data.eval sources of its own"
+            )
+        if index.dropped:
+            raise DataError(
+                f"data.{what}: data.clean leaves no record of {source.path} (see {uri}); set its rules to report"
+            )
+        raise DataError(f"data.{what}: {source.path} has no usable record; put records into it or remove the source")
+
+
+def _write_lines(uri: str, entries: Sequence[Quarantined | Finding]) -> None:
+    """One JSON object a line; of the first NUM_LINES also the line number, which has to be counted in the shard."""
+    trees = [asdict(entry) for entry in entries]
+    for tree in trees[:NUM_LINES]:
+        tree["line"] = line_number(tree["uri"], tree["position"])
+    for tree, entry in zip(trees, entries, strict=True):
+        if isinstance(entry, Finding):
+            tree["detail"] = entry.detail
+    storage.write_bytes(uri, "".join(json.dumps(tree, ensure_ascii=False) + "\n" for tree in trees).encode())

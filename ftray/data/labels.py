@@ -45,7 +45,7 @@ def find_conflicts(prompts: Keys, answers: Keys) -> list[Conflict]:
     order = np.argsort(prompts, kind="stable")
     keys, found = prompts[order], answers[order]
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
-    ends = np.r_[starts[1:], len(keys)]
+    ends = np.r_[starts[1:], len(keys)][: len(starts)]
     conflicts = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         if end - start < 2 or keys[start] == 0:

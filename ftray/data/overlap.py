@@ -20,7 +20,8 @@ from ftray.chat import Message
 
 NGRAM, WINDOW = 8, 4
 MIN_WORDS = 5  # shorter turns ("yes please") give nothing away
-SHARE = 0.5  # of a held-out record's hashes in one training record
+SHARE = 0.5  # of a held-out record's hashes in one training record; MIN_SHARED at least, where it has more than that
+MIN_SHARED = 2
 COMMON_HELDOUT = 8  # a sequence of more held-out records is a template's
 COMMON_SHARE, COMMON_TRAIN = 0.01, 20  # likewise one of more training records than both
 
@@ -73,12 +74,13 @@ def _winnow(found: list[str]) -> list[int]:
 class HeldOut:
     """Fingerprints of the held-out records, to look training records up in.
 
-    hashes: sorted. owners[i]: the records that have hashes[i]. counts: of each record.
+    hashes: sorted. owners[i]: the records that have hashes[i]. counts: of each record; needed: how many must be shared.
     """
 
     hashes: Keys
     owners: list[list[int]]
     counts: list[int]
+    needed: list[int]
 
     @classmethod
     def of(cls, grams: Sequence[Keys]) -> HeldOut:
@@ -87,8 +89,9 @@ class HeldOut:
         for place, hashes in enumerate(grams):
             for value in hashes.tolist():
                 owners.setdefault(value, []).append(place)
+        needed = [min(len(hashes), MIN_SHARED) for hashes in grams]
         kept = sorted(value for value, records in owners.items() if len(records) <= COMMON_HELDOUT)
-        table = cls(np.array(kept, np.uint64), [owners[value] for value in kept], [0] * len(grams))
+        table = cls(np.array(kept, np.uint64), [owners[value] for value in kept], [0] * len(grams), needed)
         table._count()
         return table
 
@@ -102,7 +105,8 @@ class HeldOut:
     def without_common(self, train_counts: npt.NDArray[np.int64], num_train: int) -> HeldOut:
         """Less the sequences that many training records hold. train_counts: for each of `hashes`."""
         rare = np.flatnonzero(train_counts <= max(COMMON_TRAIN, COMMON_SHARE * num_train))
-        table = HeldOut(self.hashes[rare], [self.owners[i] for i in rare.tolist()], [0] * len(self.counts))
+        owners = [self.owners[i] for i in rare.tolist()]
+        table = HeldOut(self.hashes[rare], owners, [0] * len(self.counts), self.needed)
         table._count()
         return table
 
@@ -122,7 +126,7 @@ class HeldOut:
         best: dict[int, Leak] = {}
         for (row, owner), number in sorted(shared.items()):
             share = number / self.counts[owner]
-            if share >= SHARE and (row not in best or share > best[row].share):
+            if share >= SHARE and number >= self.needed[owner] and (row not in best or share > best[row].share):
                 best[row] = Leak(first + row, owner, round(share, 3))
         return list(best.values())
 

@@ -91,7 +91,10 @@ def paint(shown: list[Piece], colour: bool) -> str:
             parts.append(_visible(piece.text))
         return "".join(parts) + ("+}" if open_ else "")
     return "".join(
-        COLOURS[p.kind][0] + ("\x1b[4m" if p.kind == "special" and p.learned else "") + _visible(p.text) + COLOURS[p.kind][1]
+        COLOURS[p.kind][0]
+        + ("\x1b[4m" if p.kind == "special" and p.learned else "")
+        + _visible(p.text)
+        + COLOURS[p.kind][1]
         for p in shown
     )
 

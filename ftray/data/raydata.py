@@ -19,8 +19,8 @@ STORE_BYTES = 256 << 20  # most that an execution keeps in the object store
 SEGMENT = 2048  # items of one execution: opening one with tens of thousands takes Ray many seconds
 
 
-def map_in_order(function: Callable[[T], str], items: Sequence[T]) -> Iterator[str]:
-    """function(item) for each item, in parallel, results in the items' order. Results are small texts."""
+def map_in_order(function: Callable[[T], bytes], items: Sequence[T]) -> Iterator[bytes]:
+    """function(item) for each item, in parallel, results in the items' order. Results are small."""
     for lo in range(0, len(items), SEGMENT):
 
         def run(item: T) -> pa.Table:
@@ -35,8 +35,7 @@ def open_dataset(function: Callable[[T], pa.Table], items: Sequence[T]) -> ray.d
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0  # anything above drops blocks in silence
-    context.retried_map_errors = ["OSError", "ArrowIOError"]
-    context.max_map_retries = 3
+    context.retried_map_errors = False  # storage retries what may pass; Ray's retry would add its words to our errors
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=STORE_BYTES)
     )

@@ -19,12 +19,14 @@ from itertools import pairwise
 from typing import Any
 
 from ftray import storage
-from ftray.data import embedded
+from ftray.data import embedded, hub
 from ftray.errors import DataError
 
 READ_AHEAD = 1 << 16  # bytes fetched to find the end of a chunk's last record; doubled until it is found
 PIECE = 1 << 24  # bytes looked at together when lines are counted
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
+PACKED = (".gz", ".zst")
+KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+SUFFIXES = (*KINDS, *(kind + packed for packed in PACKED for kind in KINDS if kind != ".parquet"))
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ class RawRecord:
 def list_shards(path: str) -> list[Shard]:
     """Files of a source, sorted by relative path.
 
-    path: file, directory, glob, or `embedded:…`. Raises DataError: nothing there, no file of a known kind, all empty.
+    path: file, directory, glob, `embedded:…` or `hf:…`. Raises DataError: nothing there, no file of a known kind, all
+    empty.
     """
+    if path.startswith("hf:"):
+        path = hub.resolve(path)
     path = embedded.resolve(path) if path.startswith("embedded:") else storage.absolute(path)
     if any(c in path for c in "*?["):
         found = storage.glob_files(path)
@@ -83,7 +88,8 @@ def list_shards(path: str) -> list[Shard]:
     known = [f for f in found if f.path.endswith(SUFFIXES)]
     if not known:
         raise DataError(
-            f"{path} holds {found[0].path} but no {', '.join(SUFFIXES)} file; convert the data to one of these"
+            f"{path} holds {found[0].path} but no {', '.join(KINDS)} file (all but parquet also .gz or .zst); convert the "
+            "data to one of these"
         )
     shards = [Shard(f.uri, f.path, f.size_bytes, f.etag) for f in known if f.size_bytes > 0]
     if not shards:
@@ -115,8 +121,11 @@ def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
     if chunk.path.endswith(".parquet"):
         return _read_row_groups(chunk)
     data = storage.read_bytes(chunk.uri)
-    data = _gunzip(chunk.uri, data) if chunk.path.endswith(".gz") else data
-    stem = chunk.path.removesuffix(".gz")
+    if chunk.path.endswith(".gz"):
+        data = _gunzip(chunk.uri, data)
+    elif chunk.path.endswith(".zst"):
+        data = _unzstd(chunk.uri, data)
+    stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
     if stem.endswith((".jsonl", ".ndjson")):
         return _numbered_lines(data)
     return _read_csv(chunk.uri, data) if stem.endswith(".csv") else _read_array(chunk.uri, data)
@@ -172,6 +181,22 @@ def _gunzip(uri: str, data: bytes) -> bytes:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as err:
         raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
+
+
+def _unzstd(uri: str, data: bytes) -> bytes:
+    import zstandard
+
+    pieces = []
+    try:
+        while data:  # a file may hold several frames one after the other
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            pieces.append(frame.decompress(data))
+            if not frame.eof:
+                raise zstandard.ZstdError("it ends in the middle of a frame")
+            data = frame.unused_data
+    except zstandard.ZstdError as err:
+        raise DataError(f"{uri} is not a whole zstd file ({err}); write it anew") from None
+    return b"".join(pieces)
 
 
 def _read_array(uri: str, data: bytes) -> Iterator[RawRecord]:
@@ -230,7 +255,35 @@ def _open_parquet(uri: str) -> Any:
     import pyarrow.parquet as pq
 
     with _damage_explained(uri):
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else uri)
+        return pq.ParquetFile(io.BufferedReader(_Remote(uri), READ_AHEAD) if storage.is_remote(uri) else uri)
+
+
+class _Remote(io.RawIOBase):
+    """An object of a store as a file that is read where it is asked for."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._at = uri, 0
+        self._size, _ = storage.size_and_etag(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = storage.read_range(self._uri, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 @contextmanager

@@ -24,14 +24,14 @@ from ftray.data.index import build_index, check_index
 from ftray.data.pipeline import heldout_table
 from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
-from ftray.errors import ConfigError
 from ftray.evaluate.metrics import format_score, mean, perplexity, rouge_l
 from ftray.model.load import absolute_base, load_base, load_tokenizer, tokenizer_hash
 from ftray.model.lora import dtype_of
 from ftray.train.loop import heldout_sums
 from ftray.train.loss import SummedLoss
 from ftray.train.monitor import Monitor
-from ftray.train.restore import best_checkpoint, load_tuned
+from ftray.train.preflight import check_evaluation
+from ftray.train.restore import load_tuned
 from ftray.train.timeline import Found
 
 POLL_S = 0.5
@@ -55,6 +55,7 @@ class Comparison:
 
     step: int
     config_hash: str
+    settings: dict[str, Any]
     base: Scores
     tuned: Scores
 
@@ -62,17 +63,14 @@ class Comparison:
 def compare(run: config.Run, run_dir: str, console: Console) -> tuple[Comparison, str]:
     """Scores base and tuned model, writes evaluate/results.json and evaluate/generations.jsonl, prints both.
 
-    Returns the comparison and a held-out question to try the endpoint with.
+    Returns the comparison and a held-out question to try the endpoint with. Nothing is computed again while checkpoint
+    and settings are the same.
 
-    Needs a started Ray. Raises ConfigError without held-out data, RunError without a checkpoint.
+    Needs a started Ray. Raises ConfigError without held-out data or without a checkpoint.
     """
-    if run.data.eval is None:
-        raise ConfigError(
-            "data.eval is missing, so there is nothing to compare on; add data.eval: {fraction: 0.1}"
-        )
-    found = best_checkpoint(run_dir)
+    found = check_evaluation(run, run_dir)
     directory = storage.join(run_dir, "evaluate")
-    if (known := read_results(run_dir)) is not None and known.step == found.step:
+    if (known := read_results(run_dir)) is not None and (known.step, known.settings) == (found.step, _settings(run)):
         console.say(f"evaluation of step {found.step} is there already: {directory}")
     else:
         known = _score_both(run, run_dir, found, directory, console)
@@ -88,7 +86,12 @@ def read_results(run_dir: str) -> Comparison | None:
     if not storage.exists(uri):
         return None
     tree = json.loads(storage.read_bytes(uri))
-    return Comparison(tree["step"], tree["config_hash"], Scores(**tree["base"]), Scores(**tree["tuned"]))
+    return Comparison(tree["step"], tree["config_hash"], tree["settings"], Scores(**tree["base"]), Scores(**tree["tuned"]))
+
+
+def _settings(run: config.Run) -> dict[str, Any]:
+    """What the figures depend on besides the run's identity."""
+    return run.evaluate.model_dump(mode="json", include={"metrics", "format", "num_generations", "max_new_tokens"})
 
 
 def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, console: Console) -> Comparison:
@@ -113,7 +116,7 @@ def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, con
     tasks = [score.remote(there, checkpoint, rows, questions, monitor) for checkpoint in (None, found)]
     _wait(tasks, monitor, 2 * len(questions), console)
     (base, base_answers), (tuned, tuned_answers) = ray.get(tasks)
-    comparison = Comparison(found.step, run.config_hash, base, tuned)
+    comparison = Comparison(found.step, run.config_hash, _settings(run), base, tuned)
     lines = [
         {"question": q.text, "reference": q.reference, "base": b, "tuned": t}
         for q, b, t in zip(questions, base_answers, tuned_answers, strict=True)

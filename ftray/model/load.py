@@ -6,10 +6,12 @@ Only safetensors are read, and no code that comes with a model runs unless the r
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray import config, storage
+from ftray.chat import ChatFormat
 from ftray.errors import ModelError
 from ftray.model import embedded
 
@@ -29,10 +31,14 @@ def resolve_base(model: config.Model) -> str:
     directory = Path(base).expanduser()
     if not directory.is_dir():
         raise ModelError(f"model.base {base} is not a directory; correct the path, or give a hub id like org/name")
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.base {base} holds an adapter, which is no base; give the model it was merged into (model/merged)"
+        )
     for needed, pattern in (
-        ("config.json", "config.json"),
+        ("config", "config.json"),
         ("weights", "*.safetensors"),
-        ("a tokenizer", "tokenizer*"),
+        ("tokenizer", "tokenizer*"),
     ):
         if not any(directory.glob(pattern)):
             raise ModelError(
@@ -91,7 +97,7 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
     try:
         found = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
         apply_kernels(found.model_type)
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             base,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -99,15 +105,21 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
             use_safetensors=True,
             attn_implementation=choose_attention(found),
             quantization_config=quantization,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as err:
         raise ModelError(_explain(model, "model", err)) from None
-    loaded.config.use_cache = False
-    return loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights in their place
+        raise ModelError(
+            f"model.base {model.base} lacks {len(missing)} weights, the first is {missing[0]}; use a whole causal language model"
+        )
+    whole: PreTrainedModel = loaded
+    whole.config.use_cache = False
+    return whole
 
 
 def check_base(model: config.Model) -> None:
-    """Fails early, before any worker starts, if the base isn't a causal language model. Raises ModelError."""
+    """Fails early, before any worker starts, if the base isn't a causal language model for chats. Raises ModelError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -118,8 +130,49 @@ def check_base(model: config.Model) -> None:
         raise ModelError(_explain(model, "config", err)) from None
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
         raise ModelError(f"model.base {model.base} is of type {found.model_type}, no causal language model; use one")
+    kinds = found.architectures or []
+    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        raise ModelError(f"model.base {model.base} is a {kinds[0]}, no causal language model; use one")
+    if Path(base).is_dir():
+        _check_weights(model, Path(base))
+    try:
+        ChatFormat(load_tokenizer(model))
+    except ModelError as err:
+        text = str(err)
+        raise ModelError(text if "model.base" in text else f"model.base {model.base}: {text}") from None
+
+
+def _check_weights(model: config.Model, directory: Path) -> None:
+    """Reads the headers: a file that is cut off, or of another kind, is told before hours are spent on its way."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as err:
+            raise ModelError(
+                f"model.base {model.base}: {path.name} is damaged ({err}); copy or download it again"
+            ) from None
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"model.base {model.base}: {index.name} is damaged; copy or download it again") from None
+    if missing := sorted(name for name in names if not (directory / name).exists()):
+        raise ModelError(
+            f"model.base {model.base} lacks {missing[0]} ({len(missing)} of {len(names)} weight files); "
+            "copy or download them again"
+        )
 
 
 def _explain(model: config.Model, what: str, err: Exception) -> str:
-    first = " ".join(str(err).split())[:240]
-    return f"model.base {model.base}: its {what} can't be loaded ({first}); check the name, the revision and access to the hub"
+    first = " ".join(str(err).split()).split(". ")[0][:240]
+    if Path(model.base).expanduser().is_dir():
+        return f"model.base {model.base}: its {what} can't be loaded ({first}); copy or download it again"
+    return (
+        f"model.base {model.base} is no directory here, and its {what} can't be loaded from the hub ({first}); "
+        "check the name, the revision and access to the hub"
+    )

@@ -9,14 +9,14 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.errors import RunError
 from ftray.model.export import write_adapter, write_whole
-from ftray.train.restore import best_checkpoint, load_tuned
-from ftray.train.timeline import Found
+from ftray.train.restore import load_tuned
+from ftray.train.timeline import Found, best_checkpoint
 
 
 def export(run: config.Run, run_dir: str, console: Console) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
-    Raises RunError without a checkpoint.
+    Raises ConfigError without a checkpoint.
     """
     found = best_checkpoint(run_dir)
     target = storage.join(run_dir, "model")

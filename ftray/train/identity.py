@@ -13,24 +13,26 @@ NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
 
 
 def open_run(run: config.Run) -> str:
-    """Absolute directory of a run, writable and of the same identity; writes run.json the first time.
+    """Absolute directory of a run, writable and of the same identity; writes run.json unless it stands.
 
-    Raises StorageError (not writable), ConfigError (the name belongs to a run with other settings).
+    Settings stand from the first checkpoint on: until then a run that was refused or stopped may be corrected under
+    its name. Raises StorageError (not writable), ConfigError (the name belongs to a run with other settings).
     """
     run_dir = storage.absolute(run.directory)
     storage.check_writable(run_dir)
     check_identity(run, run_dir)
-    text = json.dumps(
-        {"config": run.model_dump(mode="json"), "config_hash": run.config_hash, "versions": versions()}, indent=1
-    )
-    storage.create_bytes(storage.join(run_dir, "run.json"), text.encode())
+    tree = {"config": run.model_dump(mode="json"), "config_hash": run.config_hash, "versions": versions()}
+    uri = storage.join(run_dir, "run.json")
+    text = json.dumps(tree, indent=1).encode()
+    if not storage.create_bytes(uri, text) and not list_checkpoints(run_dir):
+        storage.write_bytes(uri, text)
     return run_dir
 
 
 def check_identity(run: config.Run, run_dir: str) -> None:
-    """Raises ConfigError, naming the keys, when the directory belongs to a run with other settings."""
+    """Raises ConfigError, naming the keys, when the directory holds checkpoints of a run with other settings."""
     uri = storage.join(run_dir, "run.json")
-    if not storage.exists(uri):
+    if not storage.exists(uri) or not list_checkpoints(run_dir):
         return
     try:
         known = config.parse_run(json.loads(storage.read_bytes(uri))["config"], uri)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ftray import config
 from ftray.data.sources import list_shards
+from ftray.errors import ConfigError
 from ftray.model.load import check_base
+from ftray.train.timeline import Found, best_checkpoint
 from ftray.train.zero import deepspeed_config
 
 
@@ -15,3 +17,10 @@ def preflight(run: config.Run) -> None:
     for source in [*run.data.train, *held_out]:
         list_shards(source.path)
     check_base(run.model)
+
+
+def check_evaluation(run: config.Run, run_dir: str) -> Found:
+    """The checkpoint to be compared with the base. Raises ConfigError without held-out data or without a checkpoint."""
+    if run.data.eval is None:
+        raise ConfigError("data.eval is missing, so there is nothing to compare on; add data.eval: {fraction: 0.1}")
+    return best_checkpoint(run_dir)

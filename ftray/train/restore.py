@@ -5,22 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ftray import config
-from ftray.errors import CheckpointError, RunError
+from ftray.errors import CheckpointError
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import load_checkpoint
-from ftray.train.timeline import Found, list_checkpoints
-
-
-def best_checkpoint(run_dir: str) -> Found:
-    """The checkpoint with the best held-out loss, where losses were taken during training, else the newest.
-
-    Raises RunError when there is none.
-    """
-    found = list_checkpoints(run_dir)
-    if not found:
-        raise RunError(f"{run_dir} has no checkpoint; train first: ftray train <run file>")
-    best = found[0].progress.best
-    return next((f for f in found if best and f.step == int(best["step"])), found[0])
+from ftray.train.timeline import Found
 
 
 def load_tuned(run: config.Run, found: Found, precision: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftray import storage
+from ftray.errors import ConfigError
 
 
 @dataclass
@@ -57,6 +58,18 @@ def list_checkpoints(run_dir: str) -> list[Found]:
     uris = [m.uri.rsplit("/", 1)[0] for m in manifests]
     found = [Found(uri, m["meta"]) for uri in uris if (m := storage.read_manifest(uri)) is not None]
     return sorted(found, key=lambda f: f.step, reverse=True)
+
+
+def best_checkpoint(run_dir: str) -> Found:
+    """The checkpoint with the best held-out loss, where losses were taken during training, else the newest.
+
+    Raises ConfigError when there is none.
+    """
+    found = list_checkpoints(run_dir)
+    if not found:
+        raise ConfigError(f"{run_dir} has no checkpoint; train first: ftray train <run file>")
+    best = found[0].progress.best
+    return next((f for f in found if best and f.step == int(best["step"])), found[0])
 
 
 def find_newest(run_dir: str, warn: Callable[[str], None]) -> Found | None:

@@ -131,6 +131,11 @@ WRONG = {
     "model.trust_remote_code=perhaps": '("perhaps") must be true or false',
     "data.train=[]": "([]) must be a list with something in it (each entry a mapping with path, ",
     "data.train=p": '("p") must be a list with something in it (each entry a mapping with path, ',
+    "data.labels=[]": "([]) must be a list with something in it (each entry text that isn't empty)",
+    "data.labels=[a, b, a]": "gives 'a' more than once; name each label once",
+    "data.labels=[' ']": "names an empty label; remove it",
+    "data.clean.overlap=on": "(true) must be one of report, drop, off",
+    "data.clean.quality=keep": '("keep") must be one of report, drop, off',
     "data.chunk_mb=2000": "(2000) must be at most 1024",
     "data.eval=[]": "is an empty list; name a source, or leave the key out",
     "data.eval=0.1": "(0.1) must be {fraction: 0.1} or a list of sources [{path: …}]",
@@ -163,6 +168,9 @@ DEEPER = {
     "data.eval={}": "the key data.eval.fraction is missing; add it",
     "data.eval=[{path: p, weigt: 1}]": "unknown key data.eval.0.weigt; did you mean data.eval.weight?",
     "data.eval=[p]": 'data.eval.0 ("p") must be a mapping with path, weight, format, columns',
+    "data.eval={fraction: 0.1, stratify: a, group: b}": (
+        "data.eval: stratify and group exclude each other: a whole group can't be shared out; drop one of them"
+    ),
     "method.target_modules=[q_proj, 3]": "method.target_modules.1 (3) must be text; put it in quotes",
     "evaluate.metrics=[loss, bleu]": 'evaluate.metrics.1 ("bleu") must be one of loss, rouge, format',
     "data.train.0.columns={user: q, foo: a}": "unknown key data.train.0.columns.foo; use 'system', 'user', 'assistant'",
@@ -411,6 +419,22 @@ def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> Non
     short = [{"quality": mode, "min_answer_chars": 9} for mode in ("report", "drop")]
     assert changed("data", "clean", short[0]).config_hash == hashes["report"]
     assert changed("data", "clean", short[1]).config_hash != hashes["drop"]
+
+
+def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> None:
+    base = parse_run(yaml.safe_load(SMALL), "f").config_hash
+    rules = [name for name in config.Clean.model_fields if name != "min_answer_chars"]
+    for rule in rules:
+        assert changed("data", "clean", {rule: "off"}).config_hash == base
+        assert changed("data", "clean", {rule: "drop"}).config_hash != base
+    assert changed("data", "clean", {"min_answer_chars": 9}).config_hash == base
+    drops = [changed("data", "clean", {"quality": "drop", "min_answer_chars": n}).config_hash for n in (1, 9)]
+    assert drops[0] != drops[1]
+
+
+def test_off_is_understood_although_yaml_reads_it_as_false(run_file: Path) -> None:
+    clean = load_run(run_file, ["data.clean.duplicates=off", "data.clean.overlap='off'"]).data.clean
+    assert (clean.duplicates, clean.overlap, clean.quality) == ("off", "off", "report")
 
 
 def test_the_hash_does_not_change_when_a_default_is_written_out_or_the_file_is_reordered() -> None:

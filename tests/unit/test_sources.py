@@ -6,18 +6,22 @@ import io
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftray import storage
 from ftray.data import sources
 from ftray.data.sources import RawRecord, Shard, cut_shard, line_number, list_shards, read_chunk
 from ftray.errors import DataError, StorageError
+from tests.s3 import S3Server
 
 BOM = b"\xef\xbb\xbf"
 
@@ -278,3 +282,48 @@ def test_a_position_is_told_as_a_line(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_bytes(b"".join(b"%d\n" % n for n in range(200)))
     assert [line_number(str(path), r.position) for r in records(only_shard(path), 50)] == list(range(1, 201))
     assert line_number("x.parquet", 3) is None
+
+
+def test_zstd_files_are_read_as_their_content_also_in_several_frames(tmp_path: Path) -> None:
+    lines = BOM + b'{"a": 1}\r\n\n{"a": 2}'
+    (tmp_path / "part.jsonl.zst").write_bytes(zstandard.compress(lines[:9]) + zstandard.compress(lines[9:]))
+    assert [(r.position, r.value) for r in records(only_shard(tmp_path / "part.jsonl.zst"), 5)] == [
+        (0, b'{"a": 1}\r'),
+        (2, b'{"a": 2}'),
+    ]
+    (tmp_path / "part.csv.zst").write_bytes(zstandard.compress(b"a,b\n1,2\n"))
+    assert values(tmp_path / "part.csv.zst") == [{"a": "1", "b": "2"}]
+    (tmp_path / "part.json.zst").write_bytes(zstandard.compress(b'[{"a": 1}]'))
+    assert values(tmp_path / "part.json.zst") == [{"a": 1}]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-10], lambda whole: whole + b"xx", lambda whole: b"{}\n"])
+def test_a_damaged_zstd_is_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "part.jsonl.zst"
+    path.write_bytes(damage(zstandard.compress(random.Random(0).randbytes(3000))))
+    with pytest.raises(DataError, match=r"part\.jsonl\.zst is not a whole zstd file"):
+        values(path)
+
+
+def test_a_chunk_of_parquet_on_s3_reads_its_row_groups_and_no_more(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    table = pa.table({"text": [rng.randbytes(2000).hex() for _ in range(400)]})
+    pq.write_table(table, tmp_path / "part.parquet", row_group_size=20)
+    whole = (tmp_path / "part.parquet").read_bytes()
+    assert s3.request("PUT", "/data/ranges/part.parquet", whole)[0] == 200
+    read: list[int] = []
+    plain = storage.read_range
+
+    def counted(uri: str, start: int, end: int) -> bytes:
+        read.append(end - start)
+        return plain(uri, start, end)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    (shard,) = list_shards("s3://data/ranges/")
+    chunks = cut_shard(shard, 0, 1)
+    assert [r.value for c in chunks for r in read_chunk(c)] == table.to_pylist()
+    read.clear()
+    assert [r.position for r in read_chunk(chunks[7])] == list(range(140, 160))
+    assert sum(read) < len(whole) / 4
