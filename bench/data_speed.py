@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -154,6 +155,7 @@ def main() -> int:
     parser.add_argument("--mb", type=float, default=20)
     parser.add_argument("--base", default="embedded:smollm2-135m-instruct")
     args = parser.parse_args()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(write_corpus(Path(scratch), args.mb), config.Model(base=args.base))

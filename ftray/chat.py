@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftray.errors import DataError, ModelError
+from ftray.sandbox import Rendered, TooMuch, compiled
 from ftray.template import only_copies
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MARK, BLANK = "\ue0f7", "\u2003"  # around the places of texts in a rendered shape; in no template that is used so
 PLACE = re.compile(f"({BLANK}?){MARK}(\\d+){MARK}({BLANK}?)")
 MAX_SHAPES = 1000
+ANCHORS = ("\n", "x", "|", ".")  # in front of what goes on with a sequence; one that doesn't melt into it is taken
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,14 @@ class ChatFormat:
         self._special_starts = sorted({token[0] for token in self._specials})
         self._encode_batch = encode_batch or self._encode_one_by_one
         self._shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
+        self._template_text = _template_of(tokenizer)
+        self._names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._missing_roles: dict[str, str | None] = {}
+        self._inserts_prefix = self._finds_prefix()
+        self._uses_marks = False
         self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
         self.stop_token_ids = self._find_stop_tokens()
+        self._uses_marks = self._finds_other_marks()
 
     @property
     def identity(self) -> tuple[str, dict[str, int], tuple[int, ...]]:
@@ -116,7 +124,7 @@ class ChatFormat:
         ids: list[int] = []
         mask: list[bool] = []
         for text, supervised in self._segments(messages):
-            new = self._tokenize(text)
+            new = self._tokenize(text, is_first=not ids)
             ids += new
             mask += self._mask(new, supervised)
         return Encoded(ids, mask)
@@ -128,6 +136,8 @@ class ChatFormat:
         """
         import numpy as np
 
+        if self._inserts_prefix:
+            return [self._encode_one(conversation) for conversation in conversations]
         texts: list[str] = []
         learned: list[bool] = []
         ends: list[int | DataError] = []  # of each conversation's segments in `texts`
@@ -173,8 +183,10 @@ class ChatFormat:
         self._check(messages)
         if messages[-1].role == "assistant":
             raise DataError("the last turn is the assistant's; end with the turn to be answered")
-        segments = self._segments(messages, add_generation_prompt=True)
-        return [token for text, _ in segments for token in self._tokenize(text)]
+        ids: list[int] = []
+        for text, _ in self._segments(messages, add_generation_prompt=True):
+            ids += self._tokenize(text, is_first=not ids)
+        return ids
 
     def encode_text(self, text: str) -> Encoded:
         """Ids of plain text followed by the end token; all supervised."""
@@ -201,9 +213,21 @@ class ChatFormat:
         """Whether an id is a control token."""
         return token in self._special_ids
 
+    def _encode_one(self, conversation: Sequence[Message] | str) -> Encoded | DataError:
+        """One of `encode_examples`, by itself."""
+        import numpy as np
+
+        try:
+            plain = isinstance(conversation, str)
+            found = self.encode_text(str(conversation)) if plain else self.encode_example(conversation)  # type: ignore[arg-type]
+        except DataError as err:
+            return err
+        return Encoded(np.asarray(found.input_ids, dtype=np.int32), np.asarray(found.loss_mask, dtype=np.bool_))
+
     def _segments(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
         """The rendered text, cut before and after each assistant turn; True marks turns that are learned."""
-        full = self._render(messages, add_generation_prompt)
+        rendered = self._render(messages, add_generation_prompt)
+        full = rendered.text
         segments: list[tuple[str, bool]] = []
         done = 0
         for i, message in enumerate(messages):
@@ -211,7 +235,13 @@ class ChatFormat:
                 continue
             start = self._border(full, messages[:i], add_generation_prompt=True)
             end = self._border(full, messages[: i + 1], add_generation_prompt=False)
-            segments += [(full[done:start], False), (full[start:end], message.train)]
+            segments += [(full[done:start], False)]
+            done = start
+            for low, high in rendered.marks if self._uses_marks else ():
+                if start <= low < high <= end:
+                    segments += [(full[done:low], False), (full[low:high], message.train)]
+                    done = high
+            segments += [(full[done:end], message.train and not self._uses_marks)]
             done = end
         return [*segments, (full[done:], False)]
 
@@ -232,8 +262,8 @@ class ChatFormat:
         return segments
 
     def _find_shape(self, key: tuple[tuple[str, bool], ...]) -> _Shape | None:
-        template = str(self._tokenizer.chat_template)
-        if not only_copies(template) or MARK in template or BLANK in template:
+        template = self._template_text
+        if self._uses_marks or not only_copies(template) or MARK in template or BLANK in template:
             return None
         texts = [f"{BLANK}{MARK}{i}{MARK}{BLANK}" if said else "" for i, (_, said) in enumerate(key)]
         try:
@@ -253,7 +283,7 @@ class ChatFormat:
         return shape
 
     def _border(self, full: str, head: Sequence[Message], add_generation_prompt: bool) -> int:
-        text = self._render(head, add_generation_prompt)
+        text = self._render(head, add_generation_prompt).text
         if not full.startswith(text):
             raise DataError(
                 f"the chat template rewrites earlier turns (turn {len(head)}), so that no prompt of the endpoint would "
@@ -261,19 +291,96 @@ class ChatFormat:
             )
         return len(text)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
         if not messages:
             raise DataError("the conversation begins with the assistant; begin with a system or user turn")
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        for role in {m.role for m in messages} & {"system", "tool"}:
+            if (reason := self._why_not(role)) is not None:
+                where = "the first user turn" if role == "system" else "a user turn"
+                raise DataError(f"the chat template has no {role} role ({reason}); put its text into {where}")
         try:
-            return str(
-                self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
+            return self._run_template(messages, add_generation_prompt)
+        except TooMuch as err:
+            raise DataError(str(err)) from None
         except Exception as err:  # noqa: BLE001 - a template may raise anything: jinja's errors, or raise_exception()
-            raise DataError(f"the chat template refuses the conversation: {' '.join(str(err).split())[:200]}") from None
+            raise DataError(f"the chat template refuses the conversation: {_one_line(err)}") from None
 
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def _run_template(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return compiled(self._template_text).render(turns, add_generation_prompt, **self._names)
+
+    def _why_not(self, role: str) -> str | None:
+        """Why the template can't show turns of a role, seen on a probe; None if it can. Some leave them out in silence."""
+        if role not in self._missing_roles:
+            rest = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+            at = 0 if role == "system" else 2
+            probe = [*rest[:at], Message(role, "7919"), *rest[at:]]
+            self._missing_roles[role] = None
+            try:
+                self._run_template(rest, True)
+                if "7919" not in self._run_template(probe, True).text:
+                    self._missing_roles[role] = "it leaves such turns out"
+            except Exception as err:  # noqa: BLE001 - as in `_render`
+                if not _fails(lambda: self._run_template(rest, True)):
+                    self._missing_roles[role] = _one_line(err)
+        return self._missing_roles[role]
+
+    def _tokenize(self, text: str, is_first: bool = True) -> list[int]:
+        """Ids of a text: one that begins a sequence, or else one that goes on with it.
+
+        Some tokenizers (sentencepiece's) put a space in front of whatever they are given. What goes on with a sequence
+        is given to them behind another character, whose ids are then taken off.
+        """
+        if not text:
+            return []
+        if is_first or not self._inserts_prefix:
+            return self._plain_ids(text)
+        for anchor in ANCHORS:
+            head, whole = self._plain_ids(anchor), self._plain_ids(anchor + text)
+            if whole[: len(head)] == head and self.decode(whole[len(head) :], before=head) == text:
+                return whole[len(head) :]
+        # Nothing decodes to just the text (a character that the vocabulary lacks): then a border between tokens will do.
+        head, whole = self._plain_ids(ANCHORS[0]), self._plain_ids(ANCHORS[0] + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self._plain_ids(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _finds_prefix(self) -> bool:
+        """Whether a text by itself gets other ids than the same text behind a newline: then a prefix was put in front."""
+        for probe in ("a", "the"):
+            alone = self._plain_ids(probe)
+            for anchor in ANCHORS:
+                head, whole = self._plain_ids(anchor), self._plain_ids(anchor + probe)
+                if whole[: len(head)] == head and whole[len(head) :] == alone:
+                    break
+            else:
+                return True
+        return False
+
+    def _finds_other_marks(self) -> bool:
+        """Whether the template's `{% generation %}` marks name other parts of the turns than text and end token.
+
+        Raises ModelError where they leave out the end token: no answer would ever end.
+        """
+        probe = [Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+        if not compiled(self._template_text).has_marks:
+            return False
+        ours = self._masked(probe)
+        self._uses_marks = True
+        theirs = self._masked(probe)
+        for learned in (theirs, self._masked(probe[:2])):
+            if not learned or learned[-1] not in self.stop_token_ids:
+                raise ModelError(
+                    "the chat template's {% generation %} marks leave out the end token of the answer, so that no answer "
+                    "would end; put it inside the marks, or remove them"
+                )
+        return theirs != ours
+
+    def _masked(self, messages: Sequence[Message]) -> list[int]:
+        """What is learned of a conversation."""
+        encoded = self.encode_example(messages)
+        return [int(t) for t, learned in zip(encoded.input_ids, encoded.loss_mask, strict=True) if learned]
 
     def _encode_one_by_one(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         import numpy as np
@@ -368,6 +475,30 @@ class _Place:
 
 if TYPE_CHECKING:
     _Shape = list[tuple[list[str | _Place], int | None]]  # segments: their parts, and whose turn each is
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The template's text; of several under names, the default one. Raises ModelError."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise ModelError(
+                f"the tokenizer has several chat templates ({', '.join(sorted(found))}) and none is the default; name one so"
+            )
+        found = found["default"]
+    return str(found)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _fails(action: Callable[[], object]) -> bool:
+    try:
+        action()
+    except Exception:  # noqa: BLE001 - as in `_render`
+        return True
+    return False
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:

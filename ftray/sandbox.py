@@ -22,6 +22,7 @@ BUDGET = 1_000_000  # steps of one rendering, and for each character of the conv
 CHARS_BUDGET = 2
 CHARS_A_STEP = 64
 MAX_CHARS = 1 << 26  # of any text on the way
+SIZED = (str, bytes, list, tuple, dict, range)
 WIDE = re.compile(r"\d{5,}|\*")
 
 
@@ -70,7 +71,7 @@ class Template:
             for piece in self._template.generate(
                 messages=list(turns), tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
             ):
-                num_chars += _checked(piece)
+                num_chars += len(piece)
                 if num_chars > MAX_CHARS:
                     raise TooMuch("the chat template writes too much for this conversation; it may not end")
                 meter.written.append(piece)
@@ -87,7 +88,7 @@ def compiled(source: str) -> Template:
 
 def _checked(value: object) -> int:
     """Counts a value that was made, by its size; returns the size. Raises TooMuch."""
-    size = len(value) if isinstance(value, Sized) else 0
+    size = len(value) if isinstance(value, SIZED) else 0
     if size > MAX_CHARS:
         raise TooMuch("the chat template makes a text that is too long; it may not end")
     _meter.get().take(1 + size // CHARS_A_STEP)
@@ -96,6 +97,9 @@ def _checked(value: object) -> int:
 
 def _weighed(value: Any) -> Any:
     """The value, after all that is in it was counted: lists of lists of lists may be small and their text without end."""
+    if isinstance(value, str):
+        _checked(value)
+        return value
     waiting = [value] if isinstance(value, list | tuple | dict) else []
     while waiting:
         inside = waiting.pop()
@@ -157,8 +161,8 @@ def _check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         raise TooMuch("the chat template formats a text that is too wide")
     if name in ("join", "replace") and len(given) > 1:
         # at most: every place of the longest text filled with the longest of the others
-        sizes = sorted((len(a) if isinstance(a, Sized) else 1 for a in given), reverse=True)
-        parts = sum(len(x) for a in given if isinstance(a, list | tuple) for x in a if isinstance(x, Sized))
+        sizes = sorted((len(a) if isinstance(a, SIZED) else 1 for a in given), reverse=True)
+        parts = sum(len(x) for a in given if isinstance(a, list | tuple) for x in a if isinstance(x, SIZED))
         if (sizes[0] + 1) * sizes[1] + parts > MAX_CHARS:
             raise TooMuch(f"the chat template makes a text by {name} that may be too long")
 
@@ -197,19 +201,27 @@ def _environment() -> Any:
             for loop in list(tree.find_all(nodes.For)):
                 loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None).set_lineno(loop.lineno)
             for concat in list(tree.find_all(nodes.Concat)):
-                concat.nodes = [nodes.Filter(n, "_part", [], [], None, None).set_lineno(concat.lineno) for n in concat.nodes]
+                concat.nodes = [
+                    nodes.Filter(n, "_part", [], [], None, None).set_lineno(concat.lineno) for n in concat.nodes
+                ]
             return tree
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             name = getattr(function, "__name__", "")
-            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps str.format
+            owner = getattr(
+                getattr(function, "__wrapped__", function), "__self__", None
+            )  # the sandbox wraps str.format
             _check_arguments(name, [*([owner] if isinstance(owner, str) else []), *args], kwargs)
             result = super().call(context, function, *args, **kwargs)
             _checked(result)
             return result
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "*" and any(isinstance(side, Sized) for side in (left, right)):
+            if operator == "+":
+                result = left + right
+                _checked(result)
+                return result
+            if operator == "*" and any(isinstance(side, SIZED) for side in (left, right)):
                 _check_product(left, right)
             elif operator == "**" and (abs(left) > 1 << 16 or abs(right) > 64):
                 raise TooMuch("the chat template makes a number that is too large")
@@ -243,6 +255,6 @@ def _environment() -> Any:
 def _check_product(left: Any, right: Any) -> None:
     size = 1
     for side in (left, right):
-        size *= len(side) if isinstance(side, Sized) else abs(side)
+        size *= len(side) if isinstance(side, SIZED) else abs(side)
     if size > MAX_CHARS:
         raise TooMuch("the chat template makes a text that is too long; it may not end")

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,8 +162,7 @@ def _parse(raw: RawRecord) -> dict[str, Any]:
     return record
 
 
-@dataclass(frozen=True)
-class _Draft:
+class _Draft(NamedTuple):
     """A record that was read and not yet tokenized."""
 
     raw: RawRecord

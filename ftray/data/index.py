@@ -42,6 +42,7 @@ VERSION = 2  # raise it when a chunk's rows, facts or records change their meani
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
 NOTHING = Wants(signatures=False, grams=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers end a line there
 
 
 @dataclass(frozen=True)
@@ -304,4 +305,5 @@ def _write_lines(uri: str, entries: Sequence[Quarantined | Finding]) -> None:
     for tree, entry in zip(trees, entries, strict=True):
         if isinstance(entry, Finding):
             tree["detail"] = entry.detail
-    storage.write_bytes(uri, "".join(json.dumps(tree, ensure_ascii=False) + "\n" for tree in trees).encode())
+    text = "".join(json.dumps(tree, ensure_ascii=False).translate(_LINE_ENDS) + "\n" for tree in trees)
+    storage.write_bytes(uri, text.encode())

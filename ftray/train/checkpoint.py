@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,17 @@ def load_checkpoint(found: Found) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
         storage.fetch_directory(found.uri, directory)
         return load_file(Path(directory) / TENSORS)
+
+
+@contextmanager
+def _staging(uri: str) -> Iterator[str]:
+    """Where a checkpoint's files are written before they are committed: on local disk the place itself, not a copy."""
+    if storage.is_remote(uri):
+        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+            yield directory
+    else:
+        Path(uri).mkdir(parents=True, exist_ok=True)
+        yield uri
 
 
 class CheckpointWriter:
@@ -74,11 +87,12 @@ class CheckpointWriter:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
         uri = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}")
-        if (there := storage.read_manifest(uri)) is not None:
-            if not storage.verify_directory(uri) and there["meta"].get("config_hash") == self._meta.get("config_hash"):
+        if storage.exists(storage.join(uri, "manifest.json")) and not storage.verify_directory(uri):
+            there = storage.read_manifest(uri)
+            if there is not None and there["meta"].get("config_hash") == self._meta.get("config_hash"):
                 return  # committed before an interruption, and sound
-            storage.delete_tree(uri)
-        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+        storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
+        with _staging(uri) as directory:
             save_file(tensors, Path(directory) / TENSORS)
             Path(directory, STATE).write_text(json.dumps(asdict(progress), indent=1))
             if not storage.commit_directory(directory, uri, {**self._meta, "progress": asdict(progress)}):

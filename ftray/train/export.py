@@ -40,8 +40,10 @@ def whole_weights(run: config.Run, run_dir: str) -> str:
 
 
 def _holds(target: str, found: Found) -> bool:
+    if storage.verify_directory(target):
+        return False  # not there, or damaged
     manifest = storage.read_manifest(target)
-    return manifest is not None and manifest["meta"].get("step") == found.step and not storage.verify_directory(target)
+    return manifest is not None and manifest["meta"].get("step") == found.step
 
 
 def _write(run: config.Run, found: Found, directory: Path) -> None:

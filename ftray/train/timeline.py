@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftray import storage
-from ftray.errors import ConfigError
+from ftray.errors import CheckpointError, ConfigError
 
 
 @dataclass
@@ -52,11 +52,17 @@ class Found:
         return Progress(**self.meta["progress"])
 
 
-def list_checkpoints(run_dir: str) -> list[Found]:
-    """Committed checkpoints of a run, newest first."""
-    manifests = storage.list_files(storage.join(run_dir, "checkpoints"), suffix="/manifest.json")
-    uris = [m.uri.rsplit("/", 1)[0] for m in manifests]
-    found = [Found(uri, m["meta"]) for uri in uris if (m := storage.read_manifest(uri)) is not None]
+def list_checkpoints(run_dir: str, warn: Callable[[str], None] | None = None) -> list[Found]:
+    """Committed checkpoints of a run, newest first; those whose manifest is damaged are passed over, with a warning."""
+    found = []
+    for file in storage.list_files(storage.join(run_dir, "checkpoints"), suffix="/manifest.json"):
+        uri = file.uri.rsplit("/", 1)[0]
+        try:
+            if (manifest := storage.read_manifest(uri)) is not None:
+                found.append(Found(uri, manifest["meta"]))
+        except CheckpointError as err:
+            if warn is not None:
+                warn(str(err))
     return sorted(found, key=lambda f: f.step, reverse=True)
 
 
@@ -74,7 +80,7 @@ def best_checkpoint(run_dir: str) -> Found:
 
 def find_newest(run_dir: str, warn: Callable[[str], None]) -> Found | None:
     """The newest checkpoint whose files all match its manifest; says which ones it passes over."""
-    for found in list_checkpoints(run_dir):
+    for found in list_checkpoints(run_dir, warn):
         problems = storage.verify_directory(found.uri)
         if not problems:
             return found

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import ray
 
-from ftray import cli, session
+from ftray import cli, session, storage
 from tests import cluster, tiny
 from tests.e2e.command import Ended, Place, assert_refused
 
@@ -139,7 +139,8 @@ def write_run_json(text: str) -> Prepare:
 
 def damage_trained_run(directory: Path) -> None:
     write_run_json("[]")(directory)
-    write("runs/tiny/checkpoints/step-000001/manifest.json", '{"files": {}, "meta": {"progress": {"step": 1}}}')(directory)
+    write("step/state.json", "{}")(directory)
+    storage.commit_directory(directory / "step", "runs/tiny/checkpoints/step-000001", {"progress": {"step": 1}})
 
 
 def cut_weights(directory: Path) -> None:
@@ -205,7 +206,7 @@ CASES = [
     # the model
     Case("no-model", ("model.base ./other is not a directory", "hub id"), ("model.base=./other",)),
     Case("no-such-model", ("model.base other", "no directory", "hub"), OTHER),
-    Case("no-model-in-it", ("model.base other", "no config.json"), OTHER, lambda d: (d / "other").mkdir()),
+    Case("no-model-in-it", ("model.base other", "no config (config.json)"), OTHER, lambda d: (d / "other").mkdir()),
     Case("no-tokenizer", ("model.base other", "no tokenizer (tokenizer*)"), OTHER, copy_model("tokenizer*")),
     Case("no-weights", ("model.base other", "no weights (*.safetensors)"), OTHER, copy_model("*.safetensors")),
     Case("an-adapter", ("model.base other", "adapter", "base"), OTHER, make_adapter),

@@ -26,8 +26,7 @@ CHUNK_BYTES, HASH = 4000, "tokenizer"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory = tmp_path_factory.mktemp("model")
-    tiny.make_tokenizer().save_pretrained(directory)
+    directory = tiny.write_tiny_model(tmp_path_factory.mktemp("model"))
     with cluster.local_ray(2):
         yield directory
 
@@ -97,9 +96,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """120 records in four shards, with 6 equal, 8 near and 5 leaked ones among them; where they lie, by rule."""
     root = tmp_path_factory.mktemp("planted")
     clean, heldout = sentences(101, seed=1), sentences(30, seed=2)
-    copies: list[tuple[str, dict[str, Any]]] = []
-    for n in range(6):
-        copies.append(("duplicate", {**clean[n], "prompt": f"  {clean[n]['prompt']}\n"}))
+    copies = [("duplicate", {**clean[n], "prompt": f"  {clean[n]['prompt']}\n"}) for n in range(6)]
     for n in range(10, 18):
         text = clean[n]["prompt"]
         first, second, *rest = text.split()
@@ -155,7 +152,7 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
 def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
     model: Path, planted: dict[str, Any], tmp_path: Path
 ) -> None:
-    told = data_of(planted["train"], eval=[{"path": str(planted["eval"])}], max_seq_len=128)
+    told = data_of(planted["train"], eval=[{"path": str(planted["eval"])}])
     drop = told.model_copy(update={"clean": config.Clean(duplicates="drop", near_duplicates="drop", overlap="drop")})
     index, _ = indexed(model, tmp_path, told)
     dropping, heldout = indexed(model, tmp_path, drop)

@@ -215,8 +215,17 @@ def test_a_text_can_not_run_code_of_the_template(chat: ChatFormat) -> None:
 
 def test_a_template_that_raises_is_one_sentence_of_the_user() -> None:
     chat = chat_with(TRIMMING)
-    with pytest.raises(DataError, match=r"^the chat template refuses the conversation: System role not supported$"):
+    with pytest.raises(
+        DataError, match=r"^the chat template has no system role \(System role not supported\); put its"
+    ):
         chat.encode_example(turns("a", "b", system="s"))
+    odd = chat_with(
+        TRIMMING.replace(
+            "{{ bos_token }}", "{% if messages[0]['content'] == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+        )
+    )
+    with pytest.raises(DataError, match=r"^the chat template refuses the conversation: no x$"):
+        odd.encode_example(turns("x", "b"))
     assert supervised(chat, chat.encode_example(turns("a", "b"))) == [f"b{END}"]
 
 
