@@ -76,6 +76,8 @@ class PlainRows:
         for raw in batch["messages"]:
             messages = [dict(turn) for turn in raw]
             ids = tokenizer.apply_chat_template(messages)["input_ids"]
+            if len(ids) > SEQ_LEN:
+                continue  # as ftray, which tells it too
             learned = range(len(ids))
             if self._with_masks:
                 prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]

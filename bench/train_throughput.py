@@ -121,7 +121,11 @@ def main() -> None:
         "storage": str(work / "runs"),
         "model": {"base": str(model)},
         "method": {"type": given.method},
-        "data": {"max_seq_len": given.seq, "train": [{"path": str(data), "format": "text"}]},
+        "data": {
+            "max_seq_len": given.seq,
+            "train": [{"path": str(data), "format": "text"}],
+            "clean": {"near_duplicates": "off"},
+        },
         "train": {"max_steps": given.steps, "global_batch_size": batch, "micro_batch_size": given.micro},
         "deepspeed": {"zero_stage": given.stage},
         "scale": {"num_workers": given.workers},

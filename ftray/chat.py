@@ -102,6 +102,7 @@ class ChatFormat:
         self._shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
         self._template_text = _template_of(tokenizer)
         self._names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._missing_roles: dict[str, str | None] = {}
         self._inserts_prefix = self._finds_prefix()
         self._uses_marks = False
@@ -201,13 +202,28 @@ class ChatFormat:
         whole, head = (
             str(
                 self._tokenizer.decode(
-                    [int(i) for i in part], skip_special_tokens=False, clean_up_tokenization_spaces=False
+                    [int(i) for i in part],
+                    skip_special_tokens=False,
+                    clean_up_tokenization_spaces=False,
                 )
             )
             for part in ([*before, *ids], before)
         )
         # A character of several tokens may be cut between the two: then there is a stand-in for it at the end of head.
         return whole[len(head) :] if whole.startswith(head) else whole[len(head.rstrip("\ufffd")) :]
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it. Raises DataError where it can't."""
+        return self._render(messages, add_generation_prompt).text
+
+    @property
+    def uses_marks(self) -> bool:
+        """Whether the template's `{% generation %}` marks name other parts of the turns than text and end token."""
+        return self._uses_marks
+
+    def can_write(self, character: str) -> bool:
+        """Whether ids of the character decode to it again; some vocabularies have none for rare ones."""
+        return character in self.decode(self._plain_ids(f"x{character}x"))
 
     def is_special(self, token: int) -> bool:
         """Whether an id is a control token."""
@@ -237,8 +253,9 @@ class ChatFormat:
             end = self._border(full, messages[: i + 1], add_generation_prompt=False)
             segments += [(full[done:start], False)]
             done = start
-            for low, high in rendered.marks if self._uses_marks else ():
-                if start <= low < high <= end:
+            for mark in rendered.marks if self._uses_marks else ():
+                low, high = max(mark[0], start), min(mark[1], end)
+                if low < high:
                     segments += [(full[done:low], False), (full[low:high], message.train)]
                     done = high
             segments += [(full[done:end], message.train and not self._uses_marks)]

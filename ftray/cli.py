@@ -17,6 +17,7 @@ from ftray.errors import ConfigError, FtrayError, Interrupted, innermost
 
 if TYPE_CHECKING:
     from ftray.data.prepare import Data
+    from ftray.storage import Lease
     from ftray.train.timeline import Found
 
 
@@ -163,7 +164,7 @@ def _parts(run: config.Run) -> str:
 
 
 @contextmanager
-def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator[str]:
+def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator[tuple[str, Lease]]:
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
     from ftray.session import quiet, ray_session
@@ -171,13 +172,16 @@ def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator
 
     run_dir = storage.absolute(run.directory)
     check_identity(run, run_dir)
-    with storage.acquire_lease(run_dir), quiet(run.name, console):  # the lease first: run.json may be written anew
+    with (
+        storage.acquire_lease(run_dir) as lease,
+        quiet(run.name, console),
+    ):  # the lease first: run.json may be written anew
         from ftray.train.preflight import preflight
 
         preflight(run)
         open_run(run)
         with ray_session(run.scale.num_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
-            yield run_dir
+            yield run_dir, lease
 
 
 def train(arguments: argparse.Namespace, console: Console) -> int:
@@ -186,10 +190,10 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     if (done := _finished(run)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
         return 0
-    with _owned(run, console) as run_dir:
+    with _owned(run, console) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
-        found = launch(run, run_dir, console)
+        found = launch(run, run_dir, console, lease)
         console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
     return 0
 
@@ -234,10 +238,10 @@ def data_index(arguments: argparse.Namespace, console: Console) -> int:
 def data_stats(arguments: argparse.Namespace, console: Console) -> int:
     """Shows what the data is like."""
     run = open_target(arguments.run, arguments.overrides)
-    with _data_of(run, console) as (run_dir, _):
+    with _data_of(run, console) as (run_dir, data):
         from ftray.data.stats import show_stats
 
-        show_stats(run, run_dir, console, arguments.html)
+        show_stats(data, run, run_dir, console, arguments.html)
     return 0
 
 
@@ -284,7 +288,7 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     check_evaluation(run, storage.absolute(run.directory))
-    with _owned(run, console) as run_dir:
+    with _owned(run, console) as (run_dir, _):
         from ftray.evaluate.compare import compare
 
         compare(run, run_dir, console)
@@ -298,7 +302,7 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
-    with _owned(run, console, with_ray=False) as run_dir:
+    with _owned(run, console, with_ray=False) as (run_dir, _):
         from ftray.train.export import export as write
 
         where = write(run, run_dir, console)
@@ -339,13 +343,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     done = _finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
     if done is None or answer is None:
-        with _owned(run, console) as run_dir:
+        with _owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.serve.trial import try_endpoint
             from ftray.train.export import export as write
             from ftray.train.launch import train as launch
 
-            done = launch(run, run_dir, console)
+            done = launch(run, run_dir, console, lease)
             question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
             model_dir = write(run, run_dir, console)
             answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)

@@ -68,7 +68,8 @@ class Source(Section):
     """A set of shards."""
 
     path: str = Field(min_length=1)
-    """File, directory or glob: local, `s3://…`, or `embedded:stdlib-docstrings/train|eval` (the quickstart's data)."""
+    """File, directory or glob: local or `s3://…`; `hf:org/name/config:split@revision` (the hub); or
+    `embedded:stdlib-docstrings/train|eval` (the quickstart's data)."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of rows in the mixture, relative to the other sources. Give it to all sources or to none."""
     format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "columns"] = "auto"

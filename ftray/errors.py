@@ -22,6 +22,13 @@ class FtrayError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message  # Ray Data writes advice of its own into `args` on the way
+
+    def __str__(self) -> str:
+        return self.message
+
 
 class InputError(FtrayError):
     """The user's input is wrong and nothing was started."""
@@ -78,12 +85,14 @@ class Interrupted(FtrayError):
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error at the bottom: Ray wraps what a task or actor raised, in several layers. An FtrayError ends the search."""
+    """The error at the bottom of what Ray raised, which wraps it in several layers. An FtrayError ends the search."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
         below = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(below, BaseException) or (isinstance(error, FtrayError) and type(error).__module__.startswith("ftray.")):
+        if not isinstance(below, BaseException) or (
+            isinstance(error, FtrayError) and type(error).__module__.startswith("ftray.")
+        ):
             return error
         error = below
     return error

@@ -199,11 +199,9 @@ def _environment() -> Any:
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
             for loop in list(tree.find_all(nodes.For)):
-                loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None).set_lineno(loop.lineno)
+                loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None, lineno=loop.lineno)
             for concat in list(tree.find_all(nodes.Concat)):
-                concat.nodes = [
-                    nodes.Filter(n, "_part", [], [], None, None).set_lineno(concat.lineno) for n in concat.nodes
-                ]
+                concat.nodes = [nodes.Filter(n, "_part", [], [], None, None, lineno=n.lineno) for n in concat.nodes]
             return tree
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:

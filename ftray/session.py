@@ -6,6 +6,8 @@ Knows nothing of runs beyond a name and a number of CPUs.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from contextlib import contextmanager
 from ftray import storage
 from ftray.console import Console
 from ftray.errors import ConfigError
+
+CONNECT_S = 10.0  # a cluster that takes longer to accept a connection is down, or not to be reached from here
 
 
 @contextmanager
@@ -37,10 +41,11 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    if address:
+    if address and address != "local":
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except (ConnectionError, RuntimeError, ValueError) as err:
+        except (OSError, RuntimeError, ValueError) as err:
             reason = " ".join(str(err).split())[:200]
             raise ConfigError(
                 f"RAY_ADDRESS {address}: no Ray cluster answers ({reason}); correct or unset it"
@@ -52,3 +57,10 @@ def ray_session(num_cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at `host:port` or `ray://host:port`: Ray would try for many minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d+)/?", address)
+    if found:
+        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()

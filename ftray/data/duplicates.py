@@ -26,7 +26,7 @@ BAND = 4  # slots that must be equal for two records to be compared: 64 bits, on
 SIMILARITY = 0.7
 ROUNDS = 6  # leaders tried in a group of records that share a band
 PIECE = 4096  # shingles hashed at once
-MIN_SLOTS = 24  # own slots that a judgement needs
+MIN_SLOTS = 12  # own slots that a judgement needs
 COMMON_SHARE, COMMON_RECORDS = 0.1, 20  # a slot's value is common above both: a template's, not the record's
 
 Keys = npt.NDArray[np.uint64]

@@ -15,7 +15,7 @@ import numpy as np
 from ftray import config
 from ftray.data.duplicates import find_equal, find_near, find_near_to
 from ftray.data.labels import find_conflicts, pick_substitutes
-from ftray.data.overlap import HeldOut
+from ftray.data.overlap import find_leaks
 from ftray.data.records import QUALITY, Survey
 from ftray.data.sources import Chunk
 
@@ -58,7 +58,7 @@ def find_all(train: Survey, heldout: Survey | None, clean: config.Clean) -> tupl
     """Findings in the records' order, and for each chunk (its place) the positions that are dropped.
 
     A record is dropped once, by the first rule that says so, in the order of the keys of `data.clean`. Memory: about
-    330 bytes a record, 3 a word, and the findings.
+    330 bytes a record, 4 to 8 a word, and the findings.
     """
     found: list[tuple[int, Finding]] = []
     gone: set[int] = set()
@@ -107,14 +107,11 @@ def _overlaps(train: Survey, heldout: Survey) -> list[tuple[int, tuple[Chunk, in
     at = np.minimum(np.searchsorted(prompts[order], own), max(0, len(prompts) - 1))
     same = np.flatnonzero((prompts[order][at] == own) & (own != 0)) if len(prompts) else np.zeros(0, np.int64)
     best = {int(place): (int(order[at[place]]), 1.0) for place in same}
-    table = HeldOut.of([flat[a:b] for flat, cuts, _ in heldout.grams() for a, b in pairwise(cuts)])
-    counts = np.zeros(len(table.hashes) + 1, np.int64)
-    for flat, _, _ in train.grams():
-        counts += np.bincount(table.hits(flat) + 1, minlength=len(counts))
-    table = table.without_common(counts[1:], len(own))
-    for flat, cuts, place in train.grams():
-        for leak in table.leaks(flat, cuts, place):
-            best.setdefault(leak.place, (leak.of, leak.share))
+    for column in ("all_grams", "grams"):
+        held = [flat[a:b] for flat, cuts, _ in heldout.grams(column) for a, b in pairwise(cuts)]
+        for leak in find_leaks(held, train.grams()):
+            if leak.place not in best or leak.share > best[leak.place][1]:
+                best[leak.place] = (leak.of, leak.share)
     for pair in find_near_to(train.signatures, heldout.signatures):
         best.setdefault(pair.place, (pair.of, pair.similarity))
     return [(place, heldout.where(of), share) for place, (of, share) in sorted(best.items())]

@@ -38,9 +38,9 @@ from ftray.data.records import (
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 2  # raise it when a chunk's rows, facts or records change their meaning
+VERSION = 3  # raise it when a chunk's rows, facts or records change their meaning
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
-NOTHING = Wants(signatures=False, grams=False, min_answer_chars=0)
+NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
 _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers end a line there
 
@@ -60,12 +60,13 @@ class ChunkFacts:
 @dataclass(frozen=True)
 class Index:
     """Facts of all chunks of a stream in source and file order, its bad records, those that `data.clean` took out, and
-    all that was found over the whole set (taken out or only told)."""
+    all that was found over the whole set (taken out or only told). shards: names of the files with its record tables."""
 
     facts: tuple[ChunkFacts, ...]
     bad: tuple[Quarantined, ...]
     dropped: tuple[Quarantined, ...] = ()
     found: tuple[Finding, ...] = ()
+    shards: tuple[str, ...] = ()
 
     def total(self, field: str) -> int:
         """Sum of a numeric field of ChunkFacts."""
@@ -105,27 +106,25 @@ def build_index(
     uri = storage.join(directory, f"index-{_index_key(stream, both, listed, tokenizer_hash)}.json")
     if storage.exists(uri):
         return _from_json(json.loads(storage.read_bytes(uri)))
-    surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
+    names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
     moved = _moved(stream, surveys)
     if moved:
         listed = [with_changes(chunks, {}, moved) for chunks in listed]
-        surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
+        names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
     own = surveys[both.index(stream)]
     found: list[Finding] = []
     drops: dict[int, list[int]] = {}
     if stream.data is not None and not stream.is_heldout:
         found, drops = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
-    index = _assemble(stream, own, found, drops, moved)
+    index = replace(_assemble(stream, own, found, drops, moved), shards=names[both.index(stream)])
     storage.write_bytes(uri, json.dumps(asdict(index)).encode())
     return index
 
 
-def read_survey(stream: Stream, index: Index, chunk_bytes: int, directory: str, tokenizer_hash: str) -> Survey:
-    """The record tables behind an index, less nothing: what `data.clean` took out is in them."""
-    both = _both(stream)
-    moved = {i: f.chunk.moved for i, f in enumerate(index.facts) if f.chunk.moved}
-    listed = [with_changes(_list_chunks(s, chunk_bytes), {}, moved) for s in both]
-    return _survey(both, listed, directory, tokenizer_hash, None)[both.index(stream)]
+def read_survey(index: Index, directory: str) -> Survey:
+    """The record tables behind an index; what `data.clean` took out is in them."""
+    tables = [read_described(storage.read_bytes(storage.join(directory, "shards", name))) for name in index.shards]
+    return join_surveys([f.chunk for f in index.facts], tables)
 
 
 def _both(stream: Stream) -> list[Stream]:
@@ -150,19 +149,19 @@ def _survey(
     directory: str,
     tokenizer_hash: str,
     on_progress: Progress | None,
-) -> list[Survey]:
-    """What the pass finds in each stream; shards that are known already are not read."""
+) -> tuple[list[tuple[str, ...]], list[Survey]]:
+    """What the pass finds in each stream, and in which files it is kept; shards that are known already are not read."""
     shards: list[tuple[int, list[Chunk], str]] = []
     for number, chunks in enumerate(listed):
         for _, group in groupby(chunks, key=lambda c: (c.source, c.uri)):
             cut = list(group)
             key = _shard_key(both[number], _wants(both[number], len(both)), cut, tokenizer_hash)
-            shards.append((number, cut, storage.join(directory, "shards", f"{key}.arrow")))
-    missing = [shard for shard in shards if not storage.exists(shard[2])]
+            shards.append((number, cut, f"{key}.arrow"))
+    missing = [shard for shard in shards if not storage.exists(storage.join(directory, "shards", shard[2]))]
     items = [(number, chunk) for number, cut, _ in missing for chunk in cut]
     describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
     results, done = map_in_order(describe, items), 0
-    for _, cut, uri in missing:
+    for _, cut, name in missing:
         described = []
         for _ in cut:
             described.append(read_described(next(results)))
@@ -170,11 +169,11 @@ def _survey(
             if on_progress:
                 on_progress(done, len(items))
         survey = join_surveys(cut, described)
-        storage.write_bytes(uri, write_described(survey.summaries, survey.table))
-    return [
-        join_surveys(listed[i], [read_described(storage.read_bytes(uri)) for number, _, uri in shards if number == i])
-        for i in range(len(both))
-    ]
+        described_bytes = write_described(survey.summaries, survey.table)
+        storage.write_bytes(storage.join(directory, "shards", name), described_bytes)
+    names = [tuple(name for number, _, name in shards if number == i) for i in range(len(both))]
+    stored = [[storage.read_bytes(storage.join(directory, "shards", name)) for name in each] for each in names]
+    return names, [join_surveys(listed[i], [read_described(data) for data in stored[i]]) for i in range(len(both))]
 
 
 def _describe(both: tuple[Stream, ...], wants: tuple[Wants, ...], item: tuple[int, Chunk]) -> bytes:
@@ -187,7 +186,7 @@ def _wants(stream: Stream, num_streams: int) -> Wants:
         return NOTHING
     clean, compares = stream.data.clean, stream.data.clean.overlap != "off" and num_streams > 1
     near = clean.near_duplicates != "off" and not stream.is_heldout
-    return Wants(near or compares, compares, 0 if stream.data.labels else clean.min_answer_chars)
+    return Wants(near or compares, compares, stream.is_heldout, 0 if stream.data.labels else clean.min_answer_chars)
 
 
 def _moved(stream: Stream, surveys: Sequence[Survey]) -> dict[int, tuple[int, ...]]:
@@ -259,7 +258,7 @@ def _from_json(tree: dict[str, Any]) -> Index:
 
     facts = tuple(ChunkFacts(**{**f, "chunk": chunk(f["chunk"])}) for f in tree["facts"])
     bad, dropped = (tuple(Quarantined(**b) for b in tree[name]) for name in ("bad", "dropped"))
-    return Index(facts, bad, dropped, tuple(Finding(**f) for f in tree["found"]))
+    return Index(facts, bad, dropped, tuple(Finding(**f) for f in tree["found"]), tuple(tree["shards"]))
 
 
 def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:

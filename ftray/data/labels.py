@@ -87,7 +87,7 @@ def pick_substitutes(
         known = seen.setdefault(stratum, set())
         if held:
             done[stratum] = None
-        elif digest not in known:
+        else:
             known.add(digest)
             if len(known) >= needed:
                 done[stratum] = digest

@@ -15,6 +15,7 @@ from ftray.console import Console
 from ftray.data.chunks import Stream, streams
 from ftray.data.index import Index, build_index, check_index
 from ftray.data.pipeline import Plan, make_plan
+from ftray.data.proof import prove_sample
 from ftray.errors import ConfigError, DataError
 
 
@@ -65,11 +66,12 @@ def _index(
 
         index = build_index(stream, chunk_bytes, directory, token_hash, show)
     check_index(index, stream, what, run.data.max_bad_records, directory)
+    proven = prove_sample(stream, index, what)
     tokens, rows = index.total("num_tokens"), index.total("num_rows")
     bad = f", {len(index.bad)} bad records quarantined" if index.bad else ""
     console.say(
         f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_supervised')} supervised), "
-        f"{rows} packed rows, {100 * tokens / max(1, rows * run.data.max_seq_len):.1f}% full{bad}"
+        f"{rows} packed rows, {100 * tokens / max(1, rows * run.data.max_seq_len):.1f}% full{bad}; {proven} read back and proven"
     )
     return index
 

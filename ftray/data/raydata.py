@@ -5,6 +5,7 @@ Knows Ray Data; nothing of what is mapped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from ray.data import DataContext, ExecutionOptions, ExecutionResources
 T = TypeVar("T")
 
 STORE_BYTES = 256 << 20  # most that an execution keeps in the object store
-SEGMENT = 2048  # items of one execution: opening one with tens of thousands takes Ray many seconds
+SEGMENT = 512  # items of one execution: opening one takes Ray 0.6 ms an item before the first is worked on
 
 
 def map_in_order(function: Callable[[T], bytes], items: Sequence[T]) -> Iterator[bytes]:
@@ -43,6 +44,7 @@ def open_dataset(function: Callable[[T], pa.Table], items: Sequence[T]) -> ray.d
     reference = ray.put(list(items))
 
     def run(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # tokenizers' threads: a task has one CPU
         for place in batch["place"]:
             yield function(ray.get(reference)[int(place)])
 

@@ -1,4 +1,4 @@
-"""What the index keeps of each record: a line of a table, about 330 bytes and 3 more for each word.
+"""What the index keeps of each record: a line of a table, about 330 bytes and 4 to 8 more for each word.
 
 Made by the one pass over the data, chunk by chunk; kept as one Arrow file a shard, so that a shard is read again only
 when it, or a setting, changes. All that is said of the whole set (duplicates, overlap, labels, statistics) is worked
@@ -25,13 +25,14 @@ from ftray.chat import Message
 from ftray.data.chunks import Stream, pack_chunk
 from ftray.data.clean import Example, Quarantined
 from ftray.data.duplicates import NUM_PERM, Signatures, record_keys, signature, spoken_text
-from ftray.data.overlap import Keys, fingerprints
+from ftray.data.overlap import Keys, fingerprints, heldout_fingerprints
 from ftray.data.sources import Chunk
 
 LABEL_CHARS = 60  # a longer answer is no label
 # bits of `flags`: quality rules, then how the answer is written
 SHORT_ANSWER, REPEATED_LINES, UNPRINTABLE, CAPITAL, FINAL_MARK, MANY_LINES, JSON_LIKE = (1 << n for n in range(7))
 QUALITY = {"short_answer": SHORT_ANSWER, "repeated_lines": REPEATED_LINES, "unprintable": UNPRINTABLE}
+NO_LETTERS = bytes(n for n in range(256) if not (n < 128 and chr(n).isalpha()))
 MIN_LINES, REPEATED_SHARE, UNPRINTABLE_SHARE = 6, 0.5, 0.1
 
 SCHEMA = pa.schema(
@@ -48,17 +49,20 @@ SCHEMA = pa.schema(
         "stratum": pa.string(),
         "label": pa.string(),
         "signature": pa.binary(NUM_PERM * 2),
-        "grams": pa.large_list(pa.uint64()),
+        "grams": pa.large_list(pa.uint64()),  # of a held-out record: those that winnowing chooses
+        "all_grams": pa.large_list(pa.uint64()),  # of a held-out record only
     }
 )
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What is worth computing: signatures for near-duplicates, grams for overlap. min_answer_chars: 0 with labels."""
+    """What is worth computing: signatures for near-duplicates, grams for overlap (other ones of held-out records).
+    min_answer_chars: 0 with labels."""
 
     signatures: bool
     grams: bool
+    is_heldout: bool
     min_answer_chars: int
 
 
@@ -120,6 +124,9 @@ def _describe(example: Example, wants: Wants, scripts: Counter[str]) -> dict[str
     for turn in turns:
         count_scripts(turn.content, scripts)
     mask = example.encoded.loss_mask
+    every, chosen = heldout_fingerprints(turns) if wants.grams and wants.is_heldout else ([], [])
+    if wants.grams and not wants.is_heldout:
+        chosen = fingerprints(turns)
     return {
         "chunk": 0,
         "position": example.position,
@@ -127,13 +134,14 @@ def _describe(example: Example, wants: Wants, scripts: Counter[str]) -> dict[str
         "prompt": keys.prompt,
         "answer": keys.answer,
         "num_tokens": len(example.encoded.input_ids),
-        "num_supervised": int(sum(mask[1:])),
+        "num_supervised": int(np.count_nonzero(mask[1:])),
         "flags": _flags(turns, answer, wants.min_answer_chars),
         "digest": example.digest,
         "stratum": example.stratum,
         "label": answer if example.messages and len(answer) <= LABEL_CHARS and "\n" not in answer else None,
         "signature": signature(spoken_text(turns)).tobytes() if wants.signatures else None,
-        "grams": fingerprints(turns) if wants.grams else [],
+        "grams": chosen,
+        "all_grams": every,
     }
 
 
@@ -156,7 +164,7 @@ def _flags(turns: Sequence[Message], answer: str, min_answer_chars: int) -> int:
 
 def count_scripts(text: str, into: Counter[str]) -> None:
     """Counts letters by Unicode script (the first word of their name: LATIN, CYRILLIC, CJK, …)."""
-    plain = len(re.findall(r"[A-Za-z]", text))
+    plain = len(text.encode("ascii", "ignore").translate(None, delete=NO_LETTERS))
     if plain:
         into["LATIN"] += plain
     if not text.isascii():
@@ -192,10 +200,10 @@ class Survey:
         ]
         return np.concatenate(parts) if parts else np.zeros((0, NUM_PERM), np.uint16)
 
-    def grams(self) -> list[tuple[Keys, npt.NDArray[np.int64], int]]:
-        """Pieces of the column: hashes one after the other, where each record's begin, the first record's place."""
+    def grams(self, column: str = "grams") -> list[tuple[Keys, npt.NDArray[np.int64], int]]:
+        """Pieces of a column of lists: hashes one after the other, where each record's begin, the first record's place."""
         pieces, first = [], 0
-        for part in self.table.column("grams").chunks:
+        for part in self.table.column(column).chunks:
             offsets = part.offsets.to_numpy()
             pieces.append((part.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0], first))
             first += len(part)

@@ -3,7 +3,7 @@
 `BatchTokenizer` takes the Rust package fastokens where it is installed and agrees with transformers: on texts made to
 tell tokenizers apart, once a process, and on a sample of each batch of the user's own. Where it doesn't, or refuses a
 text, the ids come from `tokenizers`, held to the same sample; and where even these differ, from the tokenizer itself.
-`TravellingTokenizer` is what Ray's tasks load: they import neither torch nor the models of transformers.
+`TravellingTokenizer` is what Ray's tasks load: they import neither torch nor transformers, which takes seconds.
 Knows no files, templates' meaning or Ray.
 """
 
@@ -204,19 +204,6 @@ class TravellingTokenizer:
         """Text of ids, as it is."""
         assert not clean_up_tokenization_spaces
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
-
-    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
-        """The rendered conversation, by the code that transformers itself renders with."""
-        assert not tokenize
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered, _ = render_jinja_template(
-            conversations=[turns],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **self.special_tokens_map,
-        )
-        return str(rendered[0])
 
 
 @dataclass(frozen=True)

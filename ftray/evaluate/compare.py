@@ -86,7 +86,9 @@ def read_results(run_dir: str) -> Comparison | None:
     if not storage.exists(uri):
         return None
     tree = json.loads(storage.read_bytes(uri))
-    return Comparison(tree["step"], tree["config_hash"], tree["settings"], Scores(**tree["base"]), Scores(**tree["tuned"]))
+    return Comparison(
+        tree["step"], tree["config_hash"], tree["settings"], Scores(**tree["base"]), Scores(**tree["tuned"])
+    )
 
 
 def _settings(run: config.Run) -> dict[str, Any]:

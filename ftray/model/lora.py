@@ -61,6 +61,30 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
         ) from None
 
 
+def check_targets(model: config.Model, method: config.Method) -> None:
+    """Raises ConfigError for a name in target_modules that no linear layer of the base has. Loads no weights."""
+    if method.type == "full" or isinstance(method.target_modules, str):
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ftray.model.load import resolve_base
+
+    base = AutoConfig.from_pretrained(
+        resolve_base(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(base, trust_remote_code=model.trust_remote_code).named_modules()
+    names = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
+    for target in method.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            raise ConfigError(
+                f"method.target_modules: no linear layer of {model.base} is called {target}; its layers are {known}, "
+                "or use all-linear"
+            )
+
+
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     """Trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -19,11 +19,11 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ftray import config
+from ftray import config, errors, storage
 from ftray.console import Console
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
-from ftray.errors import ConfigError, DataError, FtrayError, Interrupted, Preempted, RunError, innermost
+from ftray.errors import ConfigError, DataError, FtrayError, Interrupted, Preempted, RunError, RunHeldError, innermost
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.identity import versions
 from ftray.train.loop import Job, train_worker
@@ -34,7 +34,7 @@ MAX_FAILURES = 3  # times that a crashed group of workers is started anew
 POLL_S = 0.3
 
 
-def train(run: config.Run, run_dir: str, console: Console) -> Found:
+def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease | None = None) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
@@ -58,7 +58,7 @@ def train(run: config.Run, run_dir: str, console: Console) -> Found:
     job = Job(there, run_dir, meta, heldout, monitor)
     with tempfile.TemporaryDirectory(prefix="ftray-train-") as scratch:
         trainer = _trainer(job, data.plan, use_gpu, run, scratch)
-        _fit(trainer, monitor, newest.step if newest else 0, data.plan.num_steps, console)
+        _fit(trainer, monitor, newest.step if newest else 0, data.plan.num_steps, console, lease)
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
@@ -135,7 +135,9 @@ def _trainer(job: Job, plan: Plan, use_gpu: bool, run: config.Run, scratch: str)
     )
 
 
-def _fit(trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console: Console) -> None:
+def _fit(
+    trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console: Console, lease: storage.Lease | None
+) -> None:
     """Runs the trainer on a thread, so that this one can show progress and pass signals on."""
     failure: list[BaseException] = []
 
@@ -154,6 +156,13 @@ def _fit(trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console
             for event in ray.get(monitor.drain.remote()):
                 _show(event, bar, console)
                 last = event
+            if lease is not None and lease.lost:
+                monitor.stop.remote()
+    if lease is not None and lease.lost:
+        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
+    if (known := ray.get(monitor.failure.remote())) is not None:
+        kind, message = known
+        raise getattr(errors, kind, RunError)(message)
     if failure:
         raise RunError(_explain(failure[0])) from failure[0]
     if not last.get("finished", False):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ftray import config
 from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
-from ftray.errors import RunError
+from ftray.errors import FtrayError, RunError, innermost
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
@@ -49,8 +49,20 @@ class Job:
 
 
 def train_worker(arguments: dict[str, Job]) -> None:
-    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it."""
-    Trainer(arguments["job"]).train()
+    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
+
+    An FtrayError is one that trying again won't cure: the driver is told, and a group that Ray starts anew leaves.
+    """
+    job = arguments["job"]
+    if ray.get(job.monitor.failure.remote()) is not None:
+        return
+    try:
+        Trainer(job).train()
+    except Exception as err:
+        known = innermost(err)
+        if isinstance(known, FtrayError):
+            ray.get(job.monitor.fail.remote(type(known).__name__, str(known)))
+        raise
 
 
 class Trainer:

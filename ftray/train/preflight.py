@@ -6,6 +6,7 @@ from ftray import config
 from ftray.data.sources import list_shards
 from ftray.errors import ConfigError
 from ftray.model.load import check_base
+from ftray.model.lora import check_targets
 from ftray.train.timeline import Found, best_checkpoint
 from ftray.train.zero import deepspeed_config
 
@@ -17,6 +18,7 @@ def preflight(run: config.Run) -> None:
     for source in [*run.data.train, *held_out]:
         list_shards(source.path)
     check_base(run.model)
+    check_targets(run.model, run.method)
 
 
 def check_evaluation(run: config.Run, run_dir: str) -> Found:

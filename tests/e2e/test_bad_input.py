@@ -46,7 +46,7 @@ def desk(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     made.write()
     monkeypatch.chdir(made.directory)
     monkeypatch.setenv("FTRAY_CACHE", str(made.cache))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("RAY_ADDRESS", "FTRAY_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return made
@@ -166,8 +166,18 @@ DATA = ("data.train.0.path=bad",)
 CASES = [
     # the run file
     Case("no-file", ("nothing.yaml does not exist", "give the path"), target="nothing.yaml"),
-    Case("a-directory", ("run.yaml can't be read",), target="x/run.yaml", prepare=lambda d: (d / "x/run.yaml").mkdir(parents=True)),
-    Case("binary", ("can't be read", "YAML"), target="b.yaml", prepare=lambda d: (d / "b.yaml").write_bytes(b"\xff\x00\xfe")),
+    Case(
+        "a-directory",
+        ("run.yaml can't be read",),
+        target="x/run.yaml",
+        prepare=lambda d: (d / "x/run.yaml").mkdir(parents=True),
+    ),
+    Case(
+        "binary",
+        ("can't be read", "YAML"),
+        target="b.yaml",
+        prepare=lambda d: (d / "b.yaml").write_bytes(b"\xff\x00\xfe"),
+    ),
     Case("empty-file", ("e.yaml holds no keys",), target="e.yaml", prepare=write("e.yaml", "")),
     Case("a-list", ("l.yaml holds no keys", "mapping"), target="l.yaml", prepare=write("l.yaml", "- a\n- b\n")),
     Case("broken-yaml", ("y.yaml, line 2", "correct"), target="y.yaml", prepare=write("y.yaml", "name: a\n data: {")),
@@ -175,7 +185,11 @@ CASES = [
     Case("damaged-run-json", ("runs/tiny/run.json is damaged",), target="runs/tiny", prepare=write_run_json("{")),
     Case("damaged-run-json-of-a-file", ("runs/tiny/run.json is damaged",), prepare=damage_trained_run),
     # its keys and values
-    Case("unknown-key", ("run.yaml", "learning_rat", "did you mean train.learning_rate?"), prepare=append("learning_rat: 1\n")),
+    Case(
+        "unknown-key",
+        ("run.yaml", "learning_rat", "did you mean train.learning_rate?"),
+        prepare=append("learning_rat: 1\n"),
+    ),
     Case("key-twice", ("run.yaml, line", "'name' is given twice"), prepare=append("name: other\n")),
     Case("unknown-override", ("train.max_step", "did you mean train.max_steps?"), ("train.max_step=3",)),
     Case("empty-override", ("'' is not an override", "key.sub=value"), ("",)),
@@ -193,11 +207,17 @@ CASES = [
     Case("no-source", ("data.train", "something in it"), ("data.train=[]",)),
     Case("no-heldout", ("data.eval", "empty list"), ("data.eval=[]",)),
     Case("ours", ("deepspeed.overrides.fp16", "train.precision"), ("deepspeed.overrides.fp16.enabled=true",)),
-    Case("qlora-and-zero-3", ("qlora", "zero_stage 3", "use zero_stage 2"), ("method.type=qlora", "deepspeed.zero_stage=3")),
+    Case(
+        "qlora-and-zero-3",
+        ("qlora", "zero_stage 3", "use zero_stage 2"),
+        ("method.type=qlora", "deepspeed.zero_stage=3"),
+    ),
     # the data's files
     Case("no-data", ("/bad: no such file or directory", "data.train"), DATA),
     Case("no-data-file", ("/bad.jsonl does not exist", "data.train"), ("data.train.0.path=bad.jsonl",)),
-    Case("empty-directory", ("/bad: no such file or directory, or nothing in it",), DATA, lambda d: (d / "bad").mkdir()),
+    Case(
+        "empty-directory", ("/bad: no such file or directory, or nothing in it",), DATA, lambda d: (d / "bad").mkdir()
+    ),
     Case("empty-source", ("/bad: there is nothing in it", "put records there"), DATA, write("bad/a.jsonl", "")),
     Case("other-files", ("/bad holds a.docx but no .jsonl",), DATA, write("bad/a.docx", "x")),
     Case("no-glob", ("/bad/*.jsonl: no such file",), ("data.train.0.path=bad/*.jsonl",)),
@@ -215,16 +235,28 @@ CASES = [
     Case("cut-weights", ("model.base other", "model.safetensors is damaged", "again"), OTHER, cut_weights),
     Case("a-shard-less", ("model.base other lacks model-2.safetensors (1 of 2", "again"), OTHER, lose_a_shard),
     Case("broken-config", ("model.base other", "config", "can't be loaded"), OTHER, copy_model(config__json="{")),
-    Case("broken-tokenizer", ("model.base other", "tokenizer", "can't be loaded"), OTHER, copy_model(tokenizer__json="{")),
+    Case(
+        "broken-tokenizer", ("model.base other", "tokenizer", "can't be loaded"), OTHER, copy_model(tokenizer__json="{")
+    ),
     Case("broken-weights", ("model.base other", "model.safetensors"), OTHER, copy_model(model__safetensors="<html>")),
     Case("no-template", ("model.base other", "no chat template", "instruct"), OTHER, copy_model("chat_template*")),
     Case("no-embedded-model", ("embedded:x is no embedded model", "use embedded:"), ("model.base=embedded:x",)),
+    Case(
+        "no-target",
+        ("method.target_modules", "nothing", "q_proj", "all-linear"),
+        ("method.target_modules=[q_proj, nothing]",),
+    ),
     # where the run is kept
     Case("storage-in-a-file", ("storage/tiny", "is a file"), ("storage=storage",), write("storage", "")),
     Case("storage-read-only", ("/proc/tiny", "can't be written"), ("storage=/proc",)),
     Case("storage-of-another-kind", ("gs://bucket", "s3://bucket/path"), ("storage=gs://bucket",)),
     # a step before its time
-    Case("evaluate-first", ("runs/tiny has no checkpoint", "ftray train"), ("data.eval={fraction: 0.1}",), verb="evaluate"),
+    Case(
+        "evaluate-first",
+        ("runs/tiny has no checkpoint", "ftray train"),
+        ("data.eval={fraction: 0.1}",),
+        verb="evaluate",
+    ),
     Case("evaluate-nothing", ("data.eval is missing", "add data.eval"), verb="evaluate"),
     Case("export-first", ("runs/tiny has no checkpoint", "ftray train"), verb="export"),
     Case("serve-first", ("runs/tiny/model/merged", "ftray export"), verb="serve"),
@@ -259,9 +291,8 @@ def test_a_port_that_is_taken_is_refused_before_ray_starts(desk: Place, typed: T
 
 
 def test_a_learning_rate_as_people_write_it_is_a_number(desk: Place, typed: Typed) -> None:
-    append("")(desk.directory)
     for text in ("2e-4", "1e3", ".5"):
-        shown = typed("check", "run.yaml", "--json", f"train.learning_rate={text}")
+        shown = typed("check", "run.yaml", f"train.learning_rate={text}", "--json")
         assert shown.code == 0, shown.err
         assert json.loads(shown.out)["train"]["learning_rate"] == float(text)
 
@@ -271,7 +302,11 @@ def test_several_mistakes_are_told_at_once(desk: Place, typed: Typed) -> None:
     assert refused.code == 2
     first, *rest = refused.err.splitlines()
     assert first == "ftray: run.yaml:"
-    assert [line.split()[0] for line in rest] == ["unknown", "evaluate.metrics.0", "serve.port"] or len(rest) == 3
+    assert [key for line in rest for key in ("train.epoch", "evaluate.metrics", "serve.port") if key in line] == [
+        "train.epoch",
+        "evaluate.metrics",
+        "serve.port",
+    ]
 
 
 def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
@@ -356,11 +391,20 @@ READ_CASES = [
     Case("not-an-array", ("bad/a.json is not a JSON array", ".jsonl"), DATA, write("bad/a.json", '{"a": 1}')),
     Case("half-a-gzip", ("bad/a.jsonl.gz is not a whole gzip file", "write it anew"), DATA, write_gzip(HALF)),
     Case("no-parquet", ("bad/a.parquet",), DATA, write("bad/a.parquet", "PAR1 and no more")),
-    Case("no-csv-column", ("assistant", "columns"), (*DATA, "data.train.0.columns={user: q, assistant: r}"), write("bad/a.csv", "q,s\na,b\n")),
-    Case("batch-above-the-data", ("packed rows", "train.global_batch_size (4096)", "lower it"), ("train.global_batch_size=4096",)),
+    Case(
+        "no-csv-column",
+        ("1 no_answer", "bad/a.csv, record 0: r is missing"),
+        (*DATA, "data.train.0.columns={user: q, assistant: r}"),
+        write("bad/a.csv", "q,s\na,b\n"),
+    ),
+    Case(
+        "batch-above-the-data",
+        ("packed rows", "train.global_batch_size (4096)", "lower it"),
+        ("train.global_batch_size=4096",),
+    ),
     Case(
         "empty-eval-split",
-        ("data.eval.fraction (0.000001)", "holds out no record", "raise it"),
+        ("data.eval.fraction (1e-06)", "holds out no record", "raise it"),
         ("data.eval.fraction=1e-6",),
     ),
     Case(
@@ -369,16 +413,17 @@ READ_CASES = [
         ("data.eval=[{path: bad}]",),
         write("bad/a.jsonl", lines({"prompt": "a cow " * 200, "completion": "moo"})),
     ),
-    Case("more-workers-than-cpus", ("scale asks for 64 CPUs", "lower one"), ("scale.num_workers=64", "train.global_batch_size=64")),
+    Case(
+        "more-workers-than-cpus",
+        ("scale asks for 64 CPUs", "lower one"),
+        ("scale.num_workers=64", "train.global_batch_size=64"),
+    ),
     Case("no-such-gpu", ("scale.accelerator A100 is not in this cluster", "no GPU"), ("scale.accelerator=A100",)),
-    Case("no-target", ("method.target_modules", "use all-linear"), ("method.target_modules=[nothing]",)),
 ]
 
 
 @pytest.mark.parametrize("case", READ_CASES, ids=[case.name for case in READ_CASES])
-def test_a_sentence_before_a_training_worker_starts(
-    case: Case, desk: Place, typed: Typed, no_workers: None
-) -> None:
+def test_a_sentence_before_a_training_worker_starts(case: Case, desk: Place, typed: Typed, no_workers: None) -> None:
     case.prepare(desk.directory)
     assert_refused(typed("train", "run.yaml", *case.overrides), *case.fragments)
 
@@ -387,12 +432,12 @@ def test_a_corrected_run_file_may_use_the_name_until_a_step_is_committed(
     desk: Place, typed: Typed, shared_ray: None
 ) -> None:
     """What the sentences ask for changes settings: the name must not be bound to the wrong ones by then."""
-    write("bad/a.jsonl", lines(*[ANSWERED] * 60, {"prompt": "a cow " * 40, "completion": "moo"}))(desk.directory)
+    write("bad/a.jsonl", lines(*[ANSWERED] * 60, {"prompt": "a cow " * 150, "completion": "moo"}))(desk.directory)
     changes = (*DATA, "train.max_steps=1")
     assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (128)")
-    done = typed("train", "run.yaml", *changes, "data.max_seq_len=256")
+    done = typed("train", "run.yaml", *changes, "data.max_seq_len=512")
     assert done.code == 0, done.err
-    assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (256 → 128)", "Choose another name")
+    assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (512 → 128)", "Choose another name")
 
 
 def test_allowed_bad_records_are_quarantined_by_place_and_rule_and_training_goes_on(

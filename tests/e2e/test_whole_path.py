@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +155,11 @@ def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place,
 
 
 @pytest.fixture(scope="module")
-def endpoint(place: Place, ended: Ended) -> Iterator[Command]:
+def endpoint(place: Place, ended: Ended) -> Command:
     """`ftray serve` on the run's directory."""
     command = place.start("serve", "runs/tiny", "serve.port=0")
     command.wait_for("(Ctrl-C drains and stops)")
-    yield command
+    return command
 
 
 def client_of(command: Command) -> openai.OpenAI:

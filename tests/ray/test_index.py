@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -13,10 +14,13 @@ import pytest
 
 from bench.fuzz_records import write_spoiled
 from ftray import config
+from ftray.console import Console
 from ftray.data import index as index_module
 from ftray.data.chunks import Stream, streams
 from ftray.data.index import Index, build_index, check_index, read_survey
 from ftray.data.pipeline import heldout_table, make_plan
+from ftray.data.prepare import prepare_data
+from ftray.data.stats import show_stats
 from ftray.errors import DataError
 from ftray.model.load import load_tokenizer
 from tests import cluster, tiny
@@ -268,7 +272,7 @@ def test_labels_bound_the_answers_and_conflicts_are_told(model: Path, tmp_path: 
     conflicts = [f for f in index.found if f.rule == "conflict"]
     assert [Path(str(f.of_uri)).name for f in conflicts] == ["s0.jsonl"]
     stream, _ = both_streams(model, data)
-    survey = read_survey(stream, index, CHUNK_BYTES, str(tmp_path / "run"), HASH)
+    survey = read_survey(index, str(tmp_path / "run"))
     assert sorted(set(survey.table.column("label").to_pylist())) == ["no", "yes"]
     with pytest.raises(
         DataError, match=r"1 bad records \(1 unknown_label\), allowed are 0; .*line 8: the answer 'yess'"
@@ -294,3 +298,36 @@ def test_fuzzed_records_are_rows_or_quarantined_and_none_vanishes(model: Path, t
     assert len(lines) == len(index.bad)
     assert all({"uri", "position", "rule", "detail", "excerpt", "fix"} <= line.keys() for line in lines)
     assert all(line["fix"] and line["detail"] for line in lines)
+
+
+def test_the_statistics_tell_all_of_it_without_reading_again(
+    model: Path, planted: dict[str, Any], tmp_path: Path, seen: list[str]
+) -> None:
+    run = cluster.make_run(
+        tmp_path,
+        model,
+        planted["train"],
+        data__max_seq_len=256,
+        data__eval=[{"path": str(planted["eval"])}],
+        data__clean={"duplicates": "drop"},
+    )
+    run_dir, stream = str(tmp_path / "tiny"), io.StringIO()
+    load = partial(load_tokenizer, run.model)
+    data = prepare_data(run, run_dir, Console(stream), load, HASH)
+    seen.clear()
+    stats = show_stats(data, run, run_dir, Console(stream), tmp_path / "stats.html")
+    assert seen == []
+    train, heldout = stats.train, stats.heldout
+    assert heldout is not None
+    assert (train.num_records, heldout.num_records) == (114, 30)
+    assert len(train.lengths) == 114
+    assert int(train.lengths.sum()) == train.num_tokens == data.index.total("num_tokens")
+    assert train.found == {"near_duplicate": 8, "duplicate": 6, "overlap": 5}
+    assert train.left == {"near_duplicate": 8, "overlap": 5}
+    assert train.num_rows == data.index.total("num_rows")
+    assert "6 say the same as an earlier one (6 taken out)" in stream.getvalue()
+    assert "only 114 training records" in stream.getvalue()
+    assert (tmp_path / "stats.html").read_text().count("<svg") > 2
+    findings = [json.loads(line) for line in (tmp_path / "tiny/data/findings.jsonl").read_text().splitlines()]
+    assert len(findings) == 19
+    assert all(f["detail"] and f["line"] for f in findings)

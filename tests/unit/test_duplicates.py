@@ -16,7 +16,7 @@ from ftray.data.duplicates import (
     signature,
     spoken_text,
 )
-from ftray.data.overlap import HeldOut, fingerprints
+from ftray.data.overlap import find_leaks, fingerprints, heldout_fingerprints
 
 LETTERS = random.Random(99)
 WORDS = ["".join(LETTERS.choice("abcdefghijklmnoprstuvwz") for _ in range(LETTERS.randint(3, 9))) for _ in range(3000)]
@@ -105,10 +105,22 @@ def test_what_stays_is_never_named_as_gone_and_the_earlier_stays() -> None:
 
 def test_a_template_that_all_records_share_makes_nothing_alike() -> None:
     rng = random.Random(2)
-    texts = [TEMPLATE * 2 + sentence(rng, 20) for _ in range(300)]
-    texts.append(TEMPLATE * 2 + texts[7].removeprefix(TEMPLATE * 2).upper())
+    template = sentence(rng, 60)  # three quarters of each record
+    texts = [f"{template} {sentence(rng, 10)}" for _ in range(300)]
+    texts.append(texts[7].upper())
     pairs = find_near(signatures(texts))
     assert [(p.place, p.of) for p in pairs] == [(300, 7)]
+
+
+def test_a_record_that_is_only_near_to_one_that_goes_stays() -> None:
+    rng = random.Random(8)
+    first = [rng.choice(WORDS) for _ in range(40)]
+    second = [*first[:36], *(rng.choice(WORDS) for _ in range(4))]
+    third = [*(rng.choice(WORDS) for _ in range(4)), *second[4:]]
+    found = signatures([" ".join(words) for words in (first, second, third)])
+    assert [(p.place, p.of) for p in find_near(found[:2])] == [(1, 0)]
+    assert [(p.place, p.of) for p in find_near(found[1:])] == [(1, 0)]
+    assert [(p.place, p.of) for p in find_near(found)] == [(1, 0)]
 
 
 def test_signatures_estimate_how_much_is_shared() -> None:
@@ -139,10 +151,9 @@ def test_records_near_to_held_out_ones_are_found_and_named() -> None:
 
 def leaks(train: list[list[Message]], heldout: list[list[Message]]) -> list[tuple[int, int]]:
     grams = [fingerprints(turns) for turns in train]
-    flat, cuts = np.concatenate(grams), np.cumsum([0, *map(len, grams)])
-    table = HeldOut.of([fingerprints(turns) for turns in heldout])
-    counts = np.bincount(table.hits(flat) + 1, minlength=len(table.hashes) + 1)[1:]
-    return [(leak.place, leak.of) for leak in table.without_common(counts, len(train)).leaks(flat, cuts, 0)]
+    piece = (np.concatenate(grams), np.cumsum([0, *map(len, grams)]), 0)
+    held = [heldout_fingerprints(turns) for turns in heldout]
+    return sorted({(leak.place, leak.of) for kind in (0, 1) for leak in find_leaks([h[kind] for h in held], [piece])})
 
 
 def test_leaked_records_are_found_alone_inside_longer_ones_and_with_another_answer() -> None:
@@ -153,7 +164,10 @@ def test_leaked_records_are_found_alone_inside_longer_ones_and_with_another_answ
     train[10] = heldout[1]
     train[20] = chat(f"{sentence(rng, 50)} {heldout[2][0].content} {sentence(rng, 50)}", heldout[2][1].content)
     train[30] = chat(question.upper().replace(".", " ?"), sentence(rng, 12))
-    assert sorted(leaks(train, heldout)) == [(10, 1), (20, 2), (30, 3)]
+    heldout.append(chat("Can I use my card in Japan and Korea?", "card_use"))
+    for n, length in ((40, 10), (50, 100)):  # a short question in a short message, and in a long one
+        train[n] = chat(f"{sentence(rng, length)} {heldout[-1][0].content} Thanks.", "other")
+    assert leaks(train, heldout) == [(10, 1), (20, 2), (30, 3), (40, 100)]
 
 
 @pytest.mark.parametrize("num_heldout", [5, 100])
@@ -166,15 +180,15 @@ def test_a_template_is_no_leak(num_heldout: int) -> None:
 
 def test_short_turns_give_nothing_away_and_any_script_is_read() -> None:
     assert len(fingerprints(chat("Yes please.", "Thank you very much."))) == 0
-    assert len(fingerprints(chat("What is the capital of France?", "Paris"))) == 1
+    assert len(fingerprints(chat("What is the capital of France?", "Paris"))) == 2
     assert overlap.words("Привет, мир") == ["привет", "мир"]
     assert overlap.words("东京 is big") == ["东", "京", "is", "big"]
 
 
-def test_a_shared_passage_of_eleven_words_always_shares_a_hash() -> None:
+def test_a_shared_passage_of_seven_words_always_shares_a_hash_however_long_the_texts() -> None:
     rng = random.Random(7)
     for _ in range(200):
         passage = sentence(rng, overlap.NGRAM + overlap.WINDOW - 1)
-        sides = [f"{sentence(rng, rng.randint(0, 30))} {passage} {sentence(rng, rng.randint(0, 30))}" for _ in range(2)]
-        one, other = (set(fingerprints(chat(side, "x")).tolist()) for side in sides)
-        assert one & other
+        texts = [f"{sentence(rng, rng.randint(0, n))} {passage} {sentence(rng, n)}" for n in (99, rng.randint(0, 99))]
+        long, held = fingerprints(chat(texts[0], "x")), heldout_fingerprints(chat(texts[1], "x"))
+        assert set(long.tolist()) & set(held[1].tolist()) & set(held[0].tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -172,15 +173,19 @@ def sentencepiece(kind: str, scheme: str) -> Any:
             show_progress=False,
             initial_alphabet=[*map(chr, range(33, 127)), "\n", "é"],
         )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     if scheme == "prepend":  # as transformers converts Llama 2's own
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    if kind == "unigram":
         backend.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
     backend.train_from_iterator(WORDS * 3, trainer)
+    tree = json.loads(backend.to_str())  # bytes are entries like any other, no control tokens
+    tree["added_tokens"] = [t for t in tree["added_tokens"] if not t["content"].startswith("<0x")]
+    backend = Tokenizer.from_str(json.dumps(tree))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -292,7 +297,7 @@ REAL = [
     ZEPHYR,
     LLAMA_2,
     "{% for m in messages %}\n    {%- if loop.last %}{% break %}{% endif %}\n  {{ m | tojson }}{{ loop.length }}\n{% endfor %}",
-    "{%- set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + m.content | length %}{{ ns.n }},{% endfor %}",
+    "{%- set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + m.content|length %}{{ ns.n }},{% endfor %}",
     "{% for m in messages | selectattr('role', 'equalto', 'user') %}{{ loop.index0 ~ ':' ~ m.content ~ loop.last }}{% endfor %}",
     "{% for k, v in messages[0].items() %}{{ '%s=%s;' % (k, v) }}{% endfor %}{{ messages | map(attribute='role') | join(', ') }}",
     "{% macro say(m) %}{{ m.role.upper() }}: {{ m.content.strip().split('e')[-1] }}{% endmacro %}{{ say(messages[-1]) }}",

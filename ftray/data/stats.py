@@ -1,0 +1,242 @@
+"""What a data set is like, before anything is trained on it: counts, lengths, labels, scripts, copies, and warnings.
+
+Everything comes from the index and its record tables; nothing is read a second time. `collect` works it out, `show_stats`
+prints it and writes it as a page (`page`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ftray import config, storage
+from ftray.console import Console
+from ftray.data.chunks import Stream
+from ftray.data.index import Index, read_survey
+from ftray.data.labels import count_labels
+from ftray.data.prepare import Data
+from ftray.data.records import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, Survey
+
+PERCENTILES = (1, 10, 50, 90, 99)
+NUM_BINS = 24
+MAX_LABELS = 200  # more different short answers are no labels
+FEW_RECORDS, FEW_HELDOUT, FEW_OF_A_LABEL = 500, 50, 10
+UNBALANCED, LONG_TAIL, MIXED = 10.0, 8.0, (0.02, 0.25)
+STYLES = {
+    "begin with a capital": CAPITAL,
+    "end with a full stop, ! or ?": FINAL_MARK,
+    "have several lines": MANY_LINES,
+    "look like JSON": JSON_LIKE,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Figures of the training or of the held-out data. lengths: tokens of each record, sorted. labels: None where the
+    answers are no labels. styles: share of answers written in each way. bad, found: records by rule; left: of the found ones
+    those that are still in the rows."""
+
+    name: str
+    num_records: int
+    num_tokens: int
+    num_supervised: int
+    num_rows: int
+    fill: float
+    lengths: npt.NDArray[np.int32]
+    labels: dict[str, int] | None
+    scripts: dict[str, float]
+    styles: dict[str, float]
+    bad: dict[str, int]
+    found: dict[str, int]
+    left: dict[str, int]
+
+    def percentile(self, share: float) -> int:
+        """Length in tokens that this share (in percent) of the records doesn't exceed."""
+        return int(np.percentile(self.lengths, share, method="higher")) if len(self.lengths) else 0
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, records) of NUM_BINS or fewer bins of equal width."""
+        if not len(self.lengths):
+            return []
+        low, high = int(self.lengths[0]), int(self.lengths[-1]) + 1
+        edges = np.unique(np.linspace(low, high, min(NUM_BINS, high - low) + 1).astype(int))
+        counts, _ = np.histogram(self.lengths, edges)
+        return [(int(a), int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Both parts, and what a person should look at."""
+
+    train: Part
+    heldout: Part | None
+    warnings: list[str]
+
+
+def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: list[str] | None) -> Part:
+    """Figures of a stream, of the records that are in its rows."""
+    kept = np.ones(len(survey.table), bool)
+    gone = {(i, position) for i, f in enumerate(index.facts) for position in f.chunk.dropped}
+    if gone:
+        places = zip(survey.column("chunk").tolist(), survey.column("position").tolist(), strict=True)
+        kept = np.array([place not in gone for place in places], bool)
+    flags = survey.column("flags")[kept]
+    answers = [a for a, keep in zip(survey.table.column("label").to_pylist(), kept.tolist(), strict=True) if keep]
+    scripts = sum((Counter(s.scripts) for s in survey.summaries), Counter[str]())
+    out = {(q.uri, q.position) for q in index.dropped}
+    letters = max(1, scripts.total())
+    rows, tokens = index.total("num_rows"), index.total("num_tokens")
+    return Part(
+        name,
+        index.total("num_records"),
+        tokens,
+        index.total("num_supervised"),
+        rows,
+        tokens / max(1, rows * stream.max_seq_len),
+        np.sort(survey.column("num_tokens")[kept]),
+        _labels(answers, labels),
+        {script: number / letters for script, number in scripts.most_common()},
+        {style: float((flags & bit > 0).mean()) if len(flags) else 0.0 for style, bit in STYLES.items()},
+        _count(index.bad),
+        _count(index.found),
+        _count([f for f in index.found if (f.uri, f.position) not in out]),
+    )
+
+
+def _labels(answers: list[str | None], allowed: list[str] | None) -> dict[str, int] | None:
+    """Counts of labels: of the allowed ones, or of the answers where these are short and often the same."""
+    if allowed is None and (None in answers or not 1 < len(set(answers)) <= min(MAX_LABELS, len(answers) // 3)):
+        return None
+    return count_labels(answers, allowed)
+
+
+def _count(entries: Sequence[Any]) -> dict[str, int]:
+    return dict(Counter(entry.rule for entry in entries).most_common())
+
+
+def warn(train: Part, heldout: Part | None, num_steps_rows: int) -> list[str]:
+    """What the field's guides advise against, each with what to do. num_steps_rows: rows of a global batch."""
+    said = []
+    if train.num_records < FEW_RECORDS:
+        said.append(
+            f"only {train.num_records} training records: below {FEW_RECORDS}, quality and variety decide; use LoRA with a "
+            "low rank, and look at held-out loss for overfitting"
+        )
+    if train.num_rows < num_steps_rows:
+        said.append(
+            f"an epoch has {train.num_rows} rows and a global batch {num_steps_rows}: lower train.global_batch_size"
+        )
+    if train.labels and min(train.labels.values()) * UNBALANCED < max(train.labels.values()):
+        (most, many), (least, few) = next(iter(train.labels.items())), list(train.labels.items())[-1]
+        said.append(f"classes are unbalanced: {many} of {most!r}, {few} of {least!r}; add records of the rare ones")
+    rare = [label for label, number in (train.labels or {}).items() if number < FEW_OF_A_LABEL]
+    if rare:
+        shown = ", ".join(map(repr, rare[:5])) + (", …" if len(rare) > 5 else "")
+        said.append(f"{len(rare)} labels have fewer than {FEW_OF_A_LABEL} records ({shown}); add some, or merge labels")
+    for style, share in train.styles.items():
+        if train.labels is None and MIXED[0] <= min(share, 1 - share) <= MIXED[1]:
+            said.append(f"answers are written inconsistently: {share:.0%} {style}, the others don't; choose one way")
+    if train.percentile(50) and train.percentile(99) > LONG_TAIL * train.percentile(50):
+        said.append(
+            f"a very long tail: half of the records have at most {train.percentile(50)} tokens, one in a hundred more than "
+            f"{train.percentile(99)}; look at the longest"
+        )
+    for rule, remedy in (("conflict", "correct one of each"), ("overlap", "set data.clean.overlap to drop")):
+        if number := train.left.get(rule, 0):
+            said.append(f"{number} records {_WORDS[rule]}; {remedy}")
+    copies = train.left.get("duplicate", 0) + train.left.get("near_duplicate", 0)
+    if copies > 0.01 * train.num_records:
+        said.append(f"{copies} records ({copies / train.num_records:.1%}) repeat others; set data.clean to drop them")
+    if heldout is None:
+        said.append("nothing is held out, so that overfitting won't be seen; set data.eval: {fraction: 0.1}")
+    elif heldout.num_records < FEW_HELDOUT:
+        said.append(
+            f"only {heldout.num_records} held-out records: their loss will be noisy; hold out {FEW_HELDOUT} or more"
+        )
+    return said
+
+
+_WORDS = {
+    "duplicate": "say the same as an earlier one",
+    "near_duplicate": "say nearly the same as an earlier one",
+    "overlap": "give a held-out record away",
+    "conflict": "have the same input as another and another answer",
+    "short_answer": "have a very short answer",
+    "repeated_lines": "have mostly repeated lines",
+    "unprintable": "have many characters that can't be printed",
+}
+
+
+def show_stats(data: Data, run: config.Run, run_dir: str, console: Console, html: str | Path | None = None) -> Stats:
+    """Prints the figures of a run's data; html: where the page is written."""
+    directory = storage.join(run_dir, "data")
+    pairs = [("train", data.plan.stream, data.index), ("eval", data.heldout_stream, data.heldout_index)]
+    parts = [
+        collect(stream, index, read_survey(index, directory), name, run.data.labels)
+        for name, stream, index in pairs
+        if stream is not None and index is not None
+    ]
+    heldout = parts[1] if len(parts) > 1 else None
+    stats = Stats(parts[0], heldout, warn(parts[0], heldout, run.train.global_batch_size))
+    for line in as_text(stats):
+        console.say(line)
+    console.say(f"\nwhat was found, record by record: {storage.join(directory, 'findings.jsonl')}")
+    if html is not None:
+        from ftray.data.page import render_page
+
+        storage.write_bytes(str(html), render_page(stats, run.name).encode())
+        console.say(f"as a page: {html}")
+    return stats
+
+
+def as_text(stats: Stats) -> list[str]:
+    """The figures as lines."""
+    lines = []
+    for part in (stats.train, stats.heldout):
+        if part is not None:
+            lines += ["", f"data.{part.name}", *[f"  {name:<13}{text}" for name, text in facts(part)]]
+            lines += [f"  {'':<13}{low:>6}–{high - 1:<6}{number:>9} {bar}" for low, high, number, bar in _bars(part)]
+    if stats.warnings:
+        lines += ["", "worth a look", *[f"  - {warning}" for warning in stats.warnings]]
+    return lines
+
+
+def facts(part: Part) -> list[tuple[str, str]]:
+    """(name, text) of everything but the plots."""
+    supervised = part.num_supervised / max(1, part.num_tokens)
+    told = [
+        ("records", f"{part.num_records:,}"),
+        ("tokens", f"{part.num_tokens:,}, of which {part.num_supervised:,} ({supervised:.1%}) are learned"),
+        ("rows", f"{part.num_rows:,}, {part.fill:.1%} full"),
+        (
+            "lengths",
+            ", ".join(f"{p}%: {part.percentile(p)}" for p in PERCENTILES) + f", longest: {part.percentile(100)}",
+        ),
+        (
+            "scripts",
+            ", ".join(f"{s.title()} {share:.1%}" for s, share in list(part.scripts.items())[:6]) or "no letters",
+        ),
+    ]
+    if part.labels is not None:
+        shown = ", ".join(f"{label} {number}" for label, number in list(part.labels.items())[:12])
+        told.append(("labels", f"{len(part.labels)}: {shown}{', …' if len(part.labels) > 12 else ''}"))
+    told += [("found", f"{n} {_WORDS[rule]}{_of_these(part, rule)}") for rule, n in part.found.items()]
+    told += [("quarantined", f"{number} {rule}") for rule, number in part.bad.items()]
+    return told
+
+
+def _of_these(part: Part, rule: str) -> str:
+    gone = part.found[rule] - part.left.get(rule, 0)
+    return f" ({gone} taken out)" if gone else ""
+
+
+def _bars(part: Part) -> list[tuple[int, int, int, str]]:
+    bins = part.histogram()
+    most = max((number for _, _, number in bins), default=1)
+    return [(low, high, number, "█" * round(40 * number / most)) for low, high, number in bins]

@@ -1,0 +1,68 @@
+"""The preview shows all of a record, what is learned of it, and lets no text of the data act on the terminal."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from ftray import config
+from ftray.chat import ChatFormat, Message
+from ftray.console import Console
+from ftray.data.chunks import streams
+from ftray.data.preview import paint, pieces, show_preview
+from tests import tiny
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(path: Path, stream: io.StringIO, number: int = 2) -> str:
+    data = config.Data.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
+    show_preview(streams(data, tiny.make_tokenizer)[0], 1 << 20, number, Console(stream))
+    return stream.getvalue()
+
+
+def test_elsewhere_than_on_a_terminal_marks_show_what_is_learned(tmp_path: Path) -> None:
+    text = shown(tiny.write_records(tmp_path / "data", 9), io.StringIO())
+    assert "\x1b" not in text
+    assert text.count("<|im_start|>assistant\n{+") == 2
+    assert text.count("<|im_end|>+}") == 2
+    assert "--- part-000.jsonl, line 2: " in text
+    assert "packed alone, these fill 1 rows of 256" in text
+
+
+def test_on_a_terminal_it_is_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.write_records(tmp_path / "data", 9)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = shown(path, Terminal())
+    assert "\x1b[32m" in text
+    assert "{+" not in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in shown(path, Terminal())
+
+
+def test_a_bad_record_is_shown_as_one(tmp_path: Path) -> None:
+    (tmp_path / "part.jsonl").write_text('{"prompt": "a"}\n')
+    assert "--- part.jsonl, line 1: bad (no_answer): completion is missing or empty" in shown(tmp_path, io.StringIO())
+
+
+def test_the_pieces_together_are_the_whole_text_and_name_what_is_learned() -> None:
+    chat = ChatFormat(tiny.make_tokenizer())
+    encoded = chat.encode_example([Message("user", "日本 🙂"), Message("assistant", "é🙂\nb")])
+    found = pieces(chat, encoded)
+    assert "".join(p.text for p in found) == chat.decode(encoded.input_ids)
+    assert [(p.text, p.kind) for p in found if p.learned] == [("é🙂\nb", "learned"), ("<|im_end|>", "special")]
+
+
+def test_control_characters_of_the_data_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    record = {"prompt": "a\x1b]0;title\x07\u202eb\rc", "completion": "\x1b[2J"}
+    (tmp_path / "part.jsonl").write_text(json.dumps(record) + "\n")
+    text = shown(tmp_path, io.StringIO())
+    assert "a\\x1b]0;title\\x07\\u202eb\\rc" in text
+    assert not set("\x1b\x07\u202e\r") & set(text)
+    chat = ChatFormat(tiny.make_tokenizer())
+    painted = paint(pieces(chat, chat.encode_text("\x1b[2J")), colour=True)
+    assert "\x1b[2J" not in painted

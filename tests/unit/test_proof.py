@@ -1,0 +1,144 @@
+"""The proof before training: it holds for what is right, and finds a wrong mask, a cut, a lost piece, a false template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ftray import config
+from ftray.chat import ChatFormat, Encoded
+from ftray.data import proof
+from ftray.data.chunks import pack_chunk, streams
+from ftray.data.index import ChunkFacts, Index
+from ftray.data.packing import IGNORE_INDEX, PackedRow
+from ftray.data.sources import cut_shard, list_shards
+from ftray.errors import DataError
+from tests import tiny
+from tests.unit.test_templates import LLAMA_2, MARKED_LATE, ZEPHYR, sentencepiece
+
+
+def index_of(path: Path, load: Callable[[], Any]) -> tuple[Any, Index]:
+    """Stream and index of a source, without Ray."""
+    data = config.Data.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
+    stream, _ = streams(data, load)
+    facts = []
+    for shard in list_shards(str(path)):
+        for chunk in cut_shard(shard, 0, 1 << 20):
+            packed = pack_chunk(chunk, stream)
+            facts.append(ChunkFacts(chunk, len(packed.examples), len(packed.rows), 0, 0, packed.digest))
+    return stream, Index(tuple(facts), ())
+
+
+def tokenizer_with(template: str) -> Any:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("shape", ["messages", "alpaca", "text"])
+def test_it_holds_for_records_of_any_shape(tmp_path: Path, shape: tiny.Shape) -> None:
+    path = tiny.write_records(tmp_path / "data", 60, shape=shape)  # in two shards
+    assert proof.prove_sample(*index_of(path, tiny.make_tokenizer), "train") == 60
+    assert proof.prove_sample(*index_of(path, tiny.make_tokenizer), "train", 7) == 7
+
+
+@pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR])
+@pytest.mark.parametrize(("kind", "scheme"), [("bpe", "prepend"), ("bpe", "first"), ("unigram", "always")])
+def test_it_holds_for_tokenizers_that_add_spaces(tmp_path: Path, template: str, kind: str, scheme: str) -> None:
+    def load() -> Any:
+        tokenizer = sentencepiece(kind, scheme)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    path = tiny.write_records(tmp_path / "data", 20)
+    assert proof.prove_sample(*index_of(path, load), "train") == 20
+
+
+def test_it_holds_where_the_templates_own_marks_name_less(tmp_path: Path) -> None:
+    path = tiny.write_records(tmp_path / "data", 10)
+    assert proof.prove_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
+
+
+def shifted(mask: Any, by: int) -> Any:
+    return np.roll(np.asarray(mask), by)
+
+
+def broken(encoded: Encoded, how: str) -> Encoded:
+    ids, mask = np.asarray(encoded.input_ids), np.asarray(encoded.loss_mask)
+    starts = np.flatnonzero(mask)
+    if how == "mask begins early":
+        mask = mask.copy()
+        mask[starts[0] - 1] = True
+    elif how == "mask begins late":
+        mask = mask.copy()
+        mask[starts[0]] = False
+    elif how == "no end token":
+        mask = mask.copy()
+        mask[starts[-1]] = False
+    elif how == "mask has a hole":
+        mask = mask.copy()
+        mask[starts[1]] = False
+    elif how == "cut":
+        ids, mask = ids[:-4], mask[:-4]
+    elif how == "another token":
+        ids = ids.copy()
+        ids[starts[0]] += 1
+    elif how == "a token is lost before the answer":
+        ids, mask = np.delete(ids, 5), np.delete(mask, 5)
+    return Encoded(ids, mask)
+
+
+WRONG = ["mask begins early", "mask begins late", "no end token", "mask has a hole", "cut", "another token"]
+
+
+@pytest.mark.parametrize("how", [*WRONG, "a token is lost before the answer"])
+def test_it_finds_what_is_wrong_and_names_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    stream, index = index_of(tiny.write_records(tmp_path / "data", 9), tiny.make_tokenizer)
+    plain = ChatFormat.encode_examples
+
+    def spoiled(self: ChatFormat, conversations: Any) -> Any:
+        found = plain(self, conversations)
+        found[4] = broken(found[4], how)
+        return found
+
+    monkeypatch.setattr(ChatFormat, "encode_examples", spoiled)
+    with pytest.raises(DataError, match=r"data\.train: .*part-000\.jsonl, line 5: .* can't be trained on exactly"):
+        proof.prove_sample(stream, index, "train")
+
+
+def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> None:
+    ids = np.arange(8, dtype=np.int32)
+    labels = np.array([IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, 6, IGNORE_INDEX, IGNORE_INDEX], dtype=np.int32)
+    row = PackedRow(ids, labels, ids, [4, 3], [0, 1])
+    assert [mask for _, _, mask in proof.read_back(row)] == [[False, False, True, True], [False, True, True]]
+    crossing = labels.copy()
+    crossing[3] = 4
+    with pytest.raises(DataError, match="predicts the next document"):
+        proof.read_back(replace(row, labels=crossing))
+    unshifted = labels.copy()
+    unshifted[1] = 1
+    with pytest.raises(DataError, match="labels that are not its tokens"):
+        proof.read_back(replace(row, labels=unshifted))
+
+
+def test_a_template_that_changes_the_answer_is_found(tmp_path: Path) -> None:
+    changing = tiny.TEMPLATE.replace("m['content']", "m['content'] | replace('hears', 'sees')")
+    stream, index = index_of(tiny.write_records(tmp_path / "data", 3), lambda: tokenizer_with(changing))
+    with pytest.raises(DataError, match="the template changes the answer of turn 1"):
+        proof.prove_sample(stream, index, "train")
+
+
+def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
+    def load() -> Any:
+        tokenizer = sentencepiece("unigram", "always")
+        tokenizer.chat_template = ZEPHYR
+        return tokenizer
+
+    path = tmp_path / "part.jsonl"
+    path.write_text('{"prompt": "日本 one", "completion": "e\\u0301 two"}\n', encoding="utf-8")
+    assert proof.prove_sample(*index_of(path, load), "train") == 1

@@ -1,0 +1,177 @@
+"""The figures say what is in the data, the warnings what to do; the page holds all of it and asks for nothing."""
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ftray.data.page import render_page
+from ftray.data.records import (
+    CAPITAL,
+    FINAL_MARK,
+    JSON_LIKE,
+    MANY_LINES,
+    REPEATED_LINES,
+    SHORT_ANSWER,
+    UNPRINTABLE,
+    _flags,
+    count_scripts,
+)
+from ftray.data.stats import Part, Stats, _labels, as_text, warn
+from tests.unit.test_duplicates import chat
+
+
+def part(**changes: Any) -> Part:
+    """A data set that nothing is wrong with."""
+    lengths = np.sort(np.random.default_rng(0).integers(20, 60, 1000).astype(np.int32))
+    fields: dict[str, Any] = {
+        "name": "train",
+        "num_records": 1000,
+        "num_tokens": 40_000,
+        "num_supervised": 10_000,
+        "num_rows": 200,
+        "fill": 0.975,
+        "lengths": lengths,
+        "labels": None,
+        "scripts": {"LATIN": 0.9, "CYRILLIC": 0.1},
+        "styles": {"begin with a capital": 1.0, "have several lines": 0.5},
+        "bad": {},
+        "found": {},
+        "left": {},
+    }
+    return Part(**{**fields, **changes})
+
+
+def test_sound_data_gives_no_warning() -> None:
+    assert warn(part(), part(name="eval", num_records=100), 8) == []
+
+
+TAIL = np.array([10] * 950 + [500] * 50, np.int32)
+WARNINGS: list[tuple[dict[str, Any], str]] = [
+    ({"num_records": 499}, "only 499 training records: below 500"),
+    ({"num_rows": 7}, "an epoch has 7 rows and a global batch 8: lower train.global_batch_size"),
+    ({"labels": {"a": 900, "b": 80}}, "classes are unbalanced: 900 of 'a', 80 of 'b'"),
+    ({"labels": {"a": 90, "b": 9}}, "1 labels have fewer than 10 records ('b')"),
+    ({"styles": {"begin with a capital": 0.9}}, "answers are written inconsistently: 90% begin with a capital"),
+    ({"styles": {"begin with a capital": 0.1}}, "answers are written inconsistently: 10% begin with a capital"),
+    ({"lengths": TAIL}, "a very long tail: half of the records have at most 10 tokens, one in a hundred more than 500"),
+    ({"found": {"overlap": 3}, "left": {"overlap": 3}}, "3 records give a held-out record away"),
+    ({"left": {"conflict": 2}}, "2 records have the same input as another and another answer"),
+    ({"left": {"duplicate": 6, "near_duplicate": 5}}, "11 records (1.1%) repeat others"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WARNINGS, ids=[w.split(":")[0] for _, w in WARNINGS])
+def test_what_is_unsound_is_told_once_with_a_remedy(changes: dict[str, Any], words: str) -> None:
+    (said,) = warn(part(**changes), part(name="eval"), 8)
+    assert said.startswith(words)
+    assert re.search(r"; |: lower", said)
+
+
+def test_what_was_taken_out_is_no_warning() -> None:
+    assert warn(part(found={"overlap": 9, "duplicate": 99}), part(name="eval"), 8) == []
+
+
+def test_held_out_data_that_is_missing_or_small_is_told() -> None:
+    assert "nothing is held out" in warn(part(), None, 8)[0]
+    assert "only 49 held-out records" in warn(part(), part(num_records=49), 8)[0]
+
+
+def test_lengths_are_counted_whole() -> None:
+    sound = part()
+    bins = sound.histogram()
+    assert sum(number for _, _, number in bins) == 1000
+    assert (bins[0][0], bins[-1][1]) == (int(sound.lengths[0]), int(sound.lengths[-1]) + 1)
+    assert all(a[1] == b[0] for a, b in pairwise(bins))
+    assert sound.percentile(100) == int(sound.lengths[-1])
+    assert sound.percentile(50) == int(np.sort(sound.lengths)[500])
+    assert part(lengths=np.array([1, 2, 3, 4], np.int32)).percentile(50) == 3
+    assert part(lengths=np.full(9, 5, np.int32)).histogram() == [(5, 6, 9)]
+    assert part(lengths=np.zeros(0, np.int32)).histogram() == []
+
+
+def test_short_answers_that_repeat_are_labels_and_others_are_not() -> None:
+    assert _labels(["a", "b", "a", "a", "b", "a"], None) == {"a": 4, "b": 2}
+    assert _labels(["a", "b", "c"], None) is None
+    assert _labels(["a", None, "a", "a", "b", "a"], None) is None
+    assert _labels(["a"] * 9, None) is None
+    assert _labels(["a"] * 9, ["a", "b"]) == {"a": 9, "b": 0}
+
+
+FLAGGED = [
+    ("x", SHORT_ANSWER),
+    ("Yes.", CAPITAL | FINAL_MARK),
+    ("a\nb", MANY_LINES),
+    ('{"a": 1}', JSON_LIKE),
+    ("\n".join(["same line", "other"] * 5), MANY_LINES | REPEATED_LINES),
+    ("a\x00\x01\ufffdbc\x02", UNPRINTABLE),
+    ("plain words, naïve café 日本", 0),
+]
+
+
+@pytest.mark.parametrize(("answer", "flags"), FLAGGED)
+def test_answers_are_flagged_by_quality_and_style(answer: str, flags: int) -> None:
+    assert _flags(chat("q", answer), answer, 2) == flags
+
+
+def test_letters_are_counted_by_script() -> None:
+    from collections import Counter
+
+    counts: Counter[str] = Counter()
+    count_scripts("Hi, мир! 日本 123 é ½", counts)
+    assert counts == {"LATIN": 3, "CYRILLIC": 3, "CJK": 2}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that isn't closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_holds_the_figures_and_plots_and_asks_for_nothing() -> None:
+    evil = "<script>alert(1)</script>"
+    stats = Stats(part(labels={evil: 500, 'b"': 500}), part(name="eval"), ["look at <this>"])
+    text = render_page(stats, "a <b>")
+    page = Page(text)
+    assert page.tags.count("svg") == 3 + 1 + 3
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not {name for name, _ in page.attributes} & {"src", "href", "onload", "onclick"}
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert "&lt;script&gt;" in text
+    assert "look at &lt;this&gt;" in text
+    assert 'name="viewport"' in text
+    assert "@media print" in text
+    for value in ("1,000", "40,000", "97.5%", "Cyrillic"):
+        assert value in text
+    numbers = [float(value) for name, value in page.attributes if name in ("x", "y", "width", "height")]
+    assert all(0 <= number <= 10_000 for number in numbers)
+
+
+def test_the_text_holds_both_parts_and_the_warnings() -> None:
+    lines = as_text(Stats(part(found={"duplicate": 5}, left={"duplicate": 2}), part(name="eval"), ["do this"]))
+    text = "\n".join(lines)
+    for words in ("data.train", "data.eval", "5 say the same as an earlier one (3 taken out)", "- do this", "█"):
+        assert words in text
