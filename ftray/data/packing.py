@@ -92,6 +92,8 @@ def pack_examples(
         mine = [lengths[i] for i in row]
         ends = list(accumulate(mine))
         room = max_seq_len - ends[-1]
+        if room < 0:
+            raise ValueError(f"document {row[0]} has {ends[-1]} tokens; a row holds 1 to {max_seq_len}")
         input_ids = np.concatenate([*(documents[i][0] for i in row), padding[:room]])
         mask = np.concatenate([*(documents[i][1] for i in row), unlearned[:room]])
         mask[ends[:-1]] = False  # a document's first token is predicted by nothing, least of all by its neighbour

@@ -82,12 +82,12 @@ def say_steps(plan: Plan, train: config.Train, console: Console) -> None:
     steps, tail = divmod(per_epoch, size)
     console.say(
         f"an epoch: {per_epoch} rows, {steps} steps of {size}"
-        + (f" and {tail} rows, which are carried into the next epoch's first step" if tail else "")
+        + (f"; its tail ({tail} of {size} rows) is carried into the next epoch's first step" if tail else "")
     )
     left = round(train.epochs * per_epoch) - plan.num_steps * size if train.max_steps is None else 0
     console.say(
         f"the run: {plan.num_steps} steps, {plan.num_steps * size / per_epoch:.2f} epochs"
-        + (f"; its last {left} rows fill no step and are left out" if left > 0 else "")
+        + (f"; its tail ({left} of {size} rows) fills no step and is left out" if left > 0 else "")
     )
     if plan.mixture.weights is not None:
         for source, share, rows in zip(plan.stream.sources, plan.mixture.shares, plan.mixture.num_rows, strict=True):

@@ -52,7 +52,7 @@ def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console
         if stream.packing and lengths:
             rows = [[lengths[place] for place in row] for row in best_fit(lengths, stream.max_seq_len)]
             told = ", ".join(" + ".join(map(str, row)) for row in rows)
-            console.say(f"\npacked alone, these fill {len(rows)} rows of {stream.max_seq_len}: {told} tokens")
+            console.say(f"\npacked alone, in rows of {stream.max_seq_len} tokens: {told}")
 
 
 def _records(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench.fuzz_records import write_spoiled
 from ftray.chat import ChatFormat
-from ftray.data.clean import EXCERPT_CHARS, Example, Quarantined, Rules, read_examples, split_part
+from ftray.data.clean import EXCERPT_CHARS, FIXES, Example, Quarantined, Rules, read_examples, split_part
 from ftray.data.sources import cut_shard, list_shards
 from tests import tiny
 
@@ -135,71 +136,12 @@ def test_an_array_and_a_csv_have_quarantine_entries_too(tmp_path: Path, chat: Ch
             json.dumps(asdict(item), ensure_ascii=False).encode()
 
 
-def spoiled(rng: random.Random) -> bytes:
-    """A record, mostly broken, in one of many ways."""
-    junk: list[Any] = [
-        None,
-        True,
-        3,
-        1e400,
-        "",
-        " ",
-        "x",
-        "é🙂",
-        "<|im_start|>",
-        "\ud800",
-        [],
-        {},
-        [[]],
-        {"a": {"b": None}},
-        ["x"] * 3,
-    ]
-
-    def any_value(depth: int = 0) -> Any:
-        if depth < 3 and rng.random() < 0.3:
-            return rng.choice([[any_value(depth + 1)], {rng.choice(["role", "content", "x"]): any_value(depth + 1)}])
-        return rng.choice(junk)
-
-    shape = rng.choice(["messages", "conversations", "prompt", "instruction", "text", "none"])
-    record: Any = {
-        "messages": {"messages": rng.choice([any_value(), [any_value(), turn(rng)], [turn(rng) for _ in range(3)]])},
-        "conversations": {
-            "conversations": [{"from": rng.choice(["human", "gpt", "x"]), "value": any_value()} for _ in range(2)]
-        },
-        "prompt": {"prompt": any_value(), "completion": any_value()},
-        "instruction": {"instruction": any_value(), "input": any_value(), "output": any_value()},
-        "text": {"text": any_value()},
-        "none": any_value(),
-    }[shape]
-    line = json.dumps(record, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    damage = rng.random()
-    if damage < 0.1:
-        line = line[: rng.randrange(len(line))]
-    elif damage < 0.2:
-        at = rng.randrange(len(line))
-        line = line[:at] + bytes([rng.choice([0, 10, 13, 255, 34, 92])]) + line[at + 1 :]
-    return line
-
-
-def turn(rng: random.Random) -> dict[str, Any]:
-    role = rng.choice(["user", "assistant", "assistant", "system", "tool", None])
-    return {
-        "role": role,
-        "content": rng.choice(["a", "b\n", "", None, ["a"]]),
-        "train": rng.choice([True, True, False, None]),
-    }
-
-
 @pytest.mark.parametrize("part", [None, "split"])
 def test_what_goes_in_comes_out_as_examples_or_quarantine_entries(
     tmp_path: Path, chat: ChatFormat, part: str | None
 ) -> None:
-    rng = random.Random(1)
-    lines = [spoiled(rng) if n % 5 else json.dumps({**GOOD, "n": n}).encode() for n in range(1500)]
-    content = b"\n".join(lines)
     path = tmp_path / "part.jsonl"
-    path.write_bytes(content)
-    num_in = sum(1 for line in content.split(b"\n") if line.strip())
+    num_in = write_spoiled(path, 1500, seed=1)
     sides = [ALL] if part is None else [Rules(200, "auto", None, 0.3, side) for side in ("train", "eval")]
     items = [item for rules in sides for item in cleaned(path, chat, rules, chunk_bytes=5000)]
     positions = Counter(item.position for item in items)
@@ -214,6 +156,9 @@ def test_what_goes_in_comes_out_as_examples_or_quarantine_entries(
     for item in items:
         if isinstance(item, Example):
             assert any(item.encoded.loss_mask[1:])
+        else:
+            assert item.rule in FIXES
+            assert item.fix == FIXES[item.rule]
 
 
 def test_each_record_falls_on_one_side_and_both_sides_are_all(tmp_path: Path, chat: ChatFormat) -> None:

@@ -421,7 +421,7 @@ def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> Non
     assert changed("data", "clean", short[1]).config_hash != hashes["drop"]
 
 
-def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> None:
+def test_no_rule_changes_the_hash_unless_it_drops() -> None:
     base = parse_run(yaml.safe_load(SMALL), "f").config_hash
     rules = [name for name in config.Clean.model_fields if name != "min_answer_chars"]
     for rule in rules:

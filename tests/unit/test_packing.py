@@ -95,6 +95,18 @@ def test_a_document_as_long_as_the_row_fits_and_a_longer_or_empty_one_does_not()
     for wrong in (65, 0):
         with pytest.raises(ValueError, match=f"document 1 has {wrong} tokens; a row holds 1 to 64"):
             best_fit([3, wrong], 64)
+    with pytest.raises(ValueError, match="document 1 has 65 tokens; a row holds 1 to 64"):
+        pack_examples(documents([3, 65]), 64, PAD, packing=False)
+
+
+def test_arrays_are_packed_as_lists_are() -> None:
+    lists = documents([random.Random(n).randint(1, 64) for n in range(50)])
+    arrays = [(np.asarray(ids, dtype=np.int32), np.asarray(mask)) for ids, mask in lists]
+    for row, other in zip(pack_examples(lists, 64, PAD), pack_examples(arrays, 64, PAD), strict=True):
+        assert (row.documents, row.lengths) == (other.documents, other.lengths)
+        for name in ("input_ids", "labels", "position_ids"):
+            assert getattr(row, name).dtype == np.int32
+            assert getattr(row, name).tolist() == getattr(other, name).tolist()
 
 
 def test_labels_are_shifted_once_and_only_where_the_mask_says() -> None:
