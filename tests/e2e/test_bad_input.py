@@ -428,35 +428,26 @@ def test_a_sentence_before_a_training_worker_starts(case: Case, desk: Place, typ
     assert_refused(typed("train", "run.yaml", *case.overrides), *case.fragments)
 
 
-def test_a_corrected_run_file_may_use_the_name_until_a_step_is_committed(
+def test_corrected_settings_may_use_the_name_and_allowed_bad_records_are_quarantined_by_place_and_rule(
     desk: Place, typed: Typed, shared_ray: None
 ) -> None:
     """What the sentences ask for changes settings: the name must not be bound to the wrong ones by then."""
-    write("bad/a.jsonl", lines(*[ANSWERED] * 60, {"prompt": "a cow " * 150, "completion": "moo"}))(desk.directory)
-    changes = (*DATA, "train.max_steps=1")
-    assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (128)")
+    long = {"prompt": "a cow " * 150, "completion": "moo"}
+    good = [{"prompt": f"{i} cows. What is heard?", "completion": "moo"} for i in range(60)]
+    write("bad/a.jsonl", lines(*good[:2], UNANSWERED, long, *good[2:]) + "not JSON\n")(desk.directory)
+    changes = (*DATA, "train.max_steps=1", "data.max_bad_records=2")
+    assert_refused(typed("train", "run.yaml", *changes), "3 bad records", "1 too_long", "allowed are 2")
+
     done = typed("train", "run.yaml", *changes, "data.max_seq_len=512")
     assert done.code == 0, done.err
-    assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (512 → 128)", "Choose another name")
-
-
-def test_allowed_bad_records_are_quarantined_by_place_and_rule_and_training_goes_on(
-    desk: Place, typed: Typed, shared_ray: None
-) -> None:
-    good = [{"prompt": f"{i} cows. What is heard?", "completion": "moo"} for i in range(60)]
-    write("bad/a.jsonl", lines(*good[:2], UNANSWERED, *good[2:]) + "not JSON\n")(desk.directory)
-    text = (desk.directory / "bad/a.jsonl").read_text()
-    done = typed("train", "run.yaml", *DATA, "data.max_bad_records=2", "train.max_steps=1")
-    assert done.code == 0, done.err
-    assert "data.train: 60 records" in done.out
+    assert "data.train: 61 records" in done.out
     assert "2 bad records quarantined" in done.out
-    kept = [
-        json.loads(line) for line in (desk.directory / "runs/tiny/data/quarantine/train.jsonl").read_text().splitlines()
-    ]
-    uri = str(desk.directory / "bad/a.jsonl")
-    assert [(k["uri"], k["position"], k["rule"]) for k in kept] == [
-        (uri, text.index(json.dumps(UNANSWERED)), "no_answer"),
-        (uri, text.index("not JSON"), "invalid_json"),
-    ]
-    assert kept[1]["excerpt"] == "not JSON"
     assert (desk.directory / "runs/tiny/checkpoints/step-000001/manifest.json").exists()
+    path = desk.directory / "bad/a.jsonl"
+    kept = (desk.directory / "runs/tiny/data/quarantine/train.jsonl").read_text().splitlines()
+    assert [(k["uri"], k["position"], k["rule"]) for k in map(json.loads, kept)] == [
+        (str(path), path.read_text().index(json.dumps(UNANSWERED)), "no_answer"),
+        (str(path), path.read_text().index("not JSON"), "invalid_json"),
+    ]
+    assert json.loads(kept[1])["excerpt"] == "not JSON"
+    assert_refused(typed("train", "run.yaml", *changes), "data.max_seq_len (512 → 128)", "Choose another name")
