@@ -1,6 +1,6 @@
 """The step without Ray, DeepSpeed or data: the same model and loss in a loop with torch's AdamW, as a ceiling.
 
-    python bench/plain_loop.py --model .bench/model-8b --rows 4 --steps 10
+python bench/plain_loop.py --model .bench/model-8b --rows 4 --steps 10
 """
 
 from __future__ import annotations

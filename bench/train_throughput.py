@@ -114,7 +114,9 @@ def main() -> None:
     model = work / f"model-{given.shape}"
     count = write_model(model, given.shape)
     batch = given.micro * given.accumulate * given.workers
-    data = write_data(work / f"data-{given.seq}", int(1.1 * given.steps * batch * given.seq), given.document, given.seq - 8)
+    data = write_data(
+        work / f"data-{given.seq}", int(1.1 * given.steps * batch * given.seq), given.document, given.seq - 8
+    )
     name = f"{given.shape}-{given.method}-{given.workers}x{given.micro}x{given.accumulate}-z{given.stage}-{given.seq}"
     run = {
         "name": name,
@@ -144,8 +146,7 @@ def main() -> None:
         "tflops": round(speed * flops_per_token(count, given.method, given.shape) / 1e12, 1),
         "peak_memory_gib": max(x.get("peak_memory_gib", 0) for x in lines),
         "data_wait_share": round(
-            sum(x["data_wait_s"] for x in lines)
-            / sum(x["num_tokens"] / max(x["tokens_per_s"], 1e-9) for x in lines),
+            sum(x["data_wait_s"] for x in lines) / sum(x["num_tokens"] / max(x["tokens_per_s"], 1e-9) for x in lines),
             4,
         ),
         "loss": [round(x["loss"], 4) for x in lines[-2:]],

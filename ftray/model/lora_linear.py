@@ -61,7 +61,11 @@ class FusedLoraLinear(Linear):
         if not plain or not x.is_cuda or name in self.lora_variant:
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name], self.lora_B[name]
-        if b.bias is not None or not isinstance(self.lora_dropout[name], torch.nn.Identity) or a.weight.dtype != x.dtype:
+        if (
+            b.bias is not None
+            or not isinstance(self.lora_dropout[name], torch.nn.Identity)
+            or a.weight.dtype != x.dtype
+        ):
             return super().forward(x)
         base = self.get_base_layer()
         out: torch.Tensor = LoraFunction.apply(x, base.weight, base.bias, a.weight, b.weight, self.scaling[name])
