@@ -26,17 +26,17 @@ TEXT = {"model": "m", "prompt": "hi"}
 class PaperTokenizer:
     """A byte is a token; turns are lines."""
 
-    chat_template = "paper"
+    chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
     eos_token_id = 0
     all_special_tokens = ("<end>",)
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    special_tokens_map: dict[str, str] = {}  # noqa: RUF012
 
     def convert_tokens_to_ids(self, token: str) -> int:
         return 0
-
-    def apply_chat_template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool, **_: Any) -> str:
-        text = "".join(f"{turn['role']}:{turn['content']}<end>" for turn in turns)
-        return text + ("assistant:" if add_generation_prompt else "")
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         return {"input_ids": [0 if c == "<end>" else ord(c) for c in text]}
