@@ -29,9 +29,7 @@ def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
 
 
-@pytest.mark.parametrize(
-    ("method", "stage"), [("lora", 0), ("lora", 2), ("full", 3)], ids=["lora-stage-0", "lora-zero-2", "full-zero-3"]
-)
+@pytest.mark.parametrize(("method", "stage"), [("lora", 2), ("full", 3)], ids=["lora-zero-2", "full-zero-3"])
 def test_interrupted_and_killed_runs_end_bit_identical(
     parts: dict[str, Path], tmp_path: Path, method: str, stage: int
 ) -> None:
@@ -84,7 +82,7 @@ def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
 
 
 def test_a_finished_run_does_nothing_again(parts: dict[str, Path], tmp_path: Path) -> None:
-    run = run_of(parts, tmp_path, train__max_steps=2)
+    run = run_of(parts, tmp_path, train__max_steps=2, deepspeed__zero_stage=0)
     first, _ = cluster.run_training(run)
     again, text = cluster.run_training(run)
     assert again.uri == first.uri
