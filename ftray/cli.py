@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (see `errors`)."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest  # key=value behind an option, where argparse doesn't look for it any more
     console = Console()
     try:
         code: int = arguments.verb(arguments, console)

@@ -1,6 +1,7 @@
 """The run file: what it takes, what it refuses and in which words, what follows from it. No Ray, no torch."""
 
 import copy
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -503,3 +504,11 @@ def test_every_key_is_described() -> None:
         if not field.description and field.annotation not in config.Section.__subclasses__()
     ]
     assert bare == []
+
+
+def test_overrides_may_stand_before_and_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
+    shown = json.loads(capsys.readouterr().out)["train"]
+    assert (shown["seed"], shown["epochs"]) == (3, 2.0)
+    with pytest.raises(SystemExit):
+        cli.main(["check", "jobs/quickstart.yaml", "--jsn"])
