@@ -104,7 +104,7 @@ def say_plan(run: config.Run, data: Data, newest: Found | None, console: Console
     tail = round(run.train.epochs * per_epoch) - used if run.train.max_steps is None else 0
     console.say(
         f"train: {plan.num_steps} steps of {size} rows ({used / per_epoch:.2f} epochs of {per_epoch} rows"
-        f"{f'; {tail} at the end fill no step and are left out' if tail else ''}), {run.method.type}, "
+        f"{f'; {tail} left over at the end' if tail else ''}), {run.method.type}, "
         f"{run.train.precision}, ZeRO-{run.deepspeed.zero_stage}, {run.scale.num_workers} workers × micro-batch "
         f"{run.micro_batch_size} × {run.accumulation_steps} accumulated"
     )
