@@ -107,6 +107,7 @@ def test_weights_hold_in_every_window_of_rows(weighted: Plan) -> None:
             assert abs(drawn[low:high].count(0) - 0.7 * (high - low)) <= 1
 
 
+@pytest.mark.long
 def test_after_a_stop_anywhere_at_any_world_size_the_rest_is_the_same(plan: Plan) -> None:
     expected = rows.expected_steps(plan)
     rng = random.Random(0)

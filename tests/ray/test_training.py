@@ -29,7 +29,7 @@ def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
 
 
-@pytest.mark.parametrize(("method", "stage"), [("lora", 2), ("full", 3)], ids=["lora-zero-2", "full-zero-3"])
+@pytest.mark.parametrize(("method", "stage"), [("lora", 2), pytest.param("full", 3, marks=pytest.mark.long)])
 def test_interrupted_and_killed_runs_end_bit_identical(
     parts: dict[str, Path], tmp_path: Path, method: str, stage: int
 ) -> None:
@@ -51,6 +51,7 @@ def test_interrupted_and_killed_runs_end_bit_identical(
     assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
 
 
+@pytest.mark.long
 def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method__dropout": 0.1, "deepspeed__zero_stage": 1, "train__max_steps": 6}
     cluster.run_training(run_of(parts, tmp_path / "two", **settings))
@@ -59,6 +60,7 @@ def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], 
     assert one == pytest.approx(two, rel=1e-5)
 
 
+@pytest.mark.long
 def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
         cluster.run_training(run_of(parts, tmp_path / "b", scale__num_workers=64, train__global_batch_size=64))
 
 
+@pytest.mark.long
 def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, Path], tmp_path: Path) -> None:
     from ftray.errors import RunError
 
