@@ -11,7 +11,7 @@ from ftray.runfile import Schema
 
 PAGE = Path(__file__).with_name("run-file.md")
 HEAD = """\
-<!-- Made by `python docs/make_run_file.py` from ftray/config.py; a unit test says when it is out of date. -->
+<!-- Made by `python docs/make_run_file.py` from ftray/config/; a unit test says when it is out of date. -->
 
 # The run file
 

@@ -1,0 +1,32 @@
+"""Every knob of a run: the run file's schema, its YAML, its overrides, and what follows from it by arithmetic.
+
+Knows nothing of Ray, torch, data or storage; importing it costs pydantic and a YAML parser. Validators only raise;
+what can be derived is a property. A run file is `load_run(path, overrides)`; every error is one ConfigError that names
+the key, the value and the remedy.
+"""
+
+from ftray.config.after import Evaluate, Serve
+from ftray.config.base import Section
+from ftray.config.data import Clean, Data, Source, Split
+from ftray.config.run import Run, differing_keys, load_run, parse_run
+from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
+
+__all__ = [
+    "CheckpointSection",
+    "Clean",
+    "Data",
+    "DeepSpeed",
+    "Evaluate",
+    "Method",
+    "Model",
+    "Run",
+    "Scale",
+    "Section",
+    "Serve",
+    "Source",
+    "Split",
+    "Train",
+    "differing_keys",
+    "load_run",
+    "parse_run",
+]

@@ -1,0 +1,156 @@
+"""One run: the whole file, what follows from it by arithmetic, and the ways to read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ftray import runfile
+from ftray.config.after import Evaluate, Serve
+from ftray.config.base import Section
+from ftray.config.data import Data
+from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
+from ftray.errors import ConfigError
+
+
+class Run(Section):
+    """One run: the whole file."""
+
+    name: str
+    """Names the run and makes it resumable; it owns `<storage>/<name>/`."""
+    storage: str = Field("runs", min_length=1)
+    """Directory or `s3://bucket/prefix` under which runs live."""
+    model: Model
+    method: Method = Method()
+    data: Data
+    train: Train = Train()
+    deepspeed: DeepSpeed = DeepSpeed()
+    scale: Scale = Scale()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value):
+            raise ValueError("must be 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at both ends")
+        return value
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Run:
+        batch, workers, micro = self.train.global_batch_size, self.scale.num_workers, self.train.micro_batch_size
+        unit = workers * (1 if micro == "auto" else micro)
+        if batch % unit:
+            below, above = batch // unit * unit, -(-batch // unit) * unit
+            product = (
+                f"num_workers ({workers})"
+                if micro == "auto"
+                else f"micro_batch_size × num_workers ({micro} × {workers} = {unit})"
+            )
+            remedy = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"train.global_batch_size ({batch}) must be a multiple of {product}; try {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Run:
+        if self.method.type == "qlora" and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "method.type qlora with deepspeed.zero_stage 3 is not possible: 4-bit weights can't be sharded; "
+                "use zero_stage 2"
+            )
+        return self
+
+    @property
+    def directory(self) -> str:
+        """`<storage>/<name>`, as given (not made absolute)."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows a worker computes at once; `auto` is 1 until memory is modelled."""
+        return 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches a worker computes for one optimizer step."""
+        return self.train.global_batch_size // (self.scale.num_workers * self.micro_batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that change the result: what the config hash covers. How much may go wrong is not among them."""
+        tree = self.model_dump(
+            mode="json",
+            include={"model", "method", "data", "train", "deepspeed"},
+            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps"}},
+        )
+        clean = self.data.clean  # what is only reported changes nothing
+        tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}
+        if clean.quality == "drop":
+            tree["data"]["clean"]["min_answer_chars"] = clean.min_answer_chars
+        return tree
+
+    @property
+    def config_hash(self) -> str:
+        """Twelve hex digits over `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# Keys and values of the design that this version doesn't carry out: (key, value or type or ... for any, name, remedy).
+_LATER: tuple[tuple[str, object, str, str], ...] = (
+    ("tune", ..., "tune", "remove the section"),
+    ("method.type", "prompt", "method.type prompt", "use full, lora or qlora"),
+    ("train.precision", "fp16", "train.precision fp16", "use bf16 or fp32"),
+    ("scale.num_workers", dict, "scale.num_workers as a range", "give one number of workers"),
+)
+
+
+def _not_carried_out(tree: dict[str, Any]) -> list[str]:
+    """A sentence for each of `_LATER` that the tree holds: refused by name, not as a typo."""
+    lines = []
+    for key, wanted, name, remedy in _LATER:
+        node: Any = tree
+        for part in key.split("."):
+            node = node.get(part, _LATER) if isinstance(node, dict) else _LATER
+        if node is not _LATER and (wanted in (..., node) or (wanted is dict and isinstance(node, dict))):
+            lines.append(f"{name} is not carried out by this version of ftray; {remedy}")
+    return lines
+
+
+def parse_run(tree: dict[str, Any], origin: str) -> Run:
+    """Validates a tree of plain values. Raises ConfigError with one line for each wrong key; `origin` names the file."""
+    lines = _not_carried_out(tree)
+    if not lines:
+        try:
+            return Run.model_validate(tree)
+        except ValidationError as err:
+            lines = runfile.explain(err, Run, tree)
+    raise ConfigError(f"{origin}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{origin}:", *lines]))
+
+
+def load_run(path: str | Path, overrides: list[str] | None = None) -> Run:
+    """Reads a run file and applies `key.sub=value` overrides.
+
+    Raises ConfigError for a missing or malformed file, unknown keys (naming the closest), wrong values.
+    """
+    tree = runfile.read_yaml(Path(path))
+    for text in overrides or []:
+        runfile.apply_override(tree, text)
+    return parse_run(tree, str(path))
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two config trees differ, with both values, for messages."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} ({json.dumps(a)} → {json.dumps(b)})")
+    return found

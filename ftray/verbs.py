@@ -1,0 +1,305 @@
+"""What each verb does. Each imports its room only when it is called, so that `ftray check` takes a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ftray import config
+from ftray.console import Console
+from ftray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ftray.data.prepare import Data
+    from ftray.storage import Lease
+    from ftray.train.timeline import Found
+
+
+def open_target(target: str, overrides: list[str]) -> config.Run:
+    """The run that an argument names: a run file, or a run's directory (local or s3://) with its run.json."""
+    if target.endswith((".yaml", ".yml")):
+        return config.load_run(target, overrides)
+    from ftray import storage
+    from ftray.runfile import apply_override
+
+    uri = storage.join(storage.absolute(target), "run.json")
+    if not storage.exists(uri):
+        raise ConfigError(
+            f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path"
+        )
+    try:
+        tree = json.loads(storage.read_bytes(uri))["config"]
+    except (ValueError, KeyError):
+        raise ConfigError(f"{uri} is damaged; restore it, or give the run file instead") from None
+    for text in overrides:
+        apply_override(tree, text)
+    tree["storage"] = storage.absolute(target).rsplit("/", 1)[0]
+    return config.parse_run(tree, uri)
+
+
+def check(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads a run file and prints what follows from it."""
+    from ftray.train.zero import deepspeed_config
+
+    run = open_target(arguments.run, arguments.overrides)
+    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.scale.num_workers)
+    if arguments.json:
+        console.say(json.dumps(run.model_dump(mode="json"), indent=1))
+        return 0
+    data = run.data
+    held_out = (
+        "none"
+        if data.eval is None
+        else f"{data.eval.fraction:g} of the records"
+        if isinstance(data.eval, config.Split)
+        else f"{len(data.eval)} sources"
+    )
+    length = (
+        f"{run.train.max_steps} steps"
+        if run.train.max_steps
+        else f"{run.train.epochs:g} epochs; steps are known after the index pass"
+    )
+    epoch = (
+        "one pass over the source that is largest relative to its weight; others repeat or stop short"
+        if data.train[0].weight
+        else "every record once; rows that fill no global batch are carried into the next epoch, or left out at the end"
+    )
+    every = f"{run.checkpoint.every} steps" if isinstance(run.checkpoint.every, int) else run.checkpoint.every
+    for name, text in (
+        ("run", f"{run.directory}  (config hash {run.config_hash})"),
+        ("model", f"{run.model.base}, {run.method.type}, {run.train.precision}"),
+        ("data", f"{len(data.train)} training sources, held out: {held_out}"),
+        ("rows", f"{data.max_seq_len} tokens, {'packed' if data.packing else 'one record each'}"),
+        ("epoch", epoch),
+        ("length", length),
+        ("step", f"{run.train.global_batch_size} rows = {_parts(run)}"),
+        ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
+        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}"),
+        ("checkpoint", f"every {every}, the newest {run.checkpoint.keep} and the best are kept"),
+    ):
+        console.say(f"{name:<11}{text}")
+    return 0
+
+
+def _parts(run: config.Run) -> str:
+    return (
+        f"{run.scale.num_workers} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
+    )
+
+
+@contextmanager
+def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator[tuple[str, Lease]]:
+    """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
+    from ftray import storage
+    from ftray.session import quiet, ray_session
+    from ftray.train.identity import check_identity, open_run
+
+    run_dir = storage.absolute(run.directory)
+    check_identity(run, run_dir)
+    with (
+        storage.acquire_lease(run_dir) as lease,
+        quiet(run.name, console),
+    ):  # the lease first: run.json may be written anew
+        from ftray.train.preflight import preflight
+
+        preflight(run)
+        open_run(run)
+        with ray_session(run.scale.num_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
+            yield run_dir, lease
+
+
+def train(arguments: argparse.Namespace, console: Console) -> int:
+    """Trains, or continues."""
+    run = open_target(arguments.run, arguments.overrides)
+    if (done := _finished(run)) is not None:
+        console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
+        return 0
+    with _owned(run, console) as (run_dir, lease):
+        from ftray.train.launch import train as launch
+
+        found = launch(run, run_dir, console, lease)
+        console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
+    return 0
+
+
+def _finished(run: config.Run) -> Found | None:
+    """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
+    from ftray.train.identity import finished_checkpoint
+
+    return finished_checkpoint(run)
+
+
+@contextmanager
+def _data_of(run: config.Run, console: Console) -> Iterator[tuple[str, Data]]:
+    """A run's directory and its data, indexed, with Ray up. Binds no name to settings and takes no lease."""
+    from ftray import storage
+    from ftray.session import quiet, ray_session
+
+    run_dir = storage.absolute(run.directory)
+    storage.check_writable(run_dir)
+    with quiet(run.name, console):
+        from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+        from ftray.train.preflight import preflight
+
+        preflight(run)
+        with ray_session(run.scale.num_workers):
+            from ftray.data.prepare import prepare_data
+
+            load = partial(load_tokenizer, absolute_base(run.model))
+            yield run_dir, prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
+
+
+def data_index(arguments: argparse.Namespace, console: Console) -> int:
+    """Reads, checks and counts all data."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _data_of(run, console) as (_, data):
+        from ftray.data.prepare import say_steps
+
+        say_steps(data.plan, run.train, console)
+    return 0
+
+
+def data_stats(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows what the data is like."""
+    run = open_target(arguments.run, arguments.overrides)
+    with _data_of(run, console) as (run_dir, data):
+        from ftray.data.stats import show_stats
+
+        show_stats(data, run, run_dir, console, arguments.html)
+    return 0
+
+
+def data_preview(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows records as the model will see them."""
+    from ftray.data.chunks import streams
+    from ftray.data.preview import show_preview
+    from ftray.model.load import load_tokenizer
+
+    run = open_target(arguments.run, arguments.overrides)
+    stream, _ = streams(run.data, partial(load_tokenizer, run.model))
+    show_preview(stream, int(run.data.chunk_mb * 1e6), arguments.number, console)
+    return 0
+
+
+def data_order(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows the order of rows as the feed gives it. With --json only these lines go to standard output."""
+    run = open_target(arguments.run, arguments.overrides)
+    workers = arguments.workers or run.scale.num_workers
+    if run.train.global_batch_size % workers:
+        raise ConfigError(
+            f"--workers {workers} does not divide train.global_batch_size ({run.train.global_batch_size})"
+        )
+    first, end = arguments.steps
+    start = first if arguments.after_step is None else arguments.after_step
+    if not 0 <= start < end:
+        raise ConfigError(f"--after-step {start} is not in front of the last step of --steps {first}:{end}; lower it")
+    told = Console(sys.stderr) if arguments.json else console
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as out, _data_of(run, told) as (_, data):
+        from ftray.data.trace import as_line, as_text, trace_order
+
+        if end > data.plan.num_steps:
+            raise ConfigError(f"--steps {first}:{end}: the run has {data.plan.num_steps} steps; lower it")
+        show = as_line if arguments.json else as_text
+        for entry in trace_order(data.plan, workers, start, max(first, start), end):
+            print(show(entry), file=out, flush=True)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    """Compares the tuned model with its base."""
+    from ftray import storage
+    from ftray.train.preflight import check_evaluation
+
+    run = open_target(arguments.run, arguments.overrides)
+    check_evaluation(run, storage.absolute(run.directory))
+    with _owned(run, console) as (run_dir, _):
+        from ftray.evaluate.compare import compare
+
+        compare(run, run_dir, console)
+    return 0
+
+
+def export(arguments: argparse.Namespace, console: Console) -> int:
+    """Writes the adapter and the merged model."""
+    from ftray import storage
+    from ftray.train.timeline import best_checkpoint
+
+    run = open_target(arguments.run, arguments.overrides)
+    best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
+    with _owned(run, console, with_ray=False) as (run_dir, _):
+        from ftray.train.export import export as write
+
+        where = write(run, run_dir, console)
+    console.say(f"done: {where}\nnext: ftray serve {arguments.run}")
+    return 0
+
+
+def serve(arguments: argparse.Namespace, console: Console) -> int:
+    """Serves the exported model until Ctrl-C."""
+    from ftray import storage
+    from ftray.serve.run import check_endpoint, run_until_signal, start_endpoint
+    from ftray.session import quiet, ray_session
+
+    run = open_target(arguments.run, arguments.overrides)
+    model_dir = storage.join(storage.absolute(run.directory), *_whole(run))
+    check_endpoint(model_dir, run.serve)
+    with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
+        endpoint = start_endpoint(model_dir, run.name, run.serve)
+        console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
+        run_until_signal(endpoint)
+    return 0
+
+
+def _whole(run: config.Run) -> tuple[str, ...]:
+    return ("model",) if run.method.type == "full" else ("model", "merged")
+
+
+def _curl(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return f"try: curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """The whole file, in order: train, evaluate, export, one request to the endpoint."""
+    run = open_target(arguments.run, arguments.overrides)
+    from ftray.serve.trial import known_answer
+
+    done = _finished(run)
+    answer = known_answer(run.directory, done.step) if done is not None else None
+    if done is None or answer is None:
+        with _owned(run, console) as (run_dir, lease):
+            from ftray.evaluate.compare import compare
+            from ftray.serve.trial import try_endpoint
+            from ftray.train.export import export as write
+            from ftray.train.launch import train as launch
+
+            done = launch(run, run_dir, console, lease)
+            question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
+            model_dir = write(run, run_dir, console)
+            answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
+    _say_end(arguments, run, console)
+    return 0
+
+
+def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -> None:
+    from ftray import storage
+
+    directory = storage.absolute(run.directory)
+    for line in (
+        "",
+        f"the run '{run.name}' is complete. Everything is in {directory}:",
+        "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
+        "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
+        "  model/                  the trained model"
+        + ("" if run.method.type == "full" else " (adapter)      model/merged/          whole weights"),
+        "",
+        f"serve it:               ftray serve {arguments.run}",
+        "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
+    ):
+        console.say(line)
