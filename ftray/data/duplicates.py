@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,6 +108,24 @@ def find_equal(keys: Keys) -> list[Pair]:
     return sorted(pairs, key=lambda p: p.place)
 
 
+def join_signatures(parts: Sequence[Signatures], wanted: npt.NDArray[np.bool_] | None = None) -> Signatures:
+    """Signatures of consecutive records as one array on disk, mapped: gigabytes of them take no memory.
+
+    wanted: bool [records], those that are taken; all without it.
+    """
+    total = int(wanted.sum()) if wanted is not None else sum(map(len, parts))
+    if not total:
+        return np.zeros((0, NUM_PERM), np.uint16)
+    with tempfile.TemporaryFile() as file:  # gone with the last mapping
+        joined: Signatures = np.memmap(file, np.uint16, "w+", shape=(total, NUM_PERM))
+    at = read = 0
+    for part in parts:
+        some = part if wanted is None else part[wanted[read : read + len(part)]]
+        joined[at : at + len(some)] = some
+        at, read = at + len(some), read + len(part)
+    return joined
+
+
 def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> list[Pair]:
     """Records that are nearly an earlier one that stays.
 
@@ -130,10 +149,11 @@ def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> list[Pa
     return pairs
 
 
-def find_near_to(signatures: Signatures, heldout: Signatures, similarity: float = SIMILARITY) -> list[Pair]:
-    """Training records that are nearly a held-out one; `of` is a place in `heldout`. Arrays as in `find_near`."""
-    num = len(heldout)
-    both = np.concatenate([heldout, signatures])
+def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> list[Pair]:
+    """Training records that are nearly a held-out one; places are counted among their own kind.
+
+    both: uint16 [records, NUM_PERM], the `num` held-out ones in front.
+    """
     common = _common(both)
     best: dict[int, Pair] = {}
     for bands in _bands(both, common):

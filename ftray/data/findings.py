@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from ftray import config
-from ftray.data.duplicates import find_equal, find_near, find_near_to
+from ftray.data.duplicates import find_equal, find_near, find_near_to, join_signatures
 from ftray.data.labels import find_conflicts, pick_substitutes
 from ftray.data.overlap import find_leaks
 from ftray.data.records import QUALITY, Survey
@@ -76,11 +77,11 @@ def find_all(train: Survey, heldout: Survey | None, clean: config.Clean) -> tupl
     equal = find_equal(whole)
     if clean.duplicates != "off":
         note("duplicate", clean.duplicates, [(p.place, train.where(p.of), 1.0) for p in equal])
-    first = np.ones(len(whole), bool)
-    first[[p.place for p in equal]] = False
-    own = np.flatnonzero(first)
     if clean.near_duplicates != "off":
-        near = find_near(train.signatures[own])
+        first = np.ones(len(whole), bool)
+        first[[p.place for p in equal]] = False
+        own = np.flatnonzero(first)
+        near = find_near(join_signatures(train.signatures(), first))
         hits = [(int(own[p.place]), train.where(int(own[p.of])), p.similarity) for p in near]
         note("near_duplicate", clean.near_duplicates, hits)
     if clean.overlap != "off" and heldout is not None:
@@ -92,7 +93,7 @@ def find_all(train: Survey, heldout: Survey | None, clean: config.Clean) -> tupl
     conflicts = find_conflicts(train.column("prompt"), train.column("answer"))
     note("conflict", "report", [(c.other, train.where(c.first), None) for c in conflicts])
     drops: dict[int, list[int]] = {}
-    chunks, positions = train.column("chunk"), train.column("position")
+    chunks, positions = train.chunk_numbers(), train.column("position")
     for place in sorted(gone):
         drops.setdefault(int(chunks[place]), []).append(int(positions[place]))
     found.sort(key=lambda item: item[0])
@@ -108,11 +109,11 @@ def _overlaps(train: Survey, heldout: Survey) -> list[tuple[int, tuple[Chunk, in
     same = np.flatnonzero((prompts[order][at] == own) & (own != 0)) if len(prompts) else np.zeros(0, np.int64)
     best = {int(place): (int(order[at[place]]), 1.0) for place in same}
     for column in ("all_grams", "grams"):
-        held = [flat[a:b] for flat, cuts, _ in heldout.grams(column) for a, b in pairwise(cuts)]
-        for leak in find_leaks(held, train.grams()):
+        for leak in find_leaks(heldout.grams(column), train.grams()):
             if leak.place not in best or leak.share > best[leak.place][1]:
                 best[leak.place] = (leak.of, leak.share)
-    for pair in find_near_to(train.signatures, heldout.signatures):
+    both = join_signatures([*heldout.signatures(), *train.signatures()])
+    for pair in find_near_to(both, len(heldout)):
         best.setdefault(pair.place, (pair.of, pair.similarity))
     return [(place, heldout.where(of), share) for place, (of, share) in sorted(best.items())]
 
@@ -120,21 +121,23 @@ def _overlaps(train: Survey, heldout: Survey) -> list[tuple[int, tuple[Chunk, in
 def find_moved(train: Survey, heldout: Survey, fraction: float) -> dict[int, tuple[int, ...]]:
     """For each chunk (its place) the positions of the records that `labels.pick_substitutes` holds out."""
     parts = [train, heldout]
-    chunks = np.concatenate([p.column("chunk") for p in parts])
+    chunks = np.concatenate([p.chunk_numbers() for p in parts])
     positions = np.concatenate([p.column("position") for p in parts])
     digests = np.concatenate([p.column("digest") for p in parts])
-    strata = [value for p in parts for value in p.table.column("stratum").to_pylist()]
-    order = np.lexsort((positions, chunks)).tolist()
-    places = pick_substitutes(
-        [strata[i] for i in order],
-        [int(digests[i]) for i in order],
-        [i >= len(train.table) for i in order],
-        fraction,
-    )
+    order = np.lexsort((positions, chunks))
+    held = order >= len(train)
+    places = pick_substitutes(_codes([p.texts("stratum") for p in parts])[order], digests[order], held, fraction)
     moved: dict[int, list[int]] = {}
     for place in places:
         moved.setdefault(int(chunks[order[place]]), []).append(int(positions[order[place]]))
     return {chunk: tuple(found) for chunk, found in moved.items()}
+
+
+def _codes(texts: list[pa.ChunkedArray]) -> npt.NDArray[np.int64]:
+    """A number for each string, the same for equal ones."""
+    whole = pa.chunked_array([part for column in texts for part in column.chunks], texts[0].type)
+    parts = [part.indices.to_numpy() for part in whole.dictionary_encode().unify_dictionaries().chunks]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
 def with_changes(

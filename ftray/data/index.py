@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,14 +32,13 @@ from ftray.data.records import (
     Survey,
     Wants,
     describe_chunk,
-    join_surveys,
+    open_writer,
     read_described,
-    write_described,
 )
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 3  # raise it when a chunk's rows, facts or records change their meaning
+VERSION = 4  # raise it when a chunk's rows, facts or records change their meaning
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
 NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
@@ -123,8 +123,7 @@ def build_index(
 
 def read_survey(index: Index, directory: str) -> Survey:
     """The record tables behind an index; what `data.clean` took out is in them."""
-    tables = [read_described(storage.read_bytes(storage.join(directory, "shards", name))) for name in index.shards]
-    return join_surveys([f.chunk for f in index.facts], tables)
+    return _open_survey([f.chunk for f in index.facts], index.shards, directory)
 
 
 def _both(stream: Stream) -> list[Stream]:
@@ -162,18 +161,21 @@ def _survey(
     describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
     results, done = map_in_order(describe, items), 0
     for _, cut, name in missing:
-        described = []
-        for _ in cut:
-            described.append(read_described(next(results)))
-            done += 1
-            if on_progress:
-                on_progress(done, len(items))
-        survey = join_surveys(cut, described)
-        described_bytes = write_described(survey.summaries, survey.table)
-        storage.write_bytes(storage.join(directory, "shards", name), described_bytes)
+        with tempfile.NamedTemporaryFile(prefix="ftray-") as file:
+            with open_writer(file.name) as write:
+                for _ in cut:
+                    write(read_described(next(results))[0])
+                    done += 1
+                    if on_progress:
+                        on_progress(done, len(items))
+            storage.upload_file(file.name, storage.join(directory, "shards", name))
     names = [tuple(name for number, _, name in shards if number == i) for i in range(len(both))]
-    stored = [[storage.read_bytes(storage.join(directory, "shards", name)) for name in each] for each in names]
-    return names, [join_surveys(listed[i], [read_described(data) for data in stored[i]]) for i in range(len(both))]
+    return names, [_open_survey(listed[i], names[i], directory) for i in range(len(both))]
+
+
+def _open_survey(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> Survey:
+    files = (storage.map_file(storage.join(directory, "shards", name)) for name in names)
+    return Survey(tuple(chunks), tuple(described for file in files for described in read_described(file)))
 
 
 def _describe(both: tuple[Stream, ...], wants: tuple[Wants, ...], item: tuple[int, Chunk]) -> bytes:
@@ -209,7 +211,7 @@ def _assemble(
     again = [i for i in range(len(chunks)) if chunks[i].dropped]
     describe = partial(_describe, (stream,), (NOTHING,))
     for i, data in zip(again, map_in_order(describe, [(0, chunks[i]) for i in again]), strict=True):
-        summaries[i] = read_described(data)[0][0]
+        summaries[i] = read_described(data)[0].summary
     facts = tuple(ChunkFacts(chunk, *_numbers(summaries[i])) for i, chunk in enumerate(chunks))
     told = {(f.uri, f.position): f for f in found if f.dropped}
     bad, dropped = [], []

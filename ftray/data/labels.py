@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,18 +56,19 @@ def find_conflicts(prompts: Keys, answers: Keys) -> list[Conflict]:
     return sorted(conflicts, key=lambda c: c.first)
 
 
-def count_labels(labels: Sequence[str | None], allowed: Sequence[str] | None) -> dict[str, int]:
+def count_labels(answers: Mapping[str | None, int], allowed: Sequence[str] | None) -> dict[str, int]:
     """Records of each answer, most frequent first; allowed ones that never occur come last with 0."""
-    counts = Counter(label for label in labels if label is not None)
+    counts = Counter({label: number for label, number in answers.items() if label is not None})
     for label in allowed or ():
         counts.setdefault(label.strip(), 0)
     return dict(counts.most_common())
 
 
 def pick_substitutes(
-    strata: Sequence[str], digests: Sequence[int], is_held_out: Sequence[bool], fraction: float
+    strata: npt.NDArray[np.int64], digests: Keys, is_held_out: npt.NDArray[np.bool_], fraction: float
 ) -> list[int]:
-    """Places of training records that are held out so that every large enough class has one.
+    """Places of training records that are held out so that every large enough class has one. strata: number of each
+    record's class.
 
     The records come in the order of sources, paths and positions. Where a class has shown 1 / fraction different records
     and its hashes have held out none of them, the record that completes this number is held out, and what equals it
@@ -76,10 +77,11 @@ def pick_substitutes(
     record without moving any: it would have to hold out all but 1 / fraction records.)
     """
     needed = -(-1 // fraction) if fraction else 0
-    seen: dict[str, set[int]] = {}
-    done: dict[str, int | None] = {}  # the substitute's digest, or None where the hashes did it
+    seen: dict[int, set[int]] = {}
+    done: dict[int, int | None] = {}  # the substitute's digest, or None where the hashes did it
     places = []
-    for place, (stratum, digest, held) in enumerate(zip(strata, digests, is_held_out, strict=True)):
+    records = zip(map(int, strata), map(int, digests), is_held_out, strict=True)  # one at a time: there may be millions
+    for place, (stratum, digest, held) in enumerate(records):
         if stratum in done:
             if done[stratum] == digest and not held:
                 places.append(place)

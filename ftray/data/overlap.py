@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ SHORT_WORDS = 48  # of a turn with as many words or fewer every sequence is kept
 SHARE, MIN_SHARED = 0.6, 3  # of a held-out record's sequences in one training record, and how many at least
 COMMON_HELDOUT = 8  # a sequence of more held-out records is a template's
 COMMON_SHARE, COMMON_TRAIN = 0.01, 20  # likewise one of more training records than both
+PART_HASHES = 1 << 21  # held-out hashes that are looked up at once
 
 Keys = npt.NDArray[np.uint64]
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|(?:(?![぀-ヿ㐀-鿿가-힯])[^\W_])+")
@@ -80,28 +81,68 @@ def _winnow(grams: Keys) -> Keys:
     return chosen
 
 
-@dataclass
-class HeldOut:
-    """Fingerprints of the held-out records, to look training records up in.
+@dataclass(frozen=True)
+class Grams:
+    """Hashes of consecutive records, one record's after the other's; each record's are sorted, each once.
 
-    hashes: sorted. owners[i]: the records that have hashes[i]. counts: of each record.
+    hashes: uint64 [all]. offsets: int64 [records + 1], where each record's begin, and the end. first: place of the
+    first record.
     """
 
     hashes: Keys
-    owners: list[list[int]]
-    counts: list[int]
+    offsets: npt.NDArray[np.int64]
+    first: int
+
+    def between(self, low: int, high: int) -> tuple[Keys, npt.NDArray[np.int64]]:
+        """Hashes from low up to, not including, high; and the place of each one's record."""
+        some = np.flatnonzero((self.hashes >= np.uint64(low)) & (self.hashes <= np.uint64(high - 1)))
+        return self.hashes[some], np.searchsorted(self.offsets, some, "right") - 1 + self.first
+
+
+def find_leaks(heldout: Sequence[Grams], train: Sequence[Grams]) -> list[Leak]:
+    """Training records that hold at least SHARE of a held-out record's sequences, and MIN_SHARED of them.
+
+    Of several held-out records the one with the largest share is named. Sequences of many records are a template's and
+    count nowhere (COMMON_HELDOUT, COMMON_TRAIN). Works on ranges of hashes, one after the other, so that memory doesn't
+    grow with the held-out set: some 100 MB for PART_HASHES.
+    """
+    num_heldout, num_train = _num_records(heldout), _num_records(train)
+    counts = np.zeros(num_heldout, np.int64)
+    shared: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    num_parts = -(-sum(len(piece.hashes) for piece in heldout) // PART_HASHES)
+    cuts = [(part << 64) // num_parts for part in range(num_parts + 1)] if num_parts else []
+    for low, high in pairwise(cuts):
+        table = _HeldOut.of([piece.between(low, high) for piece in heldout])
+        table = table.rare((piece.between(low, high)[0] for piece in train), num_train)
+        counts += np.bincount(table.owners, minlength=num_heldout)
+        shared += [table.pairs(*piece.between(low, high), num_heldout) for piece in train]
+    return _leaks(shared, counts)
+
+
+def _num_records(pieces: Sequence[Grams]) -> int:
+    return sum(len(piece.offsets) - 1 for piece in pieces)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Hashes, sorted, and whose they are: those of hashes[i] are owners[starts[i] : starts[i + 1]]."""
+
+    hashes: Keys
+    starts: npt.NDArray[np.int64]
+    owners: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, grams: Sequence[Keys]) -> HeldOut:
-        """Sequences of more than COMMON_HELDOUT records are a template's and left out."""
-        owners: dict[int, list[int]] = {}
-        for place, hashes in enumerate(grams):
-            for value in hashes.tolist():
-                owners.setdefault(value, []).append(place)
-        kept = sorted(value for value, records in owners.items() if len(records) <= COMMON_HELDOUT)
-        table = cls(np.array(kept, np.uint64), [owners[value] for value in kept], [0] * len(grams))
-        table._count()
-        return table
+    def of(cls, parts: Sequence[tuple[Keys, npt.NDArray[np.int64]]]) -> _HeldOut:
+        """Less the sequences of more than COMMON_HELDOUT records."""
+        flat, owners = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        order = np.argsort(flat, kind="stable")
+        hashes, first, number = np.unique(flat[order], return_index=True, return_counts=True)
+        return cls(hashes, np.append(first, len(flat)), owners[order])._only(number <= COMMON_HELDOUT)
+
+    def _only(self, wanted: npt.NDArray[np.bool_]) -> _HeldOut:
+        number = np.diff(self.starts)
+        starts = np.append(0, np.cumsum(number[wanted]))
+        return _HeldOut(self.hashes[wanted], starts, self.owners[np.repeat(wanted, number)])
 
     def hits(self, flat: Keys) -> npt.NDArray[np.int64]:
         """Place in `hashes` of each hash, -1 where it isn't one of them."""
@@ -110,45 +151,39 @@ class HeldOut:
         at = np.minimum(np.searchsorted(self.hashes, flat), len(self.hashes) - 1)
         return np.where(self.hashes[at] == flat, at, -1)
 
-    def without_common(self, train_counts: npt.NDArray[np.int64], num_train: int) -> HeldOut:
-        """Less the sequences that many training records hold. train_counts: for each of `hashes`."""
-        rare = np.flatnonzero(train_counts <= max(COMMON_TRAIN, COMMON_SHARE * num_train))
-        owners = [self.owners[i] for i in rare.tolist()]
-        table = HeldOut(self.hashes[rare], owners, [0] * len(self.counts))
-        table._count()
-        return table
+    def rare(self, train: Iterable[Keys], num_train: int) -> _HeldOut:
+        """Less the sequences that many training records hold."""
+        seen = np.zeros(len(self.hashes) + 1, np.int64)
+        for flat in train:
+            seen += np.bincount(self.hits(flat) + 1, minlength=len(seen))
+        return self._only(seen[1:] <= max(COMMON_TRAIN, COMMON_SHARE * num_train))
 
-    def leaks(self, flat: Keys, offsets: npt.NDArray[np.int64], first: int) -> list[Leak]:
-        """Training records that hold at least SHARE of a held-out record's sequences, and MIN_SHARED of them.
-
-        flat: their hashes one after the other, offsets: where each record's begin and the last ends; first: the place of
-        the first of these records.
-        """
+    def pairs(
+        self, flat: Keys, places: npt.NDArray[np.int64], num_heldout: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(training place * num_heldout + held-out place, number of hashes that both have) of each such pair."""
         hits = self.hits(flat)
         found = np.flatnonzero(hits >= 0)
-        rows = np.searchsorted(offsets, found, "right") - 1
-        shared: Counter[tuple[int, int]] = Counter()
-        for row, hit in zip(rows.tolist(), hits[found].tolist(), strict=True):
-            for owner in self.owners[hit]:
-                shared[row, owner] += 1
-        best: dict[int, Leak] = {}
-        for (row, owner), number in sorted(shared.items()):
-            share = number / self.counts[owner]
-            if share >= SHARE and number >= MIN_SHARED and (row not in best or share > best[row].share):
-                best[row] = Leak(first + row, owner, round(share, 3))
-        return list(best.values())
-
-    def _count(self) -> None:
-        for records in self.owners:
-            for record in records:
-                self.counts[record] += 1
+        at = hits[found]
+        number = self.starts[at + 1] - self.starts[at]
+        within = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+        owners = self.owners[np.repeat(self.starts[at], number) + within]
+        return np.unique(np.repeat(places[found], number) * num_heldout + owners, return_counts=True)
 
 
-def find_leaks(heldout: Sequence[Keys], train: Sequence[tuple[Keys, npt.NDArray[np.int64], int]]) -> list[Leak]:
-    """Training records that give one of `heldout` away. train: pieces, each as the arguments of `HeldOut.leaks`."""
-    table = HeldOut.of(heldout)
-    counts = np.zeros(len(table.hashes) + 1, np.int64)
-    for flat, _, _ in train:
-        counts += np.bincount(table.hits(flat) + 1, minlength=len(counts))
-    table = table.without_common(counts[1:], sum(len(offsets) - 1 for _, offsets, _ in train))
-    return [leak for piece in train for leak in table.leaks(*piece)]
+def _leaks(
+    shared: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]], counts: npt.NDArray[np.int64]
+) -> list[Leak]:
+    """Pairs of all ranges of hashes → the best of each training record. counts: sequences of each held-out record."""
+    if not shared:
+        return []
+    codes, back = np.unique(np.concatenate([c for c, _ in shared]), return_inverse=True)
+    number = np.bincount(back, np.concatenate([n for _, n in shared]), len(codes)).astype(np.int64)
+    places, owners = np.divmod(codes, max(1, len(counts)))
+    shares = number / np.maximum(1, counts[owners])
+    best: dict[int, Leak] = {}
+    for i in np.flatnonzero((shares >= SHARE) & (number >= MIN_SHARED)).tolist():
+        place, share = int(places[i]), round(float(shares[i]), 3)
+        if place not in best or share > best[place].share:
+            best[place] = Leak(place, int(owners[i]), share)
+    return list(best.values())

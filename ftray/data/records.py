@@ -1,20 +1,23 @@
 """What the index keeps of each record: a line of a table, about 330 bytes and 4 to 8 more for each word.
 
-Made by the one pass over the data, chunk by chunk; kept as one Arrow file a shard, so that a shard is read again only
-when it, or a setting, changes. All that is said of the whole set (duplicates, overlap, labels, statistics) is worked
-out from these tables. Knows chunks and examples; nothing of Ray.
+Made by the one pass over the data, chunk by chunk; kept as one Arrow file a shard, a batch a chunk, so that a shard is
+read again only when it, or a setting, changes. The files are mapped into memory, not read into it, so that what is said
+of the whole set (duplicates, overlap, labels, statistics) is worked out in the memory of a few columns. Knows chunks and
+examples; nothing of Ray.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import mmap
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from ftray.chat import Message
 from ftray.data.chunks import Stream, pack_chunk
 from ftray.data.clean import Example, Quarantined
 from ftray.data.duplicates import NUM_PERM, Signatures, record_keys, signature, spoken_text
-from ftray.data.overlap import Keys, fingerprints, heldout_fingerprints
+from ftray.data.overlap import Grams, fingerprints, heldout_fingerprints
 from ftray.data.sources import Chunk
 
 LABEL_CHARS = 60  # a longer answer is no label
@@ -37,7 +40,6 @@ MIN_LINES, REPEATED_SHARE, UNPRINTABLE_SHARE = 6, 0.5, 0.1
 
 SCHEMA = pa.schema(
     {
-        "chunk": pa.int32(),  # place among the stream's (in a file: the shard's) chunks
         "position": pa.int64(),
         "whole": pa.uint64(),
         "prompt": pa.uint64(),
@@ -80,11 +82,10 @@ class ChunkSummary:
 
 
 def describe_chunk(chunk: Chunk, stream: Stream, wants: Wants) -> bytes:
-    """A chunk's summary and record table, as bytes for `read_described`. Raises DataError as `pack_chunk` does."""
+    """A chunk's summary and records, as bytes for `read_described`. Raises DataError as `pack_chunk` does."""
     packed = pack_chunk(chunk, stream)
     scripts: Counter[str] = Counter()
     lines = [_describe(example, wants, scripts) for example in packed.examples]
-    table = pa.Table.from_pylist(lines, schema=SCHEMA)
     summary = ChunkSummary(
         len(packed.examples),
         len(packed.rows),
@@ -94,27 +95,37 @@ def describe_chunk(chunk: Chunk, stream: Stream, wants: Wants) -> bytes:
         packed.bad,
         dict(scripts),
     )
-    return write_described([summary], table)
-
-
-def write_described(summaries: Sequence[ChunkSummary], table: pa.Table) -> bytes:
-    """Summaries of some chunks and their records, as one Arrow file."""
     sink = io.BytesIO()
-    text = json.dumps([asdict(summary) for summary in summaries])
-    with pa.ipc.new_file(sink, SCHEMA.with_metadata({"summaries": text}), options=_OPTIONS) as writer:
-        writer.write_table(table)
+    with open_writer(sink) as write:
+        write(Described(summary, pa.RecordBatch.from_pylist(lines, schema=SCHEMA)))
     return sink.getvalue()
 
 
-def read_described(data: bytes) -> tuple[list[ChunkSummary], pa.Table]:
-    """What `write_described` wrote."""
-    table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    trees = json.loads(table.schema.metadata[b"summaries"])
-    found = [ChunkSummary(**{**tree, "bad": [Quarantined(**b) for b in tree["bad"]]}) for tree in trees]
-    return found, table.replace_schema_metadata(None)
+@dataclass(frozen=True)
+class Described:
+    """What the pass found in a chunk: its summary, and a line for each record."""
+
+    summary: ChunkSummary
+    batch: pa.RecordBatch
 
 
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+@contextmanager
+def open_writer(sink: Any) -> Iterator[Callable[[Described], None]]:
+    """A function that writes chunks one after the other into an Arrow file. sink: a path, or a file open for writing."""
+    with pa.ipc.new_file(sink, SCHEMA) as writer:  # not compressed: hashes hardly shrink, and files are mapped
+        yield lambda found: writer.write_batch(found.batch, {"summary": json.dumps(asdict(found.summary))})
+
+
+def read_described(data: bytes | mmap.mmap) -> list[Described]:
+    """Chunks of a file of `open_writer`; their columns lie in `data`, nothing is copied."""
+    reader = pa.ipc.open_file(pa.py_buffer(data))
+    described = []
+    for i in range(reader.num_record_batches):
+        found = reader.get_batch_with_custom_metadata(i)
+        tree = json.loads(found.custom_metadata[b"summary"])
+        summary = ChunkSummary(**{**tree, "bad": [Quarantined(**b) for b in tree["bad"]]})
+        described.append(Described(summary, found.batch))
+    return described
 
 
 def _describe(example: Example, wants: Wants, scripts: Counter[str]) -> dict[str, Any]:
@@ -128,7 +139,6 @@ def _describe(example: Example, wants: Wants, scripts: Counter[str]) -> dict[str
     if wants.grams and not wants.is_heldout:
         chosen = fingerprints(turns)
     return {
-        "chunk": 0,
         "position": example.position,
         "whole": keys.whole,
         "prompt": keys.prompt,
@@ -179,48 +189,60 @@ def _script(letter: str) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """All that the pass found in a stream: its chunks in source and file order, their summaries, a line a record."""
+    """All that the pass found in a stream: its chunks in source and file order, and what is described of each.
+
+    A record's place is its number in this order.
+    """
 
     chunks: tuple[Chunk, ...]
-    summaries: tuple[ChunkSummary, ...]
-    table: pa.Table
+    described: tuple[Described, ...]
 
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """A column of numbers."""
-        values: npt.NDArray[Any] = self.table.column(name).to_numpy()
-        return values
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Place of each chunk's first record; at the end the number of records."""
+        return np.cumsum([0, *(d.batch.num_rows for d in self.described)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
 
     @property
-    def signatures(self) -> Signatures:
-        """uint16 [records, NUM_PERM]."""
-        parts = [
-            np.frombuffer(part.buffers()[1], np.uint16).reshape(-1, NUM_PERM)[part.offset : part.offset + len(part)]
-            for part in self.table.column("signature").chunks
-            if len(part)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, NUM_PERM), np.uint16)
+    def summaries(self) -> list[ChunkSummary]:
+        """Of each chunk."""
+        return [d.summary for d in self.described]
 
-    def grams(self, column: str = "grams") -> list[tuple[Keys, npt.NDArray[np.int64], int]]:
-        """Pieces of a column of lists: hashes one after the other, where each record's begin, the first record's place."""
-        pieces, first = [], 0
-        for part in self.table.column(column).chunks:
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers, as an array in memory."""
+        parts = [d.batch.column(name).to_numpy() for d in self.described]
+        kind = SCHEMA.field(name).type.to_pandas_dtype()
+        return np.concatenate(parts) if parts else np.zeros(0, kind)
+
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column of strings."""
+        return pa.chunked_array([d.batch.column(name) for d in self.described], SCHEMA.field(name).type)
+
+    def signatures(self) -> list[Signatures]:
+        """uint16 [records, NUM_PERM] of each chunk that has some."""
+        parts = [d.batch.column("signature") for d in self.described if d.batch.num_rows]
+        return [
+            np.frombuffer(part.buffers()[1], np.uint16).reshape(-1, NUM_PERM)[part.offset : part.offset + len(part)]
+            for part in parts
+        ]
+
+    def grams(self, column: str = "grams") -> list[Grams]:
+        """A column of lists of hashes, of each chunk."""
+        pieces = []
+        for first, described in zip(self.offsets.tolist(), self.described, strict=False):
+            part = described.batch.column(column)
             offsets = part.offsets.to_numpy()
-            pieces.append((part.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0], first))
-            first += len(part)
+            pieces.append(Grams(part.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0], first))
         return pieces
+
+    def chunk_numbers(self) -> npt.NDArray[np.int32]:
+        """int32 [records]: which of `chunks` each record lies in."""
+        return np.repeat(np.arange(len(self.chunks), dtype=np.int32), np.diff(self.offsets))
 
     def where(self, place: int) -> tuple[Chunk, int]:
         """Chunk and position of a record."""
-        return self.chunks[self.table.column("chunk")[place].as_py()], self.table.column("position")[place].as_py()
-
-
-def join_surveys(chunks: Sequence[Chunk], described: Sequence[tuple[list[ChunkSummary], pa.Table]]) -> Survey:
-    """One survey of consecutive pieces; the tables' chunk numbers are counted on."""
-    summaries: list[ChunkSummary] = []
-    tables = []
-    for found, table in described:
-        numbers = pa.array(table.column("chunk").to_numpy() + np.int32(len(summaries)), pa.int32())
-        tables.append(table.set_column(0, SCHEMA.field("chunk"), numbers))
-        summaries += found
-    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    return Survey(tuple(chunks), tuple(summaries), table)
+        chunk = int(np.searchsorted(self.offsets, place, "right")) - 1
+        position = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
+        return self.chunks[chunk], position

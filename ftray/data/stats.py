@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from ftray import config, storage
 from ftray.console import Console
@@ -81,13 +82,15 @@ class Stats:
 
 def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: list[str] | None) -> Part:
     """Figures of a stream, of the records that are in its rows."""
-    kept = np.ones(len(survey.table), bool)
-    gone = {(i, position) for i, f in enumerate(index.facts) for position in f.chunk.dropped}
-    if gone:
-        places = zip(survey.column("chunk").tolist(), survey.column("position").tolist(), strict=True)
-        kept = np.array([place not in gone for place in places], bool)
+    kept = np.concatenate(
+        [
+            np.isin(found.batch.column("position").to_numpy(), facts.chunk.dropped, invert=True)
+            for found, facts in zip(survey.described, index.facts, strict=True)
+        ]
+        or [np.zeros(0, bool)]
+    )
     flags = survey.column("flags")[kept]
-    answers = [a for a, keep in zip(survey.table.column("label").to_pylist(), kept.tolist(), strict=True) if keep]
+    answers = survey.texts("label").filter(pa.array(kept))
     scripts = sum((Counter(s.scripts) for s in survey.summaries), Counter[str]())
     out = {(q.uri, q.position) for q in index.dropped}
     letters = max(1, scripts.total())
@@ -109,11 +112,12 @@ def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: lis
     )
 
 
-def _labels(answers: list[str | None], allowed: list[str] | None) -> dict[str, int] | None:
+def _labels(answers: pa.ChunkedArray, allowed: list[str] | None) -> dict[str, int] | None:
     """Counts of labels: of the allowed ones, or of the answers where these are short and often the same."""
-    if allowed is None and (None in answers or not 1 < len(set(answers)) <= min(MAX_LABELS, len(answers) // 3)):
+    counted = answers.value_counts()  # of the few different ones, or of so many that they are no labels
+    if allowed is None and (answers.null_count or not 1 < len(counted) <= min(MAX_LABELS, len(answers) // 3)):
         return None
-    return count_labels(answers, allowed)
+    return count_labels({pair["values"]: pair["counts"] for pair in counted.to_pylist()}, allowed)
 
 
 def _count(entries: Sequence[Any]) -> dict[str, int]:

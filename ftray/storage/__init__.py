@@ -26,7 +26,7 @@ from ftray.storage.files import (
 )
 from ftray.storage.lease import Lease, acquire_lease
 from ftray.storage.s3 import RETRY_S
-from ftray.storage.transfer import download_file, upload_file
+from ftray.storage.transfer import download_file, map_file, upload_file
 
 __all__ = [
     "MANIFEST",
@@ -49,6 +49,7 @@ __all__ = [
     "is_remote",
     "join",
     "list_files",
+    "map_file",
     "read_bytes",
     "read_manifest",
     "read_range",

@@ -1,10 +1,13 @@
 """Whole files from here to there, large ones in parts and several at a time. Knows no directory."""
 
+import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ftray.errors import StorageError
@@ -69,6 +72,18 @@ def download_file(uri: str, local_path: str | os.PathLike[str]) -> None:
 
         in_parallel(fetch, range(0, head["ContentLength"], PART_BYTES))
         local.replace(staged, path)
+
+
+def map_file(uri: str) -> mmap.mmap:
+    """A whole file, not empty, mapped for reading: its pages take no memory that others need. A remote one is copied first,
+    to a temporary file that goes with the mapping. Raises MissingFile, StorageError."""
+    if not is_remote(uri):
+        with local.guarded(uri, "read") as path, path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+        copy = Path(directory, "copy")
+        download_file(uri, copy)
+        return map_file(str(copy))
 
 
 def in_parallel(action: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

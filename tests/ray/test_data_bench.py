@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,12 +29,8 @@ def test_the_quick_way_gives_the_rows_of_the_plain_one_at_a_fraction_of_the_cost
     found = data_speed.measure(write_corpus(tmp_path, 1.2, shard_mb=0.3), base)
     assert found["equal"]
     assert found["num_tokens"] > 100_000
-    if importlib.util.find_spec("fastokens"):
-        assert found["engine"] == "fastokens"
-        assert found["ratio"] >= 3
-    else:
-        assert found["engine"] == "tokenizers"
-        assert found["ratio"] >= 1.2
+    assert found["engine"] == "fastokens"
+    assert found["ratio"] >= 3
 
 
 def test_rows_are_full_in_one_streaming_pass(base: config.Model, tmp_path: Path) -> None:

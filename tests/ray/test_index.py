@@ -274,7 +274,7 @@ def test_labels_bound_the_answers_and_conflicts_are_told(model: Path, tmp_path: 
     assert [Path(str(f.of_uri)).name for f in conflicts] == ["s0.jsonl"]
     stream, _ = both_streams(model, data)
     survey = read_survey(index, str(tmp_path / "run"))
-    assert sorted(set(survey.table.column("label").to_pylist())) == ["no", "yes"]
+    assert sorted(set(survey.texts("label").to_pylist())) == ["no", "yes"]
     with pytest.raises(
         DataError, match=r"1 bad records \(1 unknown_label\), allowed are 0; .*line 8: the answer 'yess'"
     ):

@@ -1,6 +1,7 @@
 """Copies are found however they are disguised, and what only looks alike is not: equal, near and leaked records."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from ftray.data.duplicates import (
     find_equal,
     find_near,
     find_near_to,
+    join_signatures,
     record_keys,
     signature,
     spoken_text,
 )
-from ftray.data.overlap import find_leaks, fingerprints, heldout_fingerprints
+from ftray.data.overlap import Grams, Keys, find_leaks, fingerprints, heldout_fingerprints
 
 LETTERS = random.Random(99)
 WORDS = ["".join(LETTERS.choice("abcdefghijklmnoprstuvwz") for _ in range(LETTERS.randint(3, 9))) for _ in range(3000)]
@@ -144,16 +146,50 @@ def test_records_near_to_held_out_ones_are_found_and_named() -> None:
     rng = random.Random(4)
     train, heldout = [sentence(rng, 25) for _ in range(400)], [sentence(rng, 25) for _ in range(60)]
     train[100], train[200] = disguise(rng, heldout[10]), heldout[20]
-    pairs = find_near_to(signatures(train), signatures(heldout))
+    pairs = find_near_to(join_signatures([signatures(heldout), signatures(train)]), len(heldout))
     assert [(p.place, p.of) for p in pairs] == [(100, 10), (200, 20)]
-    assert find_near_to(signatures(train), signatures(heldout)[:0]) == []
+    assert find_near_to(signatures(train), 0) == []
 
 
-def leaks(train: list[list[Message]], heldout: list[list[Message]]) -> list[tuple[int, int]]:
+def test_joined_signatures_are_those_that_are_wanted_in_their_order() -> None:
+    parts = [np.arange(n * NUM_PERM, dtype=np.uint16).reshape(n, NUM_PERM) + n for n in (3, 0, 2)]
+    wanted = np.array([True, False, True, False, True])
+    assert np.array_equal(join_signatures(parts), np.concatenate(parts))
+    assert np.array_equal(join_signatures(parts, wanted), np.concatenate(parts)[wanted])
+    assert join_signatures(parts, ~np.ones(5, bool)).shape == (0, NUM_PERM)
+
+
+def pieces(records: list[Keys], sizes: list[int]) -> list[Grams]:
+    """Records' hashes in pieces of so many records."""
+    cuts = np.cumsum([0, *sizes])
+    return [
+        Grams(np.concatenate(records[a:b]), np.cumsum([0, *map(len, records[a:b])]), int(a))
+        for a, b in pairwise(cuts)
+        if b > a
+    ]
+
+
+def leaks(train: list[list[Message]], heldout: list[list[Message]], num_pieces: int = 1) -> list[tuple[int, int]]:
     grams = [fingerprints(turns) for turns in train]
-    piece = (np.concatenate(grams), np.cumsum([0, *map(len, grams)]), 0)
+    sizes = [len(part) for part in np.array_split(np.arange(len(train)), num_pieces)]
     held = [heldout_fingerprints(turns) for turns in heldout]
-    return sorted({(leak.place, leak.of) for kind in (0, 1) for leak in find_leaks([h[kind] for h in held], [piece])})
+    found = [
+        find_leaks(pieces([h[kind] for h in held], [1, len(held) - 1]), pieces(grams, sizes)) if held else []
+        for kind in (0, 1)
+    ]
+    return sorted({(leak.place, leak.of) for kind in found for leak in kind})
+
+
+def test_leaks_are_the_same_whatever_is_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(7)
+    heldout = [chat(sentence(rng, 20), sentence(rng, 12)) for _ in range(80)]
+    train = [chat(sentence(rng, 20), sentence(rng, 12)) for _ in range(300)]
+    for place in range(0, 300, 30):
+        train[place] = heldout[place // 5]
+    once = leaks(train, heldout)
+    assert [place for place, _ in once] == list(range(0, 300, 30))
+    monkeypatch.setattr(overlap, "PART_HASHES", 97)
+    assert leaks(train, heldout, num_pieces=7) == once
 
 
 def test_leaked_records_are_found_alone_inside_longer_ones_and_with_another_answer() -> None:

@@ -30,7 +30,7 @@ def test_an_answer_outside_the_list_is_named_with_the_closest_label() -> None:
 
 
 def test_labels_are_counted_and_those_without_a_record_too() -> None:
-    counts = count_labels(["top up", "card lost", "top up", None], LABELS)
+    counts = count_labels({"top up": 2, "card lost": 1, None: 1}, LABELS)
     assert list(counts.items()) == [("top up", 2), ("card lost", 1), ("card stolen", 0)]
 
 
@@ -49,7 +49,8 @@ def sides(items: list[tuple[str, int]], fraction: float) -> list[bool]:
     """Whether each record is held out, by hash or as its class's substitute."""
     made = [{"category": stratum, "text": number} for stratum, number in items]
     held = [split_part(record, fraction) == "eval" for record in made]
-    for place in pick_substitutes([s for s, _ in items], [n for _, n in items], held, fraction):
+    strata, numbers = np.array([ord(s) for s, _ in items], np.int64), np.array([n for _, n in items], np.uint64)
+    for place in pick_substitutes(strata, numbers, np.array(held, bool), fraction):
         assert not held[place]
         held[place] = True
     return held

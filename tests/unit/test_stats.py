@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ftray.data.page import render_page
@@ -94,11 +95,14 @@ def test_lengths_are_counted_whole() -> None:
 
 
 def test_short_answers_that_repeat_are_labels_and_others_are_not() -> None:
-    assert _labels(["a", "b", "a", "a", "b", "a"], None) == {"a": 4, "b": 2}
-    assert _labels(["a", "b", "c"], None) is None
-    assert _labels(["a", None, "a", "a", "b", "a"], None) is None
-    assert _labels(["a"] * 9, None) is None
-    assert _labels(["a"] * 9, ["a", "b"]) == {"a": 9, "b": 0}
+    def labels(answers: list[str | None], allowed: list[str] | None = None) -> dict[str, int] | None:
+        return _labels(pa.chunked_array([answers[:2], answers[2:]], pa.string()), allowed)
+
+    assert labels(["a", "b", "a", "a", "b", "a"]) == {"a": 4, "b": 2}
+    assert labels(["a", "b", "c"]) is None
+    assert labels(["a", None, "a", "a", "b", "a"]) is None
+    assert labels(["a"] * 9) is None
+    assert labels(["a"] * 9, ["a", "b"]) == {"a": 9, "b": 0}
 
 
 FLAGGED = [

@@ -31,6 +31,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return storage.join(request.getfixturevalue("s3").uri, "a place", tmp_path.name)
 
 
+def test_a_mapped_file_outlives_what_it_was_mapped_from(place: str) -> None:
+    uri = storage.join(place, "a file")
+    storage.write_bytes(uri, b"what it held")
+    mapped = storage.map_file(uri)
+    storage.write_bytes(uri, b"something else")
+    storage.delete(uri)
+    assert mapped[:] == b"what it held"
+    with pytest.raises(storage.MissingFile):
+        storage.map_file(uri)
+
+
 @contextmanager
 def process(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Another Python that has `storage` and `say`; killed at the end."""

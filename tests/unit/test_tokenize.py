@@ -255,7 +255,6 @@ def test_the_sample_holds_rare_and_common_texts_and_is_always_the_same() -> None
 
 @pytest.mark.slow
 def test_fastokens_gives_the_same_ids() -> None:
-    pytest.importorskip("fastokens")
     for tokenizer in (tiny.make_tokenizer(), load_tokenizer(Model(base=embedded.NAME))):
         backend = backend_json(tokenizer)
         batch = BatchTokenizer(tokenizer, backend)
