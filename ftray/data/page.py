@@ -6,8 +6,9 @@ from html import escape
 
 from ftray.data.stats import Part, Stats, facts
 
-WIDTH, HEIGHT, ROOM = 640, 180, 24  # of a plot, in its own units; room: under it, for numbers
+WIDTH, HEIGHT, ROOM = 480, 150, 24  # of a plot, in its own units; room: under it, for numbers
 MAX_BARS = 40
+BAR_FROM, BAR_WIDTH, NAME_CHARS = 205, 215, 30
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --bar: #2f6feb; --paper: #ffffff; }
 @media (prefers-color-scheme: dark) {
@@ -19,7 +20,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; border-top: 1px solid var(--li
 h3 { font-size: 1rem; margin-bottom: .25rem; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
 dt { color: var(--dim); } dd { margin: 0; }
-svg { width: 100%; height: auto; display: block; } svg rect { fill: var(--bar); }
+svg { width: 100%; max-width: 38rem; height: auto; display: block; } svg rect { fill: var(--bar); }
 svg text { fill: var(--dim); font: 12px system-ui, sans-serif; } svg line { stroke: var(--line); }
 .warnings { border-left: 4px solid #d29922; padding-left: 1rem; }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
@@ -83,9 +84,9 @@ def _bars(title: str, values: list[tuple[str, float]], form: str, most: float = 
     shown, line = values[:MAX_BARS], 24
     most = most or max((value for _, value in shown), default=1.0) or 1.0
     rows = "".join(
-        f'<text x="0" y="{i * line + 16}">{escape(name[:34])}</text>'
-        f'<rect x="240" y="{i * line + 5}" width="{max(1.0, 320 * value / most):.1f}" height="14"/>'
-        f'<text x="{246 + 320 * value / most:.1f}" y="{i * line + 16}">{form.format(value)}</text>'
+        f'<text x="0" y="{i * line + 16}">{escape(_short(name))}</text>'
+        f'<rect x="{BAR_FROM}" y="{i * line + 5}" width="{max(1.0, BAR_WIDTH * value / most):.1f}" height="14"/>'
+        f'<text x="{BAR_FROM + 6 + BAR_WIDTH * value / most:.1f}" y="{i * line + 16}">{form.format(value)}</text>'
         for i, (name, value) in enumerate(shown)
     )
     more = f"<p>and {len(values) - MAX_BARS} more</p>" if len(values) > MAX_BARS else ""
@@ -94,3 +95,7 @@ def _bars(title: str, values: list[tuple[str, float]], form: str, most: float = 
         f'<section><h3>{escape(title)}</h3><svg viewBox="0 0 {WIDTH} {len(shown) * line + 4}" role="img" '
         f'aria-label="{escape(label)}">{rows}</svg>{more}</section>'
     )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…"

@@ -16,6 +16,7 @@ from ftray.data.chunks import Stream, streams
 from ftray.data.index import Index, build_index, check_index
 from ftray.data.pipeline import Plan, make_plan
 from ftray.data.proof import prove_sample
+from ftray.data.sources import other_files
 from ftray.errors import ConfigError, DataError
 
 
@@ -42,6 +43,7 @@ def prepare_data(
     chunk_bytes = int(run.data.chunk_mb * 1e6)
     index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
     heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
+    _say_left_out(run.data, console)
     train = run.train
     plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
     if plan.mixture.rows_per_epoch < train.global_batch_size:
@@ -53,6 +55,16 @@ def prepare_data(
         raise ConfigError(f"train.epochs ({train.epochs}) is less than one global batch; raise it")
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
     return Data(plan, index, heldout, heldout_index, "-".join(h for h in hashes if h))
+
+
+def _say_left_out(data: config.Data, console: Console) -> None:
+    for source in [*data.train, *(data.eval if isinstance(data.eval, list) else [])]:
+        if names := other_files(source.path):
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            console.warn(
+                f"{source.path}: {len(names)} files are empty or of a kind that isn't read ({shown}); convert those that "
+                "hold records"
+            )
 
 
 def _index(

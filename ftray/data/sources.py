@@ -71,18 +71,7 @@ def list_shards(path: str) -> list[Shard]:
     path: file, directory, glob, `embedded:…` or `hf:…`. Raises DataError: nothing there, no file of a known kind, all
     empty.
     """
-    if path.startswith("hf:"):
-        path = hub.resolve(path)
-    path = embedded.resolve(path) if path.startswith("embedded:") else storage.absolute(path)
-    if any(c in path for c in "*?["):
-        found = storage.glob_files(path)
-    elif path.endswith(SUFFIXES):
-        if not storage.exists(path):
-            raise DataError(f"{path} does not exist; correct data.train or data.eval")
-        size, etag = storage.size_and_etag(path)
-        found = [storage.FileInfo(uri=path, path=path.rsplit("/", 1)[-1], size_bytes=size, etag=etag)]
-    else:
-        found = storage.list_files(path)
+    path, found = _find(path)
     if not found:
         raise DataError(f"{path}: no such file or directory, or nothing in it; correct data.train or data.eval")
     known = [f for f in found if f.path.endswith(SUFFIXES)]
@@ -96,6 +85,29 @@ def list_shards(path: str) -> list[Shard]:
         what = "there is nothing in it" if len(known) == 1 else f"all {len(known)} files are empty"
         raise DataError(f"{path}: {what}; put records there, or correct the path")
     return shards
+
+
+def other_files(path: str) -> list[str]:
+    """Files of a source that `list_shards` leaves out: of another kind, or empty. Not told: names with a leading `_` or `.`,
+    by which tools mark what is no data."""
+    _, found = _find(path)
+    names = [f.path for f in found if not f.path.endswith(SUFFIXES) or f.size_bytes == 0]
+    return [name for name in names if not name.rsplit("/", 1)[-1].startswith(("_", "."))]
+
+
+def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
+    """(where it is looked for, all files there)."""
+    if path.startswith("hf:"):
+        path = hub.resolve(path)
+    path = embedded.resolve(path) if path.startswith("embedded:") else storage.absolute(path)
+    if any(c in path for c in "*?["):
+        return path, storage.glob_files(path)
+    if not path.endswith(SUFFIXES):
+        return path, storage.list_files(path)
+    if not storage.exists(path):
+        raise DataError(f"{path} does not exist; correct data.train or data.eval")
+    size, etag = storage.size_and_etag(path)
+    return path, [storage.FileInfo(uri=path, path=path.rsplit("/", 1)[-1], size_bytes=size, etag=etag)]
 
 
 def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ftray import storage
 from ftray.data import sources
-from ftray.data.sources import RawRecord, Shard, cut_shard, line_number, list_shards, read_chunk
+from ftray.data.sources import RawRecord, Shard, cut_shard, line_number, list_shards, other_files, read_chunk
 from ftray.errors import DataError, StorageError
 from tests.s3 import S3Server
 
@@ -239,6 +239,16 @@ def test_a_source_is_a_file_a_directory_or_a_pattern(tmp_path: Path) -> None:
     assert [s.path for s in list_shards(f"{tmp_path}/b/*.jsonl")] == ["2.jsonl"]
     assert [s.path for s in list_shards(f"{tmp_path}/**/*.jsonl")] == ["b/2.jsonl"]
     assert [s.path for s in list_shards(f"{tmp_path}/a.csv")] == ["a.csv"]
+
+
+def test_what_is_not_read_beside_the_shards_is_told(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.bz2", "deep/c.JSONL", "README.md", "_SUCCESS", ".part.crc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "empty.jsonl").touch()
+    assert [s.path for s in list_shards(str(tmp_path))] == ["a.jsonl"]
+    assert other_files(str(tmp_path)) == ["README.md", "b.jsonl.bz2", "deep/c.JSONL", "empty.jsonl"]
+    assert other_files(str(tmp_path / "a.jsonl")) == []
 
 
 def test_copies_elsewhere_have_the_same_paths_and_chunks(tmp_path: Path) -> None:
