@@ -57,10 +57,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """Rows of a chunk in packing order; the examples they hold (by `PackedRow.documents`), and the bad records."""
+    """Rows of a chunk in packing order; the examples they hold; for each document (`PackedRow.documents`) whose it is; and
+    the bad records."""
 
     rows: list[PackedRow]
     examples: list[Example]
+    owners: list[int]
     bad: list[Quarantined]
 
     @property
@@ -99,8 +101,10 @@ def pack_chunk(chunk: Chunk, stream: Stream) -> PackedChunk:
             examples.append(item)
         else:
             bad.append(item)
-    pairs = [(e.encoded.input_ids, e.encoded.loss_mask) for e in examples]
-    return PackedChunk(pack_examples(pairs, stream.max_seq_len, pad_id, stream.packing), examples, bad)
+    documents = [document for example in examples for document in example.encoded.documents()]
+    owners = [i for i, example in enumerate(examples) for _ in example.encoded.starts]
+    rows = pack_examples(documents, stream.max_seq_len, pad_id, stream.packing)
+    return PackedChunk(rows, examples, owners, bad)
 
 
 @lru_cache(maxsize=2)

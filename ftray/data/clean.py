@@ -186,7 +186,7 @@ def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
 def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Example:
     if isinstance(encoded, DataError):
         raise BadRecord("bad_turn", str(encoded))
-    num_tokens = len(encoded.input_ids)
+    num_tokens = encoded.longest
     if num_tokens > rules.max_seq_len:
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
     if not np.any(encoded.loss_mask[1:]):

@@ -112,7 +112,7 @@ def _rows_table(item: tuple[int, int, ChunkFacts], stream: Stream, seed: int | N
             "chunk": pa.array([number] * n, pa.int32()),
             "row": pa.array(list(places), pa.int32()),
             "records": pa.array(
-                [[packed.examples[d].position for d in r.documents] for r in rows], pa.list_(pa.int64())
+                [[packed.examples[packed.owners[d]].position for d in r.documents] for r in rows], pa.list_(pa.int64())
             ),
         }
     )

@@ -45,10 +45,13 @@ def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console
             if isinstance(item, Quarantined):
                 console.say(f"\n--- {where}: bad ({item.rule}): {item.detail}")
                 continue
-            num_tokens, num_learned = len(item.encoded.input_ids), sum(item.encoded.loss_mask)
-            lengths.append(num_tokens)
-            console.say(f"\n--- {where}: {num_tokens} tokens, {num_learned} learned")
-            console.say(paint(pieces(chat, item.encoded), colour))
+            documents = [Encoded(ids, mask) for ids, mask in item.encoded.documents()]
+            for n, document in enumerate(documents, 1):
+                num_tokens, num_learned = len(document.input_ids), sum(document.loss_mask)
+                lengths.append(num_tokens)
+                which = f", answer {n} of {len(documents)}" if len(documents) > 1 else ""
+                console.say(f"\n--- {where}{which}: {num_tokens} tokens, {num_learned} learned")
+                console.say(paint(pieces(chat, document), colour))
         if stream.packing and lengths:
             rows = [[lengths[place] for place in row] for row in best_fit(lengths, stream.max_seq_len)]
             told = ", ".join(" + ".join(map(str, row)) for row in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 from ftray.chat import ChatFormat, Message
@@ -51,22 +52,37 @@ def prove_sample(stream: Stream, index: Index, what: str, number: int = NUM_EXAM
 
 def _prove_examples(chat: ChatFormat, examples: Sequence[Example], stream: Stream, uri: str, what: str) -> None:
     """Packs examples of one shard and proves what is in the rows. Raises DataError naming the record."""
-    pairs = [(e.encoded.input_ids, e.encoded.loss_mask) for e in examples]
+    said = [alone for example in examples for alone in by_document(example)]
+    documents = [document for example in examples for document in example.encoded.documents()]
     seen: set[int] = set()
-    for row in pack_examples(pairs, stream.max_seq_len, 0, stream.packing):
+    for row in pack_examples(documents, stream.max_seq_len, 0, stream.packing):
         for place, ids, mask in read_back(row):
             seen.add(place)
             try:
-                prove(chat, examples[place], ids, mask)
+                prove(chat, said[place], ids, mask)
             except _Differs as err:
-                line = line_number(uri, examples[place].position)
-                where = f"line {line}" if line else f"record {examples[place].position}"
+                line = line_number(uri, said[place].position)
+                where = f"line {line}" if line else f"record {said[place].position}"
                 raise DataError(
                     f"data.{what}: {uri}, {where}: {err}. This record can't be trained on exactly with this tokenizer and "
                     "chat template; correct the record or the template, or use another base"
                 ) from None
-    if len(seen) != len(examples):
-        raise DataError(f"data.{what}: packing lost {len(examples) - len(seen)} of {len(examples)} records of {uri}")
+    if len(seen) != len(said):
+        raise DataError(f"data.{what}: packing lost {len(said) - len(seen)} of {len(said)} documents of {uri}")
+
+
+def by_document(example: Example) -> list[Example]:
+    """What each of the example's documents must say: where there are several, the turns up to one of the learned answers."""
+    if len(example.encoded.starts) == 1 or example.messages is None:
+        return [example]
+    turns = example.messages
+    context = [replace(turn, train=False) for turn in turns]
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.train]
+    if len(answers) != len(example.encoded.starts):
+        raise DataError(
+            f"record {example.position} has {len(answers)} answers and other documents: a bug in ftray.chat"
+        )
+    return [replace(example, messages=[*context[:i], turns[i]]) for i in answers]
 
 
 def read_back(row: PackedRow) -> list[tuple[int, list[int], list[bool]]]:

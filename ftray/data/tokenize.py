@@ -306,4 +306,4 @@ def _encoded(chat: ChatFormat, turns: list[Message]) -> object:
         encoded = chat.encode_example(turns)
     except FtrayError as err:
         return str(err)
-    return encoded.input_ids, encoded.loss_mask
+    return encoded

@@ -31,6 +31,15 @@ FORGETFUL = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# Puts empty thoughts in front of the answers after the last question, as Qwen3's does.
+THOUGHTFUL = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 def chat_with(template: str | None = tiny.TEMPLATE, **changes: Any) -> ChatFormat:
     tokenizer = tiny.make_tokenizer(**changes)
@@ -243,11 +252,48 @@ def test_a_tokenizer_without_template_is_refused_with_a_remedy() -> None:
         chat_with(None)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does() -> None:
+def documents(chat: ChatFormat, messages: list[Message]) -> list[Encoded]:
+    """The documents of a conversation, which are the same made one by one and many at once."""
+    encoded = chat.encode_example(messages)
+    (quick,) = chat.encode_examples([messages])
+    assert isinstance(quick, Encoded)
+    assert (list(quick.input_ids), list(quick.loss_mask), quick.starts) == (
+        encoded.input_ids,
+        encoded.loss_mask,
+        encoded.starts,
+    )
+    return [Encoded(ids, mask) for ids, mask in encoded.documents()]
+
+
+@pytest.mark.parametrize(("template", "thought"), [(FORGETFUL, ""), (THOUGHTFUL, "<think>\n\n</think>\n\n")])
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_learned_behind_the_prompt_of_the_endpoint(
+    template: str, thought: str
+) -> None:
+    chat = chat_with(template)
+    said = turns("a", "<think>1</think>b", "c", "d", "e", "<think>2</think>f")
+    found = documents(chat, said)
+    for answer, document in zip((1, 3, 5), found, strict=True):
+        assert supervised(chat, document) == [f"{thought}{said[answer].content}{END}"]
+        prompt = chat.encode_prompt(said[:answer])
+        assert document.input_ids[: len(prompt)] == prompt
+        assert chat.decode(prompt) == chat.render(said[:answer], add_generation_prompt=True)
+        assert chat.decode(document.input_ids) == chat.render(said[: answer + 1])
+    (alone,) = documents(chat, said[:2])
+    assert supervised(chat, alone) == [f"{thought}{said[1].content}{END}"]
+
+
+def test_where_a_template_rewrites_earlier_turns_an_answer_that_is_not_learned_has_no_document() -> None:
     chat = chat_with(FORGETFUL)
-    assert supervised(chat, chat.encode_example(turns("a", "<think>1</think>b"))) == [f"<think>1</think>b{END}"]
-    with pytest.raises(DataError, match="rewrites earlier turns"):
-        chat.encode_example(turns("a", "<think>1</think>b", "c", "d"))
+    said = turns("a", "<think>1</think>b", "c", "d")
+    (only,) = documents(chat, [said[0], Message("assistant", said[1].content, train=False), *said[2:]])
+    assert supervised(chat, only) == [f"d{END}"]
+    assert "<think>" not in chat.decode(only.input_ids)
+
+
+def test_a_template_whose_prompt_is_no_beginning_of_its_text_is_refused() -> None:
+    fickle = "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}" + tiny.TEMPLATE
+    with pytest.raises(ModelError, match="writes another prompt for the answer of turn 1 than the endpoint"):
+        chat_with(fickle)
 
 
 def test_a_template_that_trims_is_followed() -> None:
@@ -273,6 +319,20 @@ def test_a_conversation_that_can_not_be_learned_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=words):
         chat.encode_example(messages)
+
+
+@pytest.mark.slow
+def test_a_character_that_the_vocabulary_lacks_is_named_where_it_would_be_lost(real_chat: ChatFormat) -> None:
+    for lost in (turns("a\x04", "b"), turns("a", "b\x1dc")):
+        with pytest.raises(DataError, match=r"turn \d \(\w+\) contains the control character U\+00(04|1D), which"):
+            real_chat.encode_example(lost)
+        (found,) = real_chat.encode_examples([lost])
+        assert isinstance(found, DataError)
+    with pytest.raises(DataError, match=r"the text contains the control character U\+0006"):
+        real_chat.encode_text("\x06")
+    kept = turns("a\x01\t\r\n", "b\x1f")
+    assert real_chat.decode(real_chat.encode_example(kept).input_ids) == real_chat.render(kept)
+    assert real_chat.encode_prompt(turns("a\x04"))  # a question is answered all the same
 
 
 def test_a_prompt_must_end_with_a_turn_to_be_answered(chat: ChatFormat) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ftray.data.packing import IGNORE_INDEX, PackedRow
 from ftray.data.sources import cut_shard, list_shards
 from ftray.errors import DataError
 from tests import tiny
+from tests.unit.test_chat import THOUGHTFUL
 from tests.unit.test_templates import LLAMA_2, MARKED_LATE, ZEPHYR, sentencepiece
 
 
@@ -62,6 +64,23 @@ def test_it_holds_for_tokenizers_that_add_spaces(tmp_path: Path, template: str, 
 def test_it_holds_where_the_templates_own_marks_name_less(tmp_path: Path) -> None:
     path = tiny.write_records(tmp_path / "data", 10)
     assert proof.prove_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
+
+
+def test_it_holds_where_each_answer_is_a_document_of_its_own(tmp_path: Path) -> None:
+    conversations = [
+        {"messages": [{"role": ("user", "assistant")[i % 2], "content": f"turn {i} of {n}"} for i in range(2 * n)]}
+        for n in (1, 2, 4)
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(c) + "\n" for c in conversations))
+    stream, index = index_of(path, lambda: tokenizer_with(THOUGHTFUL))
+    assert proof.prove_sample(stream, index, "train") == 3
+    packed = pack_chunk(index.facts[0].chunk, stream)
+    assert packed.owners == [0, 1, 1, 2, 2, 2, 2]
+    assert sorted(d for row in packed.rows for d in row.documents) == list(range(7))
+    for row in packed.rows:
+        starts = [n for n, position in enumerate(row.position_ids[: row.num_tokens]) if position == 0]
+        assert starts == [sum(row.lengths[:n]) for n in range(len(row.documents))]
 
 
 def shifted(mask: Any, by: int) -> Any:

@@ -283,7 +283,7 @@ def test_a_template_can_not_reach_out_of_the_sandbox() -> None:
 def test_a_long_conversation_is_no_endless_one() -> None:
     chat = chat_with(tiny.TEMPLATE.replace("m['content']", "m['content'] | trim"))
     asked = turns(*(["x" * 2000, "y" * 2000] * 200))
-    assert len(chat._segments(asked)) == 401
+    assert len(chat._cutter.cut_example(asked)[0]) == 401
 
 
 def test_a_template_that_asks_for_the_date_gives_the_same_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,4 +322,4 @@ def test_the_sandbox_writes_what_transformers_writes_for_a_real_model() -> None:
     tokenizer = load_tokenizer(Model(base=embedded.NAME))
     chat = ChatFormat(tokenizer)
     whole = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in LONG], tokenize=False)
-    assert chat._render(LONG, False).text == whole
+    assert chat.render(LONG) == whole

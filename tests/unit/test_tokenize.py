@@ -177,7 +177,7 @@ def test_a_template_that_copies_is_rendered_once_for_all_conversations_of_its_sh
         [Message("user", f"{n}?"), Message("assistant", f" {n}! ")] for n in range(20)
     ]
     chat.encode_examples(conversations[:1])
-    chat._render = None  # type: ignore[assignment]
+    chat._cutter.render = None  # type: ignore[assignment]
     assert not any(isinstance(e, DataError) for e in chat.encode_examples(conversations))
 
 
