@@ -3,8 +3,8 @@
     python -m bench.data_memory --mb 400
 
 Generates JSONL shards, makes the index by the Ray Data pass, feeds one rank from the first step, and again from a step
-nine tenths through. Samples, twice a second, of the driver, Ray's workers (each and in sum; what they share with others
-is left out) and the object store; told as the peak of each quarter of a phase, so that growth is seen. Waiting is from
+nine tenths through. Samples, twice a second, of the driver, Ray's workers (each and in sum; what they share with others,
+and mapped files, are left out) and the object store; told as the peak of each quarter of a phase, so that growth is seen. Waiting is from
 asking for batches to having the first, with the worker pool that the phase before has left warm. One JSON line a phase.
 """
 
@@ -71,11 +71,12 @@ class Sampler:
                     workers.append((memory.rss - memory.shared) / MB)
             except psutil.Error:
                 continue
+        driver = psutil.Process().memory_info()
         stored = re.search(
             r"Plasma memory usage (\d+) MiB", memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
         )
         return {
-            "driver_mb": psutil.Process().memory_info().rss / MB,
+            "driver_mb": (driver.rss - driver.shared) / MB,
             "largest_worker_mb": max(workers, default=0.0),
             "all_workers_mb": sum(workers),
             "object_store_mb": float(stored.group(1)) if stored else 0.0,
