@@ -3,9 +3,10 @@
     python -m bench.data_memory --mb 400
 
 Generates JSONL shards, makes the index by the Ray Data pass, feeds one rank from the first step, and again from a step
-nine tenths through. Samples, twice a second, of the driver, Ray's workers (each and in sum; what they share with others,
-and mapped files, are left out) and the object store; told as the peak of each quarter of a phase, so that growth is seen. Waiting is from
-asking for batches to having the first, with the worker pool that the phase before has left warm. One JSON line a phase.
+nine tenths through. Samples, twice a second, of the driver, Ray's workers (each and in sum) and the object store; what
+processes share, and mapped files, are left out. Told as the peak of each quarter of a phase, so that growth is seen.
+Waiting is from asking for batches to having the first, with the worker pool that the phase before has left warm. One
+JSON line a phase.
 """
 
 from __future__ import annotations

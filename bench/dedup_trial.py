@@ -88,7 +88,7 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
     """Findings of the index of directory/train against directory/eval, and the seconds that it took."""
     from ftray import config
     from ftray.data.chunks import streams
-    from ftray.data.index import build_index
+    from ftray.data.index import build_index, read_findings
     from ftray.model.load import load_tokenizer
 
     source = {"columns": columns}
@@ -100,7 +100,8 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
     stream, _ = streams(data, partial(load_tokenizer, config.Model(base=str(model))))
     begin = time.monotonic()
     index = build_index(stream, CHUNK_BYTES, str(directory / "index"), "trial")
-    return [f for f in index.found if f.rule in ("duplicate", "near_duplicate", "overlap")], time.monotonic() - begin
+    found = read_findings(index, str(directory / "index"))
+    return [f for f in found if f.rule in ("duplicate", "near_duplicate", "overlap")], time.monotonic() - begin
 
 
 def likeness(one: Record, other: Record) -> float:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ NUM_PERM = 128  # slots of a signature, 16 bits each: 256 bytes a record
 BAND = 4  # slots that must be equal for two records to be compared: 64 bits, one number
 SIMILARITY = 0.7
 ROUNDS = 6  # leaders tried in a group of records that share a band
-PIECE = 4096  # shingles hashed at once
+PIECE = 4096  # shingles hashed, or pairs compared, at once
 MIN_SLOTS = 12  # own slots that a judgement needs
 COMMON_SHARE, COMMON_RECORDS = 0.1, 20  # a slot's value is common above both: a template's, not the record's
 
@@ -43,13 +43,41 @@ class RecordKeys:
     answer: int
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A record that repeats an earlier one. Places of both; similarity 1.0 for equal ones."""
 
     place: int
     of: int
     similarity: float
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Many `Pair`s, by place: int64, int64, float64 [pairs]."""
+
+    places: npt.NDArray[np.int64]
+    of: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(Pair, self.places.tolist(), self.of.tolist(), self.similarity.tolist())
+
+    @classmethod
+    def best(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Each different (place, of) once, for a place the most similar first, and of these the earliest."""
+        places, of, similarity = (
+            np.concatenate(a) for a in zip(*((p.places, p.of, p.similarity) for p in parts), strict=True)
+        )
+        order = np.lexsort((of, -similarity, places))
+        places, of, similarity = places[order], of[order], similarity[order]
+        new = np.r_[True, (places[1:] != places[:-1]) | (of[1:] != of[:-1])] if len(places) else np.zeros(0, bool)
+        return cls(places[new], of[new], similarity[new])
+
+
+NO_PAIRS = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
 def record_keys(turns: Sequence[Message]) -> RecordKeys:
@@ -98,14 +126,16 @@ def _permutations() -> Any:
     return MinHash(NUM_PERM, seed=1, scheme="affine32").permutations
 
 
-def find_equal(keys: Keys) -> list[Pair]:
+def find_equal(keys: Keys) -> Pairs:
     """Records whose key an earlier record has; `of` is the first that has it."""
+    if not len(keys):
+        return NO_PAIRS
     order = np.argsort(keys, kind="stable")
-    starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(keys) else np.zeros(0, bool)
-    firsts = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))] if len(keys) else order
+    starts = np.r_[True, keys[order][1:] != keys[order][:-1]]
+    firsts = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
     again = np.flatnonzero(~starts)
-    pairs = [Pair(int(order[i]), int(firsts[i]), 1.0) for i in again]
-    return sorted(pairs, key=lambda p: p.place)
+    again = again[np.argsort(order[again])]
+    return Pairs(order[again], firsts[again], np.ones(len(again)))
 
 
 def join_signatures(parts: Sequence[Signatures], wanted: npt.NDArray[np.bool_] | None = None) -> Signatures:
@@ -126,60 +156,59 @@ def join_signatures(parts: Sequence[Signatures], wanted: npt.NDArray[np.bool_] |
     return joined
 
 
-def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> list[Pair]:
+def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> Pairs:
     """Records that are nearly an earlier one that stays.
 
-    signatures: uint16 [records, NUM_PERM], duplicates left out. Memory: 24 bytes a record besides; time: a sort for each
-    band. Deterministic; the one kept is always the earlier.
+    signatures: uint16 [records, NUM_PERM], duplicates left out. Memory: 24 bytes a record, and for each pair; time: a sort
+    for each band. Deterministic; the one kept is always the earlier.
     """
     common = _common(signatures)
-    best: dict[int, dict[int, float]] = {}
-    for lead, others in _candidates(_bands(signatures, common)):
-        alike = _similarity(signatures, others, lead, common)
-        for place, value in zip(others[alike >= similarity].tolist(), alike[alike >= similarity].tolist(), strict=True):
-            best.setdefault(place, {})[lead] = value
-    gone: set[int] = set()
-    pairs = []
-    for place in sorted(best):
-        stay = {of: value for of, value in best[place].items() if of not in gone}
-        if stay:
-            of = min(stay, key=lambda of: (-stay[of], of))
-            pairs.append(Pair(place, of, round(stay[of], 3)))
-            gone.add(place)
-    return pairs
+    pairs = NO_PAIRS
+    for keys, own in _bands(signatures, common):
+        places = np.flatnonzero(own)
+        order = places[np.argsort(keys[places], kind="stable")]  # groups of records that share the band, in their order
+        starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(order) else np.zeros(0, bool)
+        leader = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
+        alike = [pairs]
+        for step in range(ROUNDS):
+            later = np.flatnonzero(leader + step < np.arange(len(order)))
+            alike += _alike(signatures, order[later], order[leader[later] + step], common, similarity)
+        pairs = Pairs.best(alike)
+    gone = np.zeros(len(signatures), bool)
+    wanted, last = [], -1
+    for i, (place, of) in enumerate(zip(pairs.places.tolist(), pairs.of.tolist(), strict=True)):
+        if place != last and not gone[of]:  # the best of those that stay
+            wanted.append(i)
+            gone[place], last = True, place
+    return _rounded(pairs, wanted)
 
 
-def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> list[Pair]:
+def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> Pairs:
     """Training records that are nearly a held-out one; places are counted among their own kind.
 
     both: uint16 [records, NUM_PERM], the `num` held-out ones in front.
     """
     common = _common(both)
-    best: dict[int, Pair] = {}
-    for bands in _bands(both, common):
-        keys, use = bands
+    pairs = NO_PAIRS
+    for keys, use in _bands(both, common):
         order = np.argsort(keys[:num], kind="stable")
         order = order[use[:num][order]]
         places = np.flatnonzero(use[num:])
         lo = np.searchsorted(keys[:num][order], keys[num:][places], "left")
         hi = np.searchsorted(keys[:num][order], keys[num:][places], "right")
+        alike = [pairs]
         for step in range(ROUNDS):
-            some = lo + step < hi
-            if not some.any():
-                break
-            rows, of = places[some], order[lo[some] + step]
-            for row, lead, value in _alike_pairs(both, rows + num, of, common, similarity):
-                if row - num not in best or (-value, lead) < (-best[row - num].similarity, best[row - num].of):
-                    best[row - num] = Pair(row - num, lead, value)
-    return [best[place] for place in sorted(best)]
+            some = np.flatnonzero(lo + step < hi)
+            found = _alike(both, places[some] + num, order[lo[some] + step], common, similarity)
+            alike += [Pairs(part.places - num, part.of, part.similarity) for part in found]
+        pairs = Pairs.best(alike)
+    first = np.r_[True, pairs.places[1:] != pairs.places[:-1]] if len(pairs) else np.zeros(0, bool)
+    return _rounded(pairs, np.flatnonzero(first))
 
 
-def _alike_pairs(
-    signatures: Signatures, rows: npt.NDArray[np.int64], of: npt.NDArray[np.int64], common: Any, similarity: float
-) -> Iterator[tuple[int, int, float]]:
-    values = _compare(signatures[rows], signatures[of], common)
-    for i in np.flatnonzero(values >= similarity).tolist():
-        yield int(rows[i]), int(of[i]), round(float(values[i]), 3)
+def _rounded(pairs: Pairs, wanted: Any) -> Pairs:
+    some = np.asarray(wanted, np.int64)
+    return Pairs(pairs.places[some], pairs.of[some], pairs.similarity[some].round(3))
 
 
 def _common(signatures: Signatures) -> npt.NDArray[np.bool_]:
@@ -199,23 +228,22 @@ def _bands(signatures: Signatures, common: npt.NDArray[np.bool_]) -> Iterator[tu
         yield part.view(np.uint64)[:, 0], own
 
 
-def _candidates(bands: Iterator[tuple[Keys, npt.NDArray[np.bool_]]]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """(leader, later records that share a band with it). Each record of a group is compared with ROUNDS leaders at most."""
-    for keys, own in bands:
-        places = np.flatnonzero(own)
-        order = places[np.argsort(keys[places], kind="stable")]
-        found = keys[order]
-        starts = np.flatnonzero(np.r_[True, found[1:] != found[:-1]]) if len(found) else np.zeros(0, np.int64)
-        ends = np.r_[starts[1:], len(found)][: len(starts)]
-        for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
-            for lead in range(start, min(end - 1, start + ROUNDS)):
-                yield int(order[lead]), order[lead + 1 : end]
-
-
-def _similarity(
-    signatures: Signatures, others: npt.NDArray[np.int64], lead: int, common: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float64]:
-    return _compare(signatures[others], signatures[lead][None, :], common)
+def _alike(
+    signatures: Signatures,
+    places: npt.NDArray[np.int64],
+    of: npt.NDArray[np.int64],
+    common: npt.NDArray[np.bool_],
+    similarity: float,
+) -> list[Pairs]:
+    """Those of the pairs (places[i], of[i]) that are alike, compared PIECE by PIECE."""
+    found = []
+    for lo in range(0, len(places), PIECE):
+        rows, leads = places[lo : lo + PIECE], of[lo : lo + PIECE]
+        values = _compare(signatures[rows], signatures[leads], common)
+        near = values >= similarity
+        if near.any():
+            found.append(Pairs(rows[near], leads[near], values[near]))
+    return found
 
 
 def _compare(a: Signatures, b: Signatures, common: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

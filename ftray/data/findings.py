@@ -6,7 +6,7 @@ records are never taken out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ftray import config
-from ftray.data.duplicates import find_equal, find_near, find_near_to, join_signatures
+from ftray.data.duplicates import NO_PAIRS, Pairs, find_equal, find_near, find_near_to, join_signatures
 from ftray.data.labels import find_conflicts, pick_substitutes
 from ftray.data.overlap import find_leaks
 from ftray.data.records import QUALITY, Survey
 from ftray.data.sources import Chunk
+
+RULES = ("duplicate", "near_duplicate", "overlap", *QUALITY, "conflict")
 
 
 @dataclass(frozen=True)
@@ -55,52 +57,102 @@ class Finding:
         }[self.rule]
 
 
-def find_all(train: Survey, heldout: Survey | None, clean: config.Clean) -> tuple[list[Finding], dict[int, list[int]]]:
-    """Findings in the records' order, and for each chunk (its place) the positions that are dropped.
+class Found:
+    """All findings, as columns sorted by record: millions of them take 26 bytes each.
 
-    A record is dropped once, by the first rule that says so, in the order of the keys of `data.clean`. Memory: about
-    110 bytes a record, and the findings; signatures and sequences stay on disk.
+    places, of, similarity as in `Pairs`; of: -1 where there is no other record; for `overlap` a place in `heldout`.
+    rules: place in RULES. dropped: bool.
     """
-    found: list[tuple[int, Finding]] = []
-    gone: set[int] = set()
 
-    def note(rule: str, mode: str, hits: Iterable[tuple[int, tuple[Chunk, int] | None, float | None]]) -> None:
-        for place, other, similarity in hits:
-            chunk, position = train.where(place)
-            of_uri, of_position = (other[0].uri, other[1]) if other else (None, None)
-            drops = mode == "drop" and place not in gone
-            found.append((place, Finding(rule, chunk.uri, position, of_uri, of_position, similarity, drops)))
-            if drops:
-                gone.add(place)
+    def __init__(self, train: Survey, heldout: Survey | None) -> None:
+        self._train, self._heldout = train, heldout
+        self._parts: list[tuple[Pairs, int, npt.NDArray[np.bool_]]] = []
+        self.gone = np.zeros(len(train), bool)
 
-    equal = find_equal(train.column("whole")) if (clean.duplicates, clean.near_duplicates) != ("off", "off") else []
+    def note(self, rule: str, mode: str, pairs: Pairs) -> None:
+        """Adds what a rule found; in the mode `drop` it takes records out that are still in."""
+        drops = ~self.gone[pairs.places] if mode == "drop" else np.zeros(len(pairs), bool)
+        self.gone[pairs.places[drops]] = True
+        self._parts.append((pairs, RULES.index(rule), drops))
+
+    def __len__(self) -> int:
+        return sum(len(pairs) for pairs, _, _ in self._parts)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Of each rule: records found, and how many of these stay in training; the most frequent first."""
+        counted = {
+            RULES[rule]: (len(pairs), int((~self.gone[pairs.places]).sum()))
+            for pairs, rule, _ in self._parts
+            if len(pairs)
+        }
+        merged: dict[str, tuple[int, int]] = dict(sorted(counted.items(), key=lambda item: -item[1][0]))
+        return merged
+
+    def drops(self) -> dict[int, list[int]]:
+        """Positions of the dropped records of each chunk (its place)."""
+        dropped: dict[int, list[int]] = {}
+        for place in np.flatnonzero(self.gone).tolist():
+            chunk = self._train.chunk_of(place)
+            dropped.setdefault(chunk, []).append(self._train.position(chunk, place))
+        return dropped
+
+    def __iter__(self) -> Iterator[Finding]:
+        """In the records' order, of one record in the rules' order."""
+        places = np.concatenate([pairs.places for pairs, _, _ in self._parts] or [np.zeros(0, np.int64)])
+        begins = np.cumsum([0, *(len(pairs) for pairs, _, _ in self._parts)])
+        for i in np.argsort(places, kind="stable").tolist():
+            part = int(np.searchsorted(begins, i, "right")) - 1
+            pairs, rule, drops = self._parts[part]
+            yield self._finding(pairs, RULES[rule], bool(drops[i - begins[part]]), int(i - begins[part]))
+
+    def _finding(self, pairs: Pairs, rule: str, dropped: bool, i: int) -> Finding:
+        chunk, position = self._train.where(int(pairs.places[i]))
+        of, similarity = int(pairs.of[i]), float(pairs.similarity[i])
+        if of < 0:
+            return Finding(rule, chunk.uri, position, None, None, None, dropped)
+        others = self._heldout if rule == "overlap" and self._heldout is not None else self._train
+        other, of_position = others.where(of)
+        told = None if np.isnan(similarity) else similarity
+        return Finding(rule, chunk.uri, position, other.uri, of_position, told, dropped)
+
+
+def find_all(train: Survey, heldout: Survey | None, clean: config.Clean) -> Found:
+    """What the rules of `data.clean` find. A record is dropped once, by the first rule that says so, in the order of its keys.
+
+    Memory: about 110 bytes a record, and the findings; signatures and sequences stay on disk.
+    """
+    found = Found(train, heldout)
+    equal = (
+        find_equal(train.column("whole")) if (clean.duplicates, clean.near_duplicates) != ("off", "off") else NO_PAIRS
+    )
     if clean.duplicates != "off":
-        note("duplicate", clean.duplicates, [(p.place, train.where(p.of), 1.0) for p in equal])
+        found.note("duplicate", clean.duplicates, equal)
     if clean.near_duplicates != "off":
         first = np.ones(len(train), bool)
-        first[[p.place for p in equal]] = False
+        first[equal.places] = False
         own = np.flatnonzero(first)
         near = find_near(join_signatures(train.signatures(), first))
-        hits = [(int(own[p.place]), train.where(int(own[p.of])), p.similarity) for p in near]
-        note("near_duplicate", clean.near_duplicates, hits)
+        found.note("near_duplicate", clean.near_duplicates, Pairs(own[near.places], own[near.of], near.similarity))
     if clean.overlap != "off" and heldout is not None:
-        note("overlap", clean.overlap, _overlaps(train, heldout))
+        found.note("overlap", clean.overlap, _overlaps(train, heldout))
     if clean.quality != "off":
         flags = train.column("flags")
         for rule, bit in QUALITY.items():
-            note(rule, clean.quality, [(int(place), None, None) for place in np.flatnonzero(flags & bit)])
+            found.note(rule, clean.quality, _without_others(np.flatnonzero(flags & bit)))
     conflicts = find_conflicts(train.column("prompt"), train.column("answer"))
-    note("conflict", "report", [(c.other, train.where(c.first), None) for c in conflicts])
-    drops: dict[int, list[int]] = {}
-    chunks, positions = train.chunk_numbers(), train.column("position")
-    for place in sorted(gone):
-        drops.setdefault(int(chunks[place]), []).append(int(positions[place]))
-    found.sort(key=lambda item: item[0])
-    return [finding for _, finding in found], drops
+    others = np.array([c.other for c in conflicts], np.int64)
+    firsts = np.array([c.first for c in conflicts], np.int64)
+    found.note("conflict", "report", Pairs(others, firsts, np.full(len(conflicts), np.nan)))
+    return found
 
 
-def _overlaps(train: Survey, heldout: Survey) -> list[tuple[int, tuple[Chunk, int], float]]:
-    """(training record, held-out record, share): equal inputs first, then shared sequences, then near-duplicates."""
+def _without_others(places: npt.NDArray[np.int64]) -> Pairs:
+    return Pairs(places, np.full(len(places), -1), np.full(len(places), np.nan))
+
+
+def _overlaps(train: Survey, heldout: Survey) -> Pairs:
+    """Training records and the held-out one that each gives away: equal inputs first, then shared sequences, then
+    near-duplicates."""
     prompts = heldout.column("prompt")
     order = np.argsort(prompts, kind="stable")
     own = train.column("prompt")
@@ -114,7 +166,12 @@ def _overlaps(train: Survey, heldout: Survey) -> list[tuple[int, tuple[Chunk, in
     both = join_signatures([*heldout.signatures(), *train.signatures()])
     for pair in find_near_to(both, len(heldout)):
         best.setdefault(pair.place, (pair.of, pair.similarity))
-    return [(place, heldout.where(of), share) for place, (of, share) in sorted(best.items())]
+    places = sorted(best)
+    return Pairs(
+        np.array(places, np.int64),
+        np.array([best[place][0] for place in places], np.int64),
+        np.array([best[place][1] for place in places], np.float64),
+    )
 
 
 def find_moved(train: Survey, heldout: Survey, fraction: float) -> dict[int, tuple[int, ...]]:

@@ -15,8 +15,8 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from ftray import config, storage
 from ftray.data.chunks import Stream, streams
 from ftray.data.clean import Quarantined
-from ftray.data.findings import Finding, find_all, find_moved, with_changes
+from ftray.data.findings import Finding, Found, find_all, find_moved, with_changes
 from ftray.data.order import Mixture
 from ftray.data.raydata import map_in_order
 from ftray.data.records import (
@@ -59,13 +59,17 @@ class ChunkFacts:
 
 @dataclass(frozen=True)
 class Index:
-    """Facts of all chunks of a stream in source and file order, its bad records, those that `data.clean` took out, and
-    all that was found over the whole set (taken out or only told). shards: names of the files with its record tables."""
+    """Facts of all chunks of a stream in source and file order, its bad records, those that `data.clean` took out.
+
+    found: records that each rule found over the whole set, and how many of these stay; findings: name of the file that
+    lists them, where there are some. shards: names of the files with its record tables.
+    """
 
     facts: tuple[ChunkFacts, ...]
     bad: tuple[Quarantined, ...]
     dropped: tuple[Quarantined, ...] = ()
-    found: tuple[Finding, ...] = ()
+    found: dict[str, tuple[int, int]] = field(default_factory=dict)
+    findings: str | None = None
     shards: tuple[str, ...] = ()
 
     def total(self, field: str) -> int:
@@ -112,11 +116,14 @@ def build_index(
         listed = [with_changes(chunks, {}, moved) for chunks in listed]
         names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
     own = surveys[both.index(stream)]
-    found: list[Finding] = []
-    drops: dict[int, list[int]] = {}
+    found = None
     if stream.data is not None and not stream.is_heldout:
-        found, drops = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
-    index = replace(_assemble(stream, own, found, drops, moved), shards=names[both.index(stream)])
+        found = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
+    index = replace(_assemble(stream, own, found, moved), shards=names[both.index(stream)])
+    if found is not None and len(found):
+        name = f"findings-{_index_key(stream, both, listed, tokenizer_hash)}.jsonl"
+        _write_lines(storage.join(directory, name), found)
+        index = replace(index, findings=name)
     storage.write_bytes(uri, json.dumps(asdict(index)).encode())
     return index
 
@@ -124,6 +131,17 @@ def build_index(
 def read_survey(index: Index, directory: str) -> Survey:
     """The record tables behind an index; what `data.clean` took out is in them."""
     return _open_survey([f.chunk for f in index.facts], index.shards, directory)
+
+
+def read_findings(index: Index, directory: str) -> Iterator[Finding]:
+    """All that was found over the whole set, record by record."""
+    if index.findings is None:
+        return
+    names = [f.name for f in fields(Finding)]
+    mapped = storage.map_file(storage.join(directory, index.findings))
+    for line in iter(mapped.readline, b""):
+        tree = json.loads(line)
+        yield Finding(**{name: tree[name] for name in names})
 
 
 def _both(stream: Stream) -> list[Stream]:
@@ -201,11 +219,11 @@ def _moved(stream: Stream, surveys: Sequence[Survey]) -> dict[int, tuple[int, ..
 def _assemble(
     stream: Stream,
     survey: Survey,
-    found: list[Finding],
-    drops: dict[int, list[int]],
+    found: Found | None,
     moved: dict[int, tuple[int, ...]],
 ) -> Index:
     """Chunks with dropped records are packed and counted again, so that the index says what training will see."""
+    drops = found.drops() if found is not None else {}
     chunks = with_changes([replace(c, dropped=(), moved=()) for c in survey.chunks], drops, moved)
     summaries = dict(enumerate(survey.summaries))
     again = [i for i in range(len(chunks)) if chunks[i].dropped]
@@ -213,7 +231,7 @@ def _assemble(
     for i, data in zip(again, map_in_order(describe, [(0, chunks[i]) for i in again]), strict=True):
         summaries[i] = read_described(data)[0].summary
     facts = tuple(ChunkFacts(chunk, *_numbers(summaries[i])) for i, chunk in enumerate(chunks))
-    told = {(f.uri, f.position): f for f in found if f.dropped}
+    told = {(f.uri, f.position): f for f in found or () if f.dropped} if drops else {}
     bad, dropped = [], []
     for i in range(len(chunks)):
         for entry in summaries[i].bad:
@@ -222,7 +240,7 @@ def _assemble(
                 bad.append(entry)
             else:
                 dropped.append(replace(entry, rule=finding.rule, detail=finding.detail))
-    return Index(facts, tuple(bad), tuple(dropped), tuple(found))
+    return Index(facts, tuple(bad), tuple(dropped), found.counts() if found is not None else {})
 
 
 def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str]:
@@ -260,11 +278,12 @@ def _from_json(tree: dict[str, Any]) -> Index:
 
     facts = tuple(ChunkFacts(**{**f, "chunk": chunk(f["chunk"])}) for f in tree["facts"])
     bad, dropped = (tuple(Quarantined(**b) for b in tree[name]) for name in ("bad", "dropped"))
-    return Index(facts, bad, dropped, tuple(Finding(**f) for f in tree["found"]), tuple(tree["shards"]))
+    found = {rule: (number, left) for rule, (number, left) in tree["found"].items()}
+    return Index(facts, bad, dropped, found, tree["findings"], tuple(tree["shards"]))
 
 
 def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:
-    """Writes the quarantine file and the findings; raises DataError for too many bad records, or no rows in a source.
+    """Writes the quarantine file; raises DataError for too many bad records, or no rows in a source.
 
     what: `train` or `eval`, for messages and the quarantine file's name. What `data.clean` took out is in the quarantine
     file too, but isn't counted: it was asked for.
@@ -272,8 +291,6 @@ def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, d
     uri = storage.join(directory, "quarantine", f"{what}.jsonl")
     if index.bad or index.dropped:
         _write_lines(uri, [*index.bad, *index.dropped])
-    if index.found:
-        _write_lines(storage.join(directory, "findings.jsonl"), index.found)
     if len(index.bad) > max_bad_records:
         first = index.bad[0]
         line = line_number(first.uri, first.position)
@@ -298,13 +315,15 @@ def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, d
         raise DataError(f"data.{what}: {source.path} has no usable record; put records into it or remove the source")
 
 
-def _write_lines(uri: str, entries: Sequence[Quarantined | Finding]) -> None:
+def _write_lines(uri: str, entries: Iterable[Quarantined | Finding]) -> None:
     """One JSON object a line; of the first NUM_LINES also the line number, which has to be counted in the shard."""
-    trees = [asdict(entry) for entry in entries]
-    for tree in trees[:NUM_LINES]:
-        tree["line"] = line_number(tree["uri"], tree["position"])
-    for tree, entry in zip(trees, entries, strict=True):
-        if isinstance(entry, Finding):
-            tree["detail"] = entry.detail
-    text = "".join(json.dumps(tree, ensure_ascii=False).translate(_LINE_ENDS) + "\n" for tree in trees)
-    storage.write_bytes(uri, text.encode())
+    with tempfile.NamedTemporaryFile("w", prefix="ftray-", encoding="utf-8") as file:
+        for i, entry in enumerate(entries):
+            tree = asdict(entry)
+            if i < NUM_LINES:
+                tree["line"] = line_number(entry.uri, entry.position)
+            if isinstance(entry, Finding):
+                tree["detail"] = entry.detail
+            file.write(json.dumps(tree, ensure_ascii=False).translate(_LINE_ENDS) + "\n")
+        file.flush()
+        storage.upload_file(file.name, uri)

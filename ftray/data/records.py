@@ -243,6 +243,14 @@ class Survey:
 
     def where(self, place: int) -> tuple[Chunk, int]:
         """Chunk and position of a record."""
-        chunk = int(np.searchsorted(self.offsets, place, "right")) - 1
-        position = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
-        return self.chunks[chunk], position
+        chunk = self.chunk_of(place)
+        return self.chunks[chunk], self.position(chunk, place)
+
+    def chunk_of(self, place: int) -> int:
+        """Number of a record's chunk."""
+        return int(np.searchsorted(self.offsets, place, "right")) - 1
+
+    def position(self, chunk: int, place: int) -> int:
+        """Position of a record in the shard. chunk: number of its chunk."""
+        found: int = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
+        return found

@@ -92,7 +92,6 @@ def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: lis
     flags = survey.column("flags")[kept]
     answers = survey.texts("label").filter(pa.array(kept))
     scripts = sum((Counter(s.scripts) for s in survey.summaries), Counter[str]())
-    out = {(q.uri, q.position) for q in index.dropped}
     letters = max(1, scripts.total())
     rows, tokens = index.total("num_rows"), index.total("num_tokens")
     return Part(
@@ -107,8 +106,8 @@ def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: lis
         {script: number / letters for script, number in scripts.most_common()},
         {style: float((flags & bit > 0).mean()) if len(flags) else 0.0 for style, bit in STYLES.items()},
         _count(index.bad),
-        _count(index.found),
-        _count([f for f in index.found if (f.uri, f.position) not in out]),
+        {rule: number for rule, (number, _) in index.found.items()},
+        {rule: left for rule, (_, left) in index.found.items() if left},
     )
 
 
@@ -190,7 +189,8 @@ def show_stats(data: Data, run: config.Run, run_dir: str, console: Console, html
     stats = Stats(parts[0], heldout, warn(parts[0], heldout, run.train.global_batch_size))
     for line in as_text(stats):
         console.say(line)
-    console.say(f"\nwhat was found, record by record: {storage.join(directory, 'findings.jsonl')}")
+    if data.index.findings is not None:
+        console.say(f"\nwhat was found, record by record: {storage.join(directory, data.index.findings)}")
     if html is not None:
         from ftray.data.page import render_page
 

@@ -17,7 +17,7 @@ from ftray import config
 from ftray.console import Console
 from ftray.data import index as index_module
 from ftray.data.chunks import Stream, streams
-from ftray.data.index import Index, build_index, check_index, read_survey
+from ftray.data.index import Index, build_index, check_index, read_findings, read_survey
 from ftray.data.pipeline import heldout_table, make_plan
 from ftray.data.prepare import prepare_data
 from ftray.data.stats import show_stats
@@ -125,9 +125,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"train": root / "train", "eval": root / "eval", "places": places}
 
 
-def rules_found(index: Index) -> dict[str, set[tuple[str, int]]]:
+def rules_found(index: Index, directory: Path) -> dict[str, set[tuple[str, int]]]:
     found: dict[str, set[tuple[str, int]]] = {}
-    for f in index.found:
+    for f in read_findings(index, str(directory)):
         found.setdefault(f.rule, set()).add((Path(f.uri).name, f.position))
     return found
 
@@ -138,19 +138,20 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
     data = data_of(planted["train"], eval=[{"path": str(planted["eval"])}])
     index, heldout = indexed(model, tmp_path, data)
     places = planted["places"]
-    assert rules_found(index) == {rule: places[rule] for rule in ("duplicate", "near_duplicate", "overlap")}
-    assert not any(f.dropped for f in index.found)
+    assert rules_found(index, tmp_path) == {rule: places[rule] for rule in ("duplicate", "near_duplicate", "overlap")}
+    assert index.found == {rule: (len(places[rule]),) * 2 for rule in index.found}
+    assert not any(f.dropped for f in read_findings(index, str(tmp_path)))
     assert index.total("num_records") == 120
     assert heldout is not None
-    assert (heldout.total("num_records"), heldout.found) == (30, ())
-    named = {f.rule: f.of_uri for f in index.found}
+    assert (heldout.total("num_records"), heldout.found) == (30, {})
+    named = {f.rule: f.of_uri for f in read_findings(index, str(tmp_path))}
     assert {rule: Path(str(uri)).name for rule, uri in named.items()} == {
         "duplicate": "s0.jsonl",
         "near_duplicate": "s0.jsonl",
         "overlap": "e.jsonl",
     }
     off = data.model_copy(update={"clean": config.Clean(duplicates="off", near_duplicates="off", overlap="off")})
-    assert indexed(model, tmp_path, off)[0].found == ()
+    assert indexed(model, tmp_path, off)[0].found == {}
 
 
 def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
@@ -204,7 +205,7 @@ def test_only_a_new_shard_is_read(model: Path, tmp_path: Path, seen: list[str]) 
     write(tmp_path / "data/s0a.jsonl", sentences(30, seed=0)[:20])
     index, heldout = indexed(model, tmp_path / "run", data)
     assert set(seen) == {"s0a.jsonl"}
-    assert sum(f.rule == "duplicate" for f in index.found) > 0  # of records in a shard that wasn't read again
+    assert index.found["duplicate"][0] > 0  # of records in a shard that wasn't read again
     assert (index, heldout) == indexed(model, tmp_path / "fresh", data)
     seen.clear()
     changed = tmp_path / "data/s1.jsonl"
@@ -270,7 +271,7 @@ def test_labels_bound_the_answers_and_conflicts_are_told(model: Path, tmp_path: 
     (bad,) = index.bad
     assert (bad.rule, bad.fix) == ("unknown_label", "correct the answer, or add it to data.labels")
     assert "did you mean 'yes'?" in bad.detail
-    conflicts = [f for f in index.found if f.rule == "conflict"]
+    conflicts = [f for f in read_findings(index, str(tmp_path / "run")) if f.rule == "conflict"]
     assert [Path(str(f.of_uri)).name for f in conflicts] == ["s0.jsonl"]
     stream, _ = both_streams(model, data)
     survey = read_survey(index, str(tmp_path / "run"))
@@ -329,6 +330,8 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     assert "6 say the same as an earlier one (6 taken out)" in stream.getvalue()
     assert "only 114 training records" in stream.getvalue()
     assert (tmp_path / "stats.html").read_text().count("<svg") > 2
-    findings = [json.loads(line) for line in (tmp_path / "tiny/data/findings.jsonl").read_text().splitlines()]
+    findings = [
+        json.loads(line) for line in (tmp_path / "tiny/data" / str(data.index.findings)).read_text().splitlines()
+    ]
     assert len(findings) == 19
     assert all(f["detail"] and f["line"] for f in findings)

@@ -75,7 +75,7 @@ def test_records_are_equal_but_for_white_space_and_in_nothing_else() -> None:
 def test_of_equal_records_the_first_stays() -> None:
     pairs = find_equal(np.array([5, 7, 5, 9, 7, 5], np.uint64))
     assert [(p.place, p.of) for p in pairs] == [(2, 0), (4, 1), (5, 0)]
-    assert find_equal(np.zeros(0, np.uint64)) == []
+    assert list(find_equal(np.zeros(0, np.uint64))) == []
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else() -> None:
@@ -148,7 +148,7 @@ def test_records_near_to_held_out_ones_are_found_and_named() -> None:
     train[100], train[200] = disguise(rng, heldout[10]), heldout[20]
     pairs = find_near_to(join_signatures([signatures(heldout), signatures(train)]), len(heldout))
     assert [(p.place, p.of) for p in pairs] == [(100, 10), (200, 20)]
-    assert find_near_to(signatures(train), 0) == []
+    assert list(find_near_to(signatures(train), 0)) == []
 
 
 def test_joined_signatures_are_those_that_are_wanted_in_their_order() -> None:
