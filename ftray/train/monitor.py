@@ -1,9 +1,21 @@
-"""The line between driver and workers: an actor that keeps events for the driver, and the driver's wish to stop."""
+"""The line between driver and one group of workers: an actor that keeps events for the driver, and its wish to stop."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Where a rank runs. actor: the handle by which it can be killed."""
+
+    rank: int
+    node_id: str
+    host: str
+    pid: int
+    actor: Any
 
 
 class Monitor:
@@ -14,6 +26,15 @@ class Monitor:
         self._lock = threading.Lock()
         self._stop = False
         self._failure: tuple[str, str] | None = None
+        self._places: list[WorkerPlace] = []
+
+    def join(self, place: WorkerPlace) -> None:
+        """Keeps where a rank runs."""
+        self._places.append(place)
+
+    def places(self) -> list[WorkerPlace]:
+        """What `join` kept: the workers that have begun."""
+        return sorted(self._places, key=lambda place: place.rank)
 
     def record(self, event: dict[str, Any]) -> bool:
         """Keeps an event for the driver; returns whether it wants the run to stop."""
