@@ -126,7 +126,7 @@ def prove_sizes(kind: str, steps: int, parts: dict[str, Path]) -> dict[str, Any]
         run = cluster.make_run(place, parts["model"], parts["data"], scale__num_workers=size, **settings)
         until = f"train: step {(number + 1) * steps}/{4 * steps} " if number < 3 else ""
         try:
-            train(run, cluster.Watched(until, cluster.press_ctrl_c if until else None))
+            train(run, cluster.Watched(*([(until, cluster.press_ctrl_c)] if until else [])))
         except Interrupted as err:
             changes.append(int(str(err).split("step ")[1].split()[0]))
     told = [metrics(parts["root"] / kind / n / "tiny") for n in ("one", "many")]

@@ -127,10 +127,11 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments:
             code = _refusal(error)[0]
             if code in unless:
                 return None
-            if _SAME.get(code, code) == "ExpiredToken" and renewals:
+            expired = _SAME.get(code, code) == "ExpiredToken"
+            if expired and renewals and time.monotonic() + pause_s <= deadline:
                 _connect.cache_clear()  # a new session reads the keys anew: a file, a role, a process may have new ones
                 renewals -= 1
-            elif not _is_passing(error):
+            elif expired or not _is_passing(error):
                 raise _explained(uri, error) from error
             if time.monotonic() + pause_s > deadline:
                 failed = "can't be reached" if "Connect" in code else "gave no good answer"

@@ -103,7 +103,9 @@ def test_a_range_of_workers_takes_the_largest_number_that_divides_the_batch_and_
 
 
 def test_a_range_that_divides_nothing_or_runs_backwards_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size \(12\) can be divided by no number of workers from 7 to 11"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size \(12\) can be divided by no number of workers from 7 to 11"
+    ):
         run_of({"min": 7, "max": 11})
     with pytest.raises(ConfigError, match=r"scale\.num_workers: max \(1\) is below min \(2\)"):
         run_of({"min": 2, "max": 1})
