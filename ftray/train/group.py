@@ -84,14 +84,18 @@ def run_group(
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    finished, asked, hangs, killed_s = False, "", "", 0.0
+    finished, joined, asked, hangs, killed_s = False, False, "", "", 0.0
     while thread.is_alive() and not (hangs and time.monotonic() - killed_s > KILL_S):
         thread.join(POLL_S)
         for event in ray.get(monitor.drain.remote()):
             clock.heard(event)
             show(event)
             finished = finished or bool(event.get("finished"))
-        if not asked and (asked := wish(ray.get(monitor.places.remote()))):
+        places = ray.get(monitor.places.remote())
+        if places and not joined:
+            joined = True
+            show({"event": "joined"})
+        if not asked and (asked := wish(places)):
             monitor.stop.remote()
         if not hangs and thread.is_alive() and (hangs := clock.hangs):
             killed_s = time.monotonic()

@@ -137,5 +137,7 @@ def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
         console.warn(
             f"weights and optimizer are those of step {event['to']} again; training goes on at step {event['step']}"
         )
+    elif event["event"] == "joined":
+        console.say("train: workers are up and load the model")
     elif event["event"] == "start" and event["step"] > 0:
         console.say(f"train: workers continue at step {event['step']}")
