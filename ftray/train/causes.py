@@ -14,14 +14,22 @@ _COLLATERAL = re.compile(
 _LOW_MEMORY = re.compile(r"low on memory|OutOfMemoryError|OOM-killed|out of memory", re.I)
 _NODE = re.compile(r"node (has )?died|owner's node has crashed|node was (terminated|preempted)|node.* is dead", re.I)
 _DISK = re.compile(r"OutOfDisk|No space left on device|local disk is full|disk.*full", re.I)
-_DIED = ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "OwnerDiedError")
+_DIED = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "OutOfMemoryError",
+    "OwnerDiedError",
+    "RayActorError",
+    "WorkerCrashedError",
+)
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """A sentence if a worker had not enough memory for its own step, else None: trying again would end the same way."""
     kind, text = type(error).__name__, str(error)
-    where = "the GPU" if kind == "OutOfMemoryError" and "CUDA" in text.upper() else "the machine"
-    if kind in ("OutOfMemoryError", "MemoryError") or "DefaultCPUAllocator" in text:
+    torchs = kind == "OutOfMemoryError" and type(error).__module__.startswith("torch")  # Ray's own is another's end
+    where = "the GPU" if torchs and "CUDA" in text.upper() else "the machine"
+    if torchs or kind == "MemoryError" or "DefaultCPUAllocator" in text:
         return (
             f"{where} has not enough memory for a step ({_plain(text, 120)}); lower train.micro_batch_size or "
             "data.max_seq_len, raise deepspeed.zero_stage, or use more workers"
@@ -50,15 +58,16 @@ def had_no_room(error: BaseException | None) -> bool:
 def _death(error: BaseException) -> str:
     """How a process went away; "" if it did not, but raised."""
     error = getattr(error, "health_check_failure", error)
+    text = str(error)
     if type(error).__name__ not in _DIED:
         return ""
-    text = str(error)
     if getattr(error, "preempted", False) or _NODE.search(text):
         return "went away with its node"
-    if "running low on memory" in text or "OutOfMemory" in text:
+    if "running low on memory" in text:
+        place = re.search(r"\(IP: ([^,)]+)", text)
         return (
-            "was ended because its machine ran low on memory; lower train.micro_batch_size or data.max_seq_len, or use "
-            "machines with more memory"
+            f"was ended because its machine{f' {place[1]}' if place else ''} ran low on memory; lower "
+            "train.micro_batch_size or data.max_seq_len, or use machines with more memory"
         )
     return "died without a word: somebody or the kernel, out of memory, killed its process"
 

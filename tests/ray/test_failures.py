@@ -17,10 +17,11 @@ from ray.cluster_utils import Cluster as Nodes
 from ftray import config, storage
 from ftray.console import Console
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
 from ftray.train.identity import open_run, parent_of
-from ftray.train.restore import open_parent
+from ftray.train.restore import open_parent, parent_weights
 from ftray.train.supervise import Cluster, Wish, supervise
 from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
 from tests import cluster, tiny
@@ -52,14 +53,20 @@ def workers() -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["cmdline"]) if cluster._is_worker(process)]
 
 
-def test_a_worker_that_stands_still_is_noticed_and_no_step_is_lost_or_repeated(
-    nodes: Nodes, parts: dict[str, Path], tmp_path: Path
-) -> None:
-    run = run_of(parts, tmp_path, train__hang_timeout_s=8)
-    found, text = cluster.run_training(run, "step 6/12", lambda: workers()[0].send_signal(signal.SIGSTOP))
-    assert found.progress.finished
+@pytest.fixture(scope="module")
+def stood_still(nodes: Nodes, parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A run of 12 steps one of whose workers was stopped at the sixth: its directory, and what the user saw."""
+    root = tmp_path_factory.mktemp("stood-still")
+    stop = lambda: workers()[0].send_signal(signal.SIGSTOP)  # noqa: E731
+    _, text = cluster.run_training(run_of(parts, root, train__hang_timeout_s=8), "step 6/12", stop)
+    return str(root / "tiny"), text
+
+
+def test_a_worker_that_stands_still_is_noticed_and_no_step_is_lost_or_repeated(stood_still: tuple[str, str]) -> None:
+    run_dir, text = stood_still
+    assert list_checkpoints(run_dir)[0].progress.finished
     assert "(train.hang_timeout_s: 8); its workers were killed; starting anew from step" in text
-    assert sorted(cluster.losses(str(tmp_path / "tiny"))) == list(range(12))
+    assert sorted(cluster.losses(run_dir)) == list(range(12))
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_its_path_and_the_last_checkpoint_is_kept(
@@ -163,37 +170,33 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
     assert sorted(cluster.losses(str(tmp_path / "tiny"))) == list(range(newest.step))
 
 
-@pytest.fixture(scope="module")
-def finished(nodes: Nodes, parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of 8 steps that kept all its checkpoints."""
-    root = tmp_path_factory.mktemp("finished")
-    cluster.run_training(run_of(parts, root, train__max_steps=8, train__rewind_after=2, checkpoint__every=2))
-    return root
-
-
 def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
-    nodes: Nodes, parts: dict[str, Path], finished: Path, tmp_path: Path
+    parts: dict[str, Path], stood_still: tuple[str, str], tmp_path: Path
 ) -> None:
-    parent = open_parent(str(finished / "tiny"))
-    assert parent.step == 8
+    parent = open_parent(stood_still[0])
+    assert parent.step == 12
     still: dict[str, Any] = {"train__learning_rate": 1e-30, "train__max_steps": 1}
-    found, _ = cluster.run_training(run_of(parts, tmp_path / "a", **still), parent=parent.uri)
-    assert (found.step, parent_of(str(tmp_path / "a/tiny"))) == (1, parent.uri)
+    run = run_of(parts, tmp_path, **still)
+    found, _ = cluster.run_training(run, parent=parent.uri)
+    assert (found.step, parent_of(str(tmp_path / "tiny"))) == (1, parent.uri)
     old, new = load_checkpoint(parent), load_checkpoint(found)
     for name in (name for name in old if name.startswith("weights.")):
         assert torch.equal(old[name], new[name]), "nothing was to change at this learning rate"
     assert any(not torch.equal(old[n], new[n]) for n in old if n.startswith("exp_avg.")), "the optimizer began anew"
-    with pytest.raises(ConfigError, match=r"was started from .*step-000008; leave --from out"):
-        open_run(run_of(parts, tmp_path / "a", **still), str(finished / "tiny/checkpoints/step-000006"))
-    with pytest.raises(RunError, match=r"is \[4, 64\] there and \[8, 64\] here; model and method must be the same"):
-        cluster.run_training(run_of(parts, tmp_path / "b", method__rank=8, **still), parent=parent.uri)
+    with pytest.raises(ConfigError, match=r"was started from .*step-000012; leave --from out"):
+        open_run(run, f"{stood_still[0]}/checkpoints/step-000008")
+    wider = trainable(build_model(run.model, run_of(parts, tmp_path, method__rank=8).method, "fp32", 0))
+    with pytest.raises(RunError, match=r"is \[4, \d+\] there and \[8, \d+\] here; model and method must be the same"):
+        parent_weights(parent.uri, wider)
 
 
 @pytest.mark.long
 def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goes_on(
-    nodes: Nodes, parts: dict[str, Path], finished: Path
+    nodes: Nodes, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    run_dir = str(finished / "tiny")
+    run = run_of(parts, tmp_path, train__max_steps=8, train__rewind_after=2, checkpoint__every=2)
+    cluster.run_training(run)
+    run_dir = str(tmp_path / "tiny")
     for found in list_checkpoints(run_dir):
         tensors = load_checkpoint(found)
         if found.step >= 4:
@@ -203,9 +206,7 @@ def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goe
             writer = CheckpointWriter(run_dir, 9, found.meta)
             writer.save(progress, bad, [])
             writer.wait()
-    found, text = cluster.run_training(
-        run_of(parts, finished, train__max_steps=8, train__rewind_after=2, checkpoint__every=2)
-    )
+    found, text = cluster.run_training(run)
     assert "weights and optimizer are those of step 2 again; training goes on at step 6" in text
     assert found.progress.finished
     assert (found.progress.num_bad_steps, found.progress.num_updates) == (2, 4)

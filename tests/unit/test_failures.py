@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 
 from ftray import config
@@ -63,6 +63,18 @@ def test_the_worker_that_died_is_named_and_not_those_that_lost_it() -> None:
     assert explain(WorkerGroupError("", {0: lost, 1: KeyError("x")})) == "rank 1: KeyError: 'x'"
     assert "Connection closed" in explain(WorkerGroupError("", {0: lost}))
     assert explain(ControllerError(ValueError("no"))) == "ValueError: no"
+
+
+def test_a_worker_that_ray_ended_for_memory_is_told_with_its_machine() -> None:
+    ended = OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 31f6) "
+        "was 22.74GB used / 23.54GB limit (0.966)"
+    )
+    assert explain(WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: ended})) == (
+        "the worker of rank 1 was ended because its machine 192.0.2.2 ran low on memory; lower train.micro_batch_size or "
+        "data.max_seq_len, or use machines with more memory"
+    )
+    assert out_of_memory(ended) is None, "another's end, of which trying again may make more"
 
 
 def test_a_disk_that_is_full_under_ray_is_told() -> None:
