@@ -32,7 +32,7 @@ from ftray.model.lora import build_model, trainable
 from ftray.train.causes import out_of_memory
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
-from ftray.train.monitor import WorkerPlace
+from ftray.train.monitor import MonitorLink, WorkerPlace
 from ftray.train.restore import parent_weights
 from ftray.train.schedule import learning_rate
 from ftray.train.state import gather_state, scatter_state
@@ -290,25 +290,6 @@ class Trainer:
     def _link_send(self, event: dict[str, Any], last: bool = False) -> None:
         if self._link is not None:
             self._link.send(event, last)
-
-
-class MonitorLink:
-    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
-
-    def __init__(self, monitor: Any) -> None:
-        self._monitor, self._reply, self._stop = monitor, None, False
-
-    def send(self, event: dict[str, Any], last: bool = False) -> None:
-        """Sends an event without waiting, unless it is the last."""
-        self._reply = self._monitor.record.remote(event)
-        if last:
-            ray.get(self._reply)
-
-    def stop_asked(self) -> bool:
-        """Whether the driver asked to stop, as far as its replies have come."""
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stop = self._stop or bool(ray.get(self._reply))
-        return self._stop
 
 
 def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: torch.device) -> tuple[float, float]:

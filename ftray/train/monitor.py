@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 
 @dataclass(frozen=True)
 class WorkerPlace:
@@ -59,3 +61,22 @@ class Monitor:
     def stop(self) -> None:
         """Asks the workers to commit a checkpoint and leave at the next step."""
         self._stop = True
+
+
+class MonitorLink:
+    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor, self._reply, self._stop = monitor, None, False
+
+    def send(self, event: dict[str, Any], last: bool = False) -> None:
+        """Sends an event without waiting, unless it is the last."""
+        self._reply = self._monitor.record.remote(event)
+        if last:
+            ray.get(self._reply)
+
+    def stop_asked(self) -> bool:
+        """Whether the driver asked to stop, as far as its replies have come."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._reply))
+        return self._stop

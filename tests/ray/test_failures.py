@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster as Nodes
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from ftray import config, storage
 from ftray.console import Console
@@ -141,9 +143,11 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
         nodes.remove_node(second, allow_graceful=False)
 
     def give_notice() -> None:
-        node = bytes.fromhex(nodes.worker_nodes.copy().pop().node_id)
-        reason = ray.core.generated.autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-        ray._raylet.GcsClient(address=nodes.address).drain_node(node.hex(), reason, "spot", 2**62)
+        node = next(iter(nodes.worker_nodes)).node_id
+        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        ray._raylet.GcsClient(address=nodes.address).drain_node(
+            node, reason, "spot", int(time.time() * 1000) + 3_600_000
+        )
 
     stream = cluster.Watched(
         ("step 55/4000", lose_it),
@@ -157,7 +161,7 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
         train__max_steps=4000,
         checkpoint__every=50,
         scale__num_workers={"min": 1, "max": 2},
-        scale__cpus_per_worker=2,
+        scale__cpus_per_worker=1.6,  # one on each node; one thread each
     )
     with pytest.raises(Interrupted):
         cluster.run_training(run, stream)
