@@ -50,11 +50,20 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
-    verb("train", verbs.train, "train, or continue a run")
+    train = verb("train", verbs.train, "train, or continue a run")
+    train.add_argument(
+        "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
+    )
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     verb("export", verbs.export, "write the adapter and the merged model")
     verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
     _add_data_verbs(commands, verb)
+    runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
+    sub = runs.add_subparsers(required=True, metavar="action").add_parser("gc", help="sweep what no run needs any more")
+    sub.add_argument("place", help="a run's directory, or one that holds runs (local or s3://)")
+    sub.add_argument("--dry-run", action="store_true", help="only show what would go")
+    sub.add_argument("--older-than", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (1)")
+    sub.set_defaults(verb=verbs.runs_gc, overrides=[])
     return parser
 
 
@@ -77,6 +86,16 @@ def _from_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return int(text)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1.0
+    if not 0 <= hours < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours")
+    return hours
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -114,6 +114,7 @@ def _written_key(item: Any, tree: Any) -> str:
 
 
 def _sentence(key: str, items: list[Any], schema: Schema) -> str:
+    items = sorted(items, key=lambda item: item["type"] != "value_error")  # our own words say more than a type's
     kind, value, context = items[0]["type"], items[0].get("input"), items[0].get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key {key}; {schema.closest(key)}"

@@ -48,7 +48,7 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.train.zero import deepspeed_config
 
     run = open_target(arguments.run, arguments.overrides)
-    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.scale.num_workers)
+    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
     if arguments.json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
@@ -88,13 +88,14 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _parts(run: config.Run) -> str:
-    return (
-        f"{run.scale.num_workers} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
-    )
+    parts = f"{run.world_sizes[0]} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
+    return parts if len(run.world_sizes) == 1 else f"{parts} (or {', '.join(map(str, run.world_sizes[1:]))} workers)"
 
 
 @contextmanager
-def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator[tuple[str, Lease]]:
+def _owned(
+    run: config.Run, console: Console, with_ray: bool = True, parent: str | None = None
+) -> Iterator[tuple[str, Lease]]:
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
     from ftray.session import quiet, ray_session
@@ -109,8 +110,8 @@ def _owned(run: config.Run, console: Console, with_ray: bool = True) -> Iterator
         from ftray.train.preflight import preflight
 
         preflight(run)
-        open_run(run)
-        with ray_session(run.scale.num_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
+        open_run(run, parent)
+        with ray_session(run.scale.min_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
             yield run_dir, lease
 
 
@@ -120,11 +121,24 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     if (done := _finished(run)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
         return 0
-    with _owned(run, console) as (run_dir, lease):
+    parent = None
+    if arguments.parent is not None:
+        from ftray.train.restore import open_parent
+
+        parent = open_parent(arguments.parent).uri
+    with _owned(run, console, parent=parent) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
         found = launch(run, run_dir, console, lease)
         console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
+    return 0
+
+
+def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
+    """Sweeps what no run needs any more."""
+    from ftray.train.sweep import sweep_place
+
+    sweep_place(arguments.place, arguments.older_than * 3600, arguments.dry_run, console)
     return 0
 
 
@@ -148,7 +162,7 @@ def _data_of(run: config.Run, console: Console) -> Iterator[tuple[str, Data]]:
         from ftray.train.preflight import preflight
 
         preflight(run)
-        with ray_session(run.scale.num_workers):
+        with ray_session(run.scale.min_workers):
             from ftray.data.prepare import prepare_data
 
             load = partial(load_tokenizer, absolute_base(run.model))
@@ -190,7 +204,7 @@ def data_preview(arguments: argparse.Namespace, console: Console) -> int:
 def data_order(arguments: argparse.Namespace, console: Console) -> int:
     """Shows the order of rows as the feed gives it. With --json only these lines go to standard output."""
     run = open_target(arguments.run, arguments.overrides)
-    workers = arguments.workers or run.scale.num_workers
+    workers = arguments.workers or run.world_sizes[0]
     if run.train.global_batch_size % workers:
         raise ConfigError(
             f"--workers {workers} does not divide train.global_batch_size ({run.train.global_batch_size})"

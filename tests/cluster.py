@@ -60,24 +60,27 @@ def make_run(directory: Path, model: Path, data: Path, **overrides: Any) -> conf
 
 
 class Watched(io.StringIO):
-    """A stream for a Console that calls `act` once when the text first holds `until`."""
+    """A stream for a Console that calls each `act` once, one after the other, when text that came since holds `until`."""
 
-    def __init__(self, until: str = "", act: Callable[[], None] | None = None) -> None:
+    def __init__(self, *script: tuple[str, Callable[[], None]]) -> None:
         super().__init__()
-        self._until, self._act = until, act
+        self._script, self._seen = list(script), 0
 
     def write(self, text: str) -> int:
         written = super().write(text)
-        if self._act is not None and self._until in self.getvalue():
-            act, self._act = self._act, None
+        if self._script and self._script[0][0] in self.getvalue()[self._seen :]:
+            (_, act), self._seen = self._script.pop(0), self.tell()
             threading.Thread(target=act, daemon=True).start()
         return written
 
 
-def run_training(run: config.Run, until: str = "", act: Callable[[], None] | None = None) -> tuple[Found, str]:
-    """Trains in this process; returns the last checkpoint and what the user saw."""
-    stream = Watched(until, act)
-    run_dir = open_run(run)
+def run_training(run: config.Run, *script: Any, parent: str | None = None) -> tuple[Found, str]:
+    """Trains in this process; returns the last checkpoint and what the user saw.
+
+    script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from.
+    """
+    stream = script[0] if script and isinstance(script[0], Watched) else Watched(*([script] if script else []))
+    run_dir = open_run(run, parent)
     kept, console.PLAIN_EVERY_S = console.PLAIN_EVERY_S, 0.0
     try:
         found = train(run, run_dir, console.Console(stream))

@@ -45,6 +45,14 @@ class Run(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Run:
         batch, workers, micro = self.train.global_batch_size, self.scale.num_workers, self.train.micro_batch_size
+        if not isinstance(workers, int):
+            if not self.world_sizes:
+                by = "no number of workers" if micro == "auto" else f"micro_batch_size ({micro}) × no number of workers"
+                raise ValueError(
+                    f"train.global_batch_size ({batch}) can be divided by {by} from {workers.min} to {workers.max} "
+                    "(scale.num_workers); widen the range, or change the batch"
+                )
+            return self
         unit = workers * (1 if micro == "auto" else micro)
         if batch % unit:
             below, above = batch // unit * unit, -(-batch // unit) * unit
@@ -78,15 +86,23 @@ class Run(Section):
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches a worker computes for one optimizer step."""
-        return self.train.global_batch_size // (self.scale.num_workers * self.micro_batch_size)
+        """Micro-batches a worker computes for one optimizer step, at the largest number of workers."""
+        return self.train.global_batch_size // (self.world_sizes[0] * self.micro_batch_size)
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that scale.num_workers allows and the global batch can be divided by, largest first."""
+        rows = self.train.global_batch_size
+        micro = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
+        sizes = range(self.scale.max_workers, self.scale.min_workers - 1, -1)
+        return [size for size in sizes if rows % (size * micro) == 0]
 
     def identity(self) -> dict[str, Any]:
         """The keys that change the result: what the config hash covers. How much may go wrong is not among them."""
         tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
-            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps"}},
+            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps", "hang_timeout_s"}},
         )
         clean = self.data.clean  # what is only reported changes nothing
         tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}
@@ -101,12 +117,11 @@ class Run(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# Keys and values of the design that this version doesn't carry out: (key, value or type or ... for any, name, remedy).
+# Keys and values of the design that this version doesn't carry out: (key, value or ... for any, name, remedy).
 _LATER: tuple[tuple[str, object, str, str], ...] = (
     ("tune", ..., "tune", "remove the section"),
     ("method.type", "prompt", "method.type prompt", "use full, lora or qlora"),
     ("train.precision", "fp16", "train.precision fp16", "use bf16 or fp32"),
-    ("scale.num_workers", dict, "scale.num_workers as a range", "give one number of workers"),
 )
 
 
@@ -117,7 +132,7 @@ def _not_carried_out(tree: dict[str, Any]) -> list[str]:
         node: Any = tree
         for part in key.split("."):
             node = node.get(part, _LATER) if isinstance(node, dict) else _LATER
-        if node is not _LATER and (wanted in (..., node) or (wanted is dict and isinstance(node, dict))):
+        if node is not _LATER and wanted in (..., node):
             lines.append(f"{name} is not carried out by this version of ftray; {remedy}")
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
 
@@ -63,6 +63,11 @@ class Train(Section):
     """Seeds data order, adapter initialization and dropout."""
     max_bad_steps: Annotated[Int, Field(ge=0)] = 10
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    rewind_after: Positive | None = None
+    """So many of these in a row put weights and optimizer back to the newest checkpoint; training goes on at the next rows."""
+    hang_timeout_s: Annotated[Float, Field(gt=0)] = 600.0
+    """Seconds without a step after which workers count as stuck and are started anew. Loading, compiling, saving and
+    evaluating don't count."""
 
 
 class DeepSpeed(Section):
@@ -74,15 +79,44 @@ class DeepSpeed(Section):
     """Merged over the derived DeepSpeed config, for what has no key here."""
 
 
+class WorkerRange(Section):
+    """From how many to how many workers: as many as the cluster has room for and the global batch can be divided by."""
+
+    min: Positive
+    """Fewest workers; with room for less the run waits."""
+    max: Positive
+    """Most workers."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerRange:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min}); raise it")
+        return self
+
+
 class Scale(Section):
     """How many workers; never changes the result beyond rounding."""
 
-    num_workers: Positive = 1
-    """Training workers: one a GPU, or one a process on CPU."""
+    num_workers: Positive | WorkerRange = 1
+    """Training workers: one a GPU, or one a process on CPU. `{min: 2, max: 16}`: fewer after a loss, more when they appear."""
     accelerator: str | None = None
     """GPU kind as Ray names it (A100, H100, …); left out: any GPU where the cluster has one, else CPU."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1.0
     """CPUs a training worker reserves; on a CPU cluster also its number of threads."""
+    max_failures: Annotated[Int, Field(ge=0)] = 3
+    """Failures in a row, without a new checkpoint between them, after which workers are started anew; one more ends the run."""
+    wait_s: Annotated[Float, Field(ge=0)] = 1800.0
+    """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers."""
+        return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers."""
+        return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
 class CheckpointSection(Section):

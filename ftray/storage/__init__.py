@@ -12,6 +12,7 @@ from ftray.storage.address import MANIFEST, FileInfo, MissingFile, absolute, is_
 from ftray.storage.cache import cache_directory
 from ftray.storage.commit import commit_directory, fetch_directory, read_manifest, verify_directory
 from ftray.storage.files import (
+    age_s,
     check_writable,
     create_bytes,
     delete,
@@ -25,7 +26,7 @@ from ftray.storage.files import (
     write_bytes,
 )
 from ftray.storage.lease import Lease, acquire_lease
-from ftray.storage.s3 import RETRY_S
+from ftray.storage.s3 import RETRY_S, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "MissingFile",
     "absolute",
     "acquire_lease",
+    "age_s",
     "cache_directory",
     "check_writable",
     "commit_directory",
@@ -50,6 +52,7 @@ __all__ = [
     "join",
     "list_files",
     "map_file",
+    "patient",
     "read_bytes",
     "read_manifest",
     "read_range",

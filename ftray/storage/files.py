@@ -3,6 +3,8 @@
 import math
 import re
 import shutil
+import time
+from email.utils import parsedate_to_datetime
 from uuid import uuid4
 
 from ftray.errors import StorageError
@@ -38,6 +40,16 @@ def size_and_etag(uri: str) -> tuple[int, str]:
     with local.guarded(uri, "read") as path:
         status = path.stat()
         return status.st_size, local.etag(status)
+
+
+def age_s(uri: str) -> float:
+    """Seconds since a file was written, by the store's own clock where it tells. Raises MissingFile, StorageError."""
+    if is_remote(uri):
+        head = s3.request("head_object", uri)
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return max(0.0, (now - head["LastModified"]).total_seconds())
+    with local.guarded(uri, "read") as path:
+        return max(0.0, time.time() - path.stat().st_mtime)
 
 
 def exists(uri: str) -> bool:

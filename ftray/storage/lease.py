@@ -41,6 +41,11 @@ class Lease:
         self._thread.start()
 
     @property
+    def overtaken(self) -> bool:
+        """True if another process is known to have taken the run."""
+        return self._overtaken
+
+    @property
     def lost(self) -> bool:
         """True if another process took the run, or may have: no sign of life reached the store for `ttl_s`."""
         return self._overtaken or time.monotonic() - self._last_sign_s > self._ttl_s

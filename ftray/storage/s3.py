@@ -5,12 +5,14 @@ and one place that tells a passing trouble from a refusal. Keys, endpoint and re
 take them: AWS_ENDPOINT_URL_S3, AWS_PROFILE. fsspec and s3fs are imported at the first request. Knows no local file.
 """
 
+import math
 import os
 import random
 import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -22,6 +24,7 @@ from ftray.storage.address import MissingFile, bucket_and_key
 RETRY_S = 60.0  # how long passing S3 troubles are retried; FTRAY_STORAGE_RETRY_S overrides it
 MISSING = ("404", "NoSuchKey")  # the codes of an object that is not there
 retry_s: ContextVar[float | None] = ContextVar("retry_s", default=None)  # a shorter deadline for one caller
+PATIENCE = 10.0  # times RETRY_S that work in the background waits for a store that is down
 # Not the global generator: training seeds that one, and a retry must not change what it draws.
 _jitter = random.Random()
 _connecting: dict[int, threading.Lock] = {}  # by pid: a forked child must not wait for a lock of its parent
@@ -80,6 +83,20 @@ def _connect(_pid: int, _settings: tuple[tuple[str, str], ...]) -> Any:
     return filesystem
 
 
+@contextmanager
+def patient() -> Iterator[None]:
+    """Inside, requests wait PATIENCE times as long for a store that is down, and for keys that expired to be renewed."""
+    before = retry_s.set(PATIENCE * _default_retry_s())
+    try:
+        yield
+    finally:
+        retry_s.reset(before)
+
+
+def _default_retry_s() -> float:
+    return float(os.environ.get("FTRAY_STORAGE_RETRY_S", RETRY_S))
+
+
 async def _send(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
     response = await getattr(client, operation)(**arguments)
     if "Body" in response:
@@ -98,7 +115,8 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments:
 
     bucket, key = bucket_and_key(uri)
     arguments = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
-    budget_s = retry_s.get() or float(os.environ.get("FTRAY_STORAGE_RETRY_S", RETRY_S))
+    budget_s = retry_s.get() or _default_retry_s()
+    renewals = math.inf if budget_s > _default_retry_s() else 1
     deadline = time.monotonic() + budget_s
     pause_s = 0.1
     while True:
@@ -109,7 +127,11 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments:
             code = _refusal(error)[0]
             if code in unless:
                 return None
-            if not _is_passing(error):
+            expired = _SAME.get(code, code) == "ExpiredToken"
+            if expired and renewals and time.monotonic() + pause_s <= deadline:
+                _connect.cache_clear()  # a new session reads the keys anew: a file, a role, a process may have new ones
+                renewals -= 1
+            elif expired or not _is_passing(error):
                 raise _explained(uri, error) from error
             if time.monotonic() + pause_s > deadline:
                 failed = "can't be reached" if "Connect" in code else "gave no good answer"

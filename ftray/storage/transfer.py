@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,4 +90,5 @@ def map_file(uri: str) -> mmap.mmap:
 def in_parallel(action: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """What `action` returns for each item, in their order; the first error ends it."""
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="ftray-storage") as pool:
-        return list(pool.map(action, items))
+        contexts = [(copy_context(), item) for item in items]  # the caller's patience holds in its threads too
+        return list(pool.map(lambda pair: pair[0].run(action, pair[1]), contexts))

@@ -10,16 +10,17 @@ import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ftray import storage
-from ftray.errors import CheckpointError
+from ftray.errors import CheckpointError, StorageError
 from ftray.train.timeline import Found, Progress, list_checkpoints
 
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -32,15 +33,29 @@ def load_checkpoint(found: Found) -> dict[str, torch.Tensor]:
         return load_file(Path(directory) / TENSORS)
 
 
+def _reason(error: Exception) -> str:
+    if "No space left" in str(error) or "File too large" in str(error):
+        return "no space is left on the device; free some, or set another storage (TMPDIR, where it is staged for S3)"
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def _staging(uri: str) -> Iterator[str]:
     """Where a checkpoint's files are written before they are committed: on local disk the place itself, not a copy."""
-    if storage.is_remote(uri):
-        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-            yield directory
-    else:
-        Path(uri).mkdir(parents=True, exist_ok=True)
-        yield uri
+    place = uri
+    try:
+        if storage.is_remote(uri):
+            with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+                place = directory
+                yield directory
+        else:
+            Path(uri).mkdir(parents=True, exist_ok=True)
+            yield uri
+    except (OSError, SafetensorError) as err:  # not what storage raises: those are sentences already
+        if not storage.is_remote(uri):
+            with suppress(StorageError):
+                storage.delete_tree(uri)  # half a checkpoint would only fill the disk further
+        raise StorageError(f"{place} can't be written: {_reason(err)}") from err
 
 
 class CheckpointWriter:
@@ -83,6 +98,10 @@ class CheckpointWriter:
             pending.result()
 
     def _commit(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
+        with storage.patient():  # training goes on meanwhile, and waits no earlier than at the next checkpoint
+            self._write(progress, tensors, lines)
+
+    def _write(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())

@@ -1,16 +1,14 @@
 """The driver's side of training: from a run file to a finished run in storage.
 
 Everything that can be wrong is looked at here, before a worker starts: storage, identity, model, data, resources. Then
-Ray Train runs `loop.train_worker`; this side shows progress and passes Ctrl-C on.
+Ray Train runs `loop.train_worker`, group after group (`supervise`); this side shows progress.
 """
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,20 +16,21 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftray import config, errors, storage
+from ftray import config, storage
 from ftray.console import Console
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
-from ftray.errors import ConfigError, DataError, FtrayError, Interrupted, Preempted, RunError, RunHeldError, innermost
+from ftray.errors import DataError, RunError
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
-from ftray.train.identity import versions
+from ftray.train.capacity import check_resources
+from ftray.train.group import Clock, Ended, run_group
+from ftray.train.identity import parent_of, versions
 from ftray.train.loop import Job, train_worker
 from ftray.train.monitor import Monitor
+from ftray.train.supervise import Wish, supervise
 from ftray.train.timeline import Found, find_newest, merge_metrics
-
-MAX_FAILURES = 3  # times that a crashed group of workers is started anew
-POLL_S = 0.3
 
 
 def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease | None = None) -> Found:
@@ -52,13 +51,15 @@ def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease 
     heldout = None
     if data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
-    monitor = ray.remote(Monitor).options(num_cpus=0, max_concurrency=4).remote()
     meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
     there = run.model_copy(update={"model": absolute_base(run.model)})
-    job = Job(there, run_dir, meta, heldout, monitor)
-    with tempfile.TemporaryDirectory(prefix="ftray-train-") as scratch:
-        trainer = _trainer(job, data.plan, use_gpu, run, scratch)
-        _fit(trainer, monitor, newest.step if newest else 0, data.plan.num_steps, console, lease)
+    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir))
+    with console.progress("train: step", data.plan.num_steps, newest.step if newest else 0) as bar:
+
+        def start(world_size: int, wish: Wish) -> Ended:
+            return _start(job, world_size, data.plan, use_gpu, wish, partial(_show, bar=bar, console=console))
+
+        supervise(run, run_dir, use_gpu, start, console, lease)
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
@@ -75,28 +76,6 @@ def check_checkpoint(found: Found | None, data: Data, run: config.Run, run_dir: 
         )
 
 
-def check_resources(run: config.Run) -> bool:
-    """Whether workers use GPUs. Raises ConfigError when the cluster can never hold them."""
-    total = ray.cluster_resources()
-    num_gpus, scale = total.get("GPU", 0), run.scale
-    use_gpu = scale.accelerator is not None or num_gpus > 0
-    if scale.accelerator is not None and f"accelerator_type:{scale.accelerator}" not in total:
-        kinds = [k.split(":")[1] for k in total if k.startswith("accelerator_type:")]
-        raise ConfigError(
-            f"scale.accelerator {scale.accelerator} is not in this cluster (it has {', '.join(kinds) or 'no GPU'}); correct it"
-        )
-    if use_gpu and num_gpus < scale.num_workers:
-        raise ConfigError(
-            f"scale.num_workers ({scale.num_workers}) needs as many GPUs, the cluster has {int(num_gpus)}; lower it"
-        )
-    needed = scale.num_workers * scale.cpus_per_worker
-    if needed > total.get("CPU", 0):
-        raise ConfigError(
-            f"scale asks for {needed:g} CPUs (num_workers × cpus_per_worker), the cluster has {total.get('CPU', 0):g}; lower one"
-        )
-    return use_gpu
-
-
 def say_plan(run: config.Run, data: Data, newest: Found | None, console: Console) -> None:
     """Tells what will be trained, what an epoch is, and what becomes of the tail."""
     plan, size = data.plan, run.train.global_batch_size
@@ -105,72 +84,47 @@ def say_plan(run: config.Run, data: Data, newest: Found | None, console: Console
     console.say(
         f"train: {plan.num_steps} steps of {size} rows ({used / per_epoch:.2f} epochs of {per_epoch} rows"
         f"{f'; {tail} left over at the end' if tail else ''}), {run.method.type}, "
-        f"{run.train.precision}, ZeRO-{run.deepspeed.zero_stage}, {run.scale.num_workers} workers × micro-batch "
+        f"{run.train.precision}, ZeRO-{run.deepspeed.zero_stage}, {run.world_sizes[0]} workers × micro-batch "
         f"{run.micro_batch_size} × {run.accumulation_steps} accumulated"
     )
     if newest is not None:
         console.say(f"train: continuing at step {newest.step} from {newest.uri}")
 
 
-def _trainer(job: Job, plan: Plan, use_gpu: bool, run: config.Run, scratch: str) -> TorchTrainer:
-    resources = {"CPU": run.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=run.scale.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            accelerator_type=run.scale.accelerator,
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        # Ray's own bookkeeping only: our checkpoints go to the run's storage, by our own hand.
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-        ),
-        datasets={"train": ray.data.from_items([0])},
-        dataset_config=FeedConfig(plan),
-    )
+def _start(
+    job: Job, world_size: int, plan: Plan, use_gpu: bool, wish: Wish, show: Callable[[dict[str, Any]], None]
+) -> Ended:
+    """One group of workers, to its end."""
+    run = job.run
+    monitor = _monitor()
+    with tempfile.TemporaryDirectory(prefix="ftray-train-") as scratch:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": replace(job, monitor=monitor)},
+            scaling_config=ScalingConfig(
+                num_workers=world_size,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": run.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+                accelerator_type=run.scale.accelerator,
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            # Ray's own bookkeeping only: our checkpoints go to the run's storage, by our own hand, and so `supervise`
+            # decides when to start anew, where from, and with how many.
+            run_config=RunConfig(
+                name=run.name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
+            datasets={"train": ray.data.from_items([0])},
+            dataset_config=FeedConfig(plan),
+        )
+        return run_group(trainer, monitor, Clock(run.train.hang_timeout_s), show, wish)
 
 
-def _fit(
-    trainer: TorchTrainer, monitor: Any, step: int, num_steps: int, console: Console, lease: storage.Lease | None
-) -> None:
-    """Runs the trainer on a thread, so that this one can show progress and pass signals on."""
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as err:  # noqa: BLE001 - handed to the main thread, which waits for this one
-            failure.append(err)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    last: dict[str, Any] = {}
-    with _signals(monitor, console) as caught, console.progress("train: step", num_steps, step) as bar:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            for event in ray.get(monitor.drain.remote()):
-                _show(event, bar, console)
-                last = event
-            if lease is not None and lease.lost:
-                monitor.stop.remote()
-    if lease is not None and lease.lost:
-        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
-    if (known := ray.get(monitor.failure.remote())) is not None:
-        kind, message = known
-        raise getattr(errors, kind, RunError)(message)
-    if failure:
-        raise RunError(_explain(failure[0])) from failure[0]
-    if not last.get("finished", False):
-        remedy = "run the same command again to continue"
-        if caught and caught[0] == signal.SIGTERM:
-            raise Preempted(f"preempted at step {last.get('step', step)}; {remedy}")
-        where = f"checkpoint of step {last['step']} is committed" if last.get("step") else "no step was done"
-        raise Interrupted(f"interrupted; {where}; {remedy}")
+def _monitor() -> Any:
+    """A monitor on the driver's own node: it must not go away with another."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Monitor).options(num_cpus=0, max_concurrency=4, scheduling_strategy=here).remote()
 
 
 def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
@@ -179,33 +133,11 @@ def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
         bar.update(event["step"] + 1, f"loss {event['loss']:.4f} · {event['tokens_per_s']:.0f} tokens/s{skipped}")
     elif event["event"] == "heldout":
         console.say(f"held-out loss at step {event['step']}: {event['heldout_loss']:.4f}")
+    elif event["event"] == "rewind":
+        console.warn(
+            f"weights and optimizer are those of step {event['to']} again; training goes on at step {event['step']}"
+        )
+    elif event["event"] == "joined":
+        console.say("train: workers are up and load the model")
     elif event["event"] == "start" and event["step"] > 0:
         console.say(f"train: workers continue at step {event['step']}")
-
-
-@contextmanager
-def _signals(monitor: Any, console: Console) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the workers to commit and leave; a second Ctrl-C ends at once."""
-    caught: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-        console.say("stopping after this step, committing a checkpoint (Ctrl-C again: end at once) …")
-        monitor.stop.remote()
-
-    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def _explain(error: BaseException) -> str:
-    """What Ray Train raised, as one sentence: the innermost message."""
-    failures = getattr(error, "worker_failures", None)
-    inner = innermost(next(iter(failures.values())) if failures else error)
-    text = str(inner) if isinstance(inner, FtrayError) else f"{type(inner).__name__}: {inner}"
-    return f"training failed: {' '.join(text.split())[:500]}"

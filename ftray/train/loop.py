@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +29,11 @@ from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
 from ftray.model.lora import build_model, trainable
+from ftray.train.causes import out_of_memory
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
+from ftray.train.monitor import MonitorLink, WorkerPlace
+from ftray.train.restore import parent_weights
 from ftray.train.schedule import learning_rate
 from ftray.train.state import gather_state, scatter_state
 from ftray.train.timeline import Found, Progress, find_newest
@@ -39,6 +45,7 @@ class Job:
     """What the driver hands to each worker.
 
     meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
+    parent: the checkpoint whose weights a new run starts from, or None.
     """
 
     run: config.Run
@@ -46,22 +53,24 @@ class Job:
     meta: dict[str, Any]
     heldout: Any
     monitor: Any
+    parent: str | None = None
 
 
 def train_worker(arguments: dict[str, Job]) -> None:
     """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
 
-    An FtrayError is one that trying again won't cure: the driver is told, and a group that Ray starts anew leaves.
+    An FtrayError is one that trying again won't cure, and so is too little memory for a step: the driver is told.
     """
     job = arguments["job"]
-    if ray.get(job.monitor.failure.remote()) is not None:
-        return
+    ray.get(job.monitor.join.remote(_place()))
     try:
         Trainer(job).train()
     except Exception as err:
         known = innermost(err)
         if isinstance(known, FtrayError):
             ray.get(job.monitor.fail.remote(type(known).__name__, str(known)))
+        elif (sentence := out_of_memory(known)) is not None:
+            ray.get(job.monitor.fail.remote("RunError", sentence))
         raise
 
 
@@ -96,6 +105,7 @@ class Trainer:
                     break
             if self._lines:  # stopped between two checkpoints
                 self._save()
+        self._busy("saving")
         self._writer.wait()
         self._link_send({"event": "end", "step": self._progress.step, "finished": self._progress.finished}, last=True)
 
@@ -125,13 +135,10 @@ class Trainer:
         return engine, parameters
 
     def _resume(self) -> Progress:
-        # Rank 0 looks, so that all ranks start from the same checkpoint whatever storage shows each of them.
-        chosen: list[Found | None] = [None]
-        if self._rank == 0:
-            chosen[0] = find_newest(self._job.run_dir, warn=lambda text: print(f"warning: {text}", flush=True))
-        dist.broadcast_object_list(chosen, src=0)
-        found = chosen[0]
+        found = self._newest()
         if found is None:
+            if self._job.parent is not None:
+                scatter_state(self._engine, self._parameters, parent_weights(self._job.parent, self._parameters), 0)
             return Progress()
         progress = found.progress
         scatter_state(self._engine, self._parameters, load_checkpoint(found), progress.num_updates)
@@ -141,6 +148,30 @@ class Trainer:
                 f"checkpoint {found.uri} stands at {progress.position} in the data, the plan at {expected}; the data changed"
             )
         return progress
+
+    def _newest(self, below_updates: float = math.inf) -> Found | None:
+        # Rank 0 looks, so that all ranks take the same checkpoint whatever storage shows each of them.
+        chosen: list[Found | None] = [None]
+        if self._rank == 0:
+            warn = partial(print, "warning:", flush=True)
+            chosen[0] = find_newest(self._job.run_dir, warn, below_updates)
+        dist.broadcast_object_list(chosen, src=0)
+        return chosen[0]
+
+    def _rewind(self) -> None:
+        """Weights and optimizer of the last checkpoint with other weights; the rows since then stay behind."""
+        self._busy("loading")
+        self._writer.wait()
+        found = self._newest(below_updates=self._progress.num_updates)
+        if found is None:
+            raise RunError(
+                f"step {self._progress.step - 1}: {self._progress.bad_in_row} steps in a row had a non-finite loss or "
+                "gradient, and there is no checkpoint to go back to; lower train.learning_rate or look at the data"
+            )
+        scatter_state(self._engine, self._parameters, load_checkpoint(found), found.progress.num_updates)
+        self._progress.num_updates, self._progress.bad_in_row = found.progress.num_updates, 0
+        self._lines[-1]["rewound_to"] = found.step
+        self._link_send({"event": "rewind", "step": self._progress.step, "to": found.step})
 
     def _agree(self, batch: Batch) -> tuple[float, bool]:
         """Supervised tokens of the global batch, and whether to stop before this step: one sum over all ranks."""
@@ -168,19 +199,21 @@ class Trainer:
             # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
             self._engine.backward(loss * (self._world_size / max(1.0, num_supervised)), scale_wrt_gas=False)
             self._engine.step()
-        sums = self._sum([float(loss_sum), float(batch.num_tokens.sum())])
+        sums = self._sum([float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)])
         norm = self._engine.get_global_grad_norm()
         applied = math.isfinite(sums[0]) and not getattr(self._engine.optimizer, "overflow", False)
         progress = self._progress
         progress.step = batch.step + 1
         progress.num_updates += applied
         progress.num_bad_steps += not applied
+        progress.bad_in_row = 0 if applied else progress.bad_in_row + 1
         duration_s = time.monotonic() - began_s + wait_s
         line = {
             "step": batch.step,
             "loss": sums[0] / max(1.0, num_supervised),
             "num_tokens": int(sums[1]),
             "num_supervised": int(num_supervised),
+            "rows": f"{int(sums[2]):x}",
             "learning_rate": rate,
             "grad_norm": float(norm) if norm is not None else None,
             "tokens_per_s": round(sums[1] / duration_s, 1),
@@ -201,6 +234,8 @@ class Trainer:
     def _after_step(self) -> bool:
         """Held-out loss and checkpoint where they are due; True when the run is finished."""
         step, evaluate, progress = self._progress.step, self._run.evaluate, self._progress
+        if progress.bad_in_row == self._run.train.rewind_after:
+            self._rewind()
         evaluates = evaluate.every and self._job.heldout is not None and step % evaluate.every == 0
         is_best = self._evaluate() if evaluates else False
         out_of_patience = evaluate.early_stopping is not None and progress.since_best >= evaluate.early_stopping
@@ -223,6 +258,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Held-out loss over all ranks; True when it is the best so far."""
+        self._busy("evaluating")
         table: pa.Table = ray.get(self._job.heldout)
         mine = table.take(pa.array(range(self._rank, table.num_rows, self._world_size)))
         loss_sum, count = heldout_sums(self._engine, mine, self._run.micro_batch_size, self._device)
@@ -238,6 +274,7 @@ class Trainer:
         return is_best
 
     def _save(self) -> None:
+        self._busy("saving")
         self._progress.position = self._shard.plan.position(self._progress.step)
         tensors = gather_state(self._engine, self._parameters, keep=self._rank == 0)
         if self._rank == 0:
@@ -246,28 +283,13 @@ class Trainer:
         self._lines = []
         self._saved_s = time.monotonic()
 
+    def _busy(self, phase: str) -> None:
+        """Tells the driver that no step is due until the next event."""
+        self._link_send({"event": "busy", "phase": phase})
+
     def _link_send(self, event: dict[str, Any], last: bool = False) -> None:
         if self._link is not None:
             self._link.send(event, last)
-
-
-class MonitorLink:
-    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
-
-    def __init__(self, monitor: Any) -> None:
-        self._monitor, self._reply, self._stop = monitor, None, False
-
-    def send(self, event: dict[str, Any], last: bool = False) -> None:
-        """Sends an event without waiting, unless it is the last."""
-        self._reply = self._monitor.record.remote(event)
-        if last:
-            ray.get(self._reply)
-
-    def stop_asked(self) -> bool:
-        """Whether the driver asked to stop, as far as its replies have come."""
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stop = self._stop or bool(ray.get(self._reply))
-        return self._stop
 
 
 def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: torch.device) -> tuple[float, float]:
@@ -289,6 +311,11 @@ def _micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tu
         yield batch.first_row + lo, flatten_rows(*arrays, device=device)
 
 
+def rows_sum(row_ids: list[tuple[int, int, int, int]]) -> float:
+    """A sum over rows that tells sets of rows apart, whatever rank holds which: 40 bits each, exact in float64."""
+    return float(sum(int.from_bytes(hashlib.blake2b(repr(r).encode(), digest_size=5).digest(), "big") for r in row_ids))
+
+
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
     while True:
         began_s = time.monotonic()
@@ -296,6 +323,12 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         if batch is None:
             return
         yield batch, time.monotonic() - began_s
+
+
+def _place() -> WorkerPlace:
+    context = ray.get_runtime_context()
+    rank = ray.train.get_context().get_world_rank()
+    return WorkerPlace(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)
 
 
 def _device() -> torch.device:

@@ -1,9 +1,23 @@
-"""The line between driver and workers: an actor that keeps events for the driver, and the driver's wish to stop."""
+"""The line between driver and one group of workers: an actor that keeps events for the driver, and its wish to stop."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Where a rank runs. actor: the handle by which it can be killed."""
+
+    rank: int
+    node_id: str
+    host: str
+    pid: int
+    actor: Any
 
 
 class Monitor:
@@ -14,6 +28,15 @@ class Monitor:
         self._lock = threading.Lock()
         self._stop = False
         self._failure: tuple[str, str] | None = None
+        self._places: list[WorkerPlace] = []
+
+    def join(self, place: WorkerPlace) -> None:
+        """Keeps where a rank runs."""
+        self._places.append(place)
+
+    def places(self) -> list[WorkerPlace]:
+        """What `join` kept: the workers that have begun."""
+        return sorted(self._places, key=lambda place: place.rank)
 
     def record(self, event: dict[str, Any]) -> bool:
         """Keeps an event for the driver; returns whether it wants the run to stop."""
@@ -38,3 +61,22 @@ class Monitor:
     def stop(self) -> None:
         """Asks the workers to commit a checkpoint and leave at the next step."""
         self._stop = True
+
+
+class MonitorLink:
+    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor, self._reply, self._stop = monitor, None, False
+
+    def send(self, event: dict[str, Any], last: bool = False) -> None:
+        """Sends an event without waiting, unless it is the last."""
+        self._reply = self._monitor.record.remote(event)
+        if last:
+            ray.get(self._reply)
+
+    def stop_asked(self) -> bool:
+        """Whether the driver asked to stop, as far as its replies have come."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._reply))
+        return self._stop

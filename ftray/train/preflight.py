@@ -13,7 +13,7 @@ from ftray.train.zero import deepspeed_config
 
 def preflight(run: config.Run) -> None:
     """Raises ConfigError, ModelError or DataError for what is wrong already now."""
-    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.scale.num_workers)
+    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
     held_out = run.data.eval if isinstance(run.data.eval, list) else []
     for source in [*run.data.train, *held_out]:
         list_shards(source.path)

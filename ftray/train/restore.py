@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ftray import config
-from ftray.errors import CheckpointError
+from ftray import config, storage
+from ftray.errors import CheckpointError, ConfigError
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import load_checkpoint
-from ftray.train.timeline import Found
+from ftray.train.timeline import Found, list_checkpoints
 
 
 def load_tuned(run: config.Run, found: Found, precision: str) -> Any:
@@ -27,3 +28,39 @@ def load_tuned(run: config.Run, found: Found, precision: str) -> Any:
     if left:
         raise CheckpointError(f"{found.uri} doesn't fit the model: it has {left[0]}, the model has not")
     return model.eval()
+
+
+def open_parent(uri: str) -> Found:
+    """The committed checkpoint at a URI: `…/checkpoints/step-000200`, or a run's directory for its newest one.
+
+    Raises ConfigError if there is none.
+    """
+    place = storage.absolute(uri)
+    try:
+        manifest = storage.read_manifest(place)
+    except CheckpointError as err:
+        raise ConfigError(f"--from: {err}") from None
+    if manifest is not None and "progress" in manifest["meta"]:
+        return Found(place, manifest["meta"])
+    found = list_checkpoints(place)
+    if not found:
+        raise ConfigError(
+            f"--from {uri}: there is no committed checkpoint; give one (…/checkpoints/step-000200) or a run"
+        )
+    return found[0]
+
+
+def parent_weights(uri: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Only the weights of a checkpoint, for a new run's parameters. Raises CheckpointError if the two don't fit."""
+    found = open_parent(uri)
+    weights = {name: tensor for name, tensor in load_checkpoint(found).items() if name.startswith("weights.")}
+    wanted = {f"weights.{name}": getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+    for name in sorted(weights.keys() | wanted.keys()):
+        mine, its = wanted.get(name), weights[name].shape if name in weights else None
+        if mine is None or its is None or tuple(mine) != tuple(its):
+            shown = [list(shape) if shape is not None else "missing" for shape in (its, mine)]
+            raise CheckpointError(
+                f"--from {uri} doesn't fit this run: {name.removeprefix('weights.')} is {shown[0]} there and {shown[1]} "
+                "here; model and method must be the same"
+            )
+    return weights

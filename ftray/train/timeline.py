@@ -7,6 +7,7 @@ the truth, not what a controller remembers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +21,14 @@ class Progress:
     """Where a run stands after `step` optimizer steps; goes into each checkpoint.
 
     position: cursor of each data source (it follows from step and data; kept to be compared). num_updates: steps that
-    changed the weights. best: step and held-out loss. since_best: held-out losses since then. segments: first steps of
-    the metrics segments on the committed timeline.
+    changed the weights. bad_in_row: non-finite steps just before this one. best: step and held-out loss. since_best:
+    held-out losses since then. segments: first steps of the metrics segments on the committed timeline.
     """
 
     step: int = 0
     num_updates: int = 0
     num_bad_steps: int = 0
+    bad_in_row: int = 0
     finished: bool = False
     position: list[dict[str, int]] = field(default_factory=list)
     best: dict[str, float] | None = None
@@ -78,9 +80,14 @@ def best_checkpoint(run_dir: str) -> Found:
     return next((f for f in found if best and f.step == int(best["step"])), found[0])
 
 
-def find_newest(run_dir: str, warn: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint whose files all match its manifest; says which ones it passes over."""
+def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float = math.inf) -> Found | None:
+    """The newest checkpoint whose files all match its manifest; says which damaged ones it passes over.
+
+    below_updates: only of those that had fewer updates of the weights.
+    """
     for found in list_checkpoints(run_dir, warn):
+        if found.progress.num_updates >= below_updates:
+            continue
         problems = storage.verify_directory(found.uri)
         if not problems:
             return found

@@ -73,7 +73,6 @@ NOT_CARRIED_OUT = {
     "tune=": "tune is {}; remove the section",
     "method.type=prompt": "method.type prompt is {}; use full, lora or qlora",
     "train.precision=fp16": "train.precision fp16 is {}; use bf16 or fp32",
-    "scale.num_workers={min: 1, max: 4}": "scale.num_workers as a range is {}; give one number of workers",
 }
 
 
@@ -359,13 +358,20 @@ OTHER: dict[str, dict[str, Any]] = {
         "max_grad_norm": 3.0,
         "precision": "fp32",
         "seed": 3,
+        "rewind_after": 3,
     },
     "deepspeed": {"zero_stage": 1, "overrides": {"a": 1}},
 }
 SAME: dict[str, dict[str, Any]] = {
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
-    "train": {"max_bad_steps": 3},
-    "scale": {"num_workers": 2, "accelerator": "A100", "cpus_per_worker": 2.0},
+    "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0},
+    "scale": {
+        "num_workers": {"min": 1, "max": 2},
+        "accelerator": "A100",
+        "cpus_per_worker": 2.0,
+        "max_failures": 1,
+        "wait_s": 3.0,
+    },
     "checkpoint": {"every": 3, "keep": 1},
     "evaluate": {
         "every": 3,

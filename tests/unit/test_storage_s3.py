@@ -311,3 +311,36 @@ def test_an_owner_whose_store_is_down_holds_its_lease_for_lost(
         proxy.fraction = 0.0
         # It did not sign again: another may have the run by now.
         assert not json.loads(storage.read_bytes(storage.join(place, "lease/000001.json")))["released"]
+
+
+class Expiring(FaultyProxy):
+    """Answers every request signed with the key `old` as AWS does when a session is over."""
+
+    async def _ask(self, request: bytes) -> bytes:
+        if b"Credential=old/" not in request:
+            return await super()._ask(request)
+        body = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The token has expired.</Message></Error>"
+        head = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % len(body)
+        return head + body
+
+
+def test_keys_that_expire_in_the_middle_are_read_anew(
+    s3: S3Server, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
+    keys.write_text(text.format("old", "old"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "1")
+    with Expiring(s3.endpoint, 0.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with pytest.raises(StorageError, match="has expired or is not valid; log in again"):
+            storage.write_bytes(storage.join(place, "x"), b"1")
+        renew = threading.Timer(1.5, keys.write_text, [text.format(s3.access_key, s3.secret_key)])
+        renew.start()
+        with storage.patient():  # what commits a checkpoint waits for new keys
+            storage.write_bytes(storage.join(place, "x"), b"2")
+        renew.join()
+        assert storage.read_bytes(storage.join(place, "x")) == b"2"
