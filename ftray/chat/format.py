@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,6 @@ class ChatFormat:
         self._cutter = Cutter(_template_of(tokenizer), names)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._inserts_prefix = self._finds_prefix()
-        self._unwritable = self._find_unwritable()
         self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
         self.stop_token_ids = self._find_stop_tokens()
         self._cutter.uses_marks = self._finds_other_marks()
@@ -344,7 +344,8 @@ class ChatFormat:
                 "it would be lost; remove it"
             )
 
-    def _find_unwritable(self) -> re.Pattern[str] | None:
+    @cached_property
+    def _unwritable(self) -> re.Pattern[str] | None:
         """Control characters that the vocabulary lacks: ids would leave them out in silence."""
         lost = [c for c in map(chr, range(32)) if not self.can_write(c)]
         return re.compile("[" + "".join(map(re.escape, lost)) + "]") if lost else None
