@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ SHINGLE = 5  # characters
 NUM_PERM = 128  # slots of a signature, 16 bits each: 256 bytes a record
 BAND = 4  # slots that must be equal for two records to be compared: 64 bits, one number
 SIMILARITY = 0.7
+KEPT = 8  # records that one is known to be like: the earliest
 ROUNDS = 6  # leaders tried in a group of records that share a band
 PIECE = 4096  # shingles hashed, or pairs compared, at once
 MIN_SLOTS = 12  # own slots that a judgement needs
@@ -65,16 +67,27 @@ class Pairs:
     def __iter__(self) -> Iterator[Pair]:
         return map(Pair, self.places.tolist(), self.of.tolist(), self.similarity.tolist())
 
+    def runs(self) -> list[tuple[int, int]]:
+        """[from, to) of each place's pairs, where the pairs are sorted."""
+        cuts = np.flatnonzero(np.r_[True, self.places[1:] != self.places[:-1], True]) if len(self) else np.zeros(1, int)
+        return list(pairwise(cuts.tolist()))
+
     @classmethod
-    def best(cls, parts: Sequence[Pairs]) -> Pairs:
-        """Each different (place, of) once, for a place the most similar first, and of these the earliest."""
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Each different (place, of) once, sorted; of each place those with the KEPT earliest others."""
         places, of, similarity = (
-            np.concatenate(a) for a in zip(*((p.places, p.of, p.similarity) for p in parts), strict=True)
+            np.concatenate(arrays) for arrays in zip(*((p.places, p.of, p.similarity) for p in parts), strict=True)
         )
-        order = np.lexsort((of, -similarity, places))
+        order = np.lexsort((of, places))
         places, of, similarity = places[order], of[order], similarity[order]
-        new = np.r_[True, (places[1:] != places[:-1]) | (of[1:] != of[:-1])] if len(places) else np.zeros(0, bool)
-        return cls(places[new], of[new], similarity[new])
+        if not len(places):
+            return NO_PAIRS
+        new = np.r_[True, (places[1:] != places[:-1]) | (of[1:] != of[:-1])]
+        places, of, similarity = places[new], of[new], similarity[new]
+        first = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
+        rank = np.arange(len(places)) - np.repeat(first, np.diff(np.r_[first, len(places)]))
+        kept = rank < KEPT
+        return cls(places[kept], of[kept], similarity[kept])
 
 
 NO_PAIRS = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -169,18 +182,22 @@ def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> Pairs:
         order = places[np.argsort(keys[places], kind="stable")]  # groups of records that share the band, in their order
         starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(order) else np.zeros(0, bool)
         leader = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
+        known = pairs.places * len(signatures) + pairs.of  # in an earlier band: not compared again
         alike = [pairs]
         for step in range(ROUNDS):
             later = np.flatnonzero(leader + step < np.arange(len(order)))
-            alike += _alike(signatures, order[later], order[leader[later] + step], common, similarity)
-        pairs = Pairs.best(alike)
+            later, leads = order[later], order[leader[later] + step]
+            new = np.isin(later * len(signatures) + leads, known, invert=True)
+            alike += _alike(signatures, later[new], leads[new], common, similarity)
+        pairs = Pairs.joined(alike)
     gone = np.zeros(len(signatures), bool)
-    wanted, last = [], -1
-    for i, (place, of) in enumerate(zip(pairs.places.tolist(), pairs.of.tolist(), strict=True)):
-        if place != last and not gone[of]:  # the best of those that stay
-            wanted.append(i)
-            gone[place], last = True, place
-    return _rounded(pairs, wanted)
+    chosen = []
+    for lo, hi in pairs.runs():
+        stay = lo + np.flatnonzero(~gone[pairs.of[lo:hi]])
+        if len(stay):
+            chosen.append(stay[np.argmax(pairs.similarity[stay])])
+            gone[pairs.places[lo]] = True
+    return _rounded(pairs, chosen)
 
 
 def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> Pairs:
@@ -201,9 +218,8 @@ def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> 
             some = np.flatnonzero(lo + step < hi)
             found = _alike(both, places[some] + num, order[lo[some] + step], common, similarity)
             alike += [Pairs(part.places - num, part.of, part.similarity) for part in found]
-        pairs = Pairs.best(alike)
-    first = np.r_[True, pairs.places[1:] != pairs.places[:-1]] if len(pairs) else np.zeros(0, bool)
-    return _rounded(pairs, np.flatnonzero(first))
+        pairs = Pairs.joined(alike)
+    return _rounded(pairs, [lo + np.argmax(pairs.similarity[lo:hi]) for lo, hi in pairs.runs()])
 
 
 def _rounded(pairs: Pairs, wanted: Any) -> Pairs:
