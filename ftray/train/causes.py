@@ -69,7 +69,7 @@ def _death(error: BaseException) -> str:
             f"was ended because its machine{f' {place[1]}' if place else ''} ran low on memory; lower "
             "train.micro_batch_size or data.max_seq_len, or use machines with more memory"
         )
-    return "died without a word: somebody or the kernel, out of memory, killed its process"
+    return "died without a word: its process was killed (by the kernel, out of memory, or by somebody), or its node is gone"
 
 
 def _sentence(error: BaseException) -> str:

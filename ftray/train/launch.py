@@ -6,6 +6,7 @@ Ray Train runs `loop.train_worker`, group after group (`supervise`); this side s
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,8 @@ from ftray.train.loop import Job, train_worker
 from ftray.train.monitor import Monitor
 from ftray.train.supervise import Wish, supervise
 from ftray.train.timeline import Found, find_newest, merge_metrics
+
+START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 
 def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease | None = None) -> Found:
@@ -97,6 +100,8 @@ def _start(
     """One group of workers, to its end."""
     run = job.run
     monitor = _monitor()
+    # A node that just died counts as alive for a while; then the group can't start, and another size is tried.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S)
     with tempfile.TemporaryDirectory(prefix="ftray-train-") as scratch:
         trainer = TorchTrainer(
             train_worker,

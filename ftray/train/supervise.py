@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
+
 from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
@@ -149,15 +151,17 @@ class Cluster:
             time.sleep(min(1.0, wait_s))
 
     def avoid(self, size: int) -> None:
-        """A group of this size did not start: others hold the room. The next one is smaller where that is allowed."""
+        """A group of this size did not start. Either a node is gone that counted as alive, which shows by now, or others
+        hold the room: then the next group is smaller where that is allowed."""
+        if fitting(self._run.scale, self._use_gpu, usable_nodes()) < size:
+            return
         self._since_s = self._since_s or time.monotonic()
         smaller = world_size_for(self._run, size - 1)
         self._most = smaller or size
-        if smaller is None and time.monotonic() - self._since_s > self._run.scale.wait_s:
-            raise Preempted(
-                f"others hold the room that {size} workers need since {duration(self._run.scale.wait_s)}; {AGAIN}"
-            )
-        self._console.warn(f"{size} workers were given no room; trying {smaller or 'again'}")
+        wait_s = self._run.scale.wait_s
+        if smaller is None and time.monotonic() - self._since_s > wait_s:
+            raise Preempted(f"others hold the room that {size} workers need since {duration(wait_s)}; {AGAIN}")
+        self._console.warn(f"{size} workers were given no room, others hold it; trying {smaller or 'again'}")
 
     def wish(self, places: list[WorkerPlace]) -> str:
         """Why the group should leave now; "" if it should stay."""
@@ -178,6 +182,13 @@ class Cluster:
         if lost := [place for place in places if place.node_id in leaving]:
             return f"the node {lost[0].host} will be taken away"
         grown = world_size_for(self._run, fitting(self._run.scale, self._use_gpu, usable_nodes()))
-        if places and grown is not None and grown > self._size and self._most == self._run.world_sizes[0]:
+        if places and grown is not None and grown > self._size and self._is_free(grown - self._size):
+            self._most = grown
             return f"there is room for {grown} workers"
         return ""
+
+    def _is_free(self, more: int) -> bool:
+        """Whether nobody holds what so many more workers need."""
+        free = ray.available_resources()
+        needed = {"CPU": more * self._run.scale.cpus_per_worker} | ({"GPU": float(more)} if self._use_gpu else {})
+        return all(free.get(kind, 0) >= number for kind, number in needed.items())

@@ -58,7 +58,8 @@ def test_the_worker_that_died_is_named_and_not_those_that_lost_it() -> None:
     lost = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
     died = ActorDiedError()
     assert explain(WorkerGroupError("", {0: lost, 1: died})) == (
-        "the worker of rank 1 died without a word: somebody or the kernel, out of memory, killed its process"
+        "the worker of rank 1 died without a word: its process was killed (by the kernel, out of memory, or by somebody), "
+        "or its node is gone"
     )
     assert explain(WorkerGroupError("", {0: lost, 1: KeyError("x")})) == "rank 1: KeyError: 'x'"
     assert "Connection closed" in explain(WorkerGroupError("", {0: lost}))

@@ -182,3 +182,19 @@ def test_one_that_stays_down_is_told_in_the_end(s3: S3Server, monkeypatch: pytes
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         with pytest.raises(StorageError, match=r"gave no good answer for .* within 1 s"), storage.patient():
             storage.read_bytes(f"{s3.uri}/x")
+
+
+def test_patience_holds_in_the_threads_that_copy_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "3")
+    with storage.patient():
+        assert storage.transfer.in_parallel(lambda _: storage.s3.retry_s.get(), range(8)) == [30.0] * 8
+    assert storage.transfer.in_parallel(lambda _: storage.s3.retry_s.get(), range(2)) == [None] * 2
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_next_checkpoint(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints/step-000002"
+    left.mkdir(parents=True)
+    (left / "of-another-writer.safetensors").write_bytes(b"x")
+    save(str(tmp_path), 2)
+    assert newest(str(tmp_path)) == 2
+    assert not (left / "of-another-writer.safetensors").exists()
