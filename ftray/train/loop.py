@@ -106,7 +106,8 @@ class Trainer:
         train = self._run.train
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
-        model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
+        tuned = build_model(self._run.model, self._run.method, train.precision, train.seed)
+        model = SummedLoss(tuned, train.label_smoothing).train()
         parameters = trainable(model.model)
         optimizer = torch.optim.AdamW(
             list(parameters.values()),

@@ -71,8 +71,6 @@ def test_every_file_in_jobs_parses_and_is_named_as_its_run(path: Path) -> None:
 NOT_CARRIED_OUT = {
     "tune={num_trials: 8, space: {train.learning_rate: {type: loguniform, low: 5.0e-5}}}": "tune is {}; remove the section",
     "tune=": "tune is {}; remove the section",
-    "method.type=prompt": "method.type prompt is {}; use full, lora or qlora",
-    "train.precision=fp16": "train.precision fp16 is {}; use bf16 or fp32",
     "scale.num_workers={min: 1, max: 4}": "scale.num_workers as a range is {}; give one number of workers",
 }
 
