@@ -55,6 +55,12 @@ RULES: tuple[Rule, ...] = (
         "use full, or remove freeze",
     ),
     Rule(
+        ("train.precision", ("fp16",)),
+        ("deepspeed.zero_stage", (0,)),
+        "DeepSpeed doesn't scale the loss there",  # 0.19.8: its backward does so for ZeRO's optimizers only
+        "use zero_stage 1",
+    ),
+    Rule(
         ("deepspeed.offload", ("optimizer",)),
         ("deepspeed.zero_stage", (0,)),
         "DeepSpeed moves sharded states only",
@@ -90,4 +96,3 @@ def impossible(tree: Mapping[str, Any]) -> str | None:
 
 def _words(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-

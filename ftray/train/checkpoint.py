@@ -1,14 +1,14 @@
-"""What is in a checkpoint, and how it is committed without stopping training.
+"""How a checkpoint is committed without stopping training, and read again.
 
-Knows storage and tensors by name; nothing of DeepSpeed or data. Tensors in safetensors, state in JSON, manifest.json
-(size and sha256 of each file) written last.
+Knows storage and tensors by name; nothing of DeepSpeed or data. Each rank writes its share of the tensors (of adapters,
+which are small, rank 0 writes the whole), state is in JSON, manifest.json (size and sha256 of each file) is written last.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,65 +16,121 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 
-from ftray import storage
+from ftray import errors, storage
 from ftray.errors import CheckpointError
+from ftray.train.shards import (
+    NAMES,
+    HostBuffer,
+    Layout,
+    Part,
+    PartReader,
+    assemble,
+    check_complete,
+    layout,
+    num_bytes,
+    pieces,
+    write_parts,
+)
 from ftray.train.timeline import Found, Progress, list_checkpoints
 
-TENSORS, STATE = "state.safetensors", "state.json"
+WHOLE, SHARE, STATE = "state.safetensors", "state-{:05d}-of-{:05d}.safetensors", "state.json"
 
 
-def load_checkpoint(found: Found) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint, verified against its manifest while they are read. Raises CheckpointError."""
+def load_checkpoint(found: Found, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint whose names begin so, verified against its manifest first. Raises CheckpointError."""
     with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-        storage.fetch_directory(found.uri, directory)
-        return load_file(Path(directory) / TENSORS)
+        place = found.uri
+        if storage.is_remote(found.uri):
+            storage.fetch_directory(found.uri, directory)
+            place = directory
+        elif problems := storage.verify_directory(found.uri):
+            raise CheckpointError(f"{found.uri} is damaged ({problems[0]}); use the checkpoint before it")
+        reader = PartReader(place)
+        return {name: reader.whole(name) for name in reader.shapes() if name.startswith(prefix)}
 
 
 @contextmanager
-def _staging(uri: str) -> Iterator[str]:
+def _staging(uri: str) -> Iterator[Path]:
     """Where a checkpoint's files are written before they are committed: on local disk the place itself, not a copy."""
     if storage.is_remote(uri):
         with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-            yield directory
+            yield Path(directory)
     else:
         Path(uri).mkdir(parents=True, exist_ok=True)
-        yield uri
+        yield Path(uri)
+
+
+class Ranks:
+    """What the writers of one checkpoint tell each other, on their own threads, beside training's collectives.
+
+    All ranks make one at the same time, and use it in the same order.
+    """
+
+    def __init__(self) -> None:
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank: int = dist.get_rank() if many else 0
+        self.world_size: int = dist.get_world_size() if many else 1
+        self._group = dist.new_group(backend="gloo") if many else None
+
+    def gather(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` returns on each rank, on all of them. Where one raises, all raise."""
+        failure: Exception | None = None
+        mine: tuple[str, Any] = ("", None)
+        try:
+            mine = ("", act())
+        except Exception as err:  # noqa: BLE001 - raised again once the others know
+            failure, mine = err, (type(err).__name__, str(err))
+        found: list[Any] = [mine] * self.world_size
+        if self._group is not None:
+            dist.all_gather_object(found, mine, group=self._group)
+        if failure is not None:
+            raise failure
+        for kind, value in found:
+            if kind:
+                raise getattr(errors, kind, CheckpointError)(value)
+        return [value for _, value in found]
+
+    def collect(self, flat: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        """Rank 0: every rank's bytes, `sizes` of them; elsewhere []. flat: this rank's own, uint8."""
+        if self.rank > 0:
+            if len(flat):
+                dist.send(flat, 0, group=self._group)
+            return []
+        found = [flat, *(torch.empty(size, dtype=torch.uint8) for size in sizes[1:])]
+        for rank in range(1, self.world_size):
+            if sizes[rank]:
+                dist.recv(found[rank], rank, group=self._group)
+        return found
 
 
 class CheckpointWriter:
     """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
 
-    meta: goes into each manifest (config hash, data hash, versions). keep: newest ones that stay; the best stays besides.
+    Every rank has one and saves at the same steps. meta: goes into each manifest (config hash, data hash, versions).
+    keep: newest ones that stay; the best stays besides. whole: one file with all, for small states.
     """
 
-    def __init__(self, run_dir: str, keep: int, meta: dict[str, Any]) -> None:
-        self._run_dir, self._keep, self._meta = run_dir, keep, meta
+    def __init__(self, run_dir: str, keep: int, meta: dict[str, Any], whole: bool) -> None:
+        self._run_dir, self._keep, self._meta, self._whole = run_dir, keep, meta, whole
+        self._ranks, self._buffer = Ranks(), HostBuffer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
-        """Starts to commit. tensors must not change afterwards. Raises what the commit before it raised.
+    def save(self, progress: Progress, parts: list[Part], lines: list[dict[str, Any]]) -> None:
+        """Copies this rank's parts and starts to commit them. Raises what the commit before it raised.
 
-        lines: metrics since the last checkpoint. Raises CheckpointError for an empty or missing tensor.
+        lines: metrics since the last checkpoint.
         """
         self.wait()
-        for name, tensor in tensors.items():
-            if tensor.numel() == 0:
-                raise CheckpointError(
-                    f"step {progress.step}: the tensor {name} is empty; this is a fault of ftray, please report it"
-                )
-        if not any(name.startswith("weights.") for name in tensors):
-            raise CheckpointError(
-                f"step {progress.step}: there are no weights to save; this is a fault of ftray, please report it"
-            )
         if lines:
             first = int(lines[0]["step"])
             segment = f"{first:08d}-{int(lines[-1]['step']):08d}.jsonl"
             progress.segments = [s for s in progress.segments if int(s[:8]) < first] + [segment]
         snapshot = Progress(**json.loads(json.dumps(asdict(progress))))
-        self._pending = self._pool.submit(self._commit, snapshot, tensors, list(lines))
+        held = self._buffer.hold(parts)
+        self._pending = self._pool.submit(self._commit, snapshot, held, list(lines))
 
     def wait(self) -> None:
         """Returns when the last commit is done. Raises what it raised."""
@@ -82,22 +138,59 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _commit(self, progress: Progress, tensors: dict[str, torch.Tensor], lines: list[dict[str, Any]]) -> None:
+    def _commit(self, progress: Progress, parts: list[Part], lines: list[dict[str, Any]]) -> None:
+        uri, ranks = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}"), self._ranks
+        if not ranks.gather(lambda: ranks.rank > 0 or self._clear(uri, progress, lines))[0]:
+            return
+        laid = ranks.gather(lambda: layout(parts))
+        check_complete(laid)
+        write = self._write_whole if self._whole else self._write_share
+        with _staging(uri) as directory:
+            shares = ranks.gather(lambda: write(directory, uri, laid, progress.step if _has_moved(lines) else 0))
+            if ranks.rank > 0:
+                return
+            (directory / STATE).write_text(json.dumps(asdict(progress), indent=1))
+            entries = {STATE: storage.put_file(str(directory / STATE), uri, STATE)}
+            entries |= {name: entry for share in shares for name, entry in share.items()}
+            if not storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)}):
+                raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+        self._sweep(progress)
+
+    def _clear(self, uri: str, progress: Progress, lines: list[dict[str, Any]]) -> bool:
+        """Rank 0, first: writes the metrics, makes room. False when this checkpoint is there already, and sound."""
         if lines:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
-        uri = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}")
         if storage.exists(storage.join(uri, "manifest.json")) and not storage.verify_directory(uri):
             there = storage.read_manifest(uri)
             if there is not None and there["meta"].get("config_hash") == self._meta.get("config_hash"):
-                return  # committed before an interruption, and sound
+                return False  # committed before an interruption
         storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
-        with _staging(uri) as directory:
-            save_file(tensors, Path(directory) / TENSORS)
-            Path(directory, STATE).write_text(json.dumps(asdict(progress), indent=1))
-            if not storage.commit_directory(directory, uri, {**self._meta, "progress": asdict(progress)}):
-                raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
-        self._sweep(progress)
+        return True
+
+    def _write_share(self, directory: Path, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
+        """This rank's file; its manifest entry by name."""
+        del moved_at
+        mine = laid[self._ranks.rank]
+        if not mine:
+            return {}  # a rank beyond the last parameter
+        name = SHARE.format(self._ranks.rank, self._ranks.world_size)
+        sha256 = write_parts(directory / name, mine, pieces(self._buffer.first(num_bytes(mine))))
+        return {name: storage.put_file(str(directory / name), uri, name, sha256)}
+
+    def _write_whole(self, directory: Path, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
+        """Rank 0: one file with all; its manifest entry by name."""
+        sizes = [num_bytes(one) for one in laid]
+        shares = self._ranks.collect(self._buffer.first(sizes[self._ranks.rank]), sizes)
+        if not shares:
+            return {}
+        whole = assemble(laid, shares)
+        if moved_at:
+            check_moved(whole, moved_at)
+        flats = (piece for tensor in whole.values() for piece in pieces(tensor.flatten()))
+        entries = {n: [NAMES[t.dtype], list(t.shape), 0, t.numel()] for n, t in whole.items()}
+        sha256 = write_parts(directory / WHOLE, entries, flats)
+        return {WHOLE: storage.put_file(str(directory / WHOLE), uri, WHOLE, sha256)}
 
     def _sweep(self, progress: Progress) -> None:
         best = int(progress.best["step"]) if progress.best else None
@@ -105,3 +198,18 @@ class CheckpointWriter:
             if found.step != best:
                 storage.delete(storage.join(found.uri, "manifest.json"))  # first: what has no manifest doesn't exist
                 storage.delete_tree(found.uri)
+
+
+def check_moved(tensors: dict[str, torch.Tensor], step: int) -> None:
+    """Raises CheckpointError if all of LoRA's B matrices are zero, as before any step, although steps had gradients."""
+    outward = [tensor for name, tensor in tensors.items() if name.startswith("weights.") and ".lora_B." in name]
+    if outward and not any(bool(tensor.any()) for tensor in outward):
+        raise CheckpointError(
+            f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a fault of ftray, "
+            "please report it"
+        )
+
+
+def _has_moved(lines: list[dict[str, Any]]) -> bool:
+    """Whether a step among these metrics changed the weights."""
+    return any(x.get("learning_rate") and x.get("grad_norm") and not x.get("skipped") for x in lines)

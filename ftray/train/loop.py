@@ -26,10 +26,12 @@ from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
 from ftray.model.lora import build_model, trainable
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
+from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
-from ftray.train.state import gather_state, scatter_state
+from ftray.train.shards import PartReader
+from ftray.train.state import forget_dry_run, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
 from ftray.train.zero import deepspeed_config
 
@@ -77,7 +79,8 @@ class Trainer:
         assert isinstance(shard, FeedShard)
         self._shard = shard
         self._engine, self._parameters = self._build_engine()
-        self._writer = CheckpointWriter(job.run_dir, self._run.checkpoint.keep, job.meta)
+        keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
+        self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small)
         self._progress = self._resume()
         self._lines: list[dict[str, Any]] = []
         self._saved_s = time.monotonic()
@@ -111,7 +114,7 @@ class Trainer:
         parameters = trainable(model.model)
         optimizer = torch.optim.AdamW(
             list(parameters.values()),
-            lr=train.learning_rate,
+            lr=0.0,  # each step sets its own; DeepSpeed may make an empty step before the first
             weight_decay=train.weight_decay,
             fused=self._device.type == "cuda",
         )
@@ -123,6 +126,8 @@ class Trainer:
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
             engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
+        forget_dry_run(engine)
+        prepare_scaling(engine)
         return engine, parameters
 
     def _resume(self) -> Progress:
@@ -135,7 +140,9 @@ class Trainer:
         if found is None:
             return Progress()
         progress = found.progress
-        scatter_state(self._engine, self._parameters, load_checkpoint(found), progress.num_updates)
+        read, where = PartReader(found.uri).read_many, (self._rank, self._world_size)
+        restore_parts(self._engine, self._parameters, read, progress.num_updates, *where)
+        restore_scale(self._engine, progress.loss_scale)
         expected = self._shard.plan.position(progress.step)
         if progress.position != expected:
             raise RunError(
@@ -161,6 +168,7 @@ class Trainer:
         rate = learning_rate(batch.step, self._shard.plan.num_steps, *_schedule(self._run.train))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        scale = read_scale(self._engine)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
         for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
             torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
@@ -175,7 +183,7 @@ class Trainer:
         progress = self._progress
         progress.step = batch.step + 1
         progress.num_updates += applied
-        progress.num_bad_steps += not applied
+        progress.num_bad_steps += not (applied or (math.isfinite(sums[0]) and searches_scale(self._engine, scale)))
         duration_s = time.monotonic() - began_s + wait_s
         line = {
             "step": batch.step,
@@ -189,6 +197,8 @@ class Trainer:
         }
         if not applied:
             line["skipped"] = True
+        if scale is not None:
+            line["loss_scale"] = scale["cur_scale"]
         if self._device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._lines.append(line)
@@ -240,10 +250,10 @@ class Trainer:
 
     def _save(self) -> None:
         self._progress.position = self._shard.plan.position(self._progress.step)
-        tensors = gather_state(self._engine, self._parameters, keep=self._rank == 0)
-        if self._rank == 0:
-            self._writer.save(self._progress, tensors, self._lines)
-            self._link_send({"event": "checkpoint", "step": self._progress.step})
+        self._progress.loss_scale = read_scale(self._engine)
+        parts = local_parts(self._engine, self._parameters, self._rank, self._world_size)
+        self._writer.save(self._progress, parts, self._lines)
+        self._link_send({"event": "checkpoint", "step": self._progress.step})
         self._lines = []
         self._saved_s = time.monotonic()
 

@@ -17,13 +17,12 @@ def load_tuned(run: config.Run, found: Found, precision: str) -> Any:
     precision: of the whole model; fp32 keeps the masters exact. Raises CheckpointError if the checkpoint doesn't fit.
     """
     model = build_model(run.model, run.method, precision, run.train.seed)
-    state = load_checkpoint(found)
+    state = load_checkpoint(found, "weights.")
     for name, parameter in trainable(model).items():
         saved = state.pop(f"weights.{name}", None)
         if saved is None or saved.shape != parameter.shape:
             raise CheckpointError(f"{found.uri} doesn't fit the model: {name} is missing or of another shape")
         parameter.data.copy_(saved)
-    left = [name for name in state if name.startswith("weights.")]
-    if left:
+    if left := list(state):
         raise CheckpointError(f"{found.uri} doesn't fit the model: it has {left[0]}, the model has not")
     return model.eval()

@@ -1,0 +1,155 @@
+"""DeepSpeed engines in real processes: every stage, precision and place gives back its state to the bit, to any other.
+
+No Ray. Processes cost seconds to start, so one group of them tries many settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.train.scaling import read_scale, restore_scale
+from ftray.train.shards import PartReader
+from ftray.train.state import local_parts, restore_parts
+from ftray.train.timeline import Progress, list_checkpoints
+from tests import cluster, ranks, tiny
+
+Settings = dict[str, Any]
+
+
+def setting(method: str, stage: int, precision: str = "fp32", offload: str = "none", **more: Any) -> Settings:
+    return {
+        "method__type": method,
+        "method__dropout": 0.0,
+        "deepspeed__zero_stage": stage,
+        "deepspeed__offload": offload,
+        "train__precision": precision,
+        "train__global_batch_size": 2,
+        "train__micro_batch_size": 1,
+        **more,
+    }
+
+
+SETTINGS: dict[str, Settings] = {
+    "full-0-bf16": setting("full", 0, "bf16", train__weight_decay=0.1),
+    "full-1-fp16": setting("full", 1, "fp16"),
+    "full-1-optimizer": setting("full", 1, "bf16", "optimizer"),
+    "full-2": setting("full", 2, train__weight_decay=0.1),
+    "full-3": setting("full", 3, method__freeze=["embed_tokens", "layers.0"]),
+    "full-3-all": setting("full", 3, "bf16", "all"),
+    "lora-0-bf16": setting("lora", 0, "bf16"),
+    "lora-2-dora": setting("lora", 2, method__dora=True, method__rslora=True),
+    "lora-3": setting("lora", 3),
+    "prompt-2": setting("prompt", 2, train__label_smoothing=0.1),
+}
+ELSEWHERE = {0: 2, 1: 3, 2: 1, 3: 0}  # the stage at which another world size takes a state over
+
+
+def run_of(root: Path, name: str, **more: Any) -> Any:
+    return cluster.make_run(root, root / "model", root, **{**SETTINGS[name], **more})
+
+
+def save(writer: CheckpointWriter, engine: Any, parameters: Any, step: int) -> None:
+    progress = Progress(step=step, num_updates=step, loss_scale=read_scale(engine))
+    parts = local_parts(engine, parameters, dist.get_rank(), dist.get_world_size())
+    writer.save(progress, parts, [{"step": step, "learning_rate": 1e-2, "grad_norm": 1.0}])
+
+
+def load(run_dir: str, engine: Any, parameters: Any) -> None:
+    (found,) = list_checkpoints(run_dir)
+    read = PartReader(found.uri).read_many
+    restore_parts(engine, parameters, read, found.progress.num_updates, dist.get_rank(), dist.get_world_size())
+    restore_scale(engine, found.progress.loss_scale)
+
+
+def train_and_resume(rank: int, root: Path) -> dict[str, Any]:
+    """For each setting: losses of steps 2 and 3 without a stop, and out of a checkpoint of step 2 in a new engine."""
+    ranks.lift_fp16_gate()
+    found = {}
+    for name in SETTINGS:
+        run = run_of(root, name)
+        writer = CheckpointWriter(str(root / name), 9, {}, whole=run.method.type != "full")
+        engine, parameters = ranks.build_engine(run)
+        begun = ranks.train_steps(engine, 0, 2)
+        save(writer, engine, parameters, 2)
+        smooth = ranks.train_steps(engine, 2, 4)  # while the checkpoint is written
+        writer.wait()
+        fresh, parameters = ranks.build_engine(run)
+        dist.barrier()
+        load(str(root / name), fresh, parameters)
+        found[name] = (begun, smooth, ranks.train_steps(fresh, 2, 4), read_scale(fresh) == read_scale(engine))
+        engine.destroy()
+        fresh.destroy()
+    return found
+
+
+def take_over(rank: int, root: Path) -> None:
+    """Each checkpoint into an engine of another stage and world size, and out again."""
+    for name in SETTINGS:
+        stage = ELSEWHERE[SETTINGS[name]["deepspeed__zero_stage"]]
+        plain = {"deepspeed__offload": "none", "train__precision": "fp32"}
+        size = {"train__global_batch_size": 3, "scale__num_workers": 3}
+        run = run_of(root, name, deepspeed__zero_stage=stage, **plain, **size)
+        engine, parameters = ranks.build_engine(run)
+        load(str(root / name), engine, parameters)
+        writer = CheckpointWriter(str(root / "other" / name), 9, {}, whole=run.method.type != "full")
+        save(writer, engine, parameters, 2)
+        writer.wait()
+        engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("engines")
+    tiny.write_tiny_model(root / "model")
+    return root, ranks.run_ranks(2, train_and_resume, root)[0]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_fresh_engine_goes_on_to_the_bit(trained: tuple[Path, dict[str, Any]], name: str) -> None:
+    begun, smooth, resumed, same_scale = trained[1][name]
+    assert resumed == smooth
+    assert same_scale
+    assert begun[0] not in begun[1:] + smooth
+    assert all(0 < loss < 1000 for loss in begun + smooth)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.startswith("full")])
+def test_each_rank_writes_a_share_of_full_weights(trained: tuple[Path, dict[str, Any]], name: str) -> None:
+    (found,) = list_checkpoints(str(trained[0] / name))
+    sizes = {path.name: path.stat().st_size for path in Path(found.uri).glob("*.safetensors")}
+    assert sorted(sizes) == ["state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
+    assert min(sizes.values()) > 0.4 * max(sizes.values())
+
+
+def test_adapters_and_virtual_tokens_are_one_file_of_whole_tensors(trained: tuple[Path, dict[str, Any]]) -> None:
+    for name in ("lora-0-bf16", "lora-3", "prompt-2"):
+        (found,) = list_checkpoints(str(trained[0] / name))
+        tensors = load_file(Path(found.uri, "state.safetensors"))
+        whole = load_checkpoint(found)
+        assert tensors.keys() == whole.keys()
+        assert all(torch.equal(tensors[key], whole[key]) for key in whole)
+
+
+def test_what_is_frozen_is_not_in_a_checkpoint_and_all_else_is(trained: tuple[Path, dict[str, Any]]) -> None:
+    (found,) = list_checkpoints(str(trained[0] / "full-3"))
+    names = set(load_checkpoint(found, "weights."))
+    expected = {f"weights.{name}" for name, _ in tiny.make_model().named_parameters()}
+    assert names == {name for name in expected if "embed_tokens" not in name and "layers.0." not in name}
+
+
+def test_state_is_the_same_at_another_stage_and_world_size(trained: tuple[Path, dict[str, Any]]) -> None:
+    root = trained[0]
+    ranks.run_ranks(3, take_over, root)
+    for name in SETTINGS:
+        (first,), (second,) = list_checkpoints(str(root / name)), list_checkpoints(str(root / "other" / name))
+        mine, other = load_checkpoint(first), load_checkpoint(second)
+        assert mine.keys() == other.keys(), name
+        assert {key.split(".")[0] for key in mine} == {"weights", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(mine[key], other[key]) for key in mine), name
