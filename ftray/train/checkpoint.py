@@ -118,6 +118,10 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
         self._pending: Future[None] | None = None
 
+    def reserve(self, num: int) -> None:
+        """Gets host memory for `num` bytes in the background, so that the first checkpoint doesn't wait for it."""
+        self._pending = self._pool.submit(self._buffer.reserve, num)
+
     def save(self, progress: Progress, parts: list[Part], lines: list[dict[str, Any]]) -> None:
         """Copies this rank's parts and starts to commit them. Raises what the commit before it raised.
 
@@ -131,6 +135,10 @@ class CheckpointWriter:
         snapshot = Progress(**json.loads(json.dumps(asdict(progress))))
         held = self._buffer.hold(parts)
         self._pending = self._pool.submit(self._commit, snapshot, held, list(lines))
+
+    def is_idle(self) -> bool:
+        """Whether no commit is under way."""
+        return self._pending is None or self._pending.done()
 
     def wait(self) -> None:
         """Returns when the last commit is done. Raises what it raised."""

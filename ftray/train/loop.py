@@ -31,7 +31,7 @@ from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
 from ftray.train.shards import PartReader
-from ftray.train.state import forget_dry_run, local_parts, restore_parts
+from ftray.train.state import forget_dry_run, local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
 from ftray.train.zero import deepspeed_config
 
@@ -82,6 +82,7 @@ class Trainer:
         keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
         self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small)
         self._progress = self._resume()
+        self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
         self._saved_s = time.monotonic()
         self._link = MonitorLink(job.monitor) if self._rank == 0 else None

@@ -56,13 +56,17 @@ class HostBuffer:
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
+    def reserve(self, num: int) -> None:
+        """Makes room for `num` bytes, and touches them: the system hands out memory when it is first written."""
+        if self._bytes.numel() < num:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._bytes = torch.empty(num, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).zero_()
+
     def hold(self, parts: list[Part]) -> list[Part]:
         """The same parts in this buffer, one behind the other, wide types first. They stand until the next call."""
         parts = sorted(parts, key=lambda part: -part.values.element_size())  # keeps each aligned
         total = sum(part.values.nbytes for part in parts)
-        if self._bytes.numel() < total:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-            self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.reserve(total)
         held, at = [], 0
         for part in parts:
             room = self._bytes[at : at + part.values.nbytes].view(part.values.dtype)
@@ -172,11 +176,13 @@ class PartReader:
         self._places: dict[str, list[_Place]] = {}
         self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for info in storage.list_files(uri, suffix=".safetensors"):
-            self._read_header(info.uri)
+            self._read_header(info.uri, info.size_bytes)
 
-    def _read_header(self, uri: str) -> None:
+    def _read_header(self, uri: str, size_bytes: int) -> None:
         try:
             (size,) = struct.unpack("<Q", storage.read_range(uri, 0, 8))
+            if size > size_bytes - 8:
+                raise ValueError(f"its header says {size} bytes, the file has {size_bytes}")
             header = json.loads(storage.read_range(uri, 8, 8 + size))
             starts = json.loads(header.pop("__metadata__", {}).get("parts", "{}"))
             for name, entry in header.items():

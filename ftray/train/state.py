@@ -40,6 +40,12 @@ def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: in
     return parts
 
 
+def local_bytes(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> int:
+    """Bytes of this rank's share once there are moments."""
+    spans = _spans(engine, parameters, rank, world_size).values()
+    return len(KINDS) * 4 * sum(end - start for start, end in spans)
+
+
 def restore_parts(
     engine: Any,
     parameters: dict[str, torch.nn.Parameter],

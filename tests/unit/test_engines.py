@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
-from ftray.train.scaling import read_scale, restore_scale
+from ftray.train.scaling import read_scale, restore_scale, searches_scale
 from ftray.train.shards import PartReader
 from ftray.train.state import local_parts, restore_parts
 from ftray.train.timeline import Progress, list_checkpoints
@@ -48,6 +48,8 @@ SETTINGS: dict[str, Settings] = {
     "lora-3": setting("lora", 3),
     "prompt-2": setting("prompt", 2, train__label_smoothing=0.1),
 }
+QUICK = ("full-1-fp16", "full-3-all", "lora-0-bf16")
+THE_REST = tuple(name for name in SETTINGS if name not in QUICK)
 ELSEWHERE = {0: 2, 1: 3, 2: 1, 3: 0}  # the stage at which another world size takes a state over
 
 
@@ -68,11 +70,11 @@ def load(run_dir: str, engine: Any, parameters: Any) -> None:
     restore_scale(engine, found.progress.loss_scale)
 
 
-def train_and_resume(rank: int, root: Path) -> dict[str, Any]:
+def train_and_resume(rank: int, root: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """For each setting: losses of steps 2 and 3 without a stop, and out of a checkpoint of step 2 in a new engine."""
     ranks.lift_fp16_gate()
     found = {}
-    for name in SETTINGS:
+    for name in names:
         run = run_of(root, name)
         writer = CheckpointWriter(str(root / name), 9, {}, whole=run.method.type != "full")
         engine, parameters = ranks.build_engine(run)
@@ -84,14 +86,36 @@ def train_and_resume(rank: int, root: Path) -> dict[str, Any]:
         dist.barrier()
         load(str(root / name), fresh, parameters)
         found[name] = (begun, smooth, ranks.train_steps(fresh, 2, 4), read_scale(fresh) == read_scale(engine))
+        if run.train.precision == "fp16":
+            found[name] += (overflow(engine, parameters),)
         engine.destroy()
         fresh.destroy()
     return found
 
 
-def take_over(rank: int, root: Path) -> None:
+def overflow(engine: Any, parameters: Any) -> list[tuple[float, bool, bool, bool]]:
+    """For steps with gradients beyond fp16: scale after it, left out, whether it counts as a search, weights moved."""
+    found = []
+    for scale in (2.0**40, 2.0**39, 1.0):
+        restore_scale(engine, {"cur_scale": scale})
+        if scale == 1.0:
+            with torch.no_grad():  # nothing to search: at the smallest scale it is the weights' fault
+                for group in engine.optimizer.bit16_groups:
+                    group[0].fill_(60_000.0)
+        before = read_scale(engine)
+        weights = [part.values.clone() for part in local_parts(engine, parameters, dist.get_rank(), 2)]
+        ranks.train_steps(engine, 4, 5)
+        parts = local_parts(engine, parameters, dist.get_rank(), 2)
+        moved = not all(torch.equal(a, b.values) for a, b in zip(weights, parts, strict=True))
+        after = read_scale(engine)
+        assert after is not None
+        found.append((after["cur_scale"], engine.optimizer.overflow, searches_scale(engine, before), moved))
+    return found
+
+
+def take_over(rank: int, root: Path, names: tuple[str, ...]) -> None:
     """Each checkpoint into an engine of another stage and world size, and out again."""
-    for name in SETTINGS:
+    for name in names:
         stage = ELSEWHERE[SETTINGS[name]["deepspeed__zero_stage"]]
         plain = {"deepspeed__offload": "none", "train__precision": "fp32"}
         size = {"train__global_batch_size": 3, "scale__num_workers": 3}
@@ -104,50 +128,63 @@ def take_over(rank: int, root: Path) -> None:
         engine.destroy()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+Trained = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=[QUICK, pytest.param(THE_REST, marks=pytest.mark.long)], ids=["quick", "rest"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("engines")
     tiny.write_tiny_model(root / "model")
-    return root, ranks.run_ranks(2, train_and_resume, root)[0]
+    return root, ranks.run_ranks(2, train_and_resume, root, request.param)[0]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_fresh_engine_goes_on_to_the_bit(trained: tuple[Path, dict[str, Any]], name: str) -> None:
-    begun, smooth, resumed, same_scale = trained[1][name]
-    assert resumed == smooth
-    assert same_scale
-    assert begun[0] not in begun[1:] + smooth
-    assert all(0 < loss < 1000 for loss in begun + smooth)
+def test_a_fresh_engine_goes_on_to_the_bit(trained: Trained) -> None:
+    for name, (begun, smooth, resumed, same_scale, *_) in trained[1].items():
+        assert resumed == smooth, name
+        assert same_scale, name
+        assert begun[0] not in begun[1:] + smooth, name
+        assert all(0 < loss < 1000 for loss in begun + smooth), name
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name.startswith("full")])
-def test_each_rank_writes_a_share_of_full_weights(trained: tuple[Path, dict[str, Any]], name: str) -> None:
-    (found,) = list_checkpoints(str(trained[0] / name))
-    sizes = {path.name: path.stat().st_size for path in Path(found.uri).glob("*.safetensors")}
-    assert sorted(sizes) == ["state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
-    assert min(sizes.values()) > 0.4 * max(sizes.values())
+def test_a_step_that_overflows_lowers_the_scale_and_moves_nothing(trained: Trained) -> None:
+    for name, results in trained[1].items():
+        if name.endswith("fp16"):
+            first, second, last = results[4]
+            assert first == (2.0**39, True, True, False)
+            assert second == (2.0**38, True, True, False)
+            assert last == (1.0, True, False, False)  # the smallest scale: a bad step, and no exception
 
 
-def test_adapters_and_virtual_tokens_are_one_file_of_whole_tensors(trained: tuple[Path, dict[str, Any]]) -> None:
-    for name in ("lora-0-bf16", "lora-3", "prompt-2"):
+def test_each_rank_writes_a_share_of_full_weights_and_adapters_are_one_file(trained: Trained) -> None:
+    for name in trained[1]:
         (found,) = list_checkpoints(str(trained[0] / name))
-        tensors = load_file(Path(found.uri, "state.safetensors"))
-        whole = load_checkpoint(found)
-        assert tensors.keys() == whole.keys()
-        assert all(torch.equal(tensors[key], whole[key]) for key in whole)
+        files = {path.name: path for path in Path(found.uri).glob("*.safetensors")}
+        if name.startswith("full"):
+            assert sorted(files) == ["state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"]
+            sizes = [path.stat().st_size for path in files.values()]
+            assert min(sizes) > 0.4 * max(sizes), name
+        else:
+            tensors, whole = load_file(files.pop("state.safetensors")), load_checkpoint(found)
+            assert not files
+            assert tensors.keys() == whole.keys()
+            assert all(torch.equal(tensors[key], whole[key]) for key in whole), name
 
 
-def test_what_is_frozen_is_not_in_a_checkpoint_and_all_else_is(trained: tuple[Path, dict[str, Any]]) -> None:
-    (found,) = list_checkpoints(str(trained[0] / "full-3"))
+@pytest.mark.long
+def test_what_is_frozen_is_not_in_a_checkpoint_and_all_else_is(tmp_path: Path) -> None:
+    tiny.write_tiny_model(tmp_path / "model")
+    ranks.run_ranks(2, train_and_resume, tmp_path, ("full-3",))
+    (found,) = list_checkpoints(str(tmp_path / "full-3"))
     names = set(load_checkpoint(found, "weights."))
     expected = {f"weights.{name}" for name, _ in tiny.make_model().named_parameters()}
     assert names == {name for name in expected if "embed_tokens" not in name and "layers.0." not in name}
 
 
-def test_state_is_the_same_at_another_stage_and_world_size(trained: tuple[Path, dict[str, Any]]) -> None:
-    root = trained[0]
-    ranks.run_ranks(3, take_over, root)
-    for name in SETTINGS:
+@pytest.mark.long
+def test_state_is_the_same_at_another_stage_and_world_size(trained: Trained) -> None:
+    root, found = trained
+    ranks.run_ranks(3, take_over, root, tuple(found))
+    for name in found:
         (first,), (second,) = list_checkpoints(str(root / name)), list_checkpoints(str(root / "other" / name))
         mine, other = load_checkpoint(first), load_checkpoint(second)
         assert mine.keys() == other.keys(), name
