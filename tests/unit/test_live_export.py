@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -72,6 +73,7 @@ def train_and_save(rank: int, root: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_exported_weights_are_those_of_the_live_engine_to_the_bit(tmp_path: Path) -> None:
     for name, (is_tied, vocabulary, _) in CASES.items():
         write_model(tmp_path / name, is_tied, vocabulary)
