@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
         ("length", length),
         ("step", f"{run.train.global_batch_size} rows = {_parts(run)}"),
         ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
-        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}"),
+        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}, offloaded to host memory: {run.deepspeed.offload}"),
         ("checkpoint", f"every {every}, the newest {run.checkpoint.keep} and the best are kept"),
     ):
         console.say(f"{name:<11}{text}")

@@ -170,13 +170,15 @@ class _Place:
 
 
 class PartReader:
-    """Any elements of the tensors below a directory whose files `state*.safetensors` hold their parts."""
+    """Any elements of the tensors whose parts are in the safetensors files of a directory, committed or not yet."""
 
     def __init__(self, uri: str) -> None:
         self._places: dict[str, list[_Place]] = {}
         self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        manifest = storage.read_manifest(uri)
         for info in storage.list_files(uri, suffix=".safetensors"):
-            self._read_header(info.uri, info.size_bytes)
+            if manifest is None or info.path in manifest["files"]:  # what else lies there was never committed
+                self._read_header(info.uri, info.size_bytes)
 
     def _read_header(self, uri: str, size_bytes: int) -> None:
         try:

@@ -200,6 +200,13 @@ def test_a_file_that_is_no_safetensors_is_said_to_be_damaged(tmp_path: Path) -> 
             PartReader(str(tmp_path))
 
 
+def test_a_file_that_was_never_committed_is_not_read(tmp_path: Path) -> None:
+    save(tmp_path, tensors())
+    (found,) = list_checkpoints(str(tmp_path))
+    save_file({"weights.a": torch.zeros(7, 5)}, Path(found.uri, "state-00001-of-00002.safetensors"))
+    assert torch.equal(PartReader(found.uri).whole("weights.a"), tensors()["weights.a"])
+
+
 def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     write_shares(tmp_path, split(tensors(), 3)[:2])  # one file is missing
     reader = PartReader(str(tmp_path))

@@ -21,6 +21,7 @@ Chosen = dict[str, Any]
 
 def run_of(root: Path, chosen: Chosen) -> Any:
     settings = {key.replace(".", "__"): value for key, value in chosen.items()}
+    settings["deepspeed__overrides"] = ranks.SHARD_ALL if chosen.get("deepspeed.zero_stage") == 3 else {}
     return cluster.make_run(root, root / "model", root, train__global_batch_size=2, **settings)
 
 

@@ -32,6 +32,7 @@ def setting(method: str, stage: int, precision: str = "fp32", offload: str = "no
         "train__precision": precision,
         "train__global_batch_size": 2,
         "train__micro_batch_size": 1,
+        "deepspeed__overrides": ranks.SHARD_ALL if stage == 3 else {},
         **more,
     }
 
@@ -117,7 +118,7 @@ def take_over(rank: int, root: Path, names: tuple[str, ...]) -> None:
     """Each checkpoint into an engine of another stage and world size, and out again."""
     for name in names:
         stage = ELSEWHERE[SETTINGS[name]["deepspeed__zero_stage"]]
-        plain = {"deepspeed__offload": "none", "train__precision": "fp32"}
+        plain = {"deepspeed__offload": "none", "train__precision": "fp32", "deepspeed__overrides": {}}
         size = {"train__global_batch_size": 3, "scale__num_workers": 3}
         run = run_of(root, name, deepspeed__zero_stage=stage, **plain, **size)
         engine, parameters = ranks.build_engine(run)

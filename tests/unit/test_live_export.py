@@ -44,7 +44,14 @@ def write_model(directory: Path, is_tied: bool, vocabulary: int) -> None:
 
 
 def run_of(root: Path, name: str) -> Any:
-    settings = {"method__type": "full", "deepspeed__zero_stage": 3, "train__global_batch_size": 2, **CASES[name][2]}
+    sharded = {"deepspeed__overrides": ranks.SHARD_ALL}
+    settings = {
+        "method__type": "full",
+        **sharded,
+        "deepspeed__zero_stage": 3,
+        "train__global_batch_size": 2,
+        **CASES[name][2],
+    }
     return cluster.make_run(root / "runs" / name, root / name, root, method__dropout=0.0, **settings)
 
 
