@@ -31,7 +31,7 @@ from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
 from ftray.train.shards import PartReader
-from ftray.train.state import forget_dry_run, local_bytes, local_parts, restore_parts
+from ftray.train.state import forget_dry_run, guard_step, local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
 from ftray.train.zero import deepspeed_config
 
@@ -128,6 +128,7 @@ class Trainer:
         if hasattr(engine.optimizer, "check_grad_overflow"):
             engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
         forget_dry_run(engine)
+        guard_step(engine)
         prepare_scaling(engine)
         return engine, parameters
 

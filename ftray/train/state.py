@@ -82,6 +82,25 @@ def forget_dry_run(engine: Any) -> None:
         inner.state.clear()
 
 
+def guard_step(engine: Any) -> None:
+    """Keeps what is not finite from the weights at stage 0 in fp32, where DeepSpeed doesn't look: no step, `overflow` set.
+
+    Gradients are summed over the ranks by then, so all ranks decide alike.
+    """
+    optimizer = engine.optimizer
+    if _stage(engine) != 0 or hasattr(optimizer, "overflow"):
+        return
+    step = optimizer.step
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack([gradient.norm() for gradient in found]) if found else torch.zeros(1)
+        optimizer.overflow = not bool(torch.isfinite(norms).all())
+        return None if optimizer.overflow else step(*args, **kwargs)
+
+    optimizer.overflow, optimizer.step = False, guarded
+
+
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

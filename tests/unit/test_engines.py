@@ -39,6 +39,7 @@ def setting(method: str, stage: int, precision: str = "fp32", offload: str = "no
 
 SETTINGS: dict[str, Settings] = {
     "full-0-bf16": setting("full", 0, "bf16", train__weight_decay=0.1),
+    "full-0": setting("full", 0),
     "full-1-fp16": setting("full", 1, "fp16"),
     "full-1-optimizer": setting("full", 1, "bf16", "optimizer"),
     "full-2": setting("full", 2, train__weight_decay=0.1),
@@ -102,7 +103,7 @@ def overflow(engine: Any, parameters: Any) -> list[tuple[float, bool, bool, bool
         if scale == 1.0:
             with torch.no_grad():  # nothing to search: at the smallest scale it is the weights' fault
                 for group in engine.optimizer.bit16_groups:
-                    group[0].fill_(60_000.0)
+                    group[0].fill_(float("inf"))
         before = read_scale(engine)
         weights = [part.values.clone() for part in local_parts(engine, parameters, dist.get_rank(), 2)]
         ranks.train_steps(engine, 4, 5)
@@ -127,6 +128,32 @@ def take_over(rank: int, root: Path, names: tuple[str, ...]) -> None:
         save(writer, engine, parameters, 2)
         writer.wait()
         engine.destroy()
+
+
+def poison(rank: int, root: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """For each setting and poison: whether the step was left out, whether weights moved; then those of a good step."""
+    found: dict[str, list[Any]] = {}
+    for name in names:
+        engine, parameters = ranks.build_engine(run_of(root, name))
+        ranks.train_steps(engine, 0, 1)
+        for factor in (float("nan"), float("inf"), 1.0):
+            before = [part.values.clone() for part in local_parts(engine, parameters, rank, 2)]
+            loss = engine(*vars(ranks.tiny_batch(1, rank)).values())
+            engine.backward(loss * (factor if rank == 1 else 1.0) / 60, scale_wrt_gas=False)  # one rank is enough
+            engine.step()
+            after = [part.values for part in local_parts(engine, parameters, rank, 2)]
+            moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            found.setdefault(name, []).append((engine.optimizer.overflow, moved))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.long
+def test_nothing_that_is_not_finite_reaches_weights_or_moments(tmp_path: Path) -> None:
+    tiny.write_tiny_model(tmp_path / "model")
+    names = ("full-0", "full-0-bf16", "full-1-optimizer", "full-2", "full-3", "full-3-all", "lora-2-dora")
+    for one in ranks.run_ranks(2, poison, tmp_path, names):
+        assert one == {name: [(True, False), (True, False), (False, True)] for name in names}
 
 
 Trained = tuple[Path, dict[str, Any]]
