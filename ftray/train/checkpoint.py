@@ -6,6 +6,7 @@ which are small, rank 0 writes the whole), state is in JSON, manifest.json (size
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from ftray import errors, storage
 from ftray.errors import CheckpointError
+from ftray.storage import local
 from ftray.train.shards import (
     NAMES,
     HostBuffer,
@@ -58,8 +60,9 @@ def _staging(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
             yield Path(directory)
     else:
-        Path(uri).mkdir(parents=True, exist_ok=True)
-        yield Path(uri)
+        with local.guarded(uri, "written") as path:
+            path.mkdir(parents=True, exist_ok=True)
+        yield path
 
 
 class Ranks:
@@ -152,16 +155,17 @@ class CheckpointWriter:
             return
         laid = ranks.gather(lambda: layout(parts))
         check_complete(laid)
-        write = self._write_whole if self._whole else self._write_share
-        with _staging(uri) as directory:
-            shares = ranks.gather(lambda: write(directory, uri, laid, progress.step if _has_moved(lines) else 0))
-            if ranks.rank > 0:
-                return
-            (directory / STATE).write_text(json.dumps(asdict(progress), indent=1))
-            entries = {STATE: storage.put_file(str(directory / STATE), uri, STATE)}
-            entries |= {name: entry for share in shares for name, entry in share.items()}
-            if not storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)}):
-                raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+        moved_at = progress.step if _has_moved(lines) else 0
+        entries: dict[str, dict[str, Any]] = {}
+        for share in ranks.gather(lambda: self._write(uri, laid, moved_at)):
+            entries |= share
+        if ranks.rank > 0:
+            return
+        state = json.dumps(asdict(progress), indent=1).encode()
+        storage.write_bytes(storage.join(uri, STATE), state)
+        entries[STATE] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+        if not storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)}):
+            raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
         self._sweep(progress)
 
     def _clear(self, uri: str, progress: Progress, lines: list[dict[str, Any]]) -> bool:
@@ -176,29 +180,26 @@ class CheckpointWriter:
         storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
         return True
 
-    def _write_share(self, directory: Path, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
-        """This rank's file; its manifest entry by name."""
-        del moved_at
+    def _write(self, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
+        """This rank's file, if it has one to write; its manifest entry by name."""
         mine = laid[self._ranks.rank]
+        name, chunks = (
+            SHARE.format(self._ranks.rank, self._ranks.world_size),
+            pieces(self._buffer.first(num_bytes(mine))),
+        )
+        if self._whole:
+            sizes = [num_bytes(one) for one in laid]
+            shares = self._ranks.collect(self._buffer.first(sizes[self._ranks.rank]), sizes)
+            whole = assemble(laid, shares) if shares else {}
+            if moved_at:
+                check_moved(whole, moved_at)
+            mine = {n: [NAMES[t.dtype], list(t.shape), 0, t.numel()] for n, t in whole.items()}
+            name, chunks = WHOLE, (piece for t in whole.values() for piece in pieces(t.flatten()))
         if not mine:
-            return {}  # a rank beyond the last parameter
-        name = SHARE.format(self._ranks.rank, self._ranks.world_size)
-        sha256 = write_parts(directory / name, mine, pieces(self._buffer.first(num_bytes(mine))))
-        return {name: storage.put_file(str(directory / name), uri, name, sha256)}
-
-    def _write_whole(self, directory: Path, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
-        """Rank 0: one file with all; its manifest entry by name."""
-        sizes = [num_bytes(one) for one in laid]
-        shares = self._ranks.collect(self._buffer.first(sizes[self._ranks.rank]), sizes)
-        if not shares:
-            return {}
-        whole = assemble(laid, shares)
-        if moved_at:
-            check_moved(whole, moved_at)
-        flats = (piece for tensor in whole.values() for piece in pieces(tensor.flatten()))
-        entries = {n: [NAMES[t.dtype], list(t.shape), 0, t.numel()] for n, t in whole.items()}
-        sha256 = write_parts(directory / WHOLE, entries, flats)
-        return {WHOLE: storage.put_file(str(directory / WHOLE), uri, WHOLE, sha256)}
+            return {}  # a rank beyond the last parameter, or one that sent its part to rank 0
+        with _staging(uri) as directory:
+            sha256 = write_parts(directory / name, mine, chunks)
+            return {name: storage.put_file(str(directory / name), uri, name, sha256)}
 
     def _sweep(self, progress: Progress) -> None:
         best = int(progress.best["step"]) if progress.best else None

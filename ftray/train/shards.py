@@ -19,6 +19,7 @@ import torch
 
 from ftray import storage
 from ftray.errors import CheckpointError
+from ftray.storage import local
 from ftray.storage.transfer import in_parallel
 
 DTYPES = {
@@ -110,7 +111,7 @@ def assemble(layouts: list[Layout], shares: list[torch.Tensor]) -> dict[str, tor
 
 
 def write_parts(path: Path, laid: Layout, chunks: Iterable[memoryview]) -> str:
-    """Writes one file of parts whose bytes come in `chunks`, in order; returns its sha256 (hex)."""
+    """Writes one file of parts whose bytes come in `chunks`, in order; returns its sha256 (hex). Raises StorageError."""
     header: dict[str, Any] = {}
     starts, at = {}, 0
     for name, (dtype, shape, start, elements) in laid.items():
@@ -125,7 +126,7 @@ def write_parts(path: Path, laid: Layout, chunks: Iterable[memoryview]) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with local.guarded(str(path), "written"), path.open("wb") as file:
         for chunk in (memoryview(struct.pack("<Q", len(text)) + text), *chunks):
             digest.update(chunk)
             file.write(chunk)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftray import storage
-from ftray.errors import CheckpointError
+from ftray.errors import CheckpointError, StorageError
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.shards import HostBuffer, Part, PartReader, assemble, check_complete, layout, pieces, write_parts
 from ftray.train.timeline import Progress, find_newest, list_checkpoints
@@ -198,6 +198,14 @@ def test_a_file_that_is_no_safetensors_is_said_to_be_damaged(tmp_path: Path) -> 
         (tmp_path / "state.safetensors").write_bytes(data)
         with pytest.raises(CheckpointError, match="is damaged"):
             PartReader(str(tmp_path))
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no space is left on the device"):
+        write_parts(Path("/dev/full"), layout(whole_parts(tensors())), [memoryview(bytes(1 << 20))])
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+    with pytest.raises(StorageError, match="a part of the path is a file"):
+        save(tmp_path, tensors())
 
 
 def test_a_file_that_was_never_committed_is_not_read(tmp_path: Path) -> None:
