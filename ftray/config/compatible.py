@@ -40,12 +40,6 @@ RULES: tuple[Rule, ...] = (
         "4-bit weights can't be sharded",
         "use zero_stage 2",
     ),
-    Rule(
-        ("method.dora", (True,)),
-        ("deepspeed.zero_stage", (3,)),
-        "DoRA measures whole weights, which are sharded",
-        "use zero_stage 2",
-    ),
     Rule(("method.rslora", (True,)), ("method.type", ("full", "prompt")), ADAPTERS_ONLY, "use lora, or remove rslora"),
     Rule(("method.dora", (True,)), ("method.type", ("full", "prompt")), ADAPTERS_ONLY, "use lora, or remove dora"),
     Rule(

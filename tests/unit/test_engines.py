@@ -47,7 +47,7 @@ SETTINGS: dict[str, Settings] = {
     "full-3-all": setting("full", 3, "bf16", "all"),
     "lora-0-bf16": setting("lora", 0, "bf16"),
     "lora-2-dora": setting("lora", 2, method__dora=True, method__rslora=True),
-    "lora-3": setting("lora", 3),
+    "lora-3-dora": setting("lora", 3, method__dora=True),
     "prompt-2": setting("prompt", 2, train__label_smoothing=0.1),
 }
 QUICK = ("full-1-fp16", "full-3-all", "lora-0-bf16")
