@@ -14,7 +14,7 @@ HEAD = """\
 # Which settings go together
 
 `ftray check` refuses the pairs below and names the alternative. Everything else goes together; the tests train a step of
-settings that cover every other pair, on CPUs (4-bit weights: on a GPU).
+settings that cover every other pair, on CPUs.
 
 | setting | with | why not | instead |
 |---|---|---|---|"""

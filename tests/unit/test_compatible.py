@@ -102,8 +102,7 @@ def train_a_step(rank: int, root: Path, settings: list[Chosen]) -> list[tuple[fl
 @pytest.mark.long
 def test_settings_that_cover_every_possible_pair_learn(tmp_path: Path) -> None:
     tiny.write_tiny_model(tmp_path / "model")
-    methods = tuple(method for method in CHOICES["method.type"] if method != "qlora")  # 4-bit weights: tests/gpu
-    settings = all_pairs({**CHOICES, "method.type": methods})
+    settings = all_pairs(CHOICES)
     assert 10 < len(settings) < 40
     for chosen, (before, after, skipped) in zip(
         settings, ranks.run_ranks(2, train_a_step, tmp_path, settings)[0], strict=True
