@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
         ("length", length),
         ("step", f"{run.train.global_batch_size} rows = {_parts(run)}"),
         ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
-        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}"),
+        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}, offloaded to host memory: {run.deepspeed.offload}"),
         ("checkpoint", f"every {every}, the newest {run.checkpoint.keep} and the best are kept"),
     ):
         console.say(f"{name:<11}{text}")
@@ -250,7 +250,8 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
         from ftray.train.export import export as write
 
         where = write(run, run_dir, console)
-    console.say(f"done: {where}\nnext: ftray serve {arguments.run}")
+    is_served = run.method.type != "prompt"
+    console.say(f"done: {where}" + (f"\nnext: ftray serve {arguments.run}" if is_served else " (an adapter for PEFT)"))
     return 0
 
 
@@ -261,6 +262,11 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.session import quiet, ray_session
 
     run = open_target(arguments.run, arguments.overrides)
+    if run.method.type == "prompt":
+        raise ConfigError(
+            "method.type prompt can't be served: its virtual tokens are no weights of the model; load the adapter in "
+            f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
+        )
     model_dir = storage.join(storage.absolute(run.directory), *_whole(run))
     check_endpoint(model_dir, run.serve)
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
@@ -286,6 +292,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
     done = _finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
+    is_served = run.method.type != "prompt"  # its adapter is for PEFT
     if done is None or answer is None:
         with _owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
@@ -296,7 +303,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             done = launch(run, run_dir, console, lease)
             question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
             model_dir = write(run, run_dir, console)
-            answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
+            if is_served:
+                answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
     _say_end(arguments, run, console)
     return 0
 
@@ -311,9 +319,11 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -
         "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
         "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
         "  model/                  the trained model"
-        + ("" if run.method.type == "full" else " (adapter)      model/merged/          whole weights"),
+        + {"full": "", "prompt": " (virtual tokens, for PEFT)"}.get(
+            run.method.type, " (adapter)      model/merged/          whole weights"
+        ),
         "",
-        f"serve it:               ftray serve {arguments.run}",
+        *([f"serve it:               ftray serve {arguments.run}"] if run.method.type != "prompt" else []),
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
     ):
         console.say(line)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ftray import runfile
 from ftray.config.after import Evaluate, Serve
 from ftray.config.base import Section
+from ftray.config.compatible import impossible
 from ftray.config.data import Data
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 from ftray.errors import ConfigError
@@ -67,11 +68,8 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Run:
-        if self.method.type == "qlora" and self.deepspeed.zero_stage == 3:
-            raise ValueError(
-                "method.type qlora with deepspeed.zero_stage 3 is not possible: 4-bit weights can't be sharded; "
-                "use zero_stage 2"
-            )
+        if (sentence := impossible(self.model_dump(include={"method", "train", "deepspeed"}))) is not None:
+            raise ValueError(sentence)
         return self
 
     @property
@@ -118,11 +116,7 @@ class Run(Section):
 
 
 # Keys and values of the design that this version doesn't carry out: (key, value or ... for any, name, remedy).
-_LATER: tuple[tuple[str, object, str, str], ...] = (
-    ("tune", ..., "tune", "remove the section"),
-    ("method.type", "prompt", "method.type prompt", "use full, lora or qlora"),
-    ("train.precision", "fp16", "train.precision fp16", "use bf16 or fp32"),
-)
+_LATER: tuple[tuple[str, object, str, str], ...] = (("tune", ..., "tune", "remove the section"),)
 
 
 def _not_carried_out(tree: dict[str, Any]) -> list[str]:

@@ -24,8 +24,9 @@ class Model(Section):
 class Method(Section):
     """What is trained."""
 
-    type: Literal["full", "lora", "qlora"] = "lora"
-    """`full`: every weight; `lora`: low-rank adapters on a frozen base; `qlora`: the same on a 4-bit (nf4) base."""
+    type: Literal["full", "lora", "qlora", "prompt"] = "lora"
+    """`full`: every weight; `lora`: low-rank adapters on a frozen base; `qlora`: the same on a 4-bit (nf4) base;
+    `prompt`: embeddings of virtual tokens in front of each record, on a frozen base."""
     rank: Positive = 16
     """Rank of the adapters."""
     alpha: Annotated[Float, Field(gt=0)] = 32.0
@@ -34,6 +35,15 @@ class Method(Section):
     """Dropout on the adapters' input while training."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get adapters: all but the output head, or the ends of their names."""
+    rslora: bool = False
+    """Scale adapters by alpha / √rank (rsLoRA), which keeps high ranks learning."""
+    dora: bool = False
+    """Learn the length of each weight row besides (DoRA): nearer to full fine-tuning, and slower."""
+    num_virtual_tokens: Positive = 20
+    """For `prompt`: virtual tokens in front of each record."""
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
+    `*` standing for any text in one part (`layers.*.mlp`)."""
 
 
 class Train(Section):
@@ -57,8 +67,11 @@ class Train(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of forward and backward; the optimizer always keeps fp32 masters."""
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target's weight that is spread over the whole vocabulary; the held-out loss is without it."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of forward and backward; the optimizer always keeps fp32 masters. fp16 (GPUs before Ampere) scales
+    the loss, and skips steps while it searches the scale."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     """Seeds data order, adapter initialization and dropout."""
     max_bad_steps: Annotated[Int, Field(ge=0)] = 10
@@ -75,6 +88,9 @@ class DeepSpeed(Section):
 
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
     """0: all replicated; 1: optimizer states sharded; 2: and gradients; 3: and weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in the host's memory: nothing, the optimizer's states and masters (stage 1 and up), or weights too
+    (stage 3)."""
     overrides: dict[str, Any] = Field({})
     """Merged over the derived DeepSpeed config, for what has no key here."""
 

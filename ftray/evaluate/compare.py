@@ -25,6 +25,7 @@ from ftray.data.pipeline import heldout_table
 from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.evaluate.metrics import format_score, mean, perplexity, rouge_l
+from ftray.evaluate.virtual import generate_virtual
 from ftray.model.load import absolute_base, load_base, load_tokenizer, tokenizer_hash
 from ftray.model.lora import dtype_of
 from ftray.train.loop import heldout_sums
@@ -158,9 +159,8 @@ def _score(
     loss_sum, count = heldout_sums(SummedLoss(model), rows, run.micro_batch_size, device)
     params = SamplingParams(max_tokens=run.evaluate.max_new_tokens)
     prompts = [q.prompt_ids for q in questions]
-    answered = generate_all(
-        model, load_tokenizer(run.model), prompts, params, on_done=lambda _: monitor.record.remote({})
-    )
+    generate = generate_virtual if hasattr(model, "prompt_encoder") else generate_all
+    answered = generate(model, load_tokenizer(run.model), prompts, params, on_done=lambda _: monitor.record.remote({}))
     answers = [a.text.strip() for a in answered]
     references = [q.reference for q in questions]
     loss, metrics = loss_sum / count, run.evaluate.metrics

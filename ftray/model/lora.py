@@ -1,7 +1,12 @@
-"""Adapters on a frozen base, by PEFT. Knows models; nothing of data or training."""
+"""What is trained of a model: all of it less what is frozen, or adapters or virtual tokens on a frozen base, by PEFT.
+
+Knows models; nothing of data or training.
+"""
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ftray import config
@@ -11,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -23,13 +28,59 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def build_model(model: config.Model, method: config.Method, precision: str, seed: int) -> Any:
-    """What is trained: the base with all weights trainable, or a frozen base with seeded adapters in its own dtype."""
+    """What is trained: the base with all weights trainable but those that `method.freeze` names, or a frozen base with
+    seeded adapters or virtual tokens in its own dtype. Raises ConfigError for names that fit nothing, or everything.
+    """
     from ftray.model.load import load_base
 
     base = load_base(model, dtype_of(precision), quantize=method.type == "qlora")
     if method.type == "full":
-        return base.requires_grad_(True)
-    return add_adapters(base, method, seed)
+        frozen = set(frozen_names([name for name, _ in base.named_parameters()], method.freeze))
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return base
+    return add_virtual_tokens(base, method, seed) if method.type == "prompt" else add_adapters(base, method, seed)
+
+
+def frozen_names(names: list[str], patterns: list[str]) -> list[str]:
+    """Those of a model's parameters that `method.freeze` names: a pattern fits a run of whole parts of a name.
+
+    Raises ConfigError for a pattern that fits none, naming the closest parts, and when nothing is left to train.
+    """
+    frozen: set[str] = set()
+    for pattern in patterns:
+        fits = re.compile(r"(?:^|.*\.)" + re.escape(pattern).replace(r"\*", r"[^.]*") + r"(?:\..*|$)")
+        found = [name for name in names if fits.match(name)]
+        if not found:
+            known = sorted({re.sub(r"\d+", "*", name) for name in names})
+            close = get_close_matches(pattern, known, 3, 0.0)
+            raise ConfigError(
+                f"method.freeze: no parameter's name holds {pattern}; names are like {', '.join(close)}; correct or remove it"
+            )
+        frozen.update(found)
+    if len(frozen) == len(names):
+        raise ConfigError("method.freeze leaves nothing to train; remove one of its patterns")
+    return [name for name in names if name in frozen]
+
+
+def add_virtual_tokens(base: PreTrainedModel, method: config.Method, seed: int) -> Any:
+    """Wraps the base with prompt tuning (Lester et al. 2021): virtual tokens' embeddings, drawn from the vocabulary's.
+
+    `SummedLoss` puts them in front of every document of a row. They keep the base's dtype, as adapters do.
+    """
+    import torch
+    from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+
+    settings = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=method.num_virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+    )
+    torch.manual_seed(seed)
+    dtype = base.get_input_embeddings().weight.dtype
+    tuned = get_peft_model(base, settings, autocast_adapter_dtype=False)
+    tuned.prompt_encoder.to(dtype)  # PEFT makes them float32 whatever the base is
+    return tuned
 
 
 def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any:
@@ -46,6 +97,8 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=method.target_modules,
+        use_rslora=method.rslora,
+        use_dora=method.dora,
         task_type="CAUSAL_LM",
     )
     if method.type == "lora" and torch.cuda.is_available():
@@ -62,8 +115,9 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
 
 
 def check_targets(model: config.Model, method: config.Method) -> None:
-    """Raises ConfigError for a name in target_modules that no linear layer of the base has. Loads no weights."""
-    if method.type == "full" or isinstance(method.target_modules, str):
+    """Raises ConfigError for a name in target_modules or freeze that the base has not. Loads no weights."""
+    has_targets = method.type in ("lora", "qlora") and not isinstance(method.target_modules, str)
+    if not has_targets and not method.freeze:
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,9 +128,10 @@ def check_targets(model: config.Model, method: config.Method) -> None:
         resolve_base(model), revision=model.revision, trust_remote_code=model.trust_remote_code
     )
     with torch.device("meta"):
-        layers = AutoModelForCausalLM.from_config(base, trust_remote_code=model.trust_remote_code).named_modules()
-    names = [name for name, layer in layers if isinstance(layer, torch.nn.Linear)]
-    for target in method.target_modules:
+        empty = AutoModelForCausalLM.from_config(base, trust_remote_code=model.trust_remote_code)
+    frozen_names([name for name, _ in empty.named_parameters()], method.freeze)
+    names = [name for name, layer in empty.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for target in method.target_modules if has_targets else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise ConfigError(

@@ -10,7 +10,14 @@ What touches the world is called by module, `files.read_bytes`, never imported b
 
 from ftray.storage.address import MANIFEST, FileInfo, MissingFile, absolute, is_remote, join
 from ftray.storage.cache import cache_directory
-from ftray.storage.commit import commit_directory, fetch_directory, read_manifest, verify_directory
+from ftray.storage.commit import (
+    commit_directory,
+    commit_files,
+    fetch_directory,
+    put_file,
+    read_manifest,
+    verify_directory,
+)
 from ftray.storage.files import (
     age_s,
     check_writable,
@@ -41,6 +48,7 @@ __all__ = [
     "cache_directory",
     "check_writable",
     "commit_directory",
+    "commit_files",
     "create_bytes",
     "delete",
     "delete_tree",
@@ -53,6 +61,7 @@ __all__ = [
     "list_files",
     "map_file",
     "patient",
+    "put_file",
     "read_bytes",
     "read_manifest",
     "read_range",

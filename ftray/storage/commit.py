@@ -13,7 +13,7 @@ from typing import Any
 
 from ftray.errors import CheckpointError
 from ftray.storage import files, local, transfer
-from ftray.storage.address import MANIFEST, FileInfo, MissingFile, absolute, join
+from ftray.storage.address import MANIFEST, MissingFile, absolute, join
 
 
 def commit_directory(local_dir: str | os.PathLike[str], uri: str, meta: dict[str, Any]) -> bool:
@@ -30,17 +30,41 @@ def commit_directory(local_dir: str | os.PathLike[str], uri: str, meta: dict[str
     if not infos or any(info.path == MANIFEST for info in infos):
         wrong = f"has a {MANIFEST} of its own; remove it" if infos else "holds no file"
         raise CheckpointError(f"{source} can't be committed to {uri}: it {wrong}")
+    entries = transfer.in_parallel(lambda info: put_file(info.uri, uri, info.path), infos)
+    return commit_files(uri, {info.path: entry for info, entry in zip(infos, entries, strict=True)}, meta)
 
-    def put(info: FileInfo) -> tuple[str, dict[str, Any]]:
-        size_bytes, sha256 = _size_and_sha256(info.uri)
-        if source == absolute(uri):
-            local.sync(Path(info.uri))
-            local.sync(Path(info.uri).parent)
-        else:
-            transfer.upload_file(info.uri, join(uri, info.path))
-        return info.path, {"size": size_bytes, "sha256": sha256}
 
-    body = json.loads(json.dumps({"files": dict(transfer.in_parallel(put, infos)), "meta": meta}))
+def put_file(local_path: str, uri: str, path: str, sha256: str | None = None) -> dict[str, Any]:
+    """Copies one file to `path` below a directory yet to be committed; returns its entry of the manifest.
+
+    `local_path` may be that place already. sha256: of what was written, where the caller knows it. Raises StorageError.
+    """
+    if sha256 is None:
+        size_bytes, sha256 = _size_and_sha256(local_path)
+    else:
+        size_bytes = files.size_and_etag(local_path)[0]
+    if absolute(local_path) == absolute(join(uri, path)):
+        local.sync(Path(local_path))
+        local.sync(Path(local_path).parent)
+    else:
+        transfer.upload_file(local_path, join(uri, path))
+    return {"size": size_bytes, "sha256": sha256}
+
+
+def commit_files(uri: str, entries: dict[str, dict[str, Any]], meta: dict[str, Any]) -> bool:
+    """Commits a directory whose files are there, perhaps by several hands: manifest.json, exclusively and last.
+
+    entries: what `put_file` returned, by path. Returns False if another writer committed first. Raises CheckpointError
+    for a file that is not there in its size, StorageError.
+    """
+    there = {info.path: info.size_bytes for info in files.list_files(uri)}
+    for path, entry in entries.items():
+        if there.get(path) != entry["size"]:
+            raise CheckpointError(
+                f"{join(uri, path)} has {there.get(path, 'no')} bytes instead of {entry['size']}, so {uri} is not "
+                "committed; is this place the same for all workers?"
+            )
+    body = json.loads(json.dumps({"files": entries, "meta": meta}))
     text = json.dumps({**body, "sha256": _sum_of(body)}, indent=1)
     return files.create_bytes(join(uri, MANIFEST), text.encode())
 

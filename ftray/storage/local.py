@@ -17,6 +17,7 @@ _REASONS = {
     errno.EACCES: "there is no permission; change its owner or mode, or choose another place",
     errno.EDQUOT: "the quota is used up; free some space, or choose another place",
     errno.EEXIST: "a part of the path is a file and not a directory; choose another place",
+    errno.EFBIG: "no space is left for a file so large (a quota, a limit, the file system); choose another place",
     errno.EISDIR: "it is a directory and not a file",
     errno.ENOENT: "nothing can be made here; choose another place",
     errno.ENOSPC: "no space is left on the device; free some, or choose another place",

@@ -20,6 +20,8 @@ def check_resources(run: config.Run) -> bool:
         raise ConfigError(
             f"scale.accelerator {scale.accelerator} is not in this cluster (it has {', '.join(kinds) or 'no GPU'}); correct it"
         )
+    if run.train.precision == "fp16" and not use_gpu:
+        raise ConfigError("train.precision fp16 needs GPUs, and the cluster has none; use bf16 or fp32")
     fewest = run.world_sizes[-1]
     if use_gpu and num_gpus < fewest:
         raise ConfigError(f"scale.num_workers ({fewest}) needs as many GPUs, the cluster has {int(num_gpus)}; lower it")

@@ -16,6 +16,8 @@ from ftray.train.timeline import Found, best_checkpoint
 def export(run: config.Run, run_dir: str, console: Console) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
+    Of a prompt-tuned model, which can't be merged, that of the adapter.
+
     Raises ConfigError without a checkpoint.
     """
     found = best_checkpoint(run_dir)
@@ -35,7 +37,7 @@ def export(run: config.Run, run_dir: str, console: Console) -> str:
 
 def whole_weights(run: config.Run, run_dir: str) -> str:
     """URI of a run's whole weights, there or not."""
-    parts = ("model",) if run.method.type == "full" else ("model", "merged")
+    parts = ("model",) if run.method.type in ("full", "prompt") else ("model", "merged")
     return storage.join(run_dir, *parts)
 
 
@@ -51,4 +53,5 @@ def _write(run: config.Run, found: Found, directory: Path) -> None:
         write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
         return
     write_adapter(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
-    write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory / "merged")
+    if run.method.type != "prompt":
+        write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory / "merged")

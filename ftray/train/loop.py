@@ -30,12 +30,14 @@ from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
 from ftray.model.lora import build_model, trainable
 from ftray.train.causes import out_of_memory
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink, WorkerPlace
-from ftray.train.restore import parent_weights
+from ftray.train.restore import parent_parts
+from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
-from ftray.train.state import gather_state, scatter_state
+from ftray.train.shards import PartReader
+from ftray.train.state import forget_dry_run, guard_step, local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
 from ftray.train.zero import deepspeed_config
 
@@ -86,8 +88,10 @@ class Trainer:
         assert isinstance(shard, FeedShard)
         self._shard = shard
         self._engine, self._parameters = self._build_engine()
-        self._writer = CheckpointWriter(job.run_dir, self._run.checkpoint.keep, job.meta)
+        keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
+        self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small)
         self._progress = self._resume()
+        self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
         self._saved_s = time.monotonic()
         self._link = MonitorLink(job.monitor) if self._rank == 0 else None
@@ -116,11 +120,12 @@ class Trainer:
         train = self._run.train
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
-        model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
+        tuned = build_model(self._run.model, self._run.method, train.precision, train.seed)
+        model = SummedLoss(tuned, train.label_smoothing).train()
         parameters = trainable(model.model)
         optimizer = torch.optim.AdamW(
             list(parameters.values()),
-            lr=train.learning_rate,
+            lr=0.0,  # each step sets its own; DeepSpeed may make an empty step before the first
             weight_decay=train.weight_decay,
             fused=self._device.type == "cuda",
         )
@@ -132,22 +137,30 @@ class Trainer:
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
             engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
+        forget_dry_run(engine)
+        guard_step(engine)
+        prepare_scaling(engine)
         return engine, parameters
 
     def _resume(self) -> Progress:
         found = self._newest()
         if found is None:
             if self._job.parent is not None:
-                scatter_state(self._engine, self._parameters, parent_weights(self._job.parent, self._parameters), 0)
+                self._put_back(parent_parts(self._job.parent, self._parameters), 0)
             return Progress()
         progress = found.progress
-        scatter_state(self._engine, self._parameters, load_checkpoint(found), progress.num_updates)
+        self._put_back(PartReader(found.uri), progress.num_updates)
+        restore_scale(self._engine, progress.loss_scale)
         expected = self._shard.plan.position(progress.step)
         if progress.position != expected:
             raise RunError(
                 f"checkpoint {found.uri} stands at {progress.position} in the data, the plan at {expected}; the data changed"
             )
         return progress
+
+    def _put_back(self, reader: PartReader, num_updates: int) -> None:
+        where = (self._rank, self._world_size)
+        restore_parts(self._engine, self._parameters, reader.read_many, num_updates, *where)
 
     def _newest(self, below_updates: float = math.inf) -> Found | None:
         # Rank 0 looks, so that all ranks take the same checkpoint whatever storage shows each of them.
@@ -168,7 +181,7 @@ class Trainer:
                 f"step {self._progress.step - 1}: {self._progress.bad_in_row} steps in a row had a non-finite loss or "
                 "gradient, and there is no checkpoint to go back to; lower train.learning_rate or look at the data"
             )
-        scatter_state(self._engine, self._parameters, load_checkpoint(found), found.progress.num_updates)
+        self._put_back(PartReader(found.uri), found.progress.num_updates)
         self._progress.num_updates, self._progress.bad_in_row = found.progress.num_updates, 0
         self._lines[-1]["rewound_to"] = found.step
         self._link_send({"event": "rewind", "step": self._progress.step, "to": found.step})
@@ -191,6 +204,7 @@ class Trainer:
         rate = learning_rate(batch.step, self._shard.plan.num_steps, *_schedule(self._run.train))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        scale = read_scale(self._engine)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
         for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
             torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
@@ -205,8 +219,9 @@ class Trainer:
         progress = self._progress
         progress.step = batch.step + 1
         progress.num_updates += applied
-        progress.num_bad_steps += not applied
-        progress.bad_in_row = 0 if applied else progress.bad_in_row + 1
+        is_bad = not (applied or (math.isfinite(sums[0]) and searches_scale(self._engine, scale)))
+        progress.num_bad_steps += is_bad
+        progress.bad_in_row = progress.bad_in_row + 1 if is_bad else 0
         duration_s = time.monotonic() - began_s + wait_s
         line = {
             "step": batch.step,
@@ -221,6 +236,8 @@ class Trainer:
         }
         if not applied:
             line["skipped"] = True
+        if scale is not None:
+            line["loss_scale"] = scale["cur_scale"]
         if self._device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self._lines.append(line)
@@ -276,10 +293,10 @@ class Trainer:
     def _save(self) -> None:
         self._busy("saving")
         self._progress.position = self._shard.plan.position(self._progress.step)
-        tensors = gather_state(self._engine, self._parameters, keep=self._rank == 0)
-        if self._rank == 0:
-            self._writer.save(self._progress, tensors, self._lines)
-            self._link_send({"event": "checkpoint", "step": self._progress.step})
+        self._progress.loss_scale = read_scale(self._engine)
+        parts = local_parts(self._engine, self._parameters, self._rank, self._world_size)
+        self._writer.save(self._progress, parts, self._lines)
+        self._link_send({"event": "checkpoint", "step": self._progress.step})
         self._lines = []
         self._saved_s = time.monotonic()
 

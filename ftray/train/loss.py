@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ftray.data.packing import IGNORE_INDEX
+from ftray.train.virtual import prepend_virtual
 
 PIECE_TOKENS = 2048  # tokens whose logits are in memory at once
 
@@ -62,12 +63,15 @@ class SummedLoss(torch.nn.Module):
 
     Logits are computed for supervised positions only, in float32. Attention stays inside each document: by cu_seqlens
     on a GPU; elsewhere, with no mask and no cache, transformers builds a block-diagonal causal mask from positions that
-    restart (`tests/unit` holds it to that).
+    restart (`tests/unit` holds it to that). A prompt-tuned model sees its virtual tokens in front of every document.
+
+    label_smoothing: share of the target's weight that is spread over the vocabulary, in training mode only.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._label_smoothing = model, label_smoothing
+        self._is_prompt_tuned = hasattr(model, "prompt_encoder")
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._fused = _head_is_plain(self._causal)
 
@@ -80,19 +84,26 @@ class SummedLoss(torch.nn.Module):
         max_length: int,
     ) -> torch.Tensor:
         """The fields of a MicroBatch."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if self._is_prompt_tuned:
+            embeds = self._causal.get_input_embeddings()(inputs.pop("input_ids"))
+            longer = prepend_virtual(self.model.get_prompt(batch_size=1), embeds, labels, cu_seqlens)
+            inputs["inputs_embeds"], labels, inputs["position_ids"], cu_seqlens = longer
+            max_length += self.model.active_peft_config.num_virtual_tokens
         supervised = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         targets = labels[0, supervised]
-        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        smoothing = self._label_smoothing if self.training else 0.0
         if input_ids.is_cuda:
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": max_length, "max_length_k": max_length}
         head = self._causal.get_output_embeddings().weight
         if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
             hidden = self._causal.get_decoder()(**inputs).last_hidden_state[0, supervised]
-            loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets)
+            loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets, smoothing)
             return loss
-        logits = self.model(**inputs, logits_to_keep=supervised).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        whole = self._causal if self._is_prompt_tuned else self.model
+        logits = whole(**inputs, logits_to_keep=supervised).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
 
 
 def _head_is_plain(causal: Any) -> bool:
@@ -105,12 +116,15 @@ def _head_is_plain(causal: Any) -> bool:
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, in pieces, so that logits are never whole in memory.
 
-    hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]. Gradients are made in the forward
+    hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]; smoothing: share of the target's
+    weight spread over the vocabulary. Gradients are made in the forward
     pass, where each piece's logits are at hand (as in Hsu et al. 2024, Liger Kernel).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+    ) -> torch.Tensor:
         """Scalar float32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
@@ -119,9 +133,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             piece, wanted = hidden[lo : lo + PIECE_TOKENS], targets[lo : lo + PIECE_TOKENS, None]
             logits = (piece @ weight.T).float()
             norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
+            total += (norm - (1 - smoothing) * logits.gather(1, wanted)).sum()
+            if smoothing:
+                total -= smoothing * logits.mean(dim=1).sum()
             slope = logits.sub_(norm).exp_()  # softmax, in place
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+            if smoothing:
+                slope -= smoothing / len(weight)
+            slope.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1.0, dtype=torch.float32))
             slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=grad_hidden[lo : lo + PIECE_TOKENS])
             if grad_weight is not None:
@@ -130,7 +148,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         """grad: scalar."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, (grad_weight * grad).to(grad_hidden.dtype) if grad_weight.numel() else None, None
+        grad_weight = (grad_weight * grad).to(grad_hidden.dtype) if grad_weight.numel() else None
+        return grad_hidden * grad, grad_weight, None, None

@@ -9,6 +9,7 @@ from ftray import config, storage
 from ftray.errors import CheckpointError, ConfigError
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import load_checkpoint
+from ftray.train.shards import PartReader
 from ftray.train.timeline import Found, list_checkpoints
 
 
@@ -18,14 +19,13 @@ def load_tuned(run: config.Run, found: Found, precision: str) -> Any:
     precision: of the whole model; fp32 keeps the masters exact. Raises CheckpointError if the checkpoint doesn't fit.
     """
     model = build_model(run.model, run.method, precision, run.train.seed)
-    state = load_checkpoint(found)
+    state = load_checkpoint(found, "weights.")
     for name, parameter in trainable(model).items():
         saved = state.pop(f"weights.{name}", None)
         if saved is None or saved.shape != parameter.shape:
             raise CheckpointError(f"{found.uri} doesn't fit the model: {name} is missing or of another shape")
         parameter.data.copy_(saved)
-    left = [name for name in state if name.startswith("weights.")]
-    if left:
+    if left := list(state):
         raise CheckpointError(f"{found.uri} doesn't fit the model: it has {left[0]}, the model has not")
     return model.eval()
 
@@ -50,17 +50,20 @@ def open_parent(uri: str) -> Found:
     return found[0]
 
 
-def parent_weights(uri: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Only the weights of a checkpoint, for a new run's parameters. Raises CheckpointError if the two don't fit."""
+def parent_parts(uri: str, parameters: Mapping[str, Any]) -> PartReader:
+    """What a new run's weights are read from. Raises CheckpointError if checkpoint and parameters don't fit."""
     found = open_parent(uri)
-    weights = {name: tensor for name, tensor in load_checkpoint(found).items() if name.startswith("weights.")}
-    wanted = {f"weights.{name}": getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+    if problems := storage.verify_directory(found.uri):
+        raise CheckpointError(f"--from {uri} is damaged ({problems[0]}); use another checkpoint")
+    reader = PartReader(found.uri)
+    weights = {name: shape for name, shape in reader.shapes().items() if name.startswith("weights.")}
+    wanted = {f"weights.{name}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     for name in sorted(weights.keys() | wanted.keys()):
-        mine, its = wanted.get(name), weights[name].shape if name in weights else None
-        if mine is None or its is None or tuple(mine) != tuple(its):
+        mine, its = wanted.get(name), weights.get(name)
+        if mine is None or its is None or mine != tuple(its):
             shown = [list(shape) if shape is not None else "missing" for shape in (its, mine)]
             raise CheckpointError(
                 f"--from {uri} doesn't fit this run: {name.removeprefix('weights.')} is {shown[0]} there and {shown[1]} "
                 "here; model and method must be the same"
             )
-    return weights
+    return reader

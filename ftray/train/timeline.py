@@ -22,7 +22,8 @@ class Progress:
 
     position: cursor of each data source (it follows from step and data; kept to be compared). num_updates: steps that
     changed the weights. bad_in_row: non-finite steps just before this one. best: step and held-out loss. since_best:
-    held-out losses since then. segments: first steps of the metrics segments on the committed timeline.
+    held-out losses since then. segments: first steps of the metrics segments on the committed timeline. loss_scale:
+    fp16's scale and what its next change depends on.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class Progress:
     best: dict[str, float] | None = None
     since_best: int = 0
     segments: list[str] = field(default_factory=list)
+    loss_scale: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ OWNED = {
     "bf16": "train.precision",
     "fp16": "train.precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload",
+    "zero_optimization.offload_param": "deepspeed.offload",
 }
 
 
@@ -33,11 +35,21 @@ def deepspeed_config(
         "gradient_accumulation_steps": train.global_batch_size // (micro_batch_size * world_size),
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
-        "zero_optimization": {"stage": deepspeed.zero_stage},
+        "zero_optimization": {"stage": deepspeed.zero_stage, **_offload(deepspeed.offload)},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if train.precision == "fp16":
+        # Dynamic scale from 2^16; halved at once by a step that overflows, doubled after 1,000 that don't.
+        derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
+    if deepspeed.offload != "none":
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's own Adam: DeepSpeed's needs a compiler
     return _merge(derived, deepspeed.overrides)
+
+
+def _offload(what: str) -> dict[str, Any]:
+    places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return {place: {"device": "cpu", "pin_memory": True} for place in places[what]}
 
 
 def _holds(tree: Any, key: str) -> bool:

@@ -24,6 +24,7 @@ from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
 from ftray.train.identity import open_run, parent_of
 from ftray.train.restore import open_parent, parent_weights
+from ftray.train.shards import Part
 from ftray.train.supervise import Cluster, Wish, supervise
 from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
 from tests import cluster, tiny
@@ -114,11 +115,11 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_renews_the_bu
     )
 
     run = run_of(parts, tmp_path / "b", scale__max_failures=1)
-    writer = CheckpointWriter(str(tmp_path / "b/tiny"), 2, {})
+    writer = CheckpointWriter(str(tmp_path / "b/tiny"), 2, {}, whole=True)
 
     def moves_on(number: int) -> Ended:
         if number <= 6:
-            writer.save(Progress(step=number), {"weights.a": torch.ones(1)}, [])
+            writer.save(Progress(step=number), [Part("weights.a", (1,), 0, torch.ones(1))], [])
             writer.wait()
         return Ended(False, failure="it broke")
 
@@ -206,8 +207,8 @@ def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goe
         if found.step >= 4:
             storage.delete_tree(found.uri)
         if found.step == 4:
-            bad, progress = {name: tensor * float("nan") for name, tensor in tensors.items()}, found.progress
-            writer = CheckpointWriter(run_dir, 9, found.meta)
+            bad = [Part(name, tuple(t.shape), 0, t.flatten() * float("nan")) for name, t in tensors.items()]
+            progress, writer = found.progress, CheckpointWriter(run_dir, 9, found.meta, whole=True)
             writer.save(progress, bad, [])
             writer.wait()
     found, text = cluster.run_training(run)

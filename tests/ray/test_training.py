@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ftray import console, verbs
 from ftray.errors import ConfigError, DataError, Interrupted
+from ftray.evaluate.compare import compare
+from ftray.train.checkpoint import load_checkpoint
+from ftray.train.export import export
 from ftray.train.timeline import list_checkpoints
 from tests import cluster, tiny
 
@@ -107,6 +113,38 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
         cluster.run_training(run_of(parts, tmp_path / "a", train__global_batch_size=4096))
     with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):
         cluster.run_training(run_of(parts, tmp_path / "b", scale__num_workers=64, train__global_batch_size=64))
+    with pytest.raises(
+        ConfigError, match=r"train\.precision fp16 needs GPUs, and the cluster has none; use bf16 or fp32"
+    ):
+        cluster.run_training(run_of(parts, tmp_path / "c", train__precision="fp16"))
+
+
+@pytest.mark.long
+def test_virtual_tokens_are_trained_compared_with_the_base_and_exported(parts: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = run_of(
+        parts,
+        tmp_path,
+        method__type="prompt",
+        method__num_virtual_tokens=8,
+        train__learning_rate=0.05,
+        train__label_smoothing=0.1,
+        data__eval=[{"path": str(parts["heldout"])}],
+    )
+    found, _ = cluster.run_training(run)
+    shown = console.Console(cluster.Watched())
+    comparison, _ = compare(run, run.directory, shown)
+    assert comparison.step == found.step == 12
+    assert comparison.tuned.loss < 0.98 * comparison.base.loss
+    assert comparison.tuned.num_answers == 4
+    adapter = export(run, run.directory, shown)
+    assert adapter.endswith("/model")
+    loaded = PeftModel.from_pretrained(tiny.make_model(), adapter)
+    trained = load_checkpoint(found, "weights.")
+    assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, *trained.values())
+    with pytest.raises(ConfigError, match=r"method\.type prompt can't be served"):
+        verbs.serve(Namespace(run=run.directory, overrides=[]), shown)
 
 
 @pytest.mark.long

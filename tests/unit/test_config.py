@@ -71,8 +71,6 @@ def test_every_file_in_jobs_parses_and_is_named_as_its_run(path: Path) -> None:
 NOT_CARRIED_OUT = {
     "tune={num_trials: 8, space: {train.learning_rate: {type: loguniform, low: 5.0e-5}}}": "tune is {}; remove the section",
     "tune=": "tune is {}; remove the section",
-    "method.type=prompt": "method.type prompt is {}; use full, lora or qlora",
-    "train.precision=fp16": "train.precision fp16 is {}; use bf16 or fp32",
 }
 
 
@@ -122,7 +120,7 @@ WRONG = {
     "train.learning_rate=fast": '("fast") must be a number above 0',
     "train.warmup=1": "(1) must be below 1",
     "train.seed=4294967296": "(4294967296) must be below 4294967296",
-    "train.precision=fp8": '("fp8") must be one of bf16, fp32',
+    "train.precision=fp8": '("fp8") must be one of bf16, fp16, fp32',
     "train=5": "(5) must be a mapping with epochs, max_steps, global_batch_size, ",
     "name=7": "(7) must be text; put it in quotes",
     "name=": "(null) must be text",
@@ -336,7 +334,17 @@ def test_an_override_changes_one_place_even_where_yaml_names_two(run_file: Path)
 # Another value for each key; those of the first five sections change the result of a run.
 OTHER: dict[str, dict[str, Any]] = {
     "model": {"base": "o", "revision": "r", "trust_remote_code": True},
-    "method": {"type": "full", "rank": 3, "alpha": 3.0, "dropout": 0.3, "target_modules": ["q_proj"]},
+    "method": {
+        "type": "full",
+        "rank": 3,
+        "alpha": 3.0,
+        "dropout": 0.3,
+        "target_modules": ["q_proj"],
+        "rslora": True,
+        "dora": True,
+        "num_virtual_tokens": 3,
+        "freeze": ["x"],
+    },
     "data": {
         "max_seq_len": 33,
         "train": [{"path": "o"}],
@@ -359,8 +367,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "precision": "fp32",
         "seed": 3,
         "rewind_after": 3,
+        "label_smoothing": 0.1,
     },
-    "deepspeed": {"zero_stage": 1, "overrides": {"a": 1}},
+    "deepspeed": {"zero_stage": 1, "offload": "optimizer", "overrides": {"a": 1}},
 }
 SAME: dict[str, dict[str, Any]] = {
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
@@ -399,6 +408,8 @@ def changed(section: str, key: str, value: object) -> config.Run:
     tree.setdefault(section, {})[key] = value
     if key == "early_stopping":
         tree[section]["every"] = 3
+    if key == "freeze":
+        tree[section]["type"] = "full"
     if key == "format":
         tree[section]["metrics"] = ["format"]
     return parse_run(tree, "f")

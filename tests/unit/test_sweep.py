@@ -11,9 +11,10 @@ import torch
 from ftray import storage
 from ftray.cli import main
 from ftray.train.checkpoint import CheckpointWriter
+from ftray.train.shards import Part
 from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
 
-TENSORS = {"weights.a": torch.ones(4)}
+PARTS = [Part("weights.a", (4,), 0, torch.ones(4))]
 
 
 def lines(*steps: int) -> list[dict[str, Any]]:
@@ -24,9 +25,9 @@ def lines(*steps: int) -> list[dict[str, Any]]:
 def run_dir(tmp_path: Path) -> Path:
     """A run at step 4 that fell back once, with a checkpoint that was being written when its writer was killed."""
     place = tmp_path / "runs/one"
-    writer = CheckpointWriter(str(place), 9, {})
-    writer.save(Progress(step=2), TENSORS, lines(0, 1))
-    writer.save(Progress(step=4, segments=["00000000-00000001.jsonl"]), TENSORS, lines(2, 3))
+    writer = CheckpointWriter(str(place), 9, {}, whole=True)
+    writer.save(Progress(step=2), PARTS, lines(0, 1))
+    writer.save(Progress(step=4, segments=["00000000-00000001.jsonl"]), PARTS, lines(2, 3))
     writer.wait()
     (place / "metrics/00000004-00000009.jsonl").write_text('{"step": 4}\n')  # of a checkpoint that did not come to be
     left = place / "checkpoints/step-000010"

@@ -9,9 +9,11 @@ from ftray.errors import ConfigError
 from ftray.train.zero import OWNED, deepspeed_config
 
 
-def made(zero_stage: int = 2, overrides: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+def made(
+    zero_stage: int = 2, overrides: dict[str, Any] | None = None, offload: Any = "none", **train: Any
+) -> dict[str, Any]:
     section = Train(**{"global_batch_size": 24, "micro_batch_size": 3, **train})
-    return deepspeed_config(section, DeepSpeed(zero_stage=zero_stage, overrides=overrides or {}), 3, 2)
+    return deepspeed_config(section, DeepSpeed(zero_stage=zero_stage, offload=offload, overrides=overrides or {}), 3, 2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -24,19 +26,29 @@ def test_batch_sizes_stage_and_clipping_follow_the_run_file(stage: int) -> None:
     assert sizes[0] == sizes[1] * sizes[2] * 2
 
 
-def test_precision_is_bf16_or_nothing() -> None:
+def test_precision_is_bf16_or_fp16_with_a_scale_that_is_searched_or_nothing() -> None:
     assert made(precision="bf16")["bf16"]["enabled"] is True
     assert made(precision="fp32")["bf16"]["enabled"] is False
     assert "fp16" not in made()
+    half = made(precision="fp16")
+    assert (half["bf16"]["enabled"], half["fp16"]["enabled"], half["fp16"]["loss_scale"]) == (False, True, 0)
+
+
+def test_offload_moves_the_optimizer_or_the_weights_too() -> None:
+    zero = {what: made(3, offload=what)["zero_optimization"] for what in ("none", "optimizer", "all")}
+    assert "offload_optimizer" not in zero["none"]
+    assert zero["optimizer"]["offload_optimizer"]["device"] == "cpu"
+    assert "offload_param" not in zero["optimizer"]
+    assert zero["all"].keys() == {"stage", "offload_optimizer", "offload_param"}
 
 
 def test_overrides_are_merged_key_by_key_and_leave_their_neighbours() -> None:
     overrides = {
-        "zero_optimization": {"overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {"overlap_comm": False, "leaf_module": {"names": ["a"]}},
         "comms_logger": {"enabled": True},
     }
     found = made(3, overrides)
-    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
+    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": False, "leaf_module": {"names": ["a"]}}
     assert found["comms_logger"] == {"enabled": True}
     assert {k: v for k, v in found.items() if k not in overrides} == {
         k: v for k, v in made(3).items() if k not in overrides

@@ -1,0 +1,82 @@
+"""Training ranks without Ray: processes of this machine joined by gloo, each with the Trainer's own DeepSpeed engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ftray import config
+from ftray.data.packing import pack_examples
+from ftray.train.loop import Trainer
+from ftray.train.loss import MicroBatch, flatten_rows
+from tests import tiny
+
+# At stage 3 DeepSpeed keeps small weights whole on every rank, and in a tiny model all are small: not with this.
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def run_ranks(world_size: int, act: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `act(rank, *args)` returns on each rank. `act` is a function of a module; what it returns is saved by torch."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        mp.spawn(_enter, (world_size, port, scratch, act, args), nprocs=world_size)
+        return [torch.load(Path(scratch, str(r)), weights_only=False) for r in range(world_size)]
+
+
+def _enter(rank: int, world_size: int, port: int, scratch: str, act: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEEPSPEED_LOG_LEVEL": "error"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    try:
+        torch.save(act(rank, *args), Path(scratch, str(rank)))
+    finally:
+        dist.destroy_process_group()
+
+
+def build_engine(run: config.Run) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """Engine and trainable parameters of this rank, as the Trainer builds them."""
+    trainer = object.__new__(Trainer)
+    trainer._run, trainer._device, trainer._world_size = run, torch.device("cpu"), dist.get_world_size()
+    return trainer._build_engine()
+
+
+def tiny_batch(step: int, rank: int) -> MicroBatch:
+    """One packed row of 64 random tokens, another for each step and rank."""
+    rng = np.random.default_rng((step, rank))
+    documents = [(rng.integers(3, tiny.VOCAB_SIZE, n).tolist(), [True] * n) for n in (20, 30, 11)]
+    (row,) = pack_examples(documents, 64, 1)
+    return flatten_rows(row.input_ids[None], row.labels[None], row.position_ids[None], np.array([row.num_tokens]))
+
+
+def train_steps(engine: Any, first: int, end: int) -> list[float]:
+    """Optimizer steps over `tiny_batch`; the summed loss of each on this rank."""
+    losses = []
+    for step in range(first, end):
+        batch = tiny_batch(step, dist.get_rank())
+        loss = engine(*vars(batch).values())
+        losses.append(float(loss.detach()))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2
+        engine.backward(loss / 60, scale_wrt_gas=False)
+        engine.step()
+    return losses
+
+
+def lift_fp16_gate() -> None:
+    """DeepSpeed refuses fp16 on CPUs that are slow at it; torch computes it all the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
