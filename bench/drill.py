@@ -210,8 +210,11 @@ def main() -> int:
                 done = kind == "driver" or (kill_a_worker(dice) if kind == "worker" else kill_a_node(nodes, dice))
                 if done:
                     kills.append((now, kind))
-                if driver.process.poll() is not None:
-                    raise SystemExit("\n".join(driver.said[-20:]))
+                if driver.process.poll() is not None:  # it had joined the cluster at the node that went, or gave up
+                    driver.said.append(
+                        f"warning: the driver ended with {driver.process.returncode}: {driver.said[-1:]}"
+                    )
+                    driver.kill()
             last = len(driver.steps)
             wait_until = time.monotonic() + 120
             while (
@@ -237,7 +240,9 @@ def main() -> int:
             **share(driver, kills, lines),
             "rows_lost": sum(1 for step, rows in expected.items() if (step, rows) not in set(told)) * 8,
             "rows_repeated": (len(told) - len(set(told))) * 8,
-            "warnings": [line for line in driver.said if line.startswith("warning:")][:5],
+            "warnings": sorted(
+                {re.sub(r"step \d+", "step …", x)[:160] for x in driver.said if x.startswith("warning:")}
+            ),
         }
         print(json.dumps(found), flush=True)
         return 1 if found["rows_lost"] or found["rows_repeated"] else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,20 +141,26 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
     nodes: Nodes, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     second = next(iter(nodes.worker_nodes))
+    started: list[subprocess.Popen[bytes]] = []
 
-    def lose_it() -> None:
+    def lose_a_node() -> None:
         nodes.remove_node(second, allow_graceful=False)
 
+    def start_a_node() -> None:  # as on another machine; Cluster.add_node wants the main thread
+        ray_command = str(Path(sys.executable).with_name("ray"))
+        arguments = [ray_command, "start", f"--address={nodes.address}", "--num-cpus=2", "--block"]
+        started.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
     def give_notice() -> None:
-        node = next(iter(nodes.worker_nodes)).node_id
+        node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU") == 2)
         reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         ray._raylet.GcsClient(address=nodes.address).drain_node(
             node, reason, "spot", int(time.time() * 1000) + 3_600_000
         )
 
     stream = cluster.Watched(
-        ("step 55/4000", lose_it),
-        ("going on with 1 workers instead of 2", lambda: nodes.add_node(num_cpus=2)),
+        ("step 55/4000", lose_a_node),
+        ("going on with 1 workers instead of 2", start_a_node),
         ("going on with 2 workers instead of 1", give_notice),
         ("will be taken away; its workers left at step", cluster.press_ctrl_c),
     )
@@ -164,8 +172,13 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
         scale__num_workers={"min": 1, "max": 2},
         scale__cpus_per_worker=1.6,  # one on each node; one thread each
     )
-    with pytest.raises(Interrupted):
-        cluster.run_training(run, stream)
+    try:
+        with pytest.raises(Interrupted):
+            cluster.run_training(run, stream)
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
     text = stream.getvalue()
     assert text.index("with 1 workers instead of 2") < text.index(
         "there is room for 2 workers; its workers left at step"
