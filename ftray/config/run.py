@@ -64,6 +64,11 @@ class Run(Section):
                 "method.type qlora with deepspeed.zero_stage 3 is not possible: 4-bit weights can't be sharded; "
                 "use zero_stage 2"
             )
+        if self.train.optimizer == "adamw-8bit" and self.deepspeed.zero_stage != 0:
+            raise ValueError(
+                f"train.optimizer adamw-8bit with deepspeed.zero_stage {self.deepspeed.zero_stage} is not possible: "
+                "ZeRO shards fp32 states; use zero_stage 0, or adamw"
+            )
         return self
 
     @property

@@ -26,12 +26,13 @@ from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
 from ftray.model.lora import build_model, trainable
+from ftray.train.adamw import AdamW
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.schedule import learning_rate
 from ftray.train.state import gather_state, scatter_state
 from ftray.train.timeline import Found, Progress, find_newest
-from ftray.train.zero import deepspeed_config
+from ftray.train.zero import deepspeed_config, owns_optimizer
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,7 @@ class Trainer:
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
         parameters = trainable(model.model)
-        optimizer = torch.optim.AdamW(
-            list(parameters.values()),
-            lr=train.learning_rate,
-            weight_decay=train.weight_decay,
-            fused=self._device.type == "cuda",
-        )
+        optimizer = _optimizer(list(parameters.values()), self._run, self._device)
         engine, *_ = deepspeed.initialize(
             model=model.to(self._device),
             optimizer=optimizer,
@@ -300,6 +296,15 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], run: config.Run, device: torch.device) -> torch.optim.Optimizer:
+    """Ours at stage 0; under ZeRO torch's, which DeepSpeed hands its shards of fp32 masters."""
+    train = run.train
+    if owns_optimizer(train, run.deepspeed):
+        return AdamW(parameters, train.learning_rate, train.weight_decay, train.max_grad_norm, train.optimizer)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused)
 
 
 def _schedule(train: config.Train) -> tuple[float, float, str]:

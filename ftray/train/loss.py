@@ -14,7 +14,7 @@ import torch
 
 from ftray.data.packing import IGNORE_INDEX
 
-PIECE_TOKENS = 2048  # tokens whose logits are in memory at once
+PIECE_LOGITS = 2**29  # logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, in pieces, so that logits are never whole in memory.
 
     hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]. Gradients are made in the forward
-    pass, where each piece's logits are at hand (as in Hsu et al. 2024, Liger Kernel).
+    pass, where each piece's logits are at hand (as in Hsu et al. 2024, Liger Kernel); the weight's in fp32 over pieces.
     """
 
     @staticmethod
@@ -114,23 +114,54 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scalar float32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        for lo in range(0, len(hidden), PIECE_TOKENS):
-            piece, wanted = hidden[lo : lo + PIECE_TOKENS], targets[lo : lo + PIECE_TOKENS, None]
-            logits = (piece @ weight.T).float()
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
-            slope = logits.sub_(norm).exp_()  # softmax, in place
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
-            slope = slope.to(hidden.dtype)
-            torch.mm(slope, weight, out=grad_hidden[lo : lo + PIECE_TOKENS])
-            if grad_weight is not None:
-                grad_weight += slope.T @ piece
+        grad_weight = None
+        size = piece_tokens(len(weight))
+        for lo in range(0, len(hidden), size):
+            piece = hidden[lo : lo + size]
+            slope, losses = _slope(piece @ weight.T, targets[lo : lo + size])
+            total += losses.sum()
+            torch.mm(slope, weight, out=grad_hidden[lo : lo + size])
+            if weight.requires_grad:
+                grad_weight = _add_product(grad_weight, slope.T, piece)
+        ctx.dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is not None else torch.empty(0))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """grad: scalar."""
+        """grad: scalar. The gradients are scaled in place, so this may be called once."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, (grad_weight * grad).to(grad_hidden.dtype) if grad_weight.numel() else None, None
+        if grad_weight.numel():
+            scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)
+            return grad_hidden.mul_(grad), torch.mul(grad_weight, grad, out=scaled), None
+        return grad_hidden.mul_(grad), None, None
+
+
+def piece_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are in memory at once: 4096 of a vocabulary of 128,256."""
+    return max(256, PIECE_LOGITS // vocabulary // 256 * 256)
+
+
+def _slope(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of the summed cross-entropy with respect to logits, losses fp32 [tokens]); logits are overwritten."""
+    if logits.is_cuda:
+        from ftray.train.loss_kernels import softmax_slope_
+
+        losses = softmax_slope_(logits, targets)
+        return logits, losses
+    wide = logits.float()
+    norm = torch.logsumexp(wide, dim=-1, keepdim=True)
+    losses = (norm - wide.gather(1, targets[:, None]))[:, 0]
+    slope = wide.sub_(norm).exp_()  # softmax, in place
+    slope.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1.0, dtype=torch.float32))
+    return slope.to(logits.dtype), losses
+
+
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in fp32, in place; the matrix unit accumulates in fp32 whatever a and b are."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    product = (a @ b).float()
+    return product if total is None else total.add_(product)

@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 
+from ftray.train.adamw import AdamW
+
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 def gather_state(engine: Any, parameters: dict[str, torch.nn.Parameter], keep: bool) -> dict[str, torch.Tensor]:
     """`<kind>.<name>` → whole fp32 tensor in host memory; an empty dict where `keep` is False (all but one rank).
 
-    Moments are left out before the first optimizer step.
+    Moments are left out before the first optimizer step. Those of 8 bits stay as they are, each with its scales.
     """
     state: dict[str, torch.Tensor] = {}
+    if isinstance(engine.optimizer, AdamW):
+        for name, parameter in parameters.items() if keep else ():
+            for kind, tensor in engine.optimizer.export_state(parameter).items():
+                state[f"{kind}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+        return state
     for name, parameter in parameters.items():
         for kind in KINDS:
             whole = _gather(engine, parameter, None if kind == "weights" else kind)
@@ -33,6 +40,12 @@ def scatter_state(
     engine: Any, parameters: dict[str, torch.nn.Parameter], state: dict[str, torch.Tensor], num_updates: int
 ) -> None:
     """Puts gathered tensors back into a fresh engine; num_updates is Adam's step count."""
+    if isinstance(engine.optimizer, AdamW):
+        engine.optimizer.num_updates = num_updates
+        for name, parameter in parameters.items():
+            saved = {kind: state[key] for kind in AdamW.KINDS if (key := f"{kind}.{name}") in state}
+            engine.optimizer.import_state(parameter, saved)
+        return
     if num_updates:
         _create_moments(engine, num_updates)
     for name, parameter in parameters.items():
