@@ -64,6 +64,11 @@ class Run(Section):
                 "method.type qlora with deepspeed.zero_stage 3 is not possible: 4-bit weights can't be sharded; "
                 "use zero_stage 2"
             )
+        if self.method.base_precision == "fp8" and (self.method.type, self.train.precision) != ("lora", "bf16"):
+            raise ValueError(
+                f"method.base_precision fp8 is for method.type lora with train.precision bf16, not {self.method.type} "
+                f"with {self.train.precision}; leave it out"
+            )
         if self.train.optimizer == "adamw-8bit" and self.deepspeed.zero_stage != 0:
             raise ValueError(
                 f"train.optimizer adamw-8bit with deepspeed.zero_stage {self.deepspeed.zero_stage} is not possible: "
@@ -91,7 +96,7 @@ class Run(Section):
         tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
-            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps"}},
+            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps", "recompute"}},
         )
         clean = self.data.clean  # what is only reported changes nothing
         tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}

@@ -123,6 +123,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.mm(slope, weight, out=grad_hidden[lo : lo + size])
             if weight.requires_grad:
                 grad_weight = _add_product(grad_weight, slope.T, piece)
+        if weight.requires_grad and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is not None else torch.empty(0))
         return total
