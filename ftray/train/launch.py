@@ -179,6 +179,11 @@ def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
         bar.update(event["step"] + 1, f"loss {event['loss']:.4f} · {event['tokens_per_s']:.0f} tokens/s{skipped}")
     elif event["event"] == "heldout":
         console.say(f"held-out loss at step {event['step']}: {event['heldout_loss']:.4f}")
+    elif event["event"] == "fit":
+        console.say(
+            f"train: micro-batch {event['micro_batch_size']}, {event['layers']} of {event['num_layers']} layers recomputed; "
+            f"{event['peak'] / 2**30:.0f} GiB expected on each GPU"
+        )
     elif event["event"] == "start" and event["step"] > 0:
         console.say(f"train: workers continue at step {event['step']}")
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -25,9 +25,11 @@ from ftray import config
 from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
+from ftray.model.fp8 import check_fp8, quantize_base
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import AdamW
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.schedule import learning_rate
 from ftray.train.state import gather_state, scatter_state
@@ -88,6 +90,8 @@ class Trainer:
         """Runs the steps; every rank leaves at the same one."""
         if not self._progress.finished:
             self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
+            if self._fit.peak is not None:
+                self._link_send({"event": "fit", **asdict(self._fit)})
             for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
                 num_supervised, stop = self._agree(batch)
                 if stop:
@@ -107,13 +111,22 @@ class Trainer:
         train = self._run.train
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
-        model = SummedLoss(build_model(self._run.model, self._run.method, train.precision, train.seed)).train()
+        model = build_model(self._run.model, self._run.method, train.precision, train.seed)
+        if self._run.method.base_precision == "fp8":
+            check_fp8(self._device)
+            quantize_base(model, self._device)
+        model = SummedLoss(model).train().to(self._device)
         parameters = trainable(model.model)
+        self._fit = fit_memory(self._run, model, self._device, self._world_size)
+        micro_batch_size = self._fit.micro_batch_size
+        self._run = self._run.model_copy(
+            update={"train": train.model_copy(update={"micro_batch_size": micro_batch_size})}
+        )
         optimizer = _optimizer(list(parameters.values()), self._run, self._device)
         engine, *_ = deepspeed.initialize(
-            model=model.to(self._device),
+            model=model,
             optimizer=optimizer,
-            config=deepspeed_config(train, self._run.deepspeed, self._run.micro_batch_size, self._world_size),
+            config=deepspeed_config(train, self._run.deepspeed, micro_batch_size, self._world_size),
             dist_init_required=False,
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
@@ -295,7 +308,10 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # micro-batches differ in length
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], run: config.Run, device: torch.device) -> torch.optim.Optimizer:
