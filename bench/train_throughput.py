@@ -123,7 +123,16 @@ def main() -> None:
         write_model(model, given.shape)
         return
     # In a process of its own, so that none of the GPU's memory stays taken.
-    making = [sys.executable, "-m", "bench.train_throughput", "--write-model", "--shape", given.shape, "--work", str(work)]
+    making = [
+        sys.executable,
+        "-m",
+        "bench.train_throughput",
+        "--write-model",
+        "--shape",
+        given.shape,
+        "--work",
+        str(work),
+    ]
     subprocess.run(making, check=True)
     count = int((model / "num_parameters").read_text())
     batch = given.batch or int(given.micro) * given.accumulate * given.workers

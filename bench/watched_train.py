@@ -1,6 +1,6 @@
 """`ftray train` whose events are printed as JSON lines, for benchmarks that end a run without its last checkpoint.
 
-    python bench/watched_train.py RUN.yaml [key=value …]
+python bench/watched_train.py RUN.yaml [key=value …]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,30 @@ from typing import Any
 MARK = "event: "
 
 
-def watch(file: Path, overrides: list[str], num_steps: int, limit_s: float, log: Path) -> tuple[list[dict[str, Any]], str]:
+def watch(
+    file: Path, overrides: list[str], num_steps: int, limit_s: float, log: Path
+) -> tuple[list[dict[str, Any]], str]:
     """Runs a run file until num_steps steps are done, then ends it; returns its events, and the log's end if it failed."""
     command = [sys.executable, __file__, str(file), *overrides]
     events: list[dict[str, Any]] = []
     end_s = time.monotonic() + limit_s
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        os.set_blocking(process.stdout.fileno(), False)  # type: ignore[union-attr]
-        text = ""
-        while time.monotonic() < end_s and sum(e["event"] == "step" for e in events) < num_steps:
-            text += process.stdout.read() or ""  # type: ignore[union-attr]
-            *lines, text = text.split("\n")
-            for line in lines:
-                sink.write(line + "\n")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+    def read() -> None:
+        with log.open("w") as sink:
+            for line in process.stdout or ():
+                sink.write(line)
                 if line.startswith(MARK):
                     events.append(json.loads(line[len(MARK) :]))
-            if process.poll() is not None and not lines:
-                break
-            time.sleep(0.05)
-        _end(process)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while time.monotonic() < end_s and sum(e["event"] == "step" for e in events) < num_steps and reader.is_alive():
+        time.sleep(0.05)
+    _end(process)
+    reader.join(5)
     done = sum(e["event"] == "step" for e in events) >= num_steps
     return events, "" if done else "\n".join(log.read_text().splitlines()[-25:])
 
@@ -50,10 +53,10 @@ def _end(process: subprocess.Popen[str]) -> None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.3)
     try:
-        process.communicate(timeout=20)
+        process.wait(timeout=20)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
     _wait_for_memory()
 
 

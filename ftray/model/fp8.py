@@ -110,7 +110,7 @@ def quantize_base(model: torch.nn.Module, device: torch.device) -> int:
     """
     count = 0
     for module in model.modules():
-        base = getattr(module, "base_layer", None)
+        base: Any = getattr(module, "base_layer", None)
         if type(base) is torch.nn.Linear and base.in_features % 16 == 0 and base.out_features % 16 == 0:
             module.base_layer = Fp8Linear(base.to(device))
             count += 1

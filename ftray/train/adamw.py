@@ -73,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
             return
         (beta1, beta2), t = group["betas"], self.num_updates
         master, grad = whole(p, state), grad.float() * clip
-        mean, square = self._moments(state, p)
+        mean, square = self._moments(state)
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (square.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
@@ -99,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
         self.state[p] = state
         return state
 
-    def _moments(self, state: dict[str, torch.Tensor], p: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+    def _moments(self, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.eight_bit:
             return state["exp_avg"], state["exp_avg_sq"]
         mean = decode_mean(state["exp_avg"], state["exp_avg_scale"])

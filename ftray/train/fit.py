@@ -110,9 +110,7 @@ def _recompute(model: Any, layers: list[Any], count: int) -> None:
         layer.gradient_checkpointing = (n + 1) * count // len(layers) > n * count // len(layers)
 
 
-def _measure(
-    run: config.Run, loss: SummedLoss, layers: list[Any], device: torch.device, world_size: int
-) -> Memory:
+def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch.device, world_size: int) -> Memory:
     parameters = [p for p in loss.parameters() if p.requires_grad]
     head = loss.model.get_output_embeddings().weight
     vocabulary, width = getattr(head, "ds_shape", head.shape)
@@ -126,7 +124,8 @@ def _measure(
     static = torch.cuda.memory_allocated(device) + pieces + state_bytes(run, parameters, world_size)
     capacity = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     worst = torch.tensor([-capacity, static, *token_bytes], dtype=torch.float64, device=device)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
     capacity, static, kept, recomputed = (float(v) for v in worst)
     return Memory(-capacity, static, kept, recomputed, len(layers))
 

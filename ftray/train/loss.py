@@ -88,8 +88,8 @@ class SummedLoss(torch.nn.Module):
             inputs |= {"max_length_q": max_length, "max_length_k": max_length}
         head = self._causal.get_output_embeddings().weight
         if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
-            hidden = self._causal.get_decoder()(**inputs).last_hidden_state[0, supervised]
-            loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets)
+            hidden = self._causal.get_decoder()(**inputs).last_hidden_state.squeeze(0)
+            loss: torch.Tensor = LinearCrossEntropy.apply(hidden.index_select(0, supervised), head, targets)
             return loss
         logits = self.model(**inputs, logits_to_keep=supervised).logits[0]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -59,7 +59,10 @@ def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, laye
         value.backward()
         found.append((float(value), [p.grad for p in loss.parameters()]))
     assert fit.layers == layers
-    assert sum(getattr(m, "gradient_checkpointing", False) is True for m in loss.modules() if hasattr(m, "self_attn")) == layers
+    assert (
+        sum(getattr(m, "gradient_checkpointing", False) is True for m in loss.modules() if hasattr(m, "self_attn"))
+        == layers
+    )
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
