@@ -30,7 +30,7 @@ def watch(
     )
 
     def read() -> None:
-        with log.open("w") as sink:
+        with log.open("w", buffering=1) as sink:
             for line in process.stdout or ():
                 sink.write(line)
                 if line.startswith(MARK):
@@ -78,9 +78,10 @@ def main() -> None:
     from ftray.train import launch
 
     show = launch._show
+    out = os.fdopen(os.dup(1), "w", buffering=1)  # a run sends its own output elsewhere
 
     def told(event: dict[str, Any], bar: Any, console: Any) -> None:
-        print(MARK + json.dumps(event), flush=True)
+        out.write(MARK + json.dumps(event) + "\n")
         show(event, bar, console)
 
     launch._show = told
