@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def alone_loss(model: Any, batch: Arrays, device: torch.device) -> torch.Tensor:
     documents = []
     for ids, labels, positions, n in zip(*batch.values(), strict=True):
         begins = [*np.flatnonzero(positions[:n] == 0), n]
-        documents += [(ids[a:b], labels[a:b]) for a, b in zip(begins, begins[1:], strict=False)]
+        documents += [(ids[a:b], labels[a:b]) for a, b in pairwise(begins)]
     width = max(len(ids) for ids, _ in documents)
     arrays = np.zeros((3, len(documents), width), np.int64)
     arrays[1] = -100
