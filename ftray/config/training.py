@@ -35,7 +35,7 @@ class Method(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers get adapters: all but the output head, or the ends of their names."""
     base_precision: Literal["fp8"] | None = None
-    """`fp8`: LoRA's frozen base in 8-bit floats: faster, within half a percent in loss; GPUs from H100 on. Left out:
+    """`fp8`: LoRA's frozen base in 8-bit floats, for speed; GPUs from H100 on. Left out:
     `train.precision`."""
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ftray.train.adamw import (
     EIGHT_BIT,
@@ -17,6 +20,7 @@ from ftray.train.adamw import (
     encode_square,
     whole,
 )
+from ftray.train.state import gather_state, scatter_state
 
 SHAPE = (37, 50)
 
@@ -129,3 +133,31 @@ def test_a_slow_decay_of_the_mean_square_is_not_rounded_away() -> None:
         square = decode_square(*encode_square(square, step))
     mask = torch.arange(4096) % 64 != 0
     assert float(square[mask].mean()) == pytest.approx(0.999**499, rel=0.05)
+
+
+@pytest.mark.parametrize("moments", [FULL, EIGHT_BIT])
+def test_a_checkpoints_file_holds_it_by_parameter_name_and_gives_it_back(tmp_path: Path, moments: str) -> None:
+    def engine_of(p: torch.nn.Parameter, q: torch.nn.Parameter) -> SimpleNamespace:
+        return SimpleNamespace(optimizer=AdamW([p, q], 1e-2, 0.1, 1.0, moments))
+
+    def update(engine: SimpleNamespace, steps: range) -> None:
+        for step in steps:
+            for n, p in enumerate(engine.optimizer.param_groups[0]["params"]):
+                p.grad = _grad(10 * step + n).to(p.dtype)
+            engine.optimizer.step()
+
+    first, second = ({name: _start(torch.bfloat16)[0] for name in ("a", "b")} for _ in range(2))
+    engine = engine_of(*first.values())
+    update(engine, range(4))
+    assert gather_state(engine, first, keep=False) == {}
+    save_file(gather_state(engine, first, keep=True), tmp_path / "state.safetensors")
+    update(engine, range(4, 7))
+    again = engine_of(*second.values())
+    saved = load_file(tmp_path / "state.safetensors")
+    assert saved["weights.a"].dtype == torch.float32  # what export and evaluation read, whatever the optimizer
+    scatter_state(again, second, saved, num_updates=4)
+    update(again, range(4, 7))
+    wanted, found = (gather_state(e, ps, keep=True) for e, ps in ((engine, first), (again, second)))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(t, found[name]) for name, t in wanted.items())
+    assert all(torch.equal(first[name], second[name]) for name in first)

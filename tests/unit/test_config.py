@@ -337,7 +337,14 @@ def test_an_override_changes_one_place_even_where_yaml_names_two(run_file: Path)
 # Another value for each key; those of the first five sections change the result of a run.
 OTHER: dict[str, dict[str, Any]] = {
     "model": {"base": "o", "revision": "r", "trust_remote_code": True},
-    "method": {"type": "full", "rank": 3, "alpha": 3.0, "dropout": 0.3, "target_modules": ["q_proj"]},
+    "method": {
+        "type": "full",
+        "rank": 3,
+        "alpha": 3.0,
+        "dropout": 0.3,
+        "target_modules": ["q_proj"],
+        "base_precision": "fp8",
+    },
     "data": {
         "max_seq_len": 33,
         "train": [{"path": "o"}],
@@ -357,6 +364,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "warmup": 0.3,
         "weight_decay": 0.3,
         "max_grad_norm": 3.0,
+        "optimizer": "adamw-8bit",
         "precision": "fp32",
         "seed": 3,
     },
@@ -364,7 +372,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 SAME: dict[str, dict[str, Any]] = {
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
-    "train": {"max_bad_steps": 3},
+    "train": {"max_bad_steps": 3, "recompute": "full"},
     "scale": {"num_workers": 2, "accelerator": "A100", "cpus_per_worker": 2.0},
     "checkpoint": {"every": 3, "keep": 1},
     "evaluate": {
@@ -395,6 +403,8 @@ def changed(section: str, key: str, value: object) -> config.Run:
         tree[section]["every"] = 3
     if key == "format":
         tree[section]["metrics"] = ["format"]
+    if key == "optimizer":
+        tree["deepspeed"] = {"zero_stage": 0}
     return parse_run(tree, "f")
 
 
