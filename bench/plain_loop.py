@@ -1,6 +1,8 @@
-"""The step without Ray, DeepSpeed or data: the same model and loss in a loop with torch's AdamW, as a ceiling.
+"""The step without Ray, DeepSpeed or data: the same model, loss and optimizer in a loop, as a ceiling.
 
-python bench/plain_loop.py --model .bench/model-8b --rows 4 --steps 10
+    python -m bench.plain_loop --model .bench/model-8b --rows 4 --steps 10
+
+`--rows auto` and `--recompute auto` choose as a run does; the line tells what was expected and what it took.
 """
 
 from __future__ import annotations
@@ -8,13 +10,30 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ftray import config
+from ftray.model.fp8 import quantize_base
 from ftray.model.lora import build_model, trainable
+from ftray.train.adamw import AdamW
+from ftray.train.fit import fit_memory
 from ftray.train.loss import SummedLoss, flatten_rows
+
+
+def run_of(given: Any) -> config.Run:
+    """The settings as a run's."""
+    rows = given.rows if given.rows == "auto" else int(given.rows)
+    train = {"global_batch_size": given.batch or given.accumulate * int(rows), "micro_batch_size": rows}
+    train |= {"optimizer": given.optimizer, "recompute": given.recompute, "learning_rate": 1e-4}
+    tree = {"name": "plain", "model": {"base": given.model}, "train": train, "deepspeed": {"zero_stage": 0}}
+    method = {"type": given.method} | ({"base_precision": "fp8"} if given.fp8 else {})
+    return config.parse_run(
+        {**tree, "method": method, "data": {"max_seq_len": given.seq, "train": [{"path": "-"}]}}, "bench"
+    )
 
 
 def main() -> None:
@@ -22,24 +41,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--method", default="lora")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", default="4")
+    parser.add_argument("--batch", type=int, help="rows of a step; left out: rows × accumulate")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw-8bit"))
+    parser.add_argument("--fp8", action="store_true", help="the frozen base in 8-bit floats")
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--document", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
+    run = run_of(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = build_model(config.Model(base=given.model), config.Method(type=given.method), "bf16", 0)
+    if device.type == "cuda":
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    built = build_model(run.model, run.method, "bf16", 0)
+    if given.fp8:
+        quantize_base(built, device)
     model = SummedLoss(built.to(device)).train()
-    optimizer = torch.optim.AdamW(list(trainable(built).values()), lr=1e-4, fused=device.type == "cuda")
+    fit = fit_memory(run, model, device, 1)
+    rows = fit.micro_batch_size
+    accumulate = run.train.global_batch_size // rows
+    optimizer = AdamW(list(trainable(built).values()), 1e-4, 0.0, 1.0, given.optimizer)
     rng = np.random.default_rng(0)
-    shape = (given.rows, given.seq)
-    ids = rng.integers(2, 250, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(given.seq) % 512, shape).astype(np.int32)
-    batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(given.rows, given.seq, np.int32), device)
+    shape = (rows, given.seq)
+    ids = rng.integers(2, min(250, built.config.vocab_size), shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(given.seq) % given.document, shape).astype(np.int32)
+    batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
 
     def step() -> None:
-        loss = model(*vars(batch).values()) / batch.input_ids.numel()
-        loss.backward()
+        for _ in range(accumulate):
+            loss = model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -47,20 +82,32 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(3):
+    for _ in range(given.warmup):
         step()
     wait()
     began_s = time.perf_counter()
     for _ in range(given.steps):
         step()
     wait()
-    speed = given.steps * ids.size / (time.perf_counter() - began_s)
-    print(json.dumps({"plain_loop": given.method, "rows": given.rows, "tokens_per_s": round(speed)}), flush=True)
+    speed = given.steps * accumulate * ids.size / (time.perf_counter() - began_s)
+    told = {
+        "plain_loop": Path(given.model).name,
+        "method": given.method,
+        "seq": given.seq,
+        "optimizer": given.optimizer,
+    }
+    told |= {"fp8": given.fp8, "rows": rows, "accumulate": accumulate, "recomputed": f"{fit.layers}/{fit.num_layers}"}
+    if fit.peak is not None:
+        told["expected_gib"] = round(fit.peak / 2**30, 1)
+    if device.type == "cuda":
+        told |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+        told |= {"reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1)}
+    print(json.dumps({**told, "tokens_per_s": round(speed)}), flush=True)
     if given.profile:
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             step()
             wait()
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=60))
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=80))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Tokens per second of `ftray train` itself: Ray, Ray Data and DeepSpeed running, random weights of known shapes.
 
-    python bench/train_throughput.py --shape 8b --method lora --workers 1 --micro 4 --steps 12 --out result.jsonl
+    python -m bench.train_throughput --shape 8b --method lora --workers 1 --micro 4 --steps 12 --out result.jsonl
 
 Prints one JSON line: tokens/s per GPU (median after warm-up), model TFLOP/s by `flops_per_token`, peak memory, data
-wait. `--shape tiny` is the CPU-sized smoke.
+wait. The run is ended before its last checkpoint. `--shape tiny` is the CPU-sized smoke.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from bench.watched_train import watch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
@@ -100,24 +103,43 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--micro", type=int, default=2)
+    parser.add_argument("--micro", default="2", help="rows at once, or auto (then --batch)")
+    parser.add_argument("--batch", type=int, help="rows of a step; left out: micro × accumulate × workers")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--document", type=int, default=500)
+    parser.add_argument("--warmup", type=int, default=WARMUP_STEPS)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds until it is given up")
+    parser.add_argument("--write-model", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("override", nargs="*")
     given = parser.parse_args()
     work = given.work.absolute()
     model = work / f"model-{given.shape}"
-    count = write_model(model, given.shape)
-    batch = given.micro * given.accumulate * given.workers
+    if given.write_model:
+        write_model(model, given.shape)
+        return
+    # In a process of its own, so that none of the GPU's memory stays taken.
+    making = [
+        sys.executable,
+        "-m",
+        "bench.train_throughput",
+        "--write-model",
+        "--shape",
+        given.shape,
+        "--work",
+        str(work),
+    ]
+    subprocess.run(making, check=True)
+    count = int((model / "num_parameters").read_text())
+    batch = given.batch or int(given.micro) * given.accumulate * given.workers
     data = write_data(
-        work / f"data-{given.seq}", int(1.1 * given.steps * batch * given.seq), given.document, given.seq - 8
+        work / f"data-{given.seq}", int(1.1 * (given.steps + 1) * batch * given.seq), given.document, given.seq - 8
     )
-    name = f"{given.shape}-{given.method}-{given.workers}x{given.micro}x{given.accumulate}-z{given.stage}-{given.seq}"
+    name = f"{given.shape}-{given.method}-{given.workers}x{given.micro}-b{batch}-z{given.stage}-{given.seq}"
     run = {
         "name": name,
         "storage": str(work / "runs"),
@@ -128,7 +150,11 @@ def main() -> None:
             "train": [{"path": str(data), "format": "text"}],
             "clean": {"near_duplicates": "off"},
         },
-        "train": {"max_steps": given.steps, "global_batch_size": batch, "micro_batch_size": given.micro},
+        "train": {
+            "max_steps": given.steps + 1,
+            "global_batch_size": batch,
+            "micro_batch_size": given.micro if given.micro == "auto" else int(given.micro),
+        },
         "deepspeed": {"zero_stage": given.stage},
         "scale": {"num_workers": given.workers},
         "checkpoint": {"every": 10_000},
@@ -136,21 +162,23 @@ def main() -> None:
     file = work / f"{name}.yaml"
     file.write_text(json.dumps(run))  # JSON is YAML
     subprocess.run(["rm", "-rf", str(work / "runs" / name)], check=True)
-    subprocess.run([sys.executable, "-m", "ftray.cli", "train", str(file), *given.override], check=True)
-    lines = [json.loads(x) for x in (work / "runs" / name / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]
-    speed = statistics.median(x["tokens_per_s"] for x in lines) / given.workers
-    result = {
-        "run": name,
-        "override": given.override,
-        "tokens_per_s_per_gpu": round(speed),
-        "tflops": round(speed * flops_per_token(count, given.method, given.shape) / 1e12, 1),
-        "peak_memory_gib": max(x.get("peak_memory_gib", 0) for x in lines),
-        "data_wait_share": round(
-            sum(x["data_wait_s"] for x in lines) / sum(x["num_tokens"] / max(x["tokens_per_s"], 1e-9) for x in lines),
-            4,
-        ),
-        "loss": [round(x["loss"], 4) for x in lines[-2:]],
-    }
+    began_s = time.monotonic()
+    events, failed = watch(file, given.override, given.steps, given.limit, work / f"{name}.log")
+    result: dict[str, Any] = {"run": name, "override": given.override, "wall_s": round(time.monotonic() - began_s)}
+    lines = [e for e in events if e["event"] == "step"][given.warmup :]
+    if failed or not lines:
+        result["failed"] = failed[-2500:]
+    else:
+        speed = statistics.median(x["tokens_per_s"] for x in lines) / given.workers
+        seconds = sum(x["num_tokens"] / max(x["tokens_per_s"], 1e-9) for x in lines)
+        result |= {
+            "tokens_per_s_per_gpu": round(speed),
+            "tflops": round(speed * flops_per_token(count, given.method, given.shape) / 1e12, 1),
+            "peak_memory_gib": max(x.get("peak_memory_gib", 0) for x in lines),
+            "data_wait_share": round(sum(x["data_wait_s"] for x in lines) / seconds, 4),
+            "loss": [round(x["loss"], 4) for x in lines[-2:]],
+            "fit": next(({k: v for k, v in e.items() if k != "event"} for e in events if e["event"] == "fit"), None),
+        }
     print(json.dumps(result), flush=True)
     if given.out:
         with given.out.open("a") as sink:

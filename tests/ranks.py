@@ -19,6 +19,7 @@ from ftray import config
 from ftray.data.packing import pack_examples
 from ftray.train.loop import Trainer
 from ftray.train.loss import MicroBatch, flatten_rows
+from ftray.train.shards import Halves, Part
 from tests import tiny
 
 # At stage 3 DeepSpeed keeps small weights whole on every rank, and in a tiny model all are small: not with this.
@@ -80,3 +81,8 @@ def lift_fp16_gate() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
+
+
+def values(parts: list[Part]) -> list[torch.Tensor]:
+    """Copies of what parts hold."""
+    return [part.values.whole() if isinstance(part.values, Halves) else part.values.clone() for part in parts]

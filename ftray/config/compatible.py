@@ -15,8 +15,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method.rslora": (False, True),
     "method.dora": (False, True),
     "method.freeze": ([], ["embed_tokens"]),
+    "method.base_precision": (None, "fp8"),
     "train.precision": ("bf16", "fp16", "fp32"),
     "train.label_smoothing": (0.0, 0.1),
+    "train.optimizer": ("adamw", "adamw-8bit"),
     "deepspeed.zero_stage": (0, 1, 2, 3),
     "deepspeed.offload": ("none", "optimizer", "all"),
 }
@@ -47,6 +49,36 @@ RULES: tuple[Rule, ...] = (
         ("method.type", ("lora", "qlora", "prompt")),
         "the base is frozen already",
         "use full, or remove freeze",
+    ),
+    Rule(
+        ("method.base_precision", ("fp8",)),
+        ("method.type", ("full", "qlora", "prompt")),
+        "it is LoRA's base that may stay in 8-bit floats",
+        "use lora, or remove base_precision",
+    ),
+    Rule(
+        ("method.base_precision", ("fp8",)),
+        ("train.precision", ("fp16", "fp32")),
+        "its products give bf16",
+        "use bf16, or remove base_precision",
+    ),
+    Rule(
+        ("method.base_precision", ("fp8",)),
+        ("method.dora", (True,)),
+        "DoRA computes with the base's weights themselves",
+        "remove one of them",
+    ),
+    Rule(
+        ("method.base_precision", ("fp8",)),
+        ("deepspeed.zero_stage", (3,)),
+        "8-bit weights can't be sharded",
+        "use zero_stage 2",
+    ),
+    Rule(
+        ("train.optimizer", ("adamw-8bit",)),
+        ("deepspeed.zero_stage", (1, 2, 3)),
+        "ZeRO shards fp32 states",
+        "use zero_stage 0, or adamw",
     ),
     Rule(
         ("train.precision", ("fp16",)),

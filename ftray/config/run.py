@@ -100,7 +100,7 @@ class Run(Section):
         tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
-            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps", "hang_timeout_s"}},
+            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps", "hang_timeout_s", "recompute"}},
         )
         clean = self.data.clean  # what is only reported changes nothing
         tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}

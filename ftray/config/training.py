@@ -44,6 +44,9 @@ class Method(Section):
     freeze: list[Annotated[str, Field(min_length=1)]] = Field([])
     """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
     `*` standing for any text in one part (`layers.*.mlp`)."""
+    base_precision: Literal["fp8"] | None = None
+    """`fp8`: LoRA's frozen base in 8-bit floats, for speed; GPUs from H100 on. Left out:
+    `train.precision`."""
 
 
 class Train(Section):
@@ -56,13 +59,16 @@ class Train(Section):
     global_batch_size: Positive = 128
     """Packed rows in an optimizer step, over all workers; never changed by the number of workers."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
-    """Rows a worker computes at once; `auto` chooses."""
+    """Rows a worker computes at once; `auto`: on a GPU the number that is fastest within its memory, on a CPU 1."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate rises from 0."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """`adamw`: moments in fp32; `adamw-8bit`: in two bytes a weight together, for full fine-tuning on few GPUs
+    (`deepspeed.zero_stage` 0)."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
@@ -74,6 +80,9 @@ class Train(Section):
     the loss, and skips steps while it searches the scale."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     """Seeds data order, adapter initialization and dropout."""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """Layers whose activations are computed again in backward instead of kept: `none`, every other (`selective`),
+    or all (`full`); `auto`: as few as memory asks for. Never changes the result."""
     max_bad_steps: Annotated[Int, Field(ge=0)] = 10
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
     rewind_after: Positive | None = None

@@ -101,10 +101,10 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
         use_dora=method.dora,
         task_type="CAUSAL_LM",
     )
-    if method.type == "lora" and torch.cuda.is_available():
-        from ftray.model.lora_linear import FusedLoraLinear
+    if torch.cuda.is_available():
+        from ftray.model.lora_linear import fused_layers
 
-        settings._register_custom_module({torch.nn.Linear: FusedLoraLinear})
+        settings._register_custom_module(fused_layers(four_bit=method.type == "qlora"))
     torch.manual_seed(seed)
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=False)

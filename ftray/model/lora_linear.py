@@ -1,54 +1,117 @@
-"""A LoRA layer whose base and adapter are one step of autograd: fewer passes over memory than PEFT's four operations.
+"""LoRA layers whose base and adapter are one step of autograd: fewer passes over memory than PEFT's four operations.
 
-PEFT's own layer otherwise: same parameters, same names, same files. Used on GPUs, where adapters cost by the bytes
-they move; dropout, several adapters and merged weights take PEFT's path.
+PEFT's own layers otherwise: same parameters, same names, same files. Used on GPUs, where adapters cost by the bytes
+they move; dropout, several adapters and merged weights take PEFT's path. The frozen base is bf16, 4 bits or fp8.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import Linear
 
+from ftray.model.fp8 import Fp8Linear
+
+
+class Frozen(Protocol):
+    """A linear layer that isn't trained: its product, and what its input's gradient is."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] → a new tensor [tokens, out], bias added."""
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the output [tokens, out] → a new tensor, of the input [tokens, in]."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Weights [out, in] as they are. Looked up anew in backward, where ZeRO-3 has gathered them again."""
+
+    layer: Any
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """As Frozen."""
+        return torch.nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """As Frozen."""
+        return torch.mm(grad, self.layer.weight)
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A bitsandbytes layer; its weights are made whole for each product and forgotten."""
+
+    layer: Any
+
+    def _weight(self) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole: torch.Tensor = dequantize_4bit(self.layer.weight.data, self.layer.weight.quant_state)
+        return whole
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """As Frozen."""
+        return torch.nn.functional.linear(x, self._weight(), self.layer.bias)
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """As Frozen."""
+        return torch.mm(grad, self._weight())
+
 
 class LoraFunction(torch.autograd.Function):
-    """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, with gradients for x, A and B; W and bias are frozen.
+    """frozen(x) + scaling · (x Aᵀ) Bᵀ, with gradients for x, A and B.
 
-    x: [..., in]; weight: [out, in]; a: [rank, in]; b: [out, rank]; all of one dtype.
+    x: [..., in]; a: [rank, in]; b: [out, rank]; all of one dtype.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
+        ctx: Any, x: torch.Tensor, frozen: Frozen, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[..., out]"""
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.T
-        out = torch.nn.functional.linear(flat, weight, bias)
+        out = frozen.product(flat)
         out.addmm_(low, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, low, weight, a, b)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(flat, low, a, b)
+        ctx.frozen, ctx.scaling, ctx.shape = frozen, scaling, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad: [..., out]"""
-        flat, low, weight, a, b = ctx.saved_tensors
+        flat, low, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = torch.mm(grad, b).mul_(ctx.scaling)
         grad_b = torch.mm(grad.T, low).mul_(ctx.scaling)
         grad_a = torch.mm(grad_low.T, flat)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = ctx.frozen.gradient(grad).addmm_(grad_low, a).view(ctx.shape)
+        return grad_x, None, grad_a, grad_b, None
+
+
+def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
+    """`LoraFunction` over a PEFT layer's only adapter; None where PEFT's own path must be taken."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    if not plain or name not in layer.lora_A or layer.disable_adapters or layer.merged:
+        return None
+    if not x.is_cuda or name in layer.lora_variant or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+        return None
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if b.bias is not None or a.weight.dtype != x.dtype:
+        return None
+    out: torch.Tensor = LoraFunction.apply(x, _frozen(layer.get_base_layer()), a.weight, b.weight, layer.scaling[name])
+    return out
+
+
+def _frozen(base: Any) -> Frozen:
+    if isinstance(base, Fp8Linear):
+        return base
+    return FourBit(base) if hasattr(base.weight, "quant_state") else Dense(base)
 
 
 class FusedLoraLinear(Linear):
@@ -56,17 +119,23 @@ class FusedLoraLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [..., in] → [..., out]."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-        plain = name in self.lora_A and not (args or kwargs or self.disable_adapters or self.merged)
-        if not plain or not x.is_cuda or name in self.lora_variant:
-            return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name], self.lora_B[name]
-        if (
-            b.bias is not None
-            or not isinstance(self.lora_dropout[name], torch.nn.Identity)
-            or a.weight.dtype != x.dtype
-        ):
-            return super().forward(x)
-        base = self.get_base_layer()
-        out: torch.Tensor = LoraFunction.apply(x, base.weight, base.bias, a.weight, b.weight, self.scaling[name])
-        return out
+        out = _fused(self, x, plain=not (args or kwargs))
+        return super().forward(x, *args, **kwargs) if out is None else out
+
+
+def fused_layers(four_bit: bool) -> dict[type, type]:
+    """Base layer's class → the class that carries its adapter, for PEFT's registration of custom modules."""
+    if not four_bit:
+        return {torch.nn.Linear: FusedLoraLinear}
+    import bitsandbytes
+    from peft.tuners.lora import Linear4bit
+
+    class FusedLoraLinear4bit(Linear4bit):
+        """PEFT's LoRA over 4 bits with `LoraFunction` where it applies."""
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """x: [..., in] → [..., out]."""
+            out = _fused(self, x, plain=not (args or kwargs))
+            return super().forward(x, *args, **kwargs) if out is None else out
+
+    return {bitsandbytes.nn.Linear4bit: FusedLoraLinear4bit}

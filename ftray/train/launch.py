@@ -144,5 +144,10 @@ def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
         )
     elif event["event"] == "joined":
         console.say("train: workers are up and load the model")
+    elif event["event"] == "fit":
+        console.say(
+            f"train: micro-batch {event['micro_batch_size']}, {event['layers']} of {event['num_layers']} layers recomputed; "
+            f"{event['peak'] / 2**30:.0f} GiB expected on each GPU"
+        )
     elif event["event"] == "start" and event["step"] > 0:
         console.say(f"train: workers continue at step {event['step']}")

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -28,18 +28,21 @@ from ftray import config
 from ftray.compat import deepspeed_without_compiler
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import FtrayError, RunError, innermost
+from ftray.model.fp8 import check_fp8, quantize_base
 from ftray.model.lora import build_model, trainable
+from ftray.train.adamw import AdamW
 from ftray.train.causes import out_of_memory
 from ftray.train.checkpoint import CheckpointWriter
+from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink, WorkerPlace
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
 from ftray.train.shards import PartReader
-from ftray.train.state import forget_dry_run, guard_step, local_bytes, local_parts, restore_parts
+from ftray.train.state import local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
-from ftray.train.zero import deepspeed_config
+from ftray.train.zero import deepspeed_config, owns_optimizer
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Trainer:
         """Runs the steps; every rank leaves at the same one."""
         if not self._progress.finished:
             self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
+            if self._fit.peak is not None:
+                self._link_send({"event": "fit", **asdict(self._fit)})
             for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
                 num_supervised, stop = self._agree(batch)
                 if stop:
@@ -121,24 +126,25 @@ class Trainer:
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         tuned = build_model(self._run.model, self._run.method, train.precision, train.seed)
-        model = SummedLoss(tuned, train.label_smoothing).train()
+        if self._run.method.base_precision == "fp8":
+            check_fp8(self._device)
+            quantize_base(tuned, self._device)
+        model = SummedLoss(tuned, train.label_smoothing).train().to(self._device)
         parameters = trainable(model.model)
-        optimizer = torch.optim.AdamW(
-            list(parameters.values()),
-            lr=0.0,  # each step sets its own; DeepSpeed may make an empty step before the first
-            weight_decay=train.weight_decay,
-            fused=self._device.type == "cuda",
+        self._fit = fit_memory(self._run, model, self._device, self._world_size)
+        micro_batch_size = self._fit.micro_batch_size
+        self._run = self._run.model_copy(
+            update={"train": train.model_copy(update={"micro_batch_size": micro_batch_size})}
         )
+        optimizer = _optimizer(list(parameters.values()), self._run, self._device)
         engine, *_ = deepspeed.initialize(
-            model=model.to(self._device),
+            model=model,
             optimizer=optimizer,
-            config=deepspeed_config(train, self._run.deepspeed, self._run.micro_batch_size, self._world_size),
+            config=deepspeed_config(train, self._run.deepspeed, micro_batch_size, self._world_size),
             dist_init_required=False,
         )
         if hasattr(engine.optimizer, "check_grad_overflow"):
             engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
-        forget_dry_run(engine)
-        guard_step(engine)
         prepare_scaling(engine)
         return engine, parameters
 
@@ -349,7 +355,20 @@ def _place() -> WorkerPlace:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # micro-batches differ in length
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], run: config.Run, device: torch.device) -> torch.optim.Optimizer:
+    """Ours at stage 0; under ZeRO torch's, which DeepSpeed hands its shards of fp32 masters."""
+    train = run.train
+    if owns_optimizer(train, run.deepspeed):
+        return AdamW(parameters, train.learning_rate, train.weight_decay, train.max_grad_norm, train.optimizer)
+    fused = device.type == "cuda"
+    # Each step sets its own rate; DeepSpeed may make an empty step before the first.
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=train.weight_decay, fused=fused)
 
 
 def _schedule(train: config.Train) -> tuple[float, float, str]:

@@ -15,7 +15,7 @@ import torch
 from ftray.data.packing import IGNORE_INDEX
 from ftray.train.virtual import prepend_virtual
 
-PIECE_TOKENS = 2048  # tokens whose logits are in memory at once
+PIECE_LOGITS = 2**29  # logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SummedLoss(torch.nn.Module):
             inputs |= {"max_length_q": max_length, "max_length_k": max_length}
         head = self._causal.get_output_embeddings().weight
         if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
-            hidden = self._causal.get_decoder()(**inputs).last_hidden_state[0, supervised]
+            hidden = self._causal.get_decoder()(**inputs).last_hidden_state.squeeze(0).index_select(0, supervised)
             loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets, smoothing)
             return loss
         whole = self._causal if self._is_prompt_tuned else self.model
@@ -117,8 +117,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, in pieces, so that logits are never whole in memory.
 
     hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]; smoothing: share of the target's
-    weight spread over the vocabulary. Gradients are made in the forward
-    pass, where each piece's logits are at hand (as in Hsu et al. 2024, Liger Kernel).
+    weight spread over the vocabulary. Gradients are made in the forward pass, where each piece's logits are at hand (as in
+    Hsu et al. 2024, Liger Kernel); the weight's in fp32 over pieces.
     """
 
     @staticmethod
@@ -128,28 +128,60 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scalar float32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        for lo in range(0, len(hidden), PIECE_TOKENS):
-            piece, wanted = hidden[lo : lo + PIECE_TOKENS], targets[lo : lo + PIECE_TOKENS, None]
-            logits = (piece @ weight.T).float()
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (norm - (1 - smoothing) * logits.gather(1, wanted)).sum()
-            if smoothing:
-                total -= smoothing * logits.mean(dim=1).sum()
-            slope = logits.sub_(norm).exp_()  # softmax, in place
-            if smoothing:
-                slope -= smoothing / len(weight)
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1.0, dtype=torch.float32))
-            slope = slope.to(hidden.dtype)
-            torch.mm(slope, weight, out=grad_hidden[lo : lo + PIECE_TOKENS])
-            if grad_weight is not None:
-                grad_weight += slope.T @ piece
+        grad_weight = None
+        size = piece_tokens(len(weight))
+        for lo in range(0, len(hidden), size):
+            piece = hidden[lo : lo + size]
+            slope, losses = _slope(piece @ weight.T, targets[lo : lo + size], smoothing)
+            total += losses.sum()
+            torch.mm(slope, weight, out=grad_hidden[lo : lo + size])
+            if weight.requires_grad:
+                grad_weight = _add_product(grad_weight, slope.T, piece)
+        if weight.requires_grad and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is not None else torch.empty(0))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        """grad: scalar."""
+        """grad: scalar. The gradients are scaled in place, so this may be called once."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad).to(grad_hidden.dtype) if grad_weight.numel() else None
-        return grad_hidden * grad, grad_weight, None, None
+        if grad_weight.numel():
+            scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)
+            return grad_hidden.mul_(grad), torch.mul(grad_weight, grad, out=scaled), None, None
+        return grad_hidden.mul_(grad), None, None, None
+
+
+def piece_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are in memory at once: 4096 of a vocabulary of 128,256."""
+    return max(256, PIECE_LOGITS // vocabulary // 256 * 256)
+
+
+def _slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of the summed cross-entropy with respect to logits, losses fp32 [tokens]); logits are overwritten."""
+    if logits.is_cuda and not smoothing:
+        from ftray.train.loss_kernels import softmax_slope_
+
+        losses = softmax_slope_(logits, targets)
+        return logits, losses
+    wide = logits.float()
+    norm = torch.logsumexp(wide, dim=-1, keepdim=True)
+    losses = (norm - (1 - smoothing) * wide.gather(1, targets[:, None]))[:, 0]
+    if smoothing:
+        losses = losses - smoothing * wide.mean(dim=1)
+    slope = wide.sub_(norm).exp_()  # softmax, in place
+    if smoothing:
+        slope -= smoothing / logits.shape[1]
+    slope.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], smoothing - 1.0, dtype=torch.float32))
+    return slope.to(logits.dtype), losses
+
+
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in fp32, in place; the matrix unit accumulates in fp32 whatever a and b are."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    product = (a @ b).float()
+    return product if total is None else total.add_(product)

@@ -29,11 +29,46 @@ DTYPES = {
     "F16": torch.float16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 16 << 20  # written and hashed at once
 READ_AHEAD = 32  # parts asked for at once
+
+
+class Halves:
+    """fp32 values that are kept as bf16 and the 16 bits that it lacks (`adamw`): whole only while they are copied.
+
+    high: bf16 [elements]; rest: int16 [elements].
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, high: torch.Tensor, rest: torch.Tensor) -> None:
+        self._high, self._rest = high, rest
+        self.nbytes = high.numel() * self.element_size()
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return 4
+
+    def numel(self) -> int:
+        """Elements."""
+        return self._high.numel()
+
+    def whole(self) -> torch.Tensor:
+        """The values, fp32 [elements]."""
+        room = torch.empty(self.numel(), dtype=self.dtype)
+        self.copy_to(room)
+        return room
+
+    def copy_to(self, room: torch.Tensor) -> None:
+        """Writes the values into fp32 [elements], a piece at a time."""
+        for at in range(0, self.numel(), PIECE_BYTES):
+            piece = slice(at, at + PIECE_BYTES)
+            bits = (self._high[piece].view(torch.int16).to(torch.int32) << 16) + self._rest[piece]
+            room[piece].copy_(bits.view(torch.float32), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +78,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     start: int
-    values: torch.Tensor
+    values: torch.Tensor | Halves
 
     @property
     def is_whole(self) -> bool:
@@ -71,7 +106,10 @@ class HostBuffer:
         held, at = [], 0
         for part in parts:
             room = self._bytes[at : at + part.values.nbytes].view(part.values.dtype)
-            room.copy_(part.values, non_blocking=True)
+            if isinstance(part.values, Halves):
+                part.values.copy_to(room)
+            else:
+                room.copy_(part.values, non_blocking=True)
             held.append(Part(part.name, part.shape, part.start, room))
             at += part.values.nbytes
         if torch.cuda.is_available():

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ftray.train.shards import Part
+from ftray.train.adamw import GROUP, AdamW
+from ftray.train.shards import Halves, Part
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 Wanted = list[tuple[str, int, int]]  # (name, start, end) of flattened tensors
@@ -22,8 +23,10 @@ Wanted = list[tuple[str, int, int]]  # (name, start, end) of flattened tensors
 def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> list[Part]:
     """This rank's share of `<kind>.<name>`, as views of the engine's own memory; all ranks' shares are the whole.
 
-    Moments are left out before the first optimizer step.
+    Moments are left out before the first optimizer step. Those of 8 bits stay as they are, each with its scales.
     """
+    if isinstance(engine.optimizer, AdamW):
+        return _own_parts(engine.optimizer, parameters, _shares(parameters, rank, world_size))
     parts = []
     kinds = KINDS if _has_moments(engine) else KINDS[:1]
     spans = _spans(engine, parameters, rank, world_size)
@@ -32,10 +35,7 @@ def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: in
         if start < end:
             shape = tuple(_shape(parameter))
             for kind in kinds:
-                if _stage(engine) == 0:
-                    values = _replicated(engine, parameter, kind).flatten()[start:end]
-                else:
-                    values = _local(engine, parameter, kind)[: end - start]
+                values = _local(engine, parameter, kind)[: end - start]
                 parts.append(Part(f"{kind}.{name}", shape, start, values.detach()))
     return parts
 
@@ -43,6 +43,8 @@ def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: in
 def local_bytes(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> int:
     """Bytes of this rank's share once there are moments."""
     spans = _spans(engine, parameters, rank, world_size).values()
+    if isinstance(engine.optimizer, AdamW) and engine.optimizer.eight_bit:
+        return sum(6 * (end - start) + 2 * 4 * ((end - start) // GROUP + 1) for start, end in spans)
     return len(KINDS) * 4 * sum(end - start for start, end in spans)
 
 
@@ -58,47 +60,21 @@ def restore_parts(
 
     Raises CheckpointError where the checkpoint doesn't hold what the engine needs.
     """
+    if isinstance(engine.optimizer, AdamW):
+        _restore_own(engine.optimizer, parameters, read_many, num_updates)
+        return
     if num_updates:
         _create_moments(engine, num_updates)
     stage, spans = _stage(engine), _spans(engine, parameters, rank, world_size)
     wanted: Wanted = []
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
-            # Below stage 3 every rank computes with whole weights; at stage 0 it holds all of the rest too.
-            is_whole = stage == 0 or (kind == "weights" and stage < 3)
+            is_whole = kind == "weights" and stage < 3  # with whole weights every rank computes
             wanted.append((f"{kind}.{name}", *((0, math.prod(_shape(parameter))) if is_whole else spans[name])))
     values = read_many(wanted)
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
             _put(engine, parameter, kind, next(values), spans[name])
-
-
-def forget_dry_run(engine: Any) -> None:
-    """Undoes an empty step that DeepSpeed makes in advance at stage 0 in half precision: Adam would count it.
-
-    It left the weights alone only if the learning rate was 0.
-    """
-    if _stage(engine) == 0 and (inner := getattr(engine.optimizer, "optimizer", None)) is not None:
-        inner.state.clear()
-
-
-def guard_step(engine: Any) -> None:
-    """Keeps what is not finite from the weights at stage 0 in fp32, where DeepSpeed doesn't look: no step, `overflow` set.
-
-    Gradients are summed over the ranks by then, so all ranks decide alike.
-    """
-    optimizer = engine.optimizer
-    if _stage(engine) != 0 or hasattr(optimizer, "overflow"):
-        return
-    step = optimizer.step
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norms = torch.stack([gradient.norm() for gradient in found]) if found else torch.zeros(1)
-        optimizer.overflow = not bool(torch.isfinite(norms).all())
-        return None if optimizer.overflow else step(*args, **kwargs)
-
-    optimizer.overflow, optimizer.step = False, guarded
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -111,7 +87,7 @@ def _stage(engine: Any) -> int:
 
 
 def _flat_masters(engine: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that the inner Adam updates: flat partitions under ZeRO, whole tensors without."""
+    """The fp32 tensors that the inner Adam updates: flat partitions."""
     if _stage(engine) == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -140,14 +116,12 @@ def _spans(
     engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int
 ) -> dict[str, tuple[int, int]]:
     """Elements [start, end) of each flattened parameter that this rank holds; of replicated ones, an equal share."""
-    spans, at = {}, 0
-    total = sum(math.prod(_shape(p)) for p in parameters.values())
-    mine = total * rank // world_size, total * (rank + 1) // world_size
+    if _stage(engine) == 0:
+        return _shares(parameters, rank, world_size)
+    spans = {}
     for name, parameter in parameters.items():
         size = math.prod(_shape(parameter))
-        if _stage(engine) == 0:
-            start, end = (min(max(edge - at, 0), size) for edge in mine)
-        elif _stage(engine) == 3:
+        if _stage(engine) == 3:
             part = _local(engine, parameter, "weights").numel()
             start = min(engine.optimizer._get_param_partition_rank(parameter) * part, size)
             end = min(start + part, size)  # the last part is padded
@@ -156,8 +130,63 @@ def _spans(
             address = mapping.lp_fragment_address if mapping is not None else None
             start, end = (address.start, address.start + address.numel) if address is not None else (0, 0)
         spans[name] = (start, end)
+    return spans
+
+
+def _shares(parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> dict[str, tuple[int, int]]:
+    """Elements [start, end) of each flattened parameter that are this rank's equal share of all."""
+    spans, at = {}, 0
+    total = sum(math.prod(_shape(p)) for p in parameters.values())
+    mine = total * rank // world_size, total * (rank + 1) // world_size
+    for name, parameter in parameters.items():
+        size = math.prod(_shape(parameter))
+        start, end = (min(max(edge - at, 0), size) for edge in mine)
+        spans[name] = (start, end)
         at += size
     return spans
+
+
+def _own_parts(
+    optimizer: AdamW, parameters: dict[str, torch.nn.Parameter], spans: dict[str, tuple[int, int]]
+) -> list[Part]:
+    """What `local_parts` gives of our own optimizer's state, which every rank has whole."""
+    parts = []
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        start, end = spans[name]
+        if start == end:
+            continue
+        flat = parameter.detach().flatten()[start:end]
+        rest = state["rest"].flatten()[start:end] if "rest" in state else None
+        weights = Halves(flat, rest) if rest is not None else flat.float()
+        parts.append(Part(f"weights.{name}", tuple(parameter.shape), start, weights))
+        for kind, tensor in state.items():
+            if kind == "rest":
+                continue
+            # A scale belongs to GROUP elements: to the rank that has the first of them.
+            lo, hi = (-(-start // GROUP), -(-end // GROUP)) if kind.endswith("_scale") else (start, end)
+            if lo < hi:
+                parts.append(Part(f"{kind}.{name}", tuple(tensor.shape), lo, tensor.flatten()[lo:hi]))
+    return parts
+
+
+def _restore_own(
+    optimizer: AdamW,
+    parameters: dict[str, torch.nn.Parameter],
+    read_many: Callable[[Wanted], Iterator[torch.Tensor]],
+    num_updates: int,
+) -> None:
+    optimizer.num_updates = num_updates
+    shapes = {
+        (name, kind): shape
+        for name, parameter in parameters.items()
+        for kind, shape in optimizer.shapes(parameter).items()
+        if num_updates or kind == "weights"
+    }
+    values = read_many([(f"{kind}.{name}", 0, math.prod(shape)) for (name, kind), shape in shapes.items()])
+    for name, parameter in parameters.items():
+        mine = {kind: shape for (of, kind), shape in shapes.items() if of == name}
+        optimizer.import_state(parameter, {kind: next(values).view(shape) for kind, shape in mine.items()})
 
 
 def _local(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
@@ -171,38 +200,14 @@ def _local(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
     return part
 
 
-def _replicated(engine: Any, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-    """Stage 0: a whole tensor."""
-    master = _whole_master(engine, parameter)
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    whole: torch.Tensor = master if kind == "weights" else inner.state[master][kind]
-    return whole
-
-
 def _put(engine: Any, parameter: Any, kind: str, values: torch.Tensor, span: tuple[int, int]) -> None:
     """values: this rank's span, or all elements where `restore_parts` asks for them."""
     stage = _stage(engine)
-    if stage == 0:
-        _replicated(engine, parameter, kind).data.copy_(values.view(_shape(parameter)))
-    else:
-        mine = values[span[0] : span[1]] if stage < 3 and kind == "weights" else values
-        if span[0] < span[1]:
-            _local(engine, parameter, kind)[: mine.numel()].data.copy_(mine)
+    mine = values[span[0] : span[1]] if stage < 3 and kind == "weights" else values
+    if span[0] < span[1]:
+        _local(engine, parameter, kind)[: mine.numel()].data.copy_(mine)
     # The copy that computes; ZeRO would renew it only with the next step.
     if kind == "weights" and stage == 3:
         parameter.ds_tensor.data[: values.numel()].copy_(values)
     elif kind == "weights":
         parameter.data.copy_(values.view(_shape(parameter)))
-
-
-def _whole_master(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Stage 0: the fp32 master of a parameter, which is the parameter itself in fp32."""
-    low, high = getattr(engine.optimizer, "fp16_groups", None), getattr(engine.optimizer, "fp32_groups", None)
-    if low is None or high is None:
-        return parameter
-    for low_group, high_group in zip(low, high, strict=True):
-        for p, master in zip(low_group, high_group, strict=True):
-            if p is parameter:
-                found: torch.Tensor = master
-                return found
-    raise KeyError("parameter is not in the optimizer")

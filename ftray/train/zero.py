@@ -25,20 +25,26 @@ OWNED = {
 def deepspeed_config(
     train: config.Train, deepspeed: config.DeepSpeed, micro_batch_size: int, world_size: int
 ) -> dict[str, Any]:
-    """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides."""
-    for key, ours in OWNED.items():
+    """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides.
+
+    At stage 0 our own optimizer (`adamw.py`) keeps masters and clips, so that DeepSpeed is told of neither.
+    """
+    ours = owns_optimizer(train, deepspeed)
+    for key, decider in OWNED.items():
         if _holds(deepspeed.overrides, key):
-            raise ConfigError(f"deepspeed.overrides.{key} is decided by {ours}; set that instead")
+            raise ConfigError(f"deepspeed.overrides.{key} is decided by {decider}; set that instead")
     derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (micro_batch_size * world_size),
-        "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+        "gradient_clipping": 0.0 if ours else train.max_grad_norm,
+        "bf16": {"enabled": train.precision == "bf16" and not ours, "check_grad_overflow": True},
         "zero_optimization": {"stage": deepspeed.zero_stage, **_offload(deepspeed.offload)},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if ours and train.precision == "bf16":
+        derived["communication_data_type"] = "bf16"
     if train.precision == "fp16":
         # Dynamic scale from 2^16; halved at once by a step that overflows, doubled after 1,000 that don't.
         derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
@@ -50,6 +56,11 @@ def deepspeed_config(
 def _offload(what: str) -> dict[str, Any]:
     places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
     return {place: {"device": "cpu", "pin_memory": True} for place in places[what]}
+
+
+def owns_optimizer(train: config.Train, deepspeed: config.DeepSpeed) -> bool:
+    """Whether the update is `adamw.AdamW`'s: at stage 0, where nothing is sharded."""
+    return deepspeed.zero_stage == 0 and train.precision in ("bf16", "fp32")
 
 
 def _holds(tree: Any, key: str) -> bool:

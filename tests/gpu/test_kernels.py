@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from ftray import config
 from ftray.model.attention import VARLEN, choose_attention
-from ftray.model.lora import add_adapters
+from ftray.model.fp8 import Fp8Linear, quantize_base, quantize_rows
+from ftray.model.lora import add_adapters, build_model, trainable
+from ftray.train.adamw import AdamW
 from ftray.train.loss import LinearCrossEntropy, MicroBatch, SummedLoss, flatten_rows
 from tests import tiny
 
@@ -98,3 +102,99 @@ def test_fused_lora_follows_pefts_layer() -> None:
                     module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
         losses.append(float(SummedLoss(model)(*vars(_batch(LENGTHS)).values())))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.parametrize("moments", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_optimizers_kernel_is_its_text(dtype: torch.dtype, moments: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(300, 333, generator=generator).to(dtype).to(device))
+        optimizer = AdamW([p], 1e-2, 0.1, 1.0, moments)
+        for _ in range(4):
+            p.grad = torch.randn(300, 333, generator=generator).to(dtype).to(device)
+            optimizer.step()
+        found.append({kind: t.float().cpu() for kind, t in optimizer.export_state(p).items()})
+    cpu, gpu = found
+    assert (cpu["weights"] - gpu["weights"]).abs().max() < 1e-3
+    assert ((cpu["weights"] - gpu["weights"]).abs() > 1e-6).float().mean() < 0.01
+    for kind in ("exp_avg", "exp_avg_sq"):
+        allowed = 1.0 if moments == "adamw-8bit" else 1e-6
+        assert (cpu[kind] - gpu[kind]).abs().max() <= allowed
+
+
+def test_linear_cross_entropy_in_bf16_is_eager_within_rounding() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(32000, 256, device="cuda") / 8).bfloat16().requires_grad_()
+    targets = torch.randint(0, 32000, (5000,), device="cuda")
+    (LinearCrossEntropy.apply(hidden, weight, targets) / 5000).backward()
+    grads = hidden.grad.float(), weight.grad.float()
+    h, w = (t.detach().float().requires_grad_() for t in (hidden, weight))
+    loss = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="sum")
+    (loss / 5000).backward()
+    assert float(LinearCrossEntropy.apply(hidden, weight, targets)) == pytest.approx(float(loss), rel=2e-3)
+    for mine, theirs in zip(grads, (h.grad, w.grad), strict=True):
+        assert (mine - theirs).norm() < 1e-2 * theirs.norm()
+
+
+hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@hopper
+def test_fp8_rows_are_those_of_the_text_and_products_are_near() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(70, 3072, device="cuda").bfloat16()
+    x[3] *= 100
+    codes, scale = quantize_rows(x)
+    wanted, wanted_scale = quantize_rows(x.cpu())
+    assert torch.allclose(scale.cpu(), wanted_scale, rtol=1e-6)
+    assert (codes.cpu().float() != wanted.float()).float().mean() < 1e-3
+    linear = torch.nn.Linear(3072, 1024, bias=False).cuda().bfloat16()
+    layer = Fp8Linear(linear)
+    y = x.clone().requires_grad_()
+    ours, theirs = layer(y), linear(x)
+    assert (ours - theirs).float().norm() < 0.05 * theirs.float().norm()
+    grad = torch.randn_like(ours)
+    (found,) = torch.autograd.grad(ours, y, grad)
+    wanted = grad.float() @ linear.weight.float()
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+@hopper
+def test_fp8_layers_beside_each_other_share_rows_only_of_the_same_input() -> None:
+    layer = Fp8Linear(torch.nn.Linear(64, 32, bias=False).cuda().bfloat16())
+    x = torch.randn(16, 64, device="cuda").bfloat16()
+    first, again = layer.product(x), layer.product(x)
+    assert torch.equal(first, again)
+    x.mul_(2)
+    assert torch.allclose(layer.product(x), first * 2, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("base", ["nf4", pytest.param("fp8", marks=hopper)])
+def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: Path) -> None:
+    directory = tiny.write_tiny_model(tmp_path, dtype=torch.bfloat16)
+    found = []
+    for fused in (True, False):
+        method = config.Method(type="qlora" if base == "nf4" else "lora", rank=4)
+        model = build_model(config.Model(base=str(directory)), method, "bf16", 0)
+        if base == "fp8":
+            assert quantize_base(model, torch.device("cuda")) == 14
+        model = model.cuda().train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator("cuda").manual_seed(1))
+        kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "lora_A")}
+        assert kinds == {"FusedLoraLinear4bit" if base == "nf4" else "FusedLoraLinear"}
+        if not fused:
+            for module in model.modules():
+                if hasattr(module, "lora_dropout") and module.lora_dropout:
+                    module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
+        loss = SummedLoss(model)(*vars(_batch(LENGTHS)).values())
+        loss.backward()
+        found.append((float(loss), torch.cat([p.grad.float().flatten() for p in trainable(model).values()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)
+    assert (found[0][1] - found[1][1]).norm() < 0.1 * found[1][1].norm()

@@ -40,6 +40,8 @@ def refused_pairs() -> list[tuple[Rule, Chosen]]:
                 chosen["method.freeze"] = ["lm_head"]
             if "method.dora" in chosen or "method.rslora" in chosen:
                 chosen.setdefault("method.type", "lora")
+            if "method.base_precision" in chosen:
+                chosen = {"method.type": "lora", "train.precision": "bf16", **chosen}
             pairs.append((rule, chosen))
     return pairs
 
@@ -102,7 +104,7 @@ def train_a_step(rank: int, root: Path, settings: list[Chosen]) -> list[tuple[fl
 @pytest.mark.long
 def test_settings_that_cover_every_possible_pair_learn(tmp_path: Path) -> None:
     tiny.write_tiny_model(tmp_path / "model")
-    settings = all_pairs(CHOICES)
+    settings = all_pairs({**CHOICES, "method.base_precision": (None,)})  # fp8 needs a GPU
     assert 10 < len(settings) < 40
     for chosen, (before, after, skipped) in zip(
         settings, ranks.run_ranks(2, train_a_step, tmp_path, settings)[0], strict=True

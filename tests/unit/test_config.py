@@ -344,6 +344,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "dora": True,
         "num_virtual_tokens": 3,
         "freeze": ["x"],
+        "base_precision": "fp8",
     },
     "data": {
         "max_seq_len": 33,
@@ -364,6 +365,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "warmup": 0.3,
         "weight_decay": 0.3,
         "max_grad_norm": 3.0,
+        "optimizer": "adamw-8bit",
         "precision": "fp32",
         "seed": 3,
         "rewind_after": 3,
@@ -373,7 +375,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 SAME: dict[str, dict[str, Any]] = {
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
-    "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0},
+    "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0, "recompute": "full"},
     "scale": {
         "num_workers": {"min": 1, "max": 2},
         "accelerator": "A100",
@@ -412,6 +414,8 @@ def changed(section: str, key: str, value: object) -> config.Run:
         tree[section]["type"] = "full"
     if key == "format":
         tree[section]["metrics"] = ["format"]
+    if key == "optimizer":
+        tree["deepspeed"] = {"zero_stage": 0}
     return parse_run(tree, "f")
 
 

@@ -105,10 +105,10 @@ def overflow(engine: Any, parameters: Any) -> list[tuple[float, bool, bool, bool
                 for group in engine.optimizer.bit16_groups:
                     group[0].fill_(float("inf"))
         before = read_scale(engine)
-        weights = [part.values.clone() for part in local_parts(engine, parameters, dist.get_rank(), 2)]
+        weights = ranks.values(local_parts(engine, parameters, dist.get_rank(), 2))
         ranks.train_steps(engine, 4, 5)
-        parts = local_parts(engine, parameters, dist.get_rank(), 2)
-        moved = not all(torch.equal(a, b.values) for a, b in zip(weights, parts, strict=True))
+        now = ranks.values(local_parts(engine, parameters, dist.get_rank(), 2))
+        moved = not all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
         after = read_scale(engine)
         assert after is not None
         found.append((after["cur_scale"], engine.optimizer.overflow, searches_scale(engine, before), moved))
@@ -137,11 +137,11 @@ def poison(rank: int, root: Path, names: tuple[str, ...]) -> dict[str, list[Any]
         engine, parameters = ranks.build_engine(run_of(root, name))
         ranks.train_steps(engine, 0, 1)
         for factor in (float("nan"), float("inf"), 1.0):
-            before = [part.values.clone() for part in local_parts(engine, parameters, rank, 2)]
+            before = ranks.values(local_parts(engine, parameters, rank, 2))
             loss = engine(*vars(ranks.tiny_batch(1, rank)).values())
             engine.backward(loss * (factor if rank == 1 else 1.0) / 60, scale_wrt_gas=False)  # one rank is enough
             engine.step()
-            after = [part.values for part in local_parts(engine, parameters, rank, 2)]
+            after = ranks.values(local_parts(engine, parameters, rank, 2))
             moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             found.setdefault(name, []).append((engine.optimizer.overflow, moved))
         engine.destroy()

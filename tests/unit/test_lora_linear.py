@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from ftray import config
 from ftray.model.lora import add_adapters
-from ftray.model.lora_linear import FusedLoraLinear, LoraFunction
+from ftray.model.lora_linear import Dense, FusedLoraLinear, LoraFunction
 from tests import tiny
 
 
@@ -22,9 +23,10 @@ def _tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 def test_its_gradients_are_those_of_the_formula(with_bias: bool) -> None:
     x, a, b = _tensors((2, 5, 8), (3, 8), (6, 3))
     weight, bias = (t.detach() for t in _tensors((6, 8), (6,)))
+    frozen = Dense(SimpleNamespace(weight=weight, bias=bias if with_bias else None))
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
-        return LoraFunction.apply(x, weight, bias if with_bias else None, a, b, 2.0)
+        return LoraFunction.apply(x, frozen, a, b, 2.0)
 
     plain = x @ weight.T + 2.0 * (x @ a.T) @ b.T + (bias if with_bias else 0)
     assert torch.allclose(fused(x, a, b), plain, rtol=1e-12)
@@ -33,7 +35,8 @@ def test_its_gradients_are_those_of_the_formula(with_bias: bool) -> None:
 
 def test_a_first_layer_gets_no_gradient_for_its_input_and_none_is_made() -> None:
     x, a, b = _tensors((4, 8), (3, 8), (6, 3))
-    out = LoraFunction.apply(x.detach(), torch.zeros(6, 8, dtype=torch.float64), None, a, b, 1.0)
+    frozen = Dense(SimpleNamespace(weight=torch.zeros(6, 8, dtype=torch.float64), bias=None))
+    out = LoraFunction.apply(x.detach(), frozen, a, b, 1.0)
     out.sum().backward()
     assert x.grad is None
     assert a.grad is not None

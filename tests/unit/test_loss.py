@@ -168,7 +168,7 @@ def test_documents_are_told_by_where_they_begin() -> None:
 def test_fused_cross_entropy_is_the_plain_one_with_its_gradients(
     monkeypatch: pytest.MonkeyPatch, num_tokens: int, is_frozen: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(loss_module, "piece_tokens", lambda vocabulary: 7)
     torch.manual_seed(num_tokens)
     hidden, weight = torch.randn(num_tokens, 16) * 3, torch.randn(50, 16)
     targets = torch.randint(50, (num_tokens,))

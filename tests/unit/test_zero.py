@@ -20,10 +20,17 @@ def made(
 def test_batch_sizes_stage_and_clipping_follow_the_run_file(stage: int) -> None:
     found = made(stage, max_grad_norm=0.5)
     assert found["zero_optimization"]["stage"] == stage
-    assert found["gradient_clipping"] == 0.5
+    assert found["gradient_clipping"] == (0.5 if stage else 0.0)  # at stage 0 our optimizer clips
     sizes = [found[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert sizes == [24, 3, 4]
     assert sizes[0] == sizes[1] * sizes[2] * 2
+
+
+def test_at_stage_0_deepspeed_keeps_no_masters_and_sums_gradients_in_their_own_precision() -> None:
+    found = made(0, precision="bf16")
+    assert found["bf16"]["enabled"] is False
+    assert found["communication_data_type"] == "bf16"
+    assert "communication_data_type" not in made(0, precision="fp32")
 
 
 def test_precision_is_bf16_or_fp16_with_a_scale_that_is_searched_or_nothing() -> None:

@@ -1,0 +1,82 @@
+"""Rows at once and recomputed layers: the fastest pair that fits, and a recompute that changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ftray import config
+from ftray.errors import ConfigError
+from ftray.train.fit import GIB, Memory, best_fit, fit_memory, state_bytes
+from ftray.train.loss import SummedLoss, flatten_rows
+from tests import tiny
+
+LARGE = Memory(capacity=139 * GIB, static=40 * GIB, kept=4.0e6, recomputed=0.3e6, num_layers=32)
+
+
+def _run(zero_stage: int = 2, **train: object) -> config.Run:
+    tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
+    tree |= {"train": {"global_batch_size": 8, **train}, "deepspeed": {"zero_stage": zero_stage}}
+    return config.parse_run(tree, "test")
+
+
+def test_many_rows_are_taken_before_any_layer_is_recomputed() -> None:
+    fit = best_fit(LARGE, [1, 2, 4, 8, 16], list(range(33)), 4096)
+    assert (fit.micro_batch_size, fit.layers) == (4, 0)
+    assert fit.peak is not None
+    assert fit.peak < 0.95 * 139 * GIB
+
+
+def test_a_row_too_long_to_be_kept_recomputes_as_few_layers_as_it_must() -> None:
+    fit = best_fit(LARGE, [1, 2, 4], list(range(33)), 32768)
+    assert fit.micro_batch_size == 1
+    assert 0 < fit.layers < 32
+    assert LARGE.peak(32768, fit.layers - 1) > 0.95 * 139 * GIB
+
+
+def test_where_nothing_fits_the_smallest_is_tried() -> None:
+    fit = best_fit(Memory(GIB, 2 * GIB, 4e6, 3e5, 32), [1, 2], [0, 16, 32], 4096)
+    assert (fit.micro_batch_size, fit.layers) == (1, 32)
+
+
+def test_on_a_cpu_auto_is_one_row_and_no_layer() -> None:
+    loss = SummedLoss(tiny.make_model())
+    fit = fit_memory(_run(), loss, torch.device("cpu"), 2)
+    assert (fit.micro_batch_size, fit.layers, fit.peak) == (1, 0, None)
+
+
+@pytest.mark.parametrize(("recompute", "layers"), [("selective", 1), ("full", 2)])
+def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, layers: int) -> None:
+    ids = np.random.default_rng(0).integers(2, tiny.VOCAB_SIZE, (2, 64)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(64) % 24, (2, 64)).astype(np.int32)
+    batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.array([64, 50], np.int32))
+    found = []
+    for how in ("none", recompute):
+        loss = SummedLoss(tiny.make_model()).train()
+        fit = fit_memory(_run(recompute=how), loss, torch.device("cpu"), 1)
+        value = loss(*vars(batch).values())
+        value.backward()
+        found.append((float(value), [p.grad for p in loss.parameters()]))
+    assert fit.layers == layers
+    assert (
+        sum(getattr(m, "gradient_checkpointing", False) is True for m in loss.modules() if hasattr(m, "self_attn"))
+        == layers
+    )
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_model_without_such_layers_says_so() -> None:
+    class Plain(torch.nn.Module):
+        model = torch.nn.Linear(2, 2)
+
+    with pytest.raises(ConfigError, match=r"train\.recompute full: this model has no layers for it; use none"):
+        fit_memory(_run(recompute="full"), Plain(), torch.device("cpu"), 1)  # type: ignore[arg-type]
+
+
+def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
+    weights = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta"))]
+    assert state_bytes(_run(0, optimizer="adamw-8bit"), weights, 1) == pytest.approx(6.2e6)
+    assert state_bytes(_run(0), weights, 2) == 12e6
+    assert state_bytes(_run(2), weights, 2) < state_bytes(_run(2), weights, 1)
