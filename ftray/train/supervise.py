@@ -99,13 +99,15 @@ def _newest(run_dir: str) -> int:
 
 @contextmanager
 def stop_signals(console: Console) -> Iterator[list[int]]:
-    """The signals that came. The first Ctrl-C or SIGTERM asks the workers to commit and leave, a second ends at once."""
+    """The signals that came. The first Ctrl-C or SIGTERM asks the workers to commit and leave, a Ctrl-C after it ends at once."""
     caught: list[int] = []
 
     def handle(number: int, _: Any) -> None:
         caught.append(number)
         if len(caught) > 1:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:  # SIGTERM often comes twice: to the process, and to its group
+                raise KeyboardInterrupt
+            return
         console.say("stopping after this step, committing a checkpoint (Ctrl-C again: end at once) …")
 
     kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
