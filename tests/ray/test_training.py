@@ -35,11 +35,22 @@ def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
 
 
-@pytest.mark.parametrize(("method", "stage"), [("lora", 2), pytest.param("full", 3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("method", "stage", "optimizer"),
+    [
+        ("lora", 2, "adamw"),
+        pytest.param("full", 3, "adamw", marks=pytest.mark.long),
+        pytest.param("full", 0, "adamw-8bit", marks=pytest.mark.long),
+    ],
+)
 def test_interrupted_and_killed_runs_end_bit_identical(
-    parts: dict[str, Path], tmp_path: Path, method: str, stage: int
+    parts: dict[str, Path], tmp_path: Path, method: str, stage: int, optimizer: str
 ) -> None:
-    settings: dict[str, Any] = {"method__type": method, "deepspeed__zero_stage": stage}
+    settings: dict[str, Any] = {
+        "method__type": method,
+        "deepspeed__zero_stage": stage,
+        "train__optimizer": optimizer,
+    }
     smooth, _ = cluster.run_training(run_of(parts, tmp_path / "smooth", **settings))
     expected = cluster.losses(str(tmp_path / "smooth/tiny"))
     assert sorted(expected) == list(range(12))
