@@ -78,7 +78,8 @@ class DeepSpeed(Section):
     """DeepSpeed's settings; the rest is derived."""
 
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
-    """0: all replicated, with ftray's own optimizer, the fastest where it fits; 1: optimizer states sharded; 2: and gradients; 3: and weights."""
+    """0: all replicated, with ftray's own optimizer, the fastest where it fits; 1: optimizer states sharded; 2: and
+    gradients; 3: and weights."""
     overrides: dict[str, Any] = Field({})
     """Merged over the derived DeepSpeed config, for what has no key here."""
 
