@@ -24,7 +24,7 @@ def measure(workers: int, arguments: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Runs each number of workers and prints the shares."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)  # `--work` is not ours
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     given, arguments = parser.parse_known_args()
     speeds = {}

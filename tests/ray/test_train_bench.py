@@ -1,4 +1,4 @@
-"""The benchmark of training runs a whole `ftray train` and ends it before its last checkpoint."""
+"""The benchmark of training, small: whole runs of `ftray train`, one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.long
-def test_scaling_measures_each_number_of_workers_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+def test_scaling_measures_each_number_of_workers_through_ftray_train(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--method", "full", "--stage", "0", "--steps", "3", "--warmup", "1", "--seq", "128"]
     command = [sys.executable, "-m", "bench.scaling", "--workers", "1", "2", *arguments, "--document", "60"]
     told = subprocess.run(
@@ -22,4 +22,3 @@ def test_scaling_measures_each_number_of_workers_and_leaves_no_checkpoint(tmp_pa
     assert "failed" not in two, two
     assert one["tokens_per_s_per_gpu"] > 0
     assert set(shares["share_of_one"]) == {"1", "2"}
-    assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
