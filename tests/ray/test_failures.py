@@ -25,7 +25,7 @@ from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
 from ftray.train.identity import open_run, parent_of
-from ftray.train.restore import open_parent, parent_weights
+from ftray.train.restore import open_parent, parent_parts
 from ftray.train.shards import Part
 from ftray.train.supervise import Cluster, Wish, supervise
 from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
@@ -205,7 +205,7 @@ def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
         open_run(run, f"{stood_still[0]}/checkpoints/step-000008")
     wider = trainable(build_model(run.model, run_of(parts, tmp_path, method__rank=8).method, "fp32", 0))
     with pytest.raises(RunError, match=r"is \[4, \d+\] there and \[8, \d+\] here; model and method must be the same"):
-        parent_weights(parent.uri, wider)
+        parent_parts(parent.uri, wider)
 
 
 @pytest.mark.long
