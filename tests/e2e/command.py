@@ -70,7 +70,7 @@ class Command:
             cwd=directory,
             env=env,
             start_new_session=True,
-            preexec_fn=_take_terminal if terminal else None,  # noqa: PLW1509 - one system call
+            preexec_fn=_take_terminal if terminal else None,  # noqa: PLW1509 - two system calls
             **streams,
         )
         if terminal:
@@ -131,6 +131,7 @@ class Command:
 
 def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that were started in the background ignore it
 
 
 class Place:

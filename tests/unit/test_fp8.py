@@ -57,24 +57,6 @@ def test_it_is_refused_by_name_where_the_device_has_no_8_bit_floats() -> None:
         check_fp8(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("sections", "told"),
-    [
-        (
-            {"method": {"type": "qlora", "base_precision": "fp8"}},
-            "fp8 is for method.type lora with train.precision bf16",
-        ),
-        ({"method": {"base_precision": "fp8"}, "train": {"precision": "fp32"}}, "not lora with fp32; leave it out"),
-        ({"train": {"optimizer": "adamw-8bit"}}, "adamw-8bit with deepspeed.zero_stage 2 is not possible"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused(sections: dict[str, object], told: str) -> None:
-    tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
-    with pytest.raises(ConfigError) as caught:
-        config.parse_run({**tree, **sections}, "test")
-    assert told in str(caught.value)
-
-
 def test_how_memory_is_saved_is_no_part_of_a_runs_identity() -> None:
     tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
     plain = config.parse_run(tree, "test")
