@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,10 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster as Nodes
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+from ftray.errors import ConfigError, Preempted, RunError
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
@@ -29,7 +25,7 @@ from ftray.train.identity import open_run, parent_of
 from ftray.train.restore import open_parent, parent_parts
 from ftray.train.shards import Part
 from ftray.train.supervise import Cluster, Wish, supervise
-from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
+from ftray.train.timeline import Progress, list_checkpoints
 from tests import cluster, tiny
 
 
@@ -135,58 +131,6 @@ def test_a_run_that_lost_its_room_waits_and_says_for_what(nodes: Nodes, parts: d
     with pytest.raises(Preempted, match=r"room for 4 of at least 6 workers .* since 1 s\. There is no checkpoint yet"):
         Cluster(run, False, Console(stream), [], None).wait_for_room(str(tmp_path), 6)
     assert "waiting up to 1 s (scale.wait_s) for nodes" in stream.getvalue()
-
-
-@pytest.mark.long
-def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_once(
-    nodes: Nodes, parts: dict[str, Path], tmp_path: Path
-) -> None:
-    second = next(iter(nodes.worker_nodes))
-    started: list[subprocess.Popen[bytes]] = []
-
-    def lose_a_node() -> None:
-        nodes.remove_node(second, allow_graceful=False)
-
-    def start_a_node() -> None:  # as on another machine; Cluster.add_node wants the main thread
-        ray_command = str(Path(sys.executable).with_name("ray"))
-        arguments = [ray_command, "start", f"--address={nodes.address}", "--num-cpus=2", "--block"]
-        started.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-
-    def give_notice() -> None:
-        node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU") == 2)
-        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-        ray._raylet.GcsClient(address=nodes.address).drain_node(
-            node, reason, "spot", int(time.time() * 1000) + 3_600_000
-        )
-
-    stream = cluster.Watched(
-        ("step 55/4000", lose_a_node),
-        ("going on with 1 workers instead of 2", start_a_node),
-        ("going on with 2 workers instead of 1", give_notice),
-        ("will be taken away; its workers left at step", cluster.press_ctrl_c),
-    )
-    run = run_of(
-        parts,
-        tmp_path,
-        train__max_steps=4000,
-        checkpoint__every=50,
-        scale__num_workers={"min": 1, "max": 2},
-        scale__cpus_per_worker=1.6,  # one on each node; one thread each
-    )
-    try:
-        with pytest.raises(Interrupted):
-            cluster.run_training(run, stream)
-    finally:
-        for process in started:
-            process.terminate()
-            process.wait()
-    text = stream.getvalue()
-    assert text.index("with 1 workers instead of 2") < text.index(
-        "there is room for 2 workers; its workers left at step"
-    )
-    newest = list_checkpoints(str(tmp_path / "tiny"))[0]
-    merge_metrics(str(tmp_path / "tiny"), newest.progress)
-    assert sorted(cluster.losses(str(tmp_path / "tiny"))) == list(range(newest.step))
 
 
 def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
