@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from ftray import verbs
 from ftray.console import Console
-from ftray.errors import FtrayError, Interrupted, innermost
+from ftray.errors import FtrayError, Interrupted, Preempted, innermost
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.overrides += rest  # key=value behind an option, where argparse doesn't look for it any more
     console = Console()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _preempted)
     try:
         code: int = arguments.verb(arguments, console)
         return code
@@ -33,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
+
+
+def _preempted(*_: object) -> None:
+    raise Preempted("preempted; run the same command again to continue")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -118,7 +118,7 @@ def _owned(
 def train(arguments: argparse.Namespace, console: Console) -> int:
     """Trains, or continues."""
     run = open_target(arguments.run, arguments.overrides)
-    if (done := _finished(run)) is not None:
+    if (done := _finished(run, verify=True)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
         return 0
     parent = None
@@ -142,11 +142,11 @@ def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _finished(run: config.Run) -> Found | None:
+def _finished(run: config.Run, verify: bool = False) -> Found | None:
     """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
     from ftray.train.identity import finished_checkpoint
 
-    return finished_checkpoint(run)
+    return finished_checkpoint(run, verify)
 
 
 @contextmanager
