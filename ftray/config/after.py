@@ -30,6 +30,7 @@ class Evaluate(Section):
     """Longest answer, in tokens."""
     human: Human = Human()
     judge: Judge | None = None
+    """Another model that compares the answers (`ftray evaluate judge`)."""
 
     @model_validator(mode="after")
     def _format_fits(self) -> Evaluate:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftray.config.base import Int, Positive, Section
 
@@ -40,17 +41,20 @@ class Judge(Section):
     """The endpoint's base, up to /v1: `https://api.example.com/v1`, or `http://127.0.0.1:8000/v1`."""
     model: str = Field(min_length=1)
     """The model's name there."""
-    key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    key_env: str | None = None
     """Environment variable that holds the endpoint's key; left out: none is sent. The key itself belongs in no file."""
     samples: Positive = 100
     """Questions that are judged, each in both orders; all that there are where these are fewer."""
 
-    @field_validator("url")
-    @classmethod
-    def _url_is_plain(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
-            raise ValueError("must be an address such as https://api.example.com/v1")
-        if parts.username is not None or parts.query:
-            raise ValueError("must hold no key, user or query, which would end up in files; name the key by key_env")
-        return value.rstrip("/")
+    @model_validator(mode="after")
+    def _no_secret_is_here(self) -> Judge:  # of the whole section, whose values a message doesn't repeat
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must be an address such as https://api.example.com/v1")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "url must hold no user, key or query, which would end up in files; name the key by key_env"
+            )
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env must be the name of an environment variable (letters, digits, _), not the key")
+        return self

@@ -211,7 +211,7 @@ class _Endpoint:
 
     async def ask(self, prompt: str) -> str:
         """The reply's text. Raises RunError when the endpoint refuses, or NUM_TRIES tries failed."""
-        url = f"{self._asked.url}/chat/completions"
+        url = f"{self._asked.url.rstrip('/')}/chat/completions"
         reason, number = "", 0
         while number < NUM_TRIES:
             body = {"model": self._asked.model, "messages": [{"role": "user", "content": prompt}], **self._settings}

@@ -19,7 +19,9 @@ from tests.e2e.command import Command, Ended, Place
 
 NUM_SAMPLES = 20
 CRITERIA = ("accuracy", "style")
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
+DEADLINE_MS = 180_000
+DESK = {"viewport": {"width": 1280, "height": 800}}
+PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 # What each model writes is told by a word that says nothing to a rater; 40 answers to choose 20 of.
 ROWS = [
@@ -67,6 +69,12 @@ class Rated:
     said: dict[str, dict[int, Said]]
     watched: Watched
     address: str
+
+
+def open_page(browser: Any, watched: Watched, **settings: Any) -> Any:
+    context = browser.new_context(**settings)
+    context.set_default_timeout(DEADLINE_MS)
+    return watched.watch(context.new_page())
 
 
 def start(page: Any, address: str, name: str) -> None:
@@ -118,7 +126,7 @@ def pressed(page: Any) -> Said:
 
 
 def rate_at_a_desk(browser: Any, address: str, watched: Watched) -> tuple[list[Said], list[tuple[str, str, str]]]:
-    page = watched.watch(browser.new_context(viewport=DESK).new_page())
+    page = open_page(browser, watched, **DESK)
     start(page, address, "Ann")
     said, shown = choices(1), []
     for number, each in enumerate(said, 1):
@@ -138,7 +146,7 @@ def rate_at_a_desk(browser: Any, address: str, watched: Watched) -> tuple[list[S
 
 
 def rate_on_a_phone(browser: Any, address: str, watched: Watched) -> list[Said]:
-    page = watched.watch(browser.new_context(viewport=PHONE, has_touch=True, is_mobile=True).new_page())
+    page = open_page(browser, watched, **PHONE)
     start(page, address, "Bob")
     said = choices(2)
     for number, each in enumerate(said, 1):
@@ -146,14 +154,14 @@ def rate_on_a_phone(browser: Any, address: str, watched: Watched) -> list[Said]:
         by_taps(page, each)
         if number == 10:
             wait_saved(page)
-            page = watched.watch(browser.new_context(viewport=PHONE, has_touch=True, is_mobile=True).new_page())
+            page = open_page(browser, watched, **PHONE)
             start(page, address, "Bob")  # in another browser, under the same name
             at(page, 11)
             page.get_by_role("button", name="Back").tap()
             at(page, 10)
             assert pressed(page) == each
         wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= PHONE["width"], "the page is wider than the phone"
+        assert wide <= PHONE["viewport"]["width"], "the page is wider than the phone"
         page.get_by_role("button", name="Next").tap() if number < NUM_SAMPLES else None
     page.locator("[data-preferred=a]").tap()  # a change of mind about the last one
     said[-1] = ("a", *said[-1][1:])

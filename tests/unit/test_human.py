@@ -18,6 +18,7 @@ import pytest
 from scipy import stats
 
 from ftray import config
+from ftray.cli import main
 from ftray.console import Console
 from ftray.errors import ConfigError, RunHeldError
 from ftray.evaluate.generations import Generation, read_generations
@@ -419,6 +420,26 @@ def test_results_without_a_sheet_and_a_second_server_are_refused(tmp_path: Path)
         human(run, Asked(results=True), Console(io.StringIO()))
     with acquire_lease(str(tmp_path / "r/evaluate/human")), pytest.raises(RunHeldError):
         human(run, Asked(), Console(io.StringIO()))
+
+
+def test_the_verb_has_two_words_and_leaves_a_run_of_that_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_of(tmp_path)
+    Path("r.yaml").write_text(f"name: r\nstorage: {tmp_path}\nmodel: {{base: m}}\ndata: {{train: [{{path: p}}]}}\n")
+    assert main(["evaluate", "human", "r.yaml", "--results"]) == 2
+    assert "has no sheet yet; run `ftray evaluate human` on it first" in capsys.readouterr().err
+    assert main(["evaluate", "human", "r.yaml", "--csv", "a.csv", "evaluate.human.samples=7"]) == 0
+    assert "wrote 7 samples" in capsys.readouterr().out
+    assert main(["evaluate", "judge", "r.yaml"]) == 2
+    assert "evaluate.judge is missing" in capsys.readouterr().err
+    assert main(["evaluate", "./human"]) == 2
+    assert "./human is neither a run file (.yaml) nor the directory of a run" in capsys.readouterr().err
+    for wrong in (["--port", "70000"], ["--csv", "a", "--results"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", "human", "r.yaml", *wrong])
+        assert stopped.value.code == 2
 
 
 # Figures

@@ -170,6 +170,9 @@ function onKey(event) {
   else return;
   event.preventDefault();
   draw();
+  if ("12345".includes(key) || key === "arrowup" || key === "arrowdown") {
+    document.querySelector(".here")?.scrollIntoView({ block: "nearest" });
+  }
 }
 
 function greet() {
