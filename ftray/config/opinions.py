@@ -18,11 +18,10 @@ class Human(Section):
     """The blinded sheet of `ftray evaluate human`."""
 
     samples: Positive = 100
-    """Questions on the sheet; all that both models have answered (`num_generations`) where these are fewer."""
+    """Questions on the sheet, of each slice its share; all that both models have answered (`num_generations`) where these
+    are fewer."""
     criteria: list[_Criterion] = Field(_CRITERIA, max_length=12)
     """What each answer is scored by, from 1 to 5; of an empty list only the preferred answer is asked."""
-    stratify: str | None = Field(None, min_length=1)
-    """Key of the lines in generations.jsonl whose values each get their share of the sheet; left out: `slice`, if there."""
     seed: Annotated[Int, Field(ge=0)] = 0
     """Another seed gives another choice, order and sides; the same always the same sheet."""
 

@@ -1,6 +1,6 @@
 """The answers of both models as `compare` left them: evaluate/generations.jsonl, read. Knows neither models nor metrics.
 
-Keys of a line that are unknown here are kept and may be asked for.
+Other keys of a line are passed over.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from ftray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Generation:
-    """A held-out question, its reference answer, and what base and tuned model answered. line: all keys of its line."""
+    """A held-out question, its reference answer, and what base and tuned model answered. slice: "" where there is none."""
 
     question: str
     reference: str
     base: str
     tuned: str
-    line: dict[str, Any]
-
-    def value(self, key: str) -> str | None:
-        """What the line holds under a key, there or in a mapping one level below (`{"columns": {key: …}}`)."""
-        below = [v for v in self.line.values() if isinstance(v, dict)]
-        return next((str(place[key]) for place in (self.line, *below) if place.get(key) is not None), None)
+    slice: str = ""
 
 
 def read_generations(run_dir: str) -> list[Generation]:
@@ -38,7 +33,7 @@ def read_generations(run_dir: str) -> list[Generation]:
     remedy = "run `ftray evaluate` first, with a metric that needs answers (rouge or format)"
     try:
         lines = [json.loads(line) for line in storage.read_bytes(uri).splitlines() if line.strip()]
-        found = [Generation(g["question"], g.get("reference") or "", g["base"], g["tuned"], g) for g in lines]
+        found = [_generation(line) for line in lines]
     except storage.MissingFile:
         raise ConfigError(f"{uri} is missing, so there are no answers to compare; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -48,3 +43,14 @@ def read_generations(run_dir: str) -> list[Generation]:
     if not found:
         raise ConfigError(f"{uri} is empty, so there are no answers to compare; {remedy}")
     return found
+
+
+def _generation(line: dict[str, Any]) -> Generation:
+    name = line.get("slice")
+    return Generation(
+        str(line["question"]),
+        str(line.get("reference") or ""),
+        str(line["base"]),
+        str(line["tuned"]),
+        "" if name is None else str(name),
+    )

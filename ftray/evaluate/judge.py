@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -181,7 +183,7 @@ async def _ask_all(
 ) -> None:
     room = asyncio.Semaphore(NUM_AT_ONCE)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout, trust_env=True) as session:
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout, proxy=_proxy_for(asked.url)) as session:
         endpoint = _Endpoint(session, asked)
 
         async def one(n: int) -> None:
@@ -200,6 +202,12 @@ async def _ask_all(
                     group.create_task(one(n))
         except* RunError as errors:
             raise errors.exceptions[0] from None
+
+
+def _proxy_for(url: str) -> str | None:
+    """The proxy of the environment. Not by aiohttp's `trust_env`, which stumbles over a key where ~/.netrc has another."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 class _Endpoint:

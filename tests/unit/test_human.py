@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ftray import config
+from ftray import config, storage
 from ftray.cli import main
 from ftray.console import Console
 from ftray.errors import ConfigError, RunHeldError
@@ -29,6 +29,7 @@ from ftray.evaluate.human.sheet import Key, Sheet, build_sheet, open_sheet, read
 from ftray.evaluate.human.table import from_csv, to_csv
 from ftray.evaluate.human.verb import Asked, human
 from ftray.evaluate.intervals import bootstrap, wilson
+from tests.s3 import S3Server
 
 SIZES = {"red": 60, "green": 30, "blue": 9, "rare": 1}
 
@@ -42,7 +43,7 @@ def lines(sizes: dict[str, int] | None = None) -> list[dict[str, Any]]:
 
 
 def made(sizes: dict[str, int] | None = None) -> list[Generation]:
-    return [Generation(g["question"], g["reference"], g["base"], g["tuned"], g) for g in lines(sizes)]
+    return [Generation(g["question"], g["reference"], g["base"], g["tuned"], g["slice"]) for g in lines(sizes)]
 
 
 def sheet_of(sizes: dict[str, int] | None = None, **settings: Any) -> tuple[Sheet, Key]:
@@ -118,12 +119,12 @@ def test_the_sheet_of_a_seed_stays_what_it_was_in_earlier_versions() -> None:
     assert "".join(key.tuned) == "abbababa"
 
 
-def test_a_column_inside_of_a_mapping_makes_slices_too_and_an_unknown_one_is_named() -> None:
-    rows = [{**row, "slice": None, "columns": {"topic": row["slice"]}} for row in lines()]
-    generations = [Generation(g["question"], g["reference"], g["base"], g["tuned"], g) for g in rows]
-    assert "rare" in build_sheet(generations, config.Human(samples=4, stratify="topic"))[1].slices
-    with pytest.raises(ConfigError, match=r"evaluate\.human\.stratify is colour.*there are: base, columns, question"):
-        build_sheet(generations, config.Human(stratify="colour"))
+def test_lines_without_slices_make_a_sheet_and_a_slice_may_be_a_number(tmp_path: Path) -> None:
+    plain = [{key: value for key, value in row.items() if key != "slice"} for row in lines()]
+    run = run_of(tmp_path, plain, samples=10)
+    assert set(open_sheet(str(tmp_path / "r"), run.evaluate.human)[1].slices) == {""}
+    run_of(tmp_path, [{**row, "slice": i % 2, "id": i, "scores": {}} for i, row in enumerate(plain)], samples=10)
+    assert open_sheet(str(tmp_path / "r"), run.evaluate.human)[1].slices.count("1") == 5
 
 
 def test_the_sheet_in_storage_tells_no_side_and_outlives_a_second_command(tmp_path: Path) -> None:
@@ -194,6 +195,16 @@ def test_answers_survive_the_process_and_merge_by_sample(tmp_path: Path) -> None
     assert {path.parent for path in tmp_path.rglob("*.json")} == {tmp_path / "answers"}
     with pytest.raises(ConfigError, match="answers to another sheet"):
         Answers(str(tmp_path), sheet_of(samples=6)[0])
+
+
+def test_a_run_in_a_bucket_keeps_its_sheet_and_its_answers_there(s3: S3Server, tmp_path: Path) -> None:
+    run_dir = s3.uri("human/r")
+    lines_of = "".join(json.dumps(row) + "\n" for row in lines()).encode()
+    storage.write_bytes(f"{run_dir}/evaluate/generations.jsonl", lines_of)
+    sheet, key = open_sheet(run_dir, config.Human(samples=5))
+    Answers(f"{run_dir}/evaluate/human", sheet).save("ann", {1: Answer(preferred="a")})
+    assert read_sheet(run_dir) == (sheet, key)
+    assert Answers(f"{run_dir}/evaluate/human", sheet).of("ann") == {1: Answer(preferred="a")}
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,9 @@ def build_sheet(generations: Sequence[Generation], human: config.Human) -> tuple
     """Picks, shuffles and blinds. Each slice gets its share of the samples, at least one where there is room.
 
     The tuned model stands on each side in half of the samples (of an odd number: give or take one), within each slice
-    give or take two. Raises ConfigError when no line has the key evaluate.human.stratify.
+    give or take two.
     """
-    slices = [g.value(human.stratify or "slice") or "" for g in generations]
-    if human.stratify is not None and not any(slices):
-        known = ", ".join(sorted(generations[0].line))
-        raise ConfigError(
-            f"evaluate.human.stratify is {human.stratify}, but no line of generations.jsonl has that key; "
-            f"there are: {known}"
-        )
+    slices = [g.slice for g in generations]
     ranks = [hash_of(human.seed, "pick", g.question, g.reference, i) for i, g in enumerate(generations)]
     picked: list[int] = []  # slice after slice
     for name, share in _shares(slices, min(human.samples, len(slices))).items():
