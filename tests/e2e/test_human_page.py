@@ -1,6 +1,7 @@
 """Two raters at the page of `ftray evaluate human`, in a real browser: what they click is what the results say.
 
-Ann types, at a desk; Bob taps, on a phone, and scores only one criterion. Both reload in the middle, and Bob goes on in another browser.
+Ann types, at a desk; Bob taps, on a phone, and scores only one criterion. Ann reloads in the middle; Bob goes on in
+another browser.
 """
 
 from __future__ import annotations

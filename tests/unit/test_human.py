@@ -198,7 +198,7 @@ def test_answers_survive_the_process_and_merge_by_sample(tmp_path: Path) -> None
 
 
 def test_a_run_in_a_bucket_keeps_its_sheet_and_its_answers_there(s3: S3Server, tmp_path: Path) -> None:
-    run_dir = s3.uri("human/r")
+    run_dir = f"{s3.uri}/human/r"
     lines_of = "".join(json.dumps(row) + "\n" for row in lines()).encode()
     storage.write_bytes(f"{run_dir}/evaluate/generations.jsonl", lines_of)
     sheet, key = open_sheet(run_dir, config.Human(samples=5))
