@@ -186,7 +186,8 @@ def test_answers_survive_the_process_and_merge_by_sample(tmp_path: Path) -> None
     sheet, _ = sheet_of(samples=5)
     answers = Answers(str(tmp_path), sheet)
     answers.save("Zoë / 1", {2: Answer(preferred="a", a={"style": 3})})
-    answers.save("Zoë / 1", {2: Answer(preferred="b"), 5: Answer(preferred="same")})
+    answers.save("Zoë / 1", {5: Answer(preferred="same")})
+    answers.save("Zoë / 1", {2: Answer(preferred="b")})
     answers.save("../bob", {1: Answer(b={"safety": 1})})
     again = Answers(str(tmp_path), sheet)
     assert again.by_rater == answers.by_rater
