@@ -20,7 +20,7 @@ from tests.e2e.command import Command, Ended, Place
 
 NUM_SAMPLES = 20
 CRITERIA = ("accuracy", "style")
-DEADLINE_MS = 180_000
+DEADLINE_MS = 90_000
 DESK = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
