@@ -36,7 +36,7 @@ class Endpoint:
         self.say, self.before = say, list[Reply]()  # before: replies to the first requests
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.reply: Callable[[dict[str, Any]], Reply] | None = None
+        self.refuse: Callable[[dict[str, Any]], Reply | None] = lambda _: None  # else the judge answers
         self._lock = threading.Lock()
 
     def answer(self, path: str, key: str | None, body: dict[str, Any]) -> Reply:
@@ -46,8 +46,8 @@ class Endpoint:
             self.keys.append(key)
             if self.before:
                 return self.before.pop(0)
-        if self.reply is not None:
-            return self.reply(body)
+        if (refusal := self.refuse(body)) is not None:
+            return refusal
         (message,) = body["messages"]
         a, b = (re.search(f"<answer_{x}>\n(.*)\n</answer_{x}>", message["content"], re.DOTALL) for x in "ab")
         assert a is not None
@@ -181,14 +181,14 @@ def test_a_judge_that_is_busy_or_failing_is_asked_again(tmp_path: Path, longer: 
 
 def test_a_judge_that_stays_down_ends_the_command_and_the_next_one_continues(tmp_path: Path, longer: Endpoint) -> None:
     longer.before = [completion("[[A]]")] * 20
-    longer.reply = lambda _: (503, {}, b"")
+    longer.refuse = lambda _: (503, {}, b"")
     with serving(longer) as url:
         run = run_of(tmp_path, url)
         with pytest.raises(RunError, match=r"failed 7 times in a row \(status 503\); run the same command again"):
             judge(run, Console(io.StringIO()))
         kept = len((tmp_path / "r/evaluate/judge.jsonl").read_text().splitlines())
         assert kept >= 5
-        longer.reply, before = None, len(longer.asked)
+        longer.refuse, before = lambda _: None, len(longer.asked)
         judge(run, Console(io.StringIO()))
         assert len(longer.asked) - before == 40 - 2 * kept
         judge(run_of(tmp_path, url, model="judge-2"), Console(io.StringIO()))
@@ -203,13 +203,12 @@ def test_nobody_at_the_address_is_one_sentence(tmp_path: Path, longer: Endpoint)
 
 
 def test_a_model_that_takes_no_temperature_is_asked_without(tmp_path: Path, longer: Endpoint) -> None:
-    refusal = b'{"error": {"message": "Unsupported value: temperature"}}'
-    plain = Endpoint(longer.say)
-    plain.before = [(400, {}, refusal)] * 8
-    with serving(plain) as url:
+    refusal = (400, {}, b'{"error": {"message": "Unsupported value: temperature"}}')
+    longer.refuse = lambda body: refusal if "temperature" in body else None
+    with serving(longer) as url:
         found = judge(run_of(tmp_path, url), Console(io.StringIO()))
     assert found.wins == 12
-    assert "temperature" not in plain.asked[-1]
+    assert "temperature" not in longer.asked[-1]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_a_refusal_ends_the_command_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: Endpoint, status: int, words: str
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    longer.reply = lambda _: (status, {"location": "http://127.0.0.1:9/"}, f"wrong key: {KEY}".encode())
+    longer.refuse = lambda _: (status, {"location": "http://127.0.0.1:9/"}, f"wrong key: {KEY}".encode())
     with serving(longer) as url, pytest.raises(RunError) as error:
         judge(run_of(tmp_path, url, key_env="JUDGE_KEY"), Console(io.StringIO()))
     assert words in str(error.value)
