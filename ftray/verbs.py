@@ -239,6 +239,23 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def evaluate_human(arguments: argparse.Namespace, console: Console) -> int:
+    """Has people compare the answers, blinded."""
+    from ftray.evaluate.human.verb import Asked, human
+
+    typed = Asked(arguments.csv, arguments.filled, arguments.results, arguments.host, arguments.port)
+    human(open_target(arguments.run, arguments.overrides), typed, console)
+    return 0
+
+
+def evaluate_judge(arguments: argparse.Namespace, console: Console) -> int:
+    """Has another model compare the answers."""
+    from ftray.evaluate.judge import judge
+
+    judge(open_target(arguments.run, arguments.overrides), console)
+    return 0
+
+
 def export(arguments: argparse.Namespace, console: Console) -> int:
     """Writes the adapter and the merged model."""
     from ftray import storage

@@ -8,6 +8,7 @@ the key, the value and the remedy.
 from ftray.config.after import Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
+from ftray.config.opinions import Human, Judge
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 
@@ -17,6 +18,8 @@ __all__ = [
     "Data",
     "DeepSpeed",
     "Evaluate",
+    "Human",
+    "Judge",
     "Method",
     "Model",
     "Run",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
+from ftray.config.opinions import Human, Judge
 
 
 class Evaluate(Section):
@@ -27,6 +28,9 @@ class Evaluate(Section):
     """Answers printed side by side."""
     max_new_tokens: Positive = 128
     """Longest answer, in tokens."""
+    human: Human = Human()
+    judge: Judge | None = None
+    """Another model that compares the answers (`ftray evaluate judge`)."""
 
     @model_validator(mode="after")
     def _format_fits(self) -> Evaluate:

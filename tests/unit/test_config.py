@@ -392,6 +392,8 @@ SAME: dict[str, dict[str, Any]] = {
         "max_new_tokens": 3,
         "early_stopping": 3,
         "format": "x",
+        "human": {"samples": 3},
+        "judge": {"url": "http://x/v1", "model": "m"},
     },
     "serve": {
         "host": "h",
