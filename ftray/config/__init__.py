@@ -10,6 +10,7 @@ from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
+from ftray.config.tune import Parameter, Tune
 
 __all__ = [
     "CheckpointSection",
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluate",
     "Method",
     "Model",
+    "Parameter",
     "Run",
     "Scale",
     "Section",
@@ -26,6 +28,7 @@ __all__ = [
     "Source",
     "Split",
     "Train",
+    "Tune",
     "differing_keys",
     "load_run",
     "parse_run",

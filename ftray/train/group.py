@@ -87,16 +87,20 @@ def run_group(
     finished, joined, asked, hangs, killed_s = False, False, "", "", 0.0
     while thread.is_alive() and not (hangs and time.monotonic() - killed_s > KILL_S):
         thread.join(POLL_S)
+        evaluated = None
         for event in ray.get(monitor.drain.remote()):
             clock.heard(event)
             show(event)
             finished = finished or bool(event.get("finished"))
+            evaluated = event["step"] if event["event"] == "heldout" else evaluated
         places = ray.get(monitor.places.remote())
         if places and not joined:
             joined = True
             show({"event": "joined"})
         if not asked and (asked := wish(places)):
             monitor.stop.remote()
+        if evaluated is not None:
+            monitor.settle.remote(evaluated, bool(asked))
         if not hangs and thread.is_alive() and (hangs := clock.hangs):
             killed_s = time.monotonic()
             _kill(monitor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,33 +36,61 @@ from ftray.train.timeline import Found, find_newest, merge_metrics
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 
-def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease | None = None) -> Found:
+@dataclass(frozen=True)
+class Follower:
+    """Who follows a run from outside: a sweep, of whose trials it is one.
+
+    heard: told each event of rank 0; after a held-out loss the workers wait until it has returned. caught: gets a signal's
+    number when the run is to stop as at that signal. data, heldout: what trials share (the run's data, and a reference
+    to the held-out rows); None: the run prepares its own.
+    """
+
+    heard: Callable[[dict[str, Any]], None]
+    caught: list[int]
+    data: Data | None = None
+    heldout: Any = None
+
+
+def train(
+    run: config.Run,
+    run_dir: str,
+    console: Console,
+    lease: storage.Lease | None = None,
+    follower: Follower | None = None,
+) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
     """
     use_gpu = check_resources(run)
-    load = partial(load_tokenizer, absolute_base(run.model))
-    data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
+    data = follower.data if follower else None
+    if data is None:
+        load = partial(load_tokenizer, absolute_base(run.model))
+        data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
-    heldout = None
-    if data.heldout_stream and data.heldout_index and run.evaluate.every:
+    heldout = follower.heldout if follower else None
+    if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
     meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
     there = run.model_copy(update={"model": absolute_base(run.model)})
-    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir))
+    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), waits=follower is not None)
     with console.progress("train: step", data.plan.num_steps, newest.step if newest else 0) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
-            return _start(job, world_size, data.plan, use_gpu, wish, partial(_show, bar=bar, console=console))
+            return _start(job, world_size, data.plan, use_gpu, wish, show)
 
-        supervise(run, run_dir, use_gpu, start, console, lease)
+        def show(event: dict[str, Any]) -> None:
+            _show(event, bar, console)
+            if follower is not None:
+                follower.heard(event)
+
+        supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")

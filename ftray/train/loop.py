@@ -50,7 +50,8 @@ class Job:
     """What the driver hands to each worker.
 
     meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
-    parent: the checkpoint whose weights a new run starts from, or None.
+    parent: the checkpoint whose weights a new run starts from, or None. waits: after a held-out loss, until the driver has
+    settled whether the run goes on, so that a trial that is given up does no step more.
     """
 
     run: config.Run
@@ -59,6 +60,7 @@ class Job:
     heldout: Any
     monitor: Any
     parent: str | None = None
+    waits: bool = False
 
 
 def train_worker(arguments: dict[str, Job]) -> None:
@@ -294,6 +296,8 @@ class Trainer:
         progress.since_best = 0 if is_best else progress.since_best + 1
         self._lines[-1]["heldout_loss"] = loss
         self._link_send({"event": "heldout", "step": progress.step, "heldout_loss": loss})
+        if self._job.waits and self._link is not None:
+            self._link.await_verdict(progress.step)
         return is_best
 
     def _save(self) -> None:

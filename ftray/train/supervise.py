@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -34,21 +34,23 @@ def supervise(
     start: Callable[[int, Wish], Ended],
     console: Console,
     lease: storage.Lease | None,
+    caught: list[int] | None = None,
 ) -> None:
     """Runs groups until one is trained to the end. start: starts one of so many workers and returns how it ended.
 
+    caught: gets a signal's number when the run is to stop as at that signal, where others watch the signals.
     Raises Interrupted, Preempted, RunHeldError, RunError, and what a group says that trying again won't cure.
     """
     failures, failed_at, size = 0, -1, 0
-    with stop_signals(console) as caught:
-        cluster = Cluster(run, use_gpu, console, caught, lease)
+    with stop_signals(console) if caught is None else nullcontext(caught) as stopped:
+        cluster = Cluster(run, use_gpu, console, stopped, lease)
         while True:
             size = cluster.wait_for_room(run_dir, size)
             ended = start(size, cluster.wish)
             if ended.finished:
                 return
             step = _newest(run_dir)
-            _raise_if_over(ended, caught, step, lease)
+            _raise_if_over(ended, stopped, step, lease)
             if ended.no_room:
                 cluster.avoid(size)
             elif ended.failure:
