@@ -137,7 +137,8 @@ def _start(
             scaling_config=ScalingConfig(
                 num_workers=world_size,
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": run.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+                resources_per_worker={"CPU": run.scale.cpus_per_worker}
+                | ({"GPU": run.scale.gpus_per_worker} if use_gpu else {}),
                 accelerator_type=run.scale.accelerator,
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

@@ -194,5 +194,8 @@ class Cluster:
     def _is_free(self, more: int) -> bool:
         """Whether nobody holds what so many more workers need."""
         free = ray.available_resources()
-        needed = {"CPU": more * self._run.scale.cpus_per_worker} | ({"GPU": float(more)} if self._use_gpu else {})
+        scale = self._run.scale
+        needed = {"CPU": more * scale.cpus_per_worker} | (
+            {"GPU": more * scale.gpus_per_worker} if self._use_gpu else {}
+        )
         return all(free.get(kind, 0) >= number for kind, number in needed.items())

@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import ray
 
 from ftray import config, storage
-from ftray.console import Console
+from ftray.console import Console, Progress
 from ftray.data.pipeline import heldout_table, share_rows
 from ftray.data.prepare import Data, plan_rows, prepare_data
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, RunError, RunHeldError, StorageError
@@ -124,7 +126,7 @@ class _Sweep:
 
     def _raise_if_left(self, caught: list[int]) -> None:
         left = self._total - sum(trial.status != "running" for trial in self._state.trials)
-        if not left:
+        if left <= 0:
             return
         if self._halted is not None and not caught:
             raise self._halted
@@ -296,6 +298,12 @@ class _TrialConsole(Console):
     def is_terminal(self) -> bool:
         """A trial has no terminal of its own."""
         return False
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Progress]:
+        """As a Console's, with the trial's name."""
+        with super().progress(f"{self._name}: {what}", total, done) as bar:
+            yield bar
 
     def say(self, text: str = "") -> None:
         """Prints a line into the log."""

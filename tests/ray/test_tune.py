@@ -85,20 +85,19 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
     assert not data.exists()
     assert_all_is_free()
 
-    trials = state_of(run).trials
-    assert [t.status for t in trials] == ["done", "done", "stopped"], text
-    assert winner.name == "trial-001", text
+    trials = state_of(run).trials  # of the first two, the worse is given up if it comes second
+    assert [winner.status, trials[2].status] == ["done", "stopped"], text
+    assert winner.number < 2, text
     assert [r.step for r in trials[2].reports] == [2]
     given_up = list_checkpoints(f"{run.directory}/tune/trial-002")
     assert [found.step for found in given_up] == [2], "it did no step after it was given up, and what it did is kept"
-    assert max(found.step for found in list_checkpoints(f"{run.directory}/tune/trial-001")) == 8
 
     (tmp_path / "away").rename(data)
     alone = winning_run(run, run.directory, winner).model_copy(update={"storage": str(tmp_path / "alone")})
     cluster.run_training(alone)
     theirs, ours = (
         [json.loads(line) for line in storage.read_bytes(f"{place}/metrics.jsonl").splitlines()]
-        for place in (f"{run.directory}/tune/trial-001", alone.directory)
+        for place in (f"{run.directory}/tune/{winner.name}", alone.directory)
     )
     same = ("step", "loss", "rows", "num_tokens", "grad_norm", "learning_rate", "heldout_loss")
     assert [[line.get(k) for k in same] for line in theirs] == [[line.get(k) for k in same] for line in ours]
@@ -106,7 +105,7 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
 
     results = json.loads(storage.read_bytes(f"{run.directory}/tune/results.json"))
     assert results["best"]["loss"] == min(line["heldout_loss"] for line in ours if "heldout_loss" in line)
-    assert results["steps"] == {"done": 18, "of": 24}
+    assert results["steps"] == {"done": sum(t.step for t in trials), "of": 24}
     assert storage.verify_directory(results["best"]["checkpoint"]) == []
     best = config.load_run(f"{run.directory}/tune/best.yaml")
     assert (best.name, best.config_hash, best.tune) == ("tiny-best", alone.config_hash, None)
@@ -114,7 +113,8 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
 
     again, text = run_sweep(run)  # all is known: nothing is trained, the same is told
     assert again.name == winner.name
-    assert "held-out loss 4" not in text.split("best:")[0].split("trial  ")[0]
+    assert "trial-000: train." not in text
+    assert f"best: {winner.name}, held-out loss {results['best']['loss']:.4f}" in text
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_told(
@@ -137,13 +137,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_to
     assert winner.name == "trial-000"
     assert after[0].reports[: len(before[0].reports)] == before[0].reports
     assert [r.step for r in after[0].reports] == [2, 4, 6, 8], "each once"
-    assert "step 2/8" not in text, "what was judged is not judged again"
+    assert f"trial-000: held-out loss {after[0].reports[0].loss:.4f}" not in text, "what was judged is not judged again"
     assert after[1].status in ("failed", "stopped")
     assert_all_is_free()
 
 
 def test_a_sweep_of_failures_ends_with_the_first_one(parts: dict[str, Path], tmp_path: Path) -> None:
-    run = run_of(parts, tmp_path, scale__cpus_per_worker=2.0)
+    run = run_of(parts, tmp_path)
     (tmp_path / "tiny" / "tune").mkdir(parents=True)
     for n in range(3):  # where a trial's directory should be there is a file
         (tmp_path / "tiny" / "tune" / f"trial-{n:03d}").write_text("")

@@ -368,6 +368,7 @@ SAME: dict[str, dict[str, Any]] = {
         "num_workers": {"min": 1, "max": 2},
         "accelerator": "A100",
         "cpus_per_worker": 2.0,
+        "gpus_per_worker": 0.5,
         "max_failures": 1,
         "wait_s": 3.0,
     },

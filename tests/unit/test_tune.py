@@ -18,6 +18,7 @@ from ftray import cli, config, storage
 from ftray.config import Tune
 from ftray.console import Console
 from ftray.errors import ConfigError
+from ftray.train.capacity import fitting
 from ftray.tune.judge import Judge
 from ftray.tune.page import render_page
 from ftray.tune.report import as_table, command_of
@@ -196,6 +197,14 @@ def test_a_trial_is_the_file_with_its_values_and_nothing_else() -> None:
 def test_a_trial_has_the_fewest_workers_that_the_file_allows() -> None:
     run = run_of({"train.learning_rate": LR}, top={"scale": {"num_workers": {"min": 2, "max": 16}}})
     assert trial_run(run, {}, "t", "s").world_sizes == [2]
+
+
+def test_trials_of_one_worker_may_share_a_gpu() -> None:
+    half = config.Scale(gpus_per_worker=0.5)
+    assert fitting(half, True, [{"GPU": 2.0, "CPU": 9.0}]) == 4
+    assert fitting(config.Scale(), True, [{"GPU": 2.0, "CPU": 9.0}]) == 2
+    with pytest.raises(ConfigError, match=re.escape("gpus_per_worker (0.5) needs num_workers 1")):
+        run_of({"train.learning_rate": LR}, top={"scale": {"num_workers": 2, "gpus_per_worker": 0.5}})
 
 
 def test_a_conditional_key_is_set_only_where_its_condition_holds() -> None:
