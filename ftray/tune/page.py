@@ -10,6 +10,7 @@ from typing import Any
 from ftray.tune.space import as_word
 from ftray.tune.state import State, Trial
 
+FEW = 4  # numbers that are all named on their axis
 WIDTH, HEIGHT, TOP, SIDE = 720, 300, 24, 60  # of a plot, in its own units; top, side: room for names and numbers
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --paper: #ffffff; }
@@ -17,7 +18,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 56rem;
   padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font: 12px system-ui, sans-serif; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font: 12px system-ui, sans-serif;
+  paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg line { stroke: var(--line); } svg path { fill: none; stroke-width: 1.5; } svg path.best { stroke-width: 4; }
 svg path:hover { stroke-width: 4; } svg rect { fill: #2f6feb; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
@@ -64,6 +66,7 @@ class Axis:
         self._is_number = len(numbers) == len(values) and len(set(numbers)) > 1
         self._names = sorted(set(map(as_word, values)))
         self._low, self._high = (min(numbers), max(numbers)) if self._is_number else (0.0, 1.0)
+        self._few = sorted(set(numbers))[: FEW + 1]
         self._is_log = self._is_number and self._low > 0 and self._high / self._low >= 10
 
     def place(self, value: Any) -> float:
@@ -79,6 +82,8 @@ class Axis:
         """Places that are named."""
         if not self._is_number:
             return [((i + 0.5) / len(self._names), name) for i, name in enumerate(self._names)]
+        if len(self._few) <= FEW:
+            return [(self.place(value), f"{value:.3g}") for value in self._few]
         middle = math.sqrt(self._low * self._high) if self._is_log else (self._low + self._high) / 2
         return [(place, f"{value:.3g}") for place, value in ((0.0, self._low), (0.5, middle), (1.0, self._high))]
 
@@ -100,13 +105,13 @@ def _parallel(trials: Sequence[Trial], winner: Trial) -> str:
     columns.append(("held-out loss", {t.number: t.best.loss for t in trials if t.best}))
     axes = [Axis(list(values.values())) for _, values in columns]
     step = (WIDTH - 2 * SIDE) / max(1, len(columns) - 1)
-    drawn = ""
+    drawn, names = "", ""
     for i, ((key, _), axis) in enumerate(zip(columns, axes, strict=True)):
         x = SIDE + i * step
         anchor = "start" if i == 0 else "end" if i == len(columns) - 1 else "middle"
         drawn += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - TOP}"/>'
-        drawn += f'<text x="{x:.1f}" y="{14 if i % 2 == 0 else HEIGHT - 6}" text-anchor="{anchor}">{escape(key)}</text>'
-        drawn += "".join(
+        names += f'<text x="{x:.1f}" y="{14 if i % 2 == 0 else HEIGHT - 6}" text-anchor="{anchor}">{escape(key)}</text>'
+        names += "".join(
             f'<text x="{x + 5:.1f}" y="{_y(at) + 4:.1f}">{escape(name)}</text>' for at, name in axis.ticks()
         )
     for trial in _best_last(trials, winner):
@@ -116,7 +121,7 @@ def _parallel(trials: Sequence[Trial], winner: Trial) -> str:
             if trial.number in values
         ]
         drawn += _path(points, trial, winner, axes[-1].place(columns[-1][1][trial.number]))
-    return _svg(drawn, f"{len(trials)} trials, {len(keys)} keys and the held-out loss")
+    return _svg(drawn + names, f"{len(trials)} trials, {len(keys)} keys and the held-out loss")
 
 
 def _curves(trials: Sequence[Trial], winner: Trial) -> str:
