@@ -155,8 +155,9 @@ def _sweep(run: config.Run, target: str, console: Console) -> config.Run:
     trials = check_tune(run).max_concurrent or 1
     with _owned(run, console, with_ray=False) as (run_dir, lease):
         from ftray.session import ray_session
-        from ftray.tune.sweep import sweep, winning_run
+        from ftray.tune.sweep import preflight_trials, sweep, winning_run
 
+        preflight_trials(run)
         with ray_session(trials * run.world_sizes[-1] * run.scale.cpus_per_worker):
             return winning_run(run, run_dir, sweep(run, run_dir, console, target, lease))
 

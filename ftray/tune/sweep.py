@@ -28,11 +28,12 @@ from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.capacity import check_resources, fitting, usable_nodes
 from ftray.train.identity import open_run
 from ftray.train.launch import Follower, train
+from ftray.train.preflight import preflight
 from ftray.train.supervise import AGAIN, stop_signals
 from ftray.tune.judge import Judge
 from ftray.tune.report import as_table, write_report
 from ftray.tune.search import propose
-from ftray.tune.space import as_words, number_of_trials, shares_data, trial_run
+from ftray.tune.space import as_words, corners, number_of_trials, shares_data, trial_run
 from ftray.tune.state import Report, State, Trial, open_state, save_state
 
 POLL_S = 0.2
@@ -67,6 +68,19 @@ def sweep(run: config.Run, run_dir: str, console: Console, target: str, lease: s
     return winner
 
 
+def preflight_trials(run: config.Run) -> None:
+    """Looks at files, models and layers that values of the space name, as `preflight` does for a run; raises what it raises."""
+    assert run.tune is not None  # `check_tune` asks for it
+    seen: list[Any] = []
+    for params in corners(run.tune):
+        made = trial_run(run, params, "trial", run.storage)
+        method = made.method
+        named = (made.model, made.data, method.type, method.target_modules, method.freeze)
+        if named not in seen:
+            seen.append(named)
+            preflight(made)
+
+
 def winning_run(run: config.Run, run_dir: str, winner: Trial) -> config.Run:
     """The winner's run: its directory holds its checkpoints, and evaluation and export may follow there."""
     return trial_run(run, winner.params, winner.name, tune_directory(run_dir))
@@ -95,6 +109,9 @@ class _Sweep:
         self._state = state
         self._console, self._lease = console, lease
         self._use_gpu = check_resources(run)
+        if "train.precision" in run.tune.space:  # fp16 needs GPUs
+            for params in corners(run.tune):
+                check_resources(trial_run(run, params, "trial", run.storage))
         self._lock = threading.RLock()
         self._running: list[_Running] = []
         self._halted: FtrayError | None = None

@@ -17,7 +17,7 @@ import yaml
 from ftray import cli, config, storage
 from ftray.config import Tune
 from ftray.console import Console
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, DataError
 from ftray.train.capacity import fitting
 from ftray.tune.judge import Judge
 from ftray.tune.page import render_page
@@ -25,6 +25,8 @@ from ftray.tune.report import as_table, command_of
 from ftray.tune.search import importance, propose
 from ftray.tune.space import check_tune, corners, grid, number_of_trials, sample, trial_run
 from ftray.tune.state import Report, State, Trial, open_state, save_state, settings_of
+from ftray.tune.sweep import preflight_trials
+from tests import tiny
 
 LR = {"type": "loguniform", "low": 1e-5, "high": 1e-3}
 BASE: dict[str, Any] = {
@@ -166,6 +168,24 @@ def test_the_verb_ends_with_2_and_a_sentence_before_ray_starts(
     assert len(said) == 1
     assert NOT_BEGUN.get(override, "tune.space with") in said[0]
     assert not ray.is_initialized()
+
+
+def test_layers_and_files_that_only_some_trials_name_are_looked_at_before_ray_starts(tmp_path: Path) -> None:
+    model = tiny.write_tiny_model(tmp_path / "model")
+    data = tiny.write_records(tmp_path / "data", 5)
+    (tmp_path / "empty").mkdir()
+    top = {
+        "model": {"base": str(model)},
+        "data": {"train": [{"path": str(data)}], "eval": {"fraction": 0.1}},
+        "evaluate": {"every": 1},
+    }
+    targets = choice("all-linear", ["q_proj"], ["q_prj"])
+    with pytest.raises(ConfigError, match=r"no linear layer of .* is called q_prj"):
+        preflight_trials(run_of({"method.target_modules": targets, "method.rank": choice(1, 2)}, top=top))
+    paths = {"data.train.0.path": choice(str(data), str(tmp_path / "empty"))}
+    with pytest.raises(DataError, match="nothing in it"):
+        preflight_trials(run_of(paths, top=top, own_data=True))
+    preflight_trials(run_of({"method.target_modules": choice("all-linear", ["q_proj"])}, top=top))
 
 
 def test_check_tells_what_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
