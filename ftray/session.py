@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from ftray import storage
 from ftray.console import Console
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, FtrayError, RunError, innermost
 
 CONNECT_S = 10.0  # a cluster that takes longer to accept a connection is down, or not to be reached from here
 
@@ -36,7 +36,7 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
 
     num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
-    when the cluster can't be reached.
+    when the cluster can't be reached, RunError when it goes away meanwhile.
     """
     import ray
 
@@ -53,10 +53,24 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     else:
         total = max(os.cpu_count() or 1, int(num_cpus)) + 1
         ray.init(address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    head = ray.get_runtime_context().gcs_address
     try:
         yield
+    except Exception as err:
+        if isinstance(innermost(err), FtrayError) or _answers(head):
+            raise
+        # Whatever Ray made of it: a lost actor, a failed call, a time-out.
+        raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None
     finally:
         ray.shutdown()
+
+
+def _answers(head: str) -> bool:
+    try:
+        _knock(head)
+    except OSError:
+        return False
+    return True
 
 
 def _knock(address: str) -> None:
