@@ -8,6 +8,7 @@ this process, not to Ray Tune's controller: a trial that ends gives its workers 
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ from ftray.tune.state import Report, State, Trial, open_state, save_state
 
 POLL_S = 0.2
 SHARED_PART = 0.3  # of the object store that tokens of all trials may take
+HEAD_S = 10.0  # a head that takes longer to accept a connection is gone
 NUM_LOSSES = 10  # held-out losses in a trial, where evaluate.every is left out
 
 
@@ -108,6 +110,7 @@ class _Sweep:
         self._run, self._tune, self._run_dir, self._dir = run, run.tune, run_dir, tune_directory(run_dir)
         self._state = state
         self._console, self._lease = console, lease
+        self._head = ray.get_runtime_context().gcs_address
         self._use_gpu = check_resources(run)
         if "train.precision" in run.tune.space:  # fp16 needs GPUs
             for params in corners(run.tune):
@@ -181,19 +184,17 @@ class _Sweep:
 
     def _fill(self) -> None:
         """Starts trials while there is room: first those that were under way, then new ones."""
-        while len(self._running) < self._room():
-            with self._lock:
-                trains = {r.trial.number for r in self._running}
-                waiting = [t for t in self._state.trials if t.status == "running" and t.number not in trains]
-                if waiting:
-                    trial = waiting[0]
-                elif len(self._state.trials) < self._total:
-                    trial = Trial(len(self._state.trials), propose(self._tune, self._state.trials))
-                    self._state.trials.append(trial)
+        while True:
+            trains = {r.trial.number for r in self._running}
+            waiting = [t for t in self._state.trials if t.status == "running" and t.number not in trains]
+            if (not waiting and len(self._state.trials) >= self._total) or len(self._running) >= self._room():
+                return
+            if not waiting:
+                with self._lock:
+                    waiting = [Trial(len(self._state.trials), propose(self._tune, self._state.trials))]
+                    self._state.trials += waiting
                     self._save()
-                else:
-                    return
-            self._start(trial)
+            self._start(waiting[0])
 
     def _room(self) -> int:
         """How many trials may train at once; at least one, which then waits for nodes as a run does."""
@@ -268,8 +269,20 @@ class _Sweep:
                 self._end(trial)
             elif isinstance(err, Preempted | RunHeldError):
                 self._halted = self._halted or err
-            elif not isinstance(err, Interrupted):
+            elif isinstance(err, Interrupted):
+                continue
+            elif self._head_answers():
                 self._fail(trial, err)
+            else:  # no trial's fault: they all go on on a new cluster
+                self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {AGAIN}")
+
+    def _head_answers(self) -> bool:
+        host, port = self._head.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_S).close()
+        except OSError:
+            return False
+        return True
 
     def _end(self, trial: Trial) -> None:
         with self._lock:
