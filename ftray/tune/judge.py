@@ -16,6 +16,7 @@ from ftray.config import Tune
 from ftray.tune.state import State
 
 TIME, LOSS = "share", "loss"
+Told = tuple[int, float, float]  # a trial's number, a share of its steps, its held-out loss there
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,45 @@ class Judge:
     """Decides after each held-out loss whether a trial goes on."""
 
     def __init__(self, tune: Tune, state: State) -> None:
-        self._scheduler, self._known = _scheduler(tune), set[int]()
+        self._tune, self._told = tune, list[Told]()
+        self._standing = _Asked(tune)
         for trial, report in state.reports():
             self.stops(trial.number, report.share, report.loss)
 
     def stops(self, number: int, share: float, loss: float) -> bool:
-        """Whether a trial is given up at this share of its steps. One whose loss isn't finite always is."""
+        """Whether a trial is given up at this share of its steps. One whose loss isn't finite always is.
+
+        Successive halving as it stands lets the first trial that comes to a rung go on whatever follows, and so every one
+        that is better than those before it. Here a trial goes on while it would if it came to its rungs only now.
+        """
         if not math.isfinite(loss):
             return True
+        told = (number, share, loss)
+        self._told.append(told)
+        if self._tune.scheduler != "asha":
+            return self._standing.stops(told)
+        anew = _Asked(self._tune)
+        for other in self._told:
+            if other[0] != number:
+                anew.stops(other)
+        return any(anew.stops(own) for own in self._told if own[0] == number)
+
+
+class _Asked:
+    """One of Ray Tune's schedulers, and which trials it knows."""
+
+    def __init__(self, tune: Tune) -> None:
+        self._scheduler, self._known = _scheduler(tune), set[int]()
+
+    def stops(self, told: Told) -> bool:
+        """Tells it a loss; returns whether it gives the trial up."""
+        number, share, loss = told
         trial, nobody = _Named(str(number)), _Nobody()
         if number not in self._known:
             self._known.add(number)
             self._scheduler.on_trial_add(nobody, trial)
         action = self._scheduler.on_trial_result(nobody, trial, {TIME: 100 * share, LOSS: loss})
-        return bool(action == TrialScheduler.STOP) and share < 1
+        return bool(action == TrialScheduler.STOP and share < 1)
 
 
 def _scheduler(tune: Tune) -> TrialScheduler:

@@ -310,6 +310,17 @@ def test_a_judge_that_is_told_the_past_again_decides_as_the_one_that_lived_it(sc
         assert play(moment) == lived
 
 
+def test_one_that_led_is_given_up_when_better_ones_have_passed_the_same_rungs() -> None:
+    judge = Judge(section({"train.learning_rate": LR}, grace=0.1), State({}))
+    assert not judge.stops(0, 0.1, 3.0), "the first to come"
+    assert not judge.stops(1, 0.1, 2.4)
+    assert judge.stops(0, 0.2, 2.9)
+    assert not judge.stops(1, 0.2, 1.9)
+    assert not judge.stops(2, 0.1, 1.5)
+    assert judge.stops(1, 0.3, 1.8), "though nobody else came so far"
+    assert not judge.stops(2, 1.0, 1.4)
+
+
 def test_without_a_scheduler_only_what_is_no_number_is_given_up() -> None:
     judge = Judge(section({"train.learning_rate": LR}, scheduler="none"), State({}))
     assert not any(judge.stops(number, 0.5, float(number)) for number in range(9))
