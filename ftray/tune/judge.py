@@ -37,10 +37,11 @@ class Judge:
     """Decides after each held-out loss whether a trial goes on."""
 
     def __init__(self, tune: Tune, state: State) -> None:
-        self._tune, self._told = tune, list[Told]()
+        known = [(trial.number, report.share, report.loss) for trial, report in state.reports()]
+        self._tune, self._told = tune, [told for told in known if math.isfinite(told[-1])]
         self._standing = _Asked(tune)
-        for trial, report in state.reports():
-            self.stops(trial.number, report.share, report.loss)
+        for told in self._told:
+            self._standing.stops(told)
 
     def stops(self, number: int, share: float, loss: float) -> bool:
         """Whether a trial is given up at this share of its steps. One whose loss isn't finite always is.
