@@ -64,10 +64,11 @@ class Trial:
 
 @dataclass
 class State:
-    """A sweep. settings: what must be the same when it is continued."""
+    """A sweep. settings, data_hash: what must be the same when it is continued; the hash is known once data is indexed."""
 
     settings: dict[str, Any]
     trials: list[Trial] = field(default_factory=list)
+    data_hash: str = ""
 
     def reports(self) -> list[tuple[Trial, Report]]:
         """All reports in the order in which they came."""
@@ -99,7 +100,7 @@ def open_state(run: config.Run, tune_dir: str) -> State:
         return State(settings)
     try:
         tree = json.loads(storage.read_bytes(uri))
-        state = State(tree["settings"], [_trial(t) for t in tree["trials"]])
+        state = State(tree["settings"], [_trial(t) for t in tree["trials"]], tree["data_hash"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{uri} is damaged; restore it, or delete {tune_dir} to sweep anew") from None
     if differing := config.differing_keys(state.settings, settings):

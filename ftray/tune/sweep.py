@@ -24,7 +24,16 @@ from ftray import config, storage
 from ftray.console import Console, Progress
 from ftray.data.pipeline import heldout_table, share_rows
 from ftray.data.prepare import Data, plan_rows, prepare_data
-from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, RunError, RunHeldError, StorageError
+from ftray.errors import (
+    ConfigError,
+    DataError,
+    FtrayError,
+    Interrupted,
+    Preempted,
+    RunError,
+    RunHeldError,
+    StorageError,
+)
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.capacity import check_resources, fitting, usable_nodes
 from ftray.train.identity import open_run
@@ -164,6 +173,12 @@ class _Sweep:
         data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(load()))
         assert data.heldout_index is not None  # `check_tune` asks for held-out data
         assert data.heldout_stream is not None
+        if self._state.data_hash not in ("", data.data_hash):
+            raise DataError(
+                f"the data, tokenizer or template of the sweep in {self._dir} changed since it began; restore them, choose "
+                "another name, or delete that directory"
+            )
+        self._state.data_hash = data.data_hash
         self._evaluated(run, data.plan.num_steps)
         most = SHARED_PART * ray.cluster_resources().get("object_store_memory", 0)
         packed = share_rows(data.plan, most)
@@ -307,6 +322,8 @@ class _Sweep:
 
     def _save(self) -> None:
         """Keeps the state; a store that gives no answer only delays that."""
+        if self._lease is not None and self._lease.overtaken:
+            return  # another writes it now
         with self._lock:
             try:
                 save_state(self._state, self._dir)

@@ -13,11 +13,11 @@ import ray
 from ray.util import placement_group_table
 
 from ftray import config, console, storage
-from ftray.errors import Interrupted, RunError
+from ftray.errors import DataError, Interrupted, RunError
 from ftray.train.identity import open_run
 from ftray.train.timeline import list_checkpoints
 from ftray.tune.space import check_tune
-from ftray.tune.state import State, Trial, open_state
+from ftray.tune.state import State, Trial, open_state, save_state
 from ftray.tune.sweep import sweep, winning_run
 from tests import cluster, tiny
 
@@ -140,6 +140,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_to
     assert after[1].status == "failed"
     assert f"warning: trial-001 failed: {after[1].error}" in text
     assert_all_is_free()
+
+    state = state_of(run)
+    state.data_hash, state.trials[0].status = "other", "running"
+    save_state(state, f"{run.directory}/tune")
+    with pytest.raises(DataError, match="changed since it began"):
+        run_sweep(run)
 
 
 def test_a_sweep_of_failures_ends_with_the_first_one(parts: dict[str, Path], tmp_path: Path) -> None:
