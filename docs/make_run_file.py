@@ -46,7 +46,8 @@ def _tables(schema: Schema, section: dict[str, Any], name: str) -> Iterator[str]
                     found["title"] != "Source" or key == "train"
                 ):  # the sources of data.eval have the keys of data.train's
                     below = f"{name}.{key}".lstrip(".")
-                    yield from _tables(schema, found, f"{below}[]" if plain["type"] == "array" else below)
+                    ending = "[]" if plain["type"] == "array" else ".<key>" if "additionalProperties" in plain else ""
+                    yield from _tables(schema, found, below + ("" if "properties" in plain else ending))
 
 
 def _description(schema: Schema, field: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=function)
         return sub
 
-    verb("run", verbs.run, "train, evaluate, export and try the endpoint: the whole file")
+    verb("run", verbs.run, "tune, train, evaluate, export and try the endpoint: the whole file")
     verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
     )
+    verb("tune", verbs.tune, "try settings: train trials of the run, compare them, name the best")
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     _add_opinion_verbs(verb)
     verb("export", verbs.export, "write the adapter and the merged model")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ class Console:
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._bar: Progress | None = None
+        self._bar: Progress | Table | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -41,11 +42,21 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Progress]:
         """A progress display over `total` units, `done` of them done before."""
-        self._bar = Progress(self._stream, what, total, done)
+        self._bar = bar = Progress(self._stream, what, total, done)
         try:
-            yield self._bar
+            yield bar
         finally:
-            self._bar.close()
+            bar.close()
+            self._bar = None
+
+    @contextmanager
+    def table(self) -> Iterator[Table]:
+        """Lines that are rewritten in place below all others; nothing in a log."""
+        self._bar = table = Table(self._stream)
+        try:
+            yield table
+        finally:
+            table.clear()
             self._bar = None
 
     @contextmanager
@@ -111,6 +122,31 @@ class Progress:
         if made and self._done < self._total:
             left = f" · {duration(seconds / made * (self._total - self._done))} left"
         return f"{self._what} {self._done}/{self._total}{' · ' + self._fields if self._fields else ''}{left}"
+
+
+class Table:
+    """Lines below all others that are rewritten on a terminal, as many and as long as fit on it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._is_terminal, self._shown = stream, stream.isatty(), list[str]()
+
+    def update(self, lines: list[str]) -> None:
+        """Shows these lines in place of those before."""
+        if not self._is_terminal:
+            return
+        width, height = shutil.get_terminal_size()
+        lines = [line[: width - 1] for line in lines[: height - 1]]
+        if lines != self._shown:
+            self.clear()
+            self._stream.write("".join(f"{line}\n" for line in lines))
+            self._stream.flush()
+            self._shown = lines
+
+    def clear(self) -> None:
+        """Makes room for a line."""
+        if self._is_terminal and self._shown:
+            self._stream.write(f"\x1b[{len(self._shown)}F\x1b[J")
+            self._shown = []
 
 
 def duration(seconds: float) -> str:

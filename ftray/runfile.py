@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,18 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     parts = key.split(".")
     if not sign or not all(parts):
         raise ConfigError(f"'{text}' is not an override; write key.sub=value, for example train.max_steps=10")
+    put_value(tree, key, _parse(value, f"override {key}"))
+
+
+def put_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key of the tree in place, making the mappings above it. Raises ConfigError."""
+    parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
         place: Any = _place_in_list(node, part, key, above) if isinstance(node, list) else part
         if depth == len(parts) - 1:
-            node[place] = _parse(value, f"override {key}")
+            node[place] = value
             return
         below = node[place] if isinstance(node, list) else node.get(place)
         if below is None and isinstance(node, dict):
@@ -90,19 +96,20 @@ def _place_in_list(node: list[Any], part: str, key: str, above: str) -> int:
 def explain(err: ValidationError, root: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
     """One sentence for each wrong key of the tree: dotted key, value, what it must be, remedy."""
     schema = Schema(root)
-    complaints: dict[str, list[Any]] = {}
+    complaints: dict[tuple[str, ...], list[Any]] = {}
     for item in err.errors():
         complaints.setdefault(_written_key(item, tree), []).append(item)
     # Of a key that may be several things, pydantic complains for each; what is wrong further down says which was meant.
     return [
-        _sentence(key, items, schema)
-        for key, items in complaints.items()
-        if not any(other.startswith(f"{key}.") for other in complaints) or not key
+        _sentence(parts, items, schema)
+        for parts, items in complaints.items()
+        if not any(other[: len(parts)] == parts and other != parts for other in complaints) or not parts
     ]
 
 
-def _written_key(item: Any, tree: Any) -> str:
-    """The dotted key as the user wrote it: pydantic's location also names the members of unions."""
+def _written_key(item: Any, tree: Any) -> tuple[str, ...]:
+    """The parts of a dotted key as the user wrote them: pydantic's location also names the members of unions. A name in
+    a mapping is one part, and may hold dots."""
     spelled: list[str] = []
     for part in item["loc"]:
         if part in (range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()):
@@ -110,14 +117,15 @@ def _written_key(item: Any, tree: Any) -> str:
         elif item["type"] not in ("missing", "invalid_key") or part != item["loc"][-1]:
             continue
         spelled.append(str(part))
-    return ".".join(spelled)
+    return tuple(spelled)
 
 
-def _sentence(key: str, items: list[Any], schema: Schema) -> str:
+def _sentence(parts: tuple[str, ...], items: list[Any], schema: Schema) -> str:
+    key = ".".join(parts)
     items = sorted(items, key=lambda item: item["type"] != "value_error")  # our own words say more than a type's
     kind, value, context = items[0]["type"], items[0].get("input"), items[0].get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key {key}; {schema.closest(key)}"
+        return f"unknown key {key}; {schema.closest(parts)}"
     if kind == "missing":
         return f"the key {key} is missing; add it"
     if kind == "invalid_key":
@@ -134,7 +142,7 @@ def _sentence(key: str, items: list[Any], schema: Schema) -> str:
         if name in context and len(items) == 1:
             return f"{key}{shown} must be {words} {_number(context[name])}"
     quoted = "; put it in quotes" if kind == "string_type" and not isinstance(value, (dict, list, type(None))) else ""
-    return f"{key}{shown} must be {schema.expected(key)}{quoted}"
+    return f"{key}{shown} must be {schema.expected(parts)}{quoted}"
 
 
 def _shown(value: object) -> str:
@@ -163,26 +171,28 @@ class Schema:
         return [] if node.get("type") == "null" else [dict(node)]
 
     def sections(self, node: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The groups of keys that a value may be, or a list of them."""
+        """The groups of keys that a value may be, or a list or mapping of them."""
         found = []
         for plain in self.options(node):
-            if plain["type"] == "array":
+            if plain.get("type") == "array":
                 found += self.sections(plain["items"])
+            elif isinstance(plain.get("additionalProperties"), dict):
+                found += self.sections(plain["additionalProperties"])
             elif "properties" in plain:
                 found.append(plain)
         return found
 
     def known(self, node: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[str]:
-        """All dotted keys, those of list entries without a number."""
+        """All dotted keys, those of list entries without a number, those of a mapping's values without a name."""
         for section in self.sections(node or self.tree):
             for name, below in section["properties"].items():
                 yield prefix + name
                 yield from self.known(below, f"{prefix}{name}.")
 
-    def expected(self, key: str) -> str:
-        """What a key must be, for a key that the schema knows."""
+    def expected(self, parts: Sequence[str]) -> str:
+        """What a key must be, for the parts of a key that the schema knows."""
         nodes = self.options(self.tree)
-        for part in key.split("."):
+        for part in parts:
             below: list[Any] = []
             for node in nodes:
                 if part.isdecimal() and "items" in node:
@@ -200,21 +210,24 @@ class Schema:
             return f"'{plain['const']}'"
         if "enum" in plain:
             return f"one of {', '.join(plain['enum'])}"
-        kind = plain["type"]
+        kind = plain.get("type")
+        if kind is None:
+            return "anything"
         if kind in ("integer", "number"):
             return ("a whole number" if kind == "integer" else "a number") + _range(plain)
         if kind == "array":
             entries = " or ".join(self.phrase(p) for p in self.options(plain["items"]))
             return f"a list{' with something in it' if plain.get('minItems') else ''} (each entry {entries})"
         if kind == "object":
-            return f"a mapping with {', '.join(plain['properties'])}" if "properties" in plain else "a mapping"
+            filled = " with something in it" if plain.get("minProperties") else ""
+            return f"a mapping with {', '.join(plain['properties'])}" if "properties" in plain else f"a mapping{filled}"
         return {"string": "text that isn't empty" if plain.get("minLength") else "text", "boolean": "true or false"}[
             kind
         ]
 
-    def closest(self, key: str) -> str:
+    def closest(self, parts: Sequence[str]) -> str:
         """Names the key that an unknown one may have meant: of the same name elsewhere, then alike in its own section."""
-        *above, leaf = [part for part in key.split(".") if not part.isdecimal()] or [key]
+        *above, leaf = [part for part in parts if not part.isdecimal() and "." not in part] or parts
         section = "".join(f"{part}." for part in above)
         leaf = re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", leaf).lower()
         known = list(dict.fromkeys(self.known()))

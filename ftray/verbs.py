@@ -49,6 +49,11 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
+    sweep = None
+    if run.tune is not None:
+        from ftray.tune.space import check_tune, describe
+
+        sweep = describe(check_tune(run))
     if arguments.json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
@@ -82,6 +87,7 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
         ("tokens", f"at most {run.train.global_batch_size * data.max_seq_len} a step"),
         ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}, offloaded to host memory: {run.deepspeed.offload}"),
         ("checkpoint", f"every {every}, the newest {run.checkpoint.keep} and the best are kept"),
+        *([("tune", sweep)] if sweep else []),
     ):
         console.say(f"{name:<11}{text}")
     return 0
@@ -118,6 +124,8 @@ def _owned(
 def train(arguments: argparse.Namespace, console: Console) -> int:
     """Trains, or continues."""
     run = open_target(arguments.run, arguments.overrides)
+    if run.tune is not None:
+        console.say("the section tune is for `ftray tune` and `ftray run`: this trains the file's own settings")
     if (done := _finished(run, verify=True)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
         return 0
@@ -132,6 +140,26 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
         found = launch(run, run_dir, console, lease)
         console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
     return 0
+
+
+def tune(arguments: argparse.Namespace, console: Console) -> int:
+    """Trains the run with different settings and names the best, or continues to."""
+    _sweep(open_target(arguments.run, arguments.overrides), arguments.run, console)
+    return 0
+
+
+def _sweep(run: config.Run, target: str, console: Console) -> config.Run:
+    """Runs the sweep of a run file; returns the winner's run."""
+    from ftray.tune.space import check_tune
+
+    trials = check_tune(run).max_concurrent or 1
+    with _owned(run, console, with_ray=False) as (run_dir, lease):
+        from ftray.session import ray_session
+        from ftray.tune.sweep import preflight_trials, sweep, winning_run
+
+        preflight_trials(run)
+        with ray_session(trials * run.world_sizes[-1] * run.scale.cpus_per_worker):
+            return winning_run(run, run_dir, sweep(run, run_dir, console, target, lease))
 
 
 def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
@@ -303,10 +331,13 @@ def _curl(url: str, model: str) -> str:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """The whole file, in order: train, evaluate, export, one request to the endpoint."""
+    """The whole file, in order: tune, train, evaluate, export, one request to the endpoint."""
     run = open_target(arguments.run, arguments.overrides)
     from ftray.serve.trial import known_answer
 
+    if run.tune is not None:
+        run = _sweep(run, arguments.run, console)
+        arguments.run = run.directory  # the winner is a run like any other: what follows is done to it
     done = _finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
     is_served = run.method.type != "prompt"  # its adapter is for PEFT

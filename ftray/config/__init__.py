@@ -11,6 +11,7 @@ from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.opinions import Human, Judge
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
+from ftray.config.tune import Parameter, Tune
 
 __all__ = [
     "CheckpointSection",
@@ -22,6 +23,7 @@ __all__ = [
     "Judge",
     "Method",
     "Model",
+    "Parameter",
     "Run",
     "Scale",
     "Section",
@@ -29,6 +31,7 @@ __all__ = [
     "Source",
     "Split",
     "Train",
+    "Tune",
     "differing_keys",
     "load_run",
     "parse_run",

@@ -16,6 +16,7 @@ from ftray.config.base import Section
 from ftray.config.compatible import impossible
 from ftray.config.data import Data
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
+from ftray.config.tune import Tune
 from ftray.errors import ConfigError
 
 
@@ -35,6 +36,7 @@ class Run(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+    tune: Tune | None = None
 
     @field_validator("name")
     @classmethod
@@ -124,30 +126,12 @@ class Run(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# Keys and values of the design that this version doesn't carry out: (key, value or ... for any, name, remedy).
-_LATER: tuple[tuple[str, object, str, str], ...] = (("tune", ..., "tune", "remove the section"),)
-
-
-def _not_carried_out(tree: dict[str, Any]) -> list[str]:
-    """A sentence for each of `_LATER` that the tree holds: refused by name, not as a typo."""
-    lines = []
-    for key, wanted, name, remedy in _LATER:
-        node: Any = tree
-        for part in key.split("."):
-            node = node.get(part, _LATER) if isinstance(node, dict) else _LATER
-        if node is not _LATER and wanted in (..., node):
-            lines.append(f"{name} is not carried out by this version of ftray; {remedy}")
-    return lines
-
-
 def parse_run(tree: dict[str, Any], origin: str) -> Run:
     """Validates a tree of plain values. Raises ConfigError with one line for each wrong key; `origin` names the file."""
-    lines = _not_carried_out(tree)
-    if not lines:
-        try:
-            return Run.model_validate(tree)
-        except ValidationError as err:
-            lines = runfile.explain(err, Run, tree)
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as err:
+        lines = runfile.explain(err, Run, tree)
     raise ConfigError(f"{origin}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{origin}:", *lines]))
 
 

@@ -129,10 +129,20 @@ class Scale(Section):
     """GPU kind as Ray names it (A100, H100, …); left out: any GPU where the cluster has one, else CPU."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1.0
     """CPUs a training worker reserves; on a CPU cluster also its number of threads."""
+    gpus_per_worker: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """Share of a GPU that a worker takes. Below 1 several trials of a sweep, of one worker each, share a GPU and its memory."""
     max_failures: Annotated[Int, Field(ge=0)] = 3
     """Failures in a row, without a new checkpoint between them, after which workers are started anew; one more ends the run."""
     wait_s: Annotated[Float, Field(ge=0)] = 1800.0
     """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
+
+    @model_validator(mode="after")
+    def _shares_alone(self) -> Scale:
+        if self.gpus_per_worker < 1 and self.max_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker ({self.gpus_per_worker:g}) needs num_workers 1: two workers of a run can't talk on one GPU"
+            )
+        return self
 
     @property
     def min_workers(self) -> int:

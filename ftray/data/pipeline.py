@@ -30,11 +30,16 @@ from ftray.errors import DataError
 
 STEPS_AHEAD = 8  # steps that the coordinator prepares before the slowest rank has asked for them
 FETCH_AHEAD = 2  # steps whose blocks a rank asks for in advance
+ROW_BYTES = 12  # of a row for each of its tokens: three int32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides which rows a step takes: the stream, its chunks with their rows, seed and batch size."""
+    """All that decides which rows a step takes: the stream, its chunks with their rows, seed and batch size.
+
+    packed: of each source, references to its chunks' rows in packing order, where several runs of one Ray share them
+    (`share_rows`); it decides nothing.
+    """
 
     stream: Stream
     sources: tuple[tuple[ChunkFacts, ...], ...]
@@ -42,6 +47,7 @@ class Plan:
     seed: int
     global_batch_size: int
     num_steps: int
+    packed: tuple[tuple[ray.ObjectRef, ...], ...] | None = None
 
     def chunk_keys(self, source: int) -> list[tuple[str, int]]:
         """(path, start) of a source's chunks, as `order` takes them."""
@@ -145,7 +151,23 @@ def heldout_table(index: Index, stream: Stream) -> pa.Table:
     return pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-Run = tuple[ray.ObjectRef, int, int]  # rows [lo, hi) of a block
+def share_rows(plan: Plan, most_bytes: float) -> tuple[tuple[ray.ObjectRef, ...], ...] | None:
+    """References to the rows of all chunks, each read and tokenized once, for `Plan.packed`; None if they take more bytes."""
+    num_rows = sum(facts.num_rows for source in plan.sources for facts in source)
+    if num_rows * plan.stream.max_seq_len * ROW_BYTES > most_bytes:
+        return None
+    shared = []
+    for source in plan.sources:
+        items = [(i, 0, facts) for i, facts in enumerate(source)]
+        refs: list[ray.ObjectRef] = []
+        for lo in range(0, len(items), SEGMENT):
+            dataset = open_dataset(partial(_rows_table, stream=plan.stream, seed=None), items[lo : lo + SEGMENT])
+            refs += [block.ref for bundle in dataset.iter_internal_ref_bundles() for block in bundle.blocks]
+        shared.append(tuple(refs))
+    return tuple(shared)
+
+
+Run = tuple[ray.ObjectRef, int, int, int]  # rows [lo, hi) of a block, in an epoch
 
 
 class Feed:
@@ -197,20 +219,27 @@ class Feed:
                 self._error = err
                 self._changed.notify_all()
 
-    def _rows(self, start: int) -> Iterator[tuple[ray.ObjectRef, int]]:
-        """(block, row in it) of the run's rows start, start + 1, …"""
+    def _rows(self, start: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """(block, row in it, epoch) of the run's rows start, start + 1, …"""
         counts = self._plan.mixture.counts(start)
         streams = [self._source_rows(i, k) for i, k in enumerate(counts)]
         for source in self._plan.mixture.sources(start):
             yield next(streams[source])
 
-    def _source_rows(self, source: int, k: int) -> Iterator[tuple[ray.ObjectRef, int]]:
+    def _source_rows(self, source: int, k: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
         """Rows of one source from its k-th, epoch after epoch; reads no chunk before the one that holds the k-th."""
         plan, facts, keys = self._plan, self._plan.sources[source], self._plan.chunk_keys(source)
         cursor = find_cursor(k, [f.num_rows for f in facts], keys, plan.seed, source)
         epoch, place, skip = cursor.epoch, cursor.chunk, cursor.row
         while True:
             items = [(i, epoch, facts[i]) for i in chunk_order(keys, plan.seed, epoch, source)]
+            if plan.packed is not None:
+                for i, _, found in items[place:]:
+                    where = (found.chunk.source, found.chunk.path, found.chunk.start)
+                    for row in row_order(found.num_rows, plan.seed, epoch, *where)[skip:]:
+                        yield plan.packed[source][i], int(row), epoch
+                    skip = 0
+                place = len(items)
             while place < len(items):
                 segment = items[place : place + SEGMENT]
                 place += len(segment)
@@ -220,18 +249,25 @@ class Feed:
                         num_rows = int(block.metadata.num_rows or 0)
                         lo, skip = min(skip, num_rows), max(0, skip - num_rows)
                         for row in range(lo, num_rows):
-                            yield block.ref, row
+                            yield block.ref, row, epoch
             epoch, place = epoch + 1, 0
 
 
-def _coalesce(rows: list[tuple[ray.ObjectRef, int]]) -> list[Run]:
+def _coalesce(rows: list[tuple[ray.ObjectRef, int, int]]) -> list[Run]:
     runs: list[Run] = []
-    for ref, row in rows:
-        if runs and runs[-1][0] == ref and runs[-1][2] == row:
-            runs[-1] = (ref, runs[-1][1], row + 1)
+    for ref, row, epoch in rows:
+        if runs and runs[-1][0] == ref and runs[-1][2:] == (row, epoch):
+            runs[-1] = (ref, runs[-1][1], row + 1, epoch)
         else:
-            runs.append((ref, row, row + 1))
+            runs.append((ref, row, row + 1, epoch))
     return runs
+
+
+def _piece(block: pa.Table, lo: int, hi: int, epoch: int) -> pa.Table:
+    """Rows [lo, hi) of a block as those of an epoch: shared blocks (`share_rows`) serve every epoch."""
+    rows = block.slice(lo, hi - lo)
+    column = rows.column_names.index("epoch")
+    return rows.set_column(column, "epoch", pa.array([epoch] * rows.num_rows, pa.int32()))
 
 
 class FeedShard:
@@ -258,11 +294,11 @@ class FeedShard:
             if step + FETCH_AHEAD < last:
                 asked.append(self._feed.get.remote(self._rank, step + FETCH_AHEAD))
             runs: list[Run] = ray.get(asked.popleft())
-            needed = list(dict.fromkeys(ref for ref, _, _ in runs))
+            needed = list(dict.fromkeys(ref for ref, *_ in runs))
             missing = [ref for ref in needed if ref not in blocks]
             fetched = dict(zip(missing, ray.get(missing), strict=True))
             blocks = {ref: blocks.get(ref, fetched.get(ref)) for ref in needed}
-            yield pa.concat_tables([blocks[ref].slice(lo, hi - lo) for ref, lo, hi in runs])
+            yield pa.concat_tables([_piece(blocks[ref], lo, hi, epoch) for ref, lo, hi, epoch in runs])
 
 
 class FeedConfig(DataConfig):

@@ -44,7 +44,12 @@ def prepare_data(
     index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
     heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
     _say_left_out(run.data, console)
-    train = run.train
+    hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
+    return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
+
+
+def plan_rows(index: Index, stream: Stream, train: config.Train) -> Plan:
+    """Which rows the steps of a run take. Raises DataError, ConfigError for fewer rows than a step takes."""
     plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
     if plan.mixture.rows_per_epoch < train.global_batch_size:
         raise DataError(
@@ -53,8 +58,7 @@ def prepare_data(
         )
     if plan.num_steps < 1:
         raise ConfigError(f"train.epochs ({train.epochs}) is less than one global batch; raise it")
-    hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
-    return Data(plan, index, heldout, heldout_index, "-".join(h for h in hashes if h))
+    return plan
 
 
 def _say_left_out(data: config.Data, console: Console) -> None:

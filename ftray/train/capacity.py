@@ -23,7 +23,7 @@ def check_resources(run: config.Run) -> bool:
     if run.train.precision == "fp16" and not use_gpu:
         raise ConfigError("train.precision fp16 needs GPUs, and the cluster has none; use bf16 or fp32")
     fewest = run.world_sizes[-1]
-    if use_gpu and num_gpus < fewest:
+    if use_gpu and num_gpus < fewest * scale.gpus_per_worker:
         raise ConfigError(f"scale.num_workers ({fewest}) needs as many GPUs, the cluster has {int(num_gpus)}; lower it")
     needed = fewest * scale.cpus_per_worker
     if needed > num_cpus:
@@ -63,7 +63,7 @@ def fitting(scale: config.Scale, use_gpu: bool, nodes: list[Resources]) -> int:
     """Workers that these nodes hold at once: each on one node, and one CPU in all left over for reading data."""
     if scale.accelerator is not None:
         nodes = [node for node in nodes if f"accelerator_type:{scale.accelerator}" in node]
-    needs = {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    needs = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if use_gpu else {})
     number = sum(min(int(node.get(kind, 0) / need + 1e-9) for kind, need in needs.items()) for node in nodes)
     num_cpus = sum(node.get("CPU", 0) for node in nodes)
     while number and number * scale.cpus_per_worker + 1 > num_cpus + 1e-9:

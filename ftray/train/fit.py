@@ -122,7 +122,8 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
     torch.cuda.empty_cache()
     pieces = 2 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if head.requires_grad else 0)
     static = torch.cuda.memory_allocated(device) + pieces + state_bytes(run, parameters, world_size)
-    capacity = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free, whole = torch.cuda.mem_get_info(device)
+    capacity = min(free + torch.cuda.memory_reserved(device), whole * run.scale.gpus_per_worker)
     worst = torch.tensor([-capacity, static, *token_bytes], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(worst, dist.ReduceOp.MAX)

@@ -89,11 +89,13 @@ def run_group(
     finished, joined, stepped, asked, hangs, killed_s = False, False, False, "", "", 0.0
     while thread.is_alive() and not (hangs and time.monotonic() - killed_s > KILL_S):
         thread.join(POLL_S)
+        evaluated = None
         for event in ray.get(monitor.drain.remote()):
             clock.heard(event)
             show(event)
             finished = finished or bool(event.get("finished"))
             stepped = stepped or event["event"] == "step"
+            evaluated = event["step"] if event["event"] == "heldout" else evaluated
         places = ray.get(monitor.places.remote())
         if places and not joined:
             joined = True
@@ -103,6 +105,8 @@ def run_group(
             if asked == OVERTAKEN or (asked == LEAVE_AT_ONCE and not stepped):
                 _kill(monitor)
                 return Ended(False, asked)
+        if evaluated is not None:
+            monitor.settle.remote(evaluated, bool(asked))
         if not hangs and thread.is_alive() and (hangs := clock.hangs):
             killed_s = time.monotonic()
             _kill(monitor)

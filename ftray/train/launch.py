@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,15 +38,38 @@ from ftray.train.worker import Job, train_worker
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 
-def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease | None = None) -> Found:
+@dataclass(frozen=True)
+class Follower:
+    """Who follows a run from outside: a sweep, of whose trials it is one.
+
+    heard: told each event of rank 0; after a held-out loss the workers wait until it has returned. caught: gets a signal's
+    number when the run is to stop as at that signal. data, heldout: what trials share (the run's data, and a reference
+    to the held-out rows); None: the run prepares its own.
+    """
+
+    heard: Callable[[dict[str, Any]], None]
+    caught: list[int]
+    data: Data | None = None
+    heldout: Any = None
+
+
+def train(
+    run: config.Run,
+    run_dir: str,
+    console: Console,
+    lease: storage.Lease | None = None,
+    follower: Follower | None = None,
+) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
     """
     use_gpu = _wait_for_resources(run, run_dir, console)
-    load = partial(load_tokenizer, absolute_base(run.model))
-    data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
+    data = follower.data if follower else None
+    if data is None:
+        load = partial(load_tokenizer, absolute_base(run.model))
+        data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
@@ -54,19 +77,25 @@ def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease 
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
-    heldout = None
-    if data.heldout_stream and data.heldout_index and run.evaluate.every:
+    heldout = follower.heldout if follower else None
+    if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
     meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
     there = run.model_copy(update={"model": absolute_base(run.model)})
-    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), lease.token if lease is not None else None)
+    held = lease.token if lease is not None else None
+    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
     with console.progress("train: step", data.plan.num_steps, newest.step if newest else 0) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
-            return _start(job, world_size, data.plan, use_gpu, wish, partial(_show, bar=bar, console=console))
+            return _start(job, world_size, data.plan, use_gpu, wish, show)
+
+        def show(event: dict[str, Any]) -> None:
+            _show(event, bar, console)
+            if follower is not None:
+                follower.heard(event)
 
         try:
-            supervise(run, run_dir, use_gpu, start, console, lease)
+            supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
         except FtrayError:
             with suppress(StorageError):
                 if committed := list_checkpoints(run_dir):
@@ -135,7 +164,8 @@ def _start(
             scaling_config=ScalingConfig(
                 num_workers=world_size,
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": run.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+                resources_per_worker={"CPU": run.scale.cpus_per_worker}
+                | ({"GPU": run.scale.gpus_per_worker} if use_gpu else {}),
                 accelerator_type=run.scale.accelerator,
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

@@ -261,6 +261,8 @@ class Trainer:
         progress.since_best = 0 if is_best else progress.since_best + 1
         self._lines[-1]["heldout_loss"] = loss
         self._link_send({"event": "heldout", "step": progress.step, "heldout_loss": loss})
+        if self._job.waits and self._link is not None:
+            self._link.await_verdict(progress.step)
         return is_best
 
     def _save(self) -> None:

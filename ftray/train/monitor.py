@@ -26,6 +26,8 @@ class Monitor:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._last_settled = -1
         self._stop = False
         self._failure: tuple[str, str] | None = None
         self._places: list[WorkerPlace] = []
@@ -58,6 +60,18 @@ class Monitor:
         """What `fail` kept."""
         return self._failure
 
+    def settle(self, step: int, stop: bool) -> None:
+        """Says whether the run goes on after the held-out loss of a step."""
+        with self._settled:
+            self._last_settled, self._stop = step, self._stop or stop
+            self._settled.notify_all()
+
+    def verdict(self, step: int) -> bool:
+        """Waits until a step is settled; returns whether the run is to stop."""
+        with self._settled:
+            self._settled.wait_for(lambda: self._last_settled >= step)
+            return self._stop
+
     def stop(self) -> None:
         """Asks the workers to commit a checkpoint and leave at the next step."""
         self._stop = True
@@ -74,6 +88,10 @@ class MonitorLink:
         self._reply = self._monitor.record.remote(event)
         if last:
             ray.get(self._reply)
+
+    def await_verdict(self, step: int) -> None:
+        """Waits until the driver has settled whether the run goes on after the held-out loss of a step."""
+        self._stop = ray.get(self._monitor.verdict.remote(step)) or self._stop
 
     def stop_asked(self) -> bool:
         """Whether the driver asked to stop, as far as its replies have come."""

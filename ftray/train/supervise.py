@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -38,28 +38,30 @@ def supervise(
     start: Callable[[int, Wish], Ended],
     console: Console,
     lease: storage.Lease | None,
+    caught: list[int] | None = None,
 ) -> None:
     """Runs groups until one is trained to the end. start: starts one of so many workers and returns how it ended.
 
+    caught: gets a signal's number when the run is to stop as at that signal, where others watch the signals.
     Raises Interrupted, Preempted, RunHeldError, RunError, and what a group says that trying again won't cure.
     """
     failures, failed_at, size = 0, -1, 0
-    with stop_signals(console) as caught:
-        cluster = Cluster(run, use_gpu, console, caught, lease)
+    with stop_signals(console) if caught is None else nullcontext(caught) as stopped:
+        cluster = Cluster(run, use_gpu, console, stopped, lease)
         while True:
             size = cluster.wait_for_room(run_dir, size)
             ended = _start(start, size, cluster.wish)
             step = _newest(run_dir)
-            if ended.finished and not caught:
+            if ended.finished and (caught is not None or not stopped):
                 return
-            _raise_if_over(ended, caught, step, lease)
+            _raise_if_over(ended, stopped, step, lease)
             if ended.no_room:
                 cluster.avoid(size)
             elif ended.failure:
                 failures = failures + 1 if step == failed_at else 1
                 failed_at = step
                 _judge(run, ended.failure, failures, step, console)
-                _pause(min(30.0, 5.0 * (failures - 1)), caught)  # at once after the first: most pass
+                _pause(min(30.0, 5.0 * (failures - 1)), stopped)  # at once after the first: most pass
             else:
                 console.say(f"train: {ended.wish}; its workers left at step {step}")
 

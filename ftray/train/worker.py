@@ -25,6 +25,8 @@ class Job:
 
     meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
     parent: the checkpoint whose weights a new run starts from, or None. lease: the driver's right to write the run.
+    waits: after a held-out loss, until the driver has settled whether the run goes on, so that a trial that is given up
+    does no step more.
     """
 
     run: config.Run
@@ -34,6 +36,7 @@ class Job:
     monitor: Any
     parent: str | None = None
     lease: storage.Token | None = None
+    waits: bool = False
 
 
 def train_worker(arguments: dict[str, Job]) -> None:

@@ -8,11 +8,12 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ftray.data.pipeline import Plan
+from ftray.data.pipeline import Plan, share_rows
 from ftray.data.sources import list_shards
 from ftray.data.trace import trace_order
 from ftray.errors import DataError, innermost
@@ -75,6 +76,18 @@ def test_any_world_size_gives_each_step_the_same_rows(which: str, request: pytes
     expected = dict(enumerate(rows.expected_steps(plan)))
     for world_size in (1, 2, 4):
         assert rows.fed_steps(plan, world_size) == expected
+
+
+@pytest.mark.parametrize("which", ["plan", "weighted"])
+def test_rows_that_several_runs_share_come_in_the_same_order(which: str, request: pytest.FixtureRequest) -> None:
+    plan: Plan = request.getfixturevalue(which)
+    assert share_rows(plan, most_bytes=1000) is None, "too many bytes"
+    shared = replace(plan, packed=share_rows(plan, most_bytes=1e9))
+    assert shared.packed is not None
+    expected = dict(enumerate(rows.expected_steps(plan)))
+    assert rows.fed_steps(shared, 2) == expected
+    late = plan.num_steps - 3
+    assert rows.fed_steps(shared, 4, late) == {step: expected[step] for step in range(late, plan.num_steps)}
 
 
 def test_each_row_comes_once_an_epoch_and_the_tail_is_carried_over(plan: Plan) -> None:

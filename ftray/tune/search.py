@@ -1,0 +1,116 @@
+"""Who chooses a trial's values: chance, a grid, or Optuna.
+
+A choice is a function of the seed, the trial's number and the trials that are known; it is kept before the trial starts,
+so that nothing of a searcher has to be kept besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from ftray.config import Parameter, Tune
+from ftray.tune.space import Params, grid, has_optuna, in_order, is_on, number_of_trials, sample, tidy
+from ftray.tune.state import Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def propose(tune: Tune, trials: Sequence[Trial]) -> Params:
+    """Values for the trial after those that are known."""
+    number = len(trials)
+    if tune.search == "grid":
+        return next(islice(grid(tune), number, None))
+    if tune.search == "random":
+        return sample(tune, number)
+    import optuna
+
+    # A sampler of its own for each trial: its chance must not hang on what it was asked before the driver died.
+    seed = (tune.seed * 1_000_003 + number) % 2**32
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, 1 + number_of_trials(tune) // 3))
+    study = make_study(tune, trials, sampler)
+    asked, params = study.ask(), Params()
+    for key in in_order(tune):
+        if is_on(tune.space[key], params):
+            params[key] = _suggest(asked, key, tune.space[key])
+    return params
+
+
+def _suggest(asked: optuna.Trial, key: str, parameter: Parameter) -> Any:
+    if parameter.type == "choice":
+        values = parameter.values or []
+        return values[asked.suggest_categorical(key, list(range(len(values))))]
+    assert parameter.low is not None  # `Parameter` asks for both
+    assert parameter.high is not None
+    if parameter.type == "randint":
+        return asked.suggest_int(key, int(parameter.low), int(parameter.high))
+    return tidy(asked.suggest_float(key, parameter.low, parameter.high, log=parameter.type == "loguniform"), parameter)
+
+
+def make_study(tune: Tune, trials: Sequence[Trial], sampler: Any = None, share: float | None = None) -> optuna.Study:
+    """The trials as Optuna sees them: choices by their place among the values. share: they ended there, for comparisons."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    states = optuna.trial.TrialState
+    study = optuna.create_study(direction="minimize", sampler=sampler)
+    for trial in trials:
+        value = trial.best.loss if trial.best else None
+        state = {"done": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL}.get(
+            trial.status, states.RUNNING
+        )
+        if share is not None:
+            value = next((r.loss for r in trial.reports if r.share >= share and math.isfinite(r.loss)), None)
+            state = states.COMPLETE
+        if state in (states.COMPLETE, states.PRUNED) and value is None:
+            continue
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=value if state == states.COMPLETE else None,
+                params={key: _place(tune.space[key], chosen) for key, chosen in trial.params.items()},
+                distributions={key: _distribution(tune.space[key]) for key in trial.params},
+                intermediate_values={r.step: r.loss for r in trial.reports if math.isfinite(r.loss)},
+            )
+        )
+    return study
+
+
+def _place(parameter: Parameter, value: Any) -> Any:
+    return (parameter.values or []).index(value) if parameter.type == "choice" else value
+
+
+def _distribution(parameter: Parameter) -> Any:
+    from optuna import distributions
+
+    if parameter.type == "choice":
+        return distributions.CategoricalDistribution(list(range(len(parameter.values or []))))
+    low, high = parameter.low, parameter.high
+    if parameter.type == "randint":
+        return distributions.IntDistribution(int(low or 0), int(high or 0))
+    return distributions.FloatDistribution(low or 0.0, high or 0.0, log=parameter.type == "loguniform")
+
+
+def importance(tune: Tune, trials: Sequence[Trial]) -> tuple[float, dict[str, float]] | None:
+    """How much each key decided the held-out loss, in shares of 1 (PED-ANOVA), and at which share of the steps the trials
+    were compared: the last that all of them reached. None without Optuna, or with too few trials."""
+    seen = [t for t in trials if t.status in ("done", "stopped") and t.best]
+    if not has_optuna() or len(seen) < 4:
+        return None
+    import optuna
+
+    share = min(t.reports[-1].share for t in seen)
+    study = make_study(tune, seen, share=share)
+    common = set.intersection(*(set(t.params) for t in seen))
+    varied = [key for key in common if len({repr(t.params[key]) for t in seen}) > 1]
+    if not varied:
+        return None
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    try:
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
+    except (ValueError, RuntimeError):  # all losses alike
+        return None
+    return share, {key: float(value) for key, value in found.items() if math.isfinite(value)} or {}

@@ -1,0 +1,243 @@
+"""From a run file and a choice of values to a trial's run; and which values there are. Pure: no Ray, no storage.
+
+A value at a dotted key is nothing before the run that it makes has passed the same validation as a run file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from itertools import islice, product
+from typing import Any
+
+import yaml
+
+from ftray import config
+from ftray.config import Parameter, Tune
+from ftray.errors import ConfigError
+from ftray.runfile import Schema, put_value
+from ftray.train.zero import deepspeed_config
+
+SECTIONS = ("method", "train", "deepspeed")
+OWN_DATA = ("model", "data")
+MAX_CORNERS = 1000
+MAX_LISTED = 32  # whole numbers of a range that are all tried; of a longer one its ends and its middle
+Params = dict[str, Any]
+
+
+def check_tune(run: config.Run) -> Tune:
+    """The section of a sweep that can be carried out.
+
+    Raises ConfigError, in one sentence: for a key that doesn't exist or isn't for trials, a value or a combination that
+    makes no run, nothing held out to compare by, a searcher that is not installed.
+    """
+    tune = _section(run)
+    if run.data.eval is None:
+        raise ConfigError(
+            f"tune.metric {tune.metric} needs held-out data, and data.eval is missing; add data.eval: {{fraction: 0.1}}"
+        )
+    schema = Schema(config.Run)
+    for key in tune.space:
+        _check_key(key, tune, schema)
+    if not shares_data(tune) and run.evaluate.every is None:
+        raise ConfigError("tune.space changes the data of trials, so that evaluate.every can't be derived; add it")
+    for params in corners(tune):
+        made = trial_run(run, params, "trial", run.storage)
+        deepspeed_config(made.train, made.deepspeed, made.micro_batch_size, made.world_sizes[0])
+    if tune.search == "optuna" and not has_optuna():
+        raise ConfigError("tune.search optuna is not installed; pip install 'ftray[tune]', or use random")
+    return tune
+
+
+def has_optuna() -> bool:
+    """Whether Optuna is installed."""
+    return importlib.util.find_spec("optuna") is not None
+
+
+def number_of_trials(tune: Tune) -> int:
+    """How many trials there are in all."""
+    if tune.search != "grid":
+        assert tune.num_trials is not None  # `Tune` asks for it
+        return tune.num_trials
+    return sum(1 for _ in islice(grid(tune), tune.num_trials))
+
+
+def describe(tune: Tune) -> str:
+    """A sweep in a line."""
+    early = {"asha": "successive halving gives the worse up", "median": "those below the median are given up"}
+    return (
+        f"{number_of_trials(tune)} trials ({tune.search}) over {', '.join(tune.space)}; "
+        f"{early.get(tune.scheduler, 'each trains to the end')}"
+    )
+
+
+def _section(run: config.Run) -> Tune:
+    if run.tune is None:
+        raise ConfigError(
+            "the section tune is missing; add what to try, for example "
+            "tune: {num_trials: 8, space: {train.learning_rate: {type: loguniform, low: 5e-5, high: 5e-4}}}"
+        )
+    return run.tune
+
+
+def _check_key(key: str, tune: Tune, schema: Schema) -> None:
+    parts = key.split(".")
+    plain, known = ".".join(part for part in parts if not part.isdecimal()), set(schema.known())
+    if plain not in known and not plain.startswith("deepspeed.overrides."):
+        raise ConfigError(f"tune.space: unknown key {key}; {schema.closest(parts)}")
+    if parts[0] not in (*SECTIONS, *OWN_DATA):
+        raise ConfigError(f"tune.space: {key} doesn't change what is learned; use keys of {', '.join(SECTIONS)}")
+    if any(other.startswith(f"{plain}.") for other in known):
+        raise ConfigError(f"tune.space: {key} is a section; name one of its keys")
+    if parts[0] in OWN_DATA and not tune.own_data:
+        raise ConfigError(
+            f"tune.space: {key} changes the data of a trial, which is read once for all; set tune.own_data, or remove it"
+        )
+
+
+def shares_data(tune: Tune) -> bool:
+    """Whether all trials train on the same data."""
+    return not any(key.split(".")[0] in OWN_DATA for key in tune.space)
+
+
+def trial_run(run: config.Run, params: Mapping[str, Any], name: str, storage: str) -> config.Run:
+    """The run of a trial: the file's with these values, on as few workers as the file allows.
+
+    Raises ConfigError naming the values.
+    """
+    tree = run.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
+    tree |= {"name": name, "storage": storage}
+    try:
+        for key, value in params.items():
+            put_value(tree, key, value)
+        made = config.parse_run(tree, "")
+    except ConfigError as err:
+        said = " ".join(str(err).removeprefix(":").split())
+        named = {key: value for key, value in params.items() if key in said} or params
+        raise ConfigError(f"tune.space with {as_words(named)}: {said}") from None
+    scale = made.scale.model_copy(update={"num_workers": made.world_sizes[-1]})
+    return made.model_copy(update={"scale": scale})
+
+
+def as_words(params: Mapping[str, Any]) -> str:
+    """Values with their keys, for messages."""
+    return ", ".join(f"{key}={as_word(value)}" for key, value in params.items())
+
+
+def as_word(value: Any) -> str:
+    """A value as it may be typed in an override."""
+    if isinstance(value, str) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def in_order(tune: Tune) -> list[str]:
+    """Keys of the space, each after those that its `when` asks."""
+    order: list[str] = []
+    while len(order) < len(tune.space):
+        order += [k for k, p in tune.space.items() if k not in order and set(p.when or {}) <= set(order)]
+    return order
+
+
+def is_on(parameter: Parameter, params: Mapping[str, Any]) -> bool:
+    """Whether a key is set, after the values that were chosen before it."""
+    for key, wanted in (parameter.when or {}).items():
+        if key not in params or params[key] not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def sample(tune: Tune, number: int) -> Params:
+    """Values of trial `number` at random: a function of seed, number and key alone."""
+    params: Params = {}
+    for key in in_order(tune):
+        if is_on(tune.space[key], params):
+            params[key] = _draw(tune.space[key], random.Random(f"{tune.seed}/{number}/{key}"))
+    return params
+
+
+def _draw(parameter: Parameter, rng: random.Random) -> Any:
+    if parameter.type == "choice":
+        return rng.choice(parameter.values or [])
+    low, high = _ends(parameter)
+    if parameter.type == "randint":
+        return rng.randint(int(low), int(high))
+    if parameter.type == "loguniform":
+        return tidy(math.exp(rng.uniform(math.log(low), math.log(high))), parameter)
+    return tidy(rng.uniform(low, high), parameter)
+
+
+def tidy(number: float, parameter: Parameter) -> float:
+    """A number of a range in four digits: nobody learns more from more, and they can be typed."""
+    low, high = _ends(parameter)
+    return min(high, max(low, float(f"{number:.4g}")))
+
+
+def grid(tune: Tune) -> Iterator[Params]:
+    """Every combination of values, the last key moving fastest."""
+    return _combinations(tune, {key: _all_values(parameter) for key, parameter in tune.space.items()})
+
+
+def corners(tune: Tune) -> Iterator[Params]:
+    """Combinations of every choice and the ends of every range; of very many, each value at least once."""
+    values = {key: _corner_values(parameter) for key, parameter in tune.space.items()}
+    if math.prod(map(len, values.values())) <= MAX_CORNERS:
+        yield from _combinations(tune, values)
+        return
+    for key in in_order(tune):
+        for value in values[key]:
+            yield from islice(_combinations(tune, {**values, **_switched_on(tune, key), key: [value]}), 1)
+    rng = random.Random(0)
+    for _ in range(MAX_CORNERS):
+        picked = {key: [rng.choice(of)] for key, of in values.items()}
+        yield from _combinations(tune, picked)
+
+
+def _switched_on(tune: Tune, key: str) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for other, wanted in (tune.space[key].when or {}).items():
+        found |= {**_switched_on(tune, other), other: wanted if isinstance(wanted, list) else [wanted]}
+    return found
+
+
+def _combinations(tune: Tune, values: Mapping[str, list[Any]]) -> Iterator[Params]:
+    keys, seen = in_order(tune), set()
+    is_conditional = any(parameter.when for parameter in tune.space.values())
+    for combination in product(*(values[key] for key in keys)):
+        params: Params = {}
+        for key, value in zip(keys, combination, strict=True):
+            if is_on(tune.space[key], params):
+                params[key] = value
+        if is_conditional:  # keys that are off make several combinations one
+            text = json.dumps(params, sort_keys=True)
+            if text in seen:
+                continue
+            seen.add(text)
+        yield params
+
+
+def _all_values(parameter: Parameter) -> list[Any]:
+    if parameter.type == "choice":
+        return list(parameter.values or [])
+    low, high = _ends(parameter)
+    return list(range(int(low), int(high) + 1))
+
+
+def _corner_values(parameter: Parameter) -> list[Any]:
+    if parameter.type == "choice":
+        return list(parameter.values or [])
+    low, high = _ends(parameter)
+    if parameter.type != "randint":
+        return [low, high]
+    if high - low < MAX_LISTED:
+        return _all_values(parameter)
+    return [int(low), int(low + high) // 2, int(high)]
+
+
+def _ends(parameter: Parameter) -> tuple[float, float]:
+    assert parameter.low is not None  # `Parameter` asks for both
+    assert parameter.high is not None
+    return parameter.low, parameter.high

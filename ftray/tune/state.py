@@ -1,0 +1,125 @@
+"""What is known of a sweep, in storage: its trials, their values, each held-out loss and what was decided after it.
+
+One file, `<run>/tune/state.json`, written after each change; what is in it was decided, so that the same command
+continues from it. Knows storage and plain values; nothing of who decides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ftray import config, storage
+from ftray.errors import ConfigError
+
+VERSION = 1
+Status = Literal["running", "done", "stopped", "failed"]
+FREE = {"num_trials", "max_concurrent"}  # keys of `tune` that may change while a sweep goes on
+
+
+@dataclass(frozen=True)
+class Report:
+    """A held-out loss. at: its place among all reports of the sweep. share: of the trial's steps. stop: what was decided."""
+
+    at: int
+    step: int
+    share: float
+    loss: float
+    stop: bool
+
+
+@dataclass
+class Trial:
+    """A trial. params: values by dotted key. running: not ended yet, whether or not it trains just now."""
+
+    number: int
+    params: dict[str, Any]
+    status: Status = "running"
+    num_steps: int = 0
+    reports: list[Report] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its run."""
+        return f"trial-{self.number:03d}"
+
+    @property
+    def best(self) -> Report | None:
+        """Its lowest held-out loss."""
+        return min((r for r in self.reports if math.isfinite(r.loss)), key=lambda r: r.loss, default=None)
+
+    @property
+    def step(self) -> int:
+        """Steps that are known to be done."""
+        return self.num_steps if self.status == "done" else max((r.step for r in self.reports), default=0)
+
+    def report_of(self, step: int) -> Report | None:
+        """What was reported at a step."""
+        return next((report for report in self.reports if report.step == step), None)
+
+
+@dataclass
+class State:
+    """A sweep. settings, data_hash: what must be the same when it is continued; the hash is known once data is indexed."""
+
+    settings: dict[str, Any]
+    trials: list[Trial] = field(default_factory=list)
+    data_hash: str = ""
+
+    def reports(self) -> list[tuple[Trial, Report]]:
+        """All reports in the order in which they came."""
+        return sorted(((t, r) for t in self.trials for r in t.reports), key=lambda pair: pair[1].at)
+
+    def winner(self) -> Trial | None:
+        """The trial with the lowest held-out loss, of those trained to the end; where there is none, of all."""
+        ended = [t for t in self.trials if t.status == "done" and t.best] or [
+            t for t in self.trials if t.status != "failed" and t.best
+        ]
+        return min(ended, key=lambda t: (t.best.loss, t.number) if t.best else (math.inf, 0), default=None)
+
+
+def settings_of(run: config.Run) -> dict[str, Any]:
+    """What must be the same when a sweep is continued."""
+    assert run.tune is not None
+    every = run.evaluate.model_dump(mode="json", include={"every", "early_stopping"})
+    tune = run.tune.model_dump(mode="json", exclude=FREE, exclude_none=True)
+    return {**run.identity(), "evaluate": every, "tune": tune}
+
+
+def open_state(run: config.Run, tune_dir: str) -> State:
+    """The state of a sweep that was started, or a new one.
+
+    Raises ConfigError, naming the keys, for a sweep that was started with other settings.
+    """
+    uri, settings = _uri(tune_dir), settings_of(run)
+    if not storage.exists(uri):
+        return State(settings)
+    try:
+        tree = json.loads(storage.read_bytes(uri))
+        state = State(tree["settings"], [_trial(t) for t in tree["trials"]], tree["data_hash"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{uri} is damaged; restore it, or delete {tune_dir} to sweep anew") from None
+    if differing := config.differing_keys(state.settings, settings):
+        raise ConfigError(
+            f"the sweep in {tune_dir} was started with other settings: {'; '.join(differing)}. Choose another name, "
+            "set these back, or delete that directory"
+        )
+    return state
+
+
+def _trial(tree: Mapping[str, Any]) -> Trial:
+    return Trial(**{**tree, "reports": [Report(**r) for r in tree["reports"]]})
+
+
+def save_state(state: State, tune_dir: str) -> None:
+    """Writes the state. Raises StorageError."""
+    tree = {"version": VERSION, **asdict(state)}
+    storage.write_bytes(_uri(tune_dir), json.dumps(tree, indent=1).encode())
+
+
+def _uri(tune_dir: str) -> str:
+    return storage.join(tune_dir, "state.json")
