@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("export", verbs.export, "write the adapter and the merged model")
     verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
     _add_data_verbs(commands, verb)
+    _add_cluster_verbs(commands, verb)
     runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
     sub = runs.add_subparsers(required=True, metavar="action").add_parser("gc", help="sweep what no run needs any more")
     sub.add_argument("place", help="a run's directory, or one that holds runs (local or s3://)")
@@ -80,6 +81,18 @@ def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser])
     order.add_argument("--steps", type=_steps, default=(0, 1), metavar="A:B", help="steps A … B - 1 (0:1)")
     order.add_argument("--after-step", type=int, metavar="N", help="start the feed as after a checkpoint of step N")
     order.add_argument("--json", action="store_true", help="one line of JSON for each step and rank")
+
+
+def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "Kubernetes: render"
+    pods = commands.add_parser("k8s", help=text, description=text).add_subparsers(required=True, metavar="action")
+    render = verb("render", verbs.k8s_render, "write KubeRay manifests for a run file", pods)
+    render.add_argument("-o", dest="directory", metavar="DIR", help="write files there, instead of printing")
+    render.add_argument("--machine", help="kind of machine, e.g. p4de.24xlarge; by scale.accelerator if left out")
+    render.add_argument("--image", help="container image; ftray:<version>-cuda or -cpu if left out")
+    render.add_argument(
+        "--parts", type=lambda text: tuple(text.split(",")), help="configmap,rayjob,rayservice,raycluster"
+    )
 
 
 def _from_one(text: str) -> int:

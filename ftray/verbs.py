@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftray import config
@@ -327,3 +328,20 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
     ):
         console.say(line)
+
+
+def k8s_render(arguments: argparse.Namespace, console: Console) -> int:
+    """Writes, or prints, the Kubernetes manifests of a run file."""
+    from ftray.cluster.render import PARTS, as_yaml, render, write
+
+    run = open_target(arguments.run, arguments.overrides)
+    parts = arguments.parts or PARTS[:3]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"--parts {unknown[0]} is not known; known are {', '.join(PARTS)}")
+    manifests = render(run, arguments.machine, arguments.image, parts)
+    if arguments.directory is None:
+        console.say("---\n".join(as_yaml(tree) for tree in manifests.values()).rstrip("\n"))
+        return 0
+    for path in write(manifests, Path(arguments.directory)):
+        console.say(str(path))
+    return 0
