@@ -345,3 +345,61 @@ def k8s_render(arguments: argparse.Namespace, console: Console) -> int:
     for path in write(manifests, Path(arguments.directory)):
         console.say(str(path))
     return 0
+
+
+def submit(arguments: argparse.Namespace, console: Console) -> int:
+    """Runs a file as a job of a Ray cluster, and follows it; returns the exit code of what ran there."""
+    from ftray.cluster.places import check_storage
+    from ftray.cluster.submit import Jobs, Manner
+    from ftray.cluster.submit import submit as start
+
+    run = config.load_run(arguments.run, arguments.overrides)
+    check_storage(run)
+    jobs = Jobs(arguments.address)
+    manner = Manner(arguments.what, not arguments.no_check, arguments.wait_for_nodes, not arguments.no_wait)
+    return start(run, Path(arguments.run).stem, manner, jobs, console)
+
+
+def job_status(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows jobs."""
+    from ftray.cluster.submit import Jobs, status
+
+    return status(Jobs(arguments.address), arguments.name, arguments.json, console)
+
+
+def job_logs(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows what a job printed."""
+    from ftray.cluster.submit import Jobs, logs
+
+    return logs(Jobs(arguments.address), arguments.name, arguments.follow, console)
+
+
+def job_stop(arguments: argparse.Namespace, console: Console) -> int:
+    """Ends a job."""
+    from ftray.cluster.submit import Jobs, stop
+
+    return stop(Jobs(arguments.address), arguments.name, console)
+
+
+def doctor(arguments: argparse.Namespace, console: Console) -> int:
+    """Looks at this machine, or at the cluster of RAY_ADDRESS; 1 where something is bad."""
+    from dataclasses import asdict
+
+    from ftray.cluster.doctor import examine, examine_cluster, has_room, judge, lines_of, place_of, worst_of
+    from ftray.session import ray_session
+
+    run = open_target(arguments.run, arguments.overrides) if arguments.run else None
+    place = place_of(run, arguments.storage)
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        nodes = [examine(place)]
+    else:
+        with ray_session(0):
+            if run is not None and arguments.wait_for_nodes:
+                from ftray.cluster.room import wait_for_nodes
+
+                wait_for_nodes(run, partial(has_room, run))
+            nodes = examine_cluster(place)
+    findings = judge(nodes, run)
+    for line in [json.dumps(asdict(found)) for found in findings] if arguments.json else lines_of(findings):
+        console.say(line)
+    return 1 if worst_of(findings) else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ftray.cluster.nodes import Layout, Machine
+from ftray.cluster.nodes import Layout
 
 Tree = dict[str, Any]
 
@@ -90,7 +90,7 @@ def worker_group(image: Image, role: str, layout: Layout, pods: tuple[int, int, 
         spec["nodeSelector"] = {"node.kubernetes.io/instance-type": machine.name}
         spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     if efa:
-        spec["containers"][0]["env"] += nccl_env(machine)
+        spec["containers"][0]["env"] += nccl_env()
     replicas, least, most = pods
     return {
         "groupName": "workers",
@@ -102,7 +102,7 @@ def worker_group(image: Image, role: str, layout: Layout, pods: tuple[int, int, 
     }
 
 
-def nccl_env(machine: Machine) -> list[Tree]:
+def nccl_env() -> list[Tree]:
     """What NCCL needs to speak over EFA; RDMA between GPUs as p4d and later have it."""
     values = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "NCCL_SOCKET_IFNAME": "eth0"}
     return [{"name": name, "value": value} for name, value in values.items()]

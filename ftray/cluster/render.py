@@ -202,7 +202,7 @@ _MAKERS = {"configmap": _configmap, "rayjob": _rayjob, "rayservice": _rayservice
 class _Plain(yaml.SafeDumper):
     """Writes equal parts out each time, and text of several lines as such."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True
 
 

@@ -128,9 +128,7 @@ def unrestricted(manifest: Tree) -> list[str]:
     for path, template in pod_templates(manifest):
         pod = template["spec"]
         context = pod.get("securityContext", {})
-        for key in ("hostNetwork", "hostPID", "hostIPC"):
-            if pod.get(key):
-                found.append(f"{path}: {key}")
+        found += [f"{path}: {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if pod.get(key)]
         allowed = {
             "configMap",
             "emptyDir",

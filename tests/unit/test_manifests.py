@@ -225,8 +225,8 @@ def test_workers_are_spread_evenly_over_as_few_machines_as_hold_them(
         (
             ["scale.cpus_per_worker=16"],
             None,
-            "scale.cpus_per_worker 16: 8 workers need 128 CPUs, p4d.24xlarge has 92 for 8 of its 8 GPUs; lower it to 11, "
-            "or name another --machine",
+            "scale.cpus_per_worker 16: 8 workers need 128 CPUs, p4d.24xlarge has 92 for 8 of its 8 GPUs; lower it to 11, or "  # noqa: ISC004
+            "name another --machine",
         ),
         (
             ["scale.accelerator=TPU"],
