@@ -96,9 +96,9 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
         metavar="LIST",
         help="of configmap,rayjob,rayservice,raycluster; the first three if left out",
     )
-    address = {"help": "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"}
+    at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
     submit = verb("submit", verbs.submit, "run a file as a job of a Ray cluster, and follow it")
-    submit.add_argument("--address", **address)
+    submit.add_argument("--address", help=at)
     submit.add_argument(
         "--verb", dest="what", default="run", choices=("run", "train", "evaluate", "export"), help="what it does (run)"
     )
@@ -115,7 +115,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     ):
         jobs[name] = commands.add_parser(name, help=text, description=text)
         jobs[name].add_argument("name", nargs="?" if name == "status" else None, help="a run, or a job (<run>-<n>)")
-        jobs[name].add_argument("--address", **address)
+        jobs[name].add_argument("--address", help=at)
         jobs[name].set_defaults(verb=function, overrides=[])
     jobs["status"].add_argument("--json", action="store_true", help="print JSON")
     jobs["logs"].add_argument("--follow", action="store_true", help="until its end, with its exit code")
