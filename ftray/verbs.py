@@ -349,8 +349,9 @@ def k8s_render(arguments: argparse.Namespace, console: Console) -> int:
 
 def submit(arguments: argparse.Namespace, console: Console) -> int:
     """Runs a file as a job of a Ray cluster, and follows it; returns the exit code of what ran there."""
+    from ftray.cluster.jobs import Jobs
     from ftray.cluster.places import check_storage
-    from ftray.cluster.submit import Jobs, Manner
+    from ftray.cluster.submit import Manner
     from ftray.cluster.submit import submit as start
 
     run = config.load_run(arguments.run, arguments.overrides)
@@ -362,21 +363,24 @@ def submit(arguments: argparse.Namespace, console: Console) -> int:
 
 def job_status(arguments: argparse.Namespace, console: Console) -> int:
     """Shows jobs."""
-    from ftray.cluster.submit import Jobs, status
+    from ftray.cluster.jobs import Jobs
+    from ftray.cluster.submit import status
 
     return status(Jobs(arguments.address), arguments.name, arguments.json, console)
 
 
 def job_logs(arguments: argparse.Namespace, console: Console) -> int:
     """Shows what a job printed."""
-    from ftray.cluster.submit import Jobs, logs
+    from ftray.cluster.jobs import Jobs
+    from ftray.cluster.submit import logs
 
     return logs(Jobs(arguments.address), arguments.name, arguments.follow, console)
 
 
 def job_stop(arguments: argparse.Namespace, console: Console) -> int:
     """Ends a job."""
-    from ftray.cluster.submit import Jobs, stop
+    from ftray.cluster.jobs import Jobs
+    from ftray.cluster.submit import stop
 
     return stop(Jobs(arguments.address), arguments.name, console)
 

@@ -2,7 +2,7 @@
 
     python -m tests.nodes <dashboard port> <CPUs of each node> …
 
-prints a line when it is up, kills its head at a line `lose head`, and ends when its standard input does.
+prints `up` and where it may be joined, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Self
 
 
 class TokenCluster:
-    """A head without CPUs and nodes with some, behind a token, with dashboard and job server at `address`."""
+    """A head without CPUs and nodes with some, behind a token. address: of its dashboard; gcs_address: for RAY_ADDRESS."""
 
     def __init__(self, port: int, token: str, env: dict[str, str], cpus: tuple[int, ...] = (2, 2)) -> None:
         self.address = f"http://127.0.0.1:{port}"
@@ -34,7 +34,8 @@ class TokenCluster:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self._process = subprocess.Popen(self._command, env=self.env, **streams)
         assert self._process.stdout is not None
-        if self._process.stdout.readline() != "up\n":
+        word, _, self.gcs_address = self._process.stdout.readline().strip().partition(" ")
+        if word != "up":
             self.__exit__(None, None, None)
             raise RuntimeError("the cluster did not come up")
         return self
@@ -58,10 +59,8 @@ def main(port: int, cpus: list[int]) -> None:
     nodes = Cluster(initialize_head=True, head_node_args=head)
     for number in cpus:
         nodes.add_node(num_cpus=number)
-    print("up", file=out, flush=True)
-    for line in sys.stdin:
-        if line == "lose head\n":
-            nodes.remove_node(nodes.head_node, allow_graceful=False)
+    print("up", nodes.address, file=out, flush=True)
+    sys.stdin.read()
     nodes.shutdown()
 
 

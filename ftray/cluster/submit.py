@@ -1,17 +1,14 @@
 """Runs as jobs of a Ray cluster, over its job server: submitted once, followed, asked for, stopped.
 
-Knows HTTP's side of Ray (`ray.job_submission`); the cluster itself is looked at from inside, by a job that runs
-`ftray doctor`. Nothing secret travels with a job: keys are the cluster's own.
+The cluster is looked at from inside, by a job that runs `ftray doctor`. Nothing secret travels with a job: keys are the
+cluster's own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,108 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from ftray import config
+from ftray.cluster.jobs import LIVE, STOP_S, Jobs, exit_code, next_id, short
 from ftray.cluster.places import local_extras
 from ftray.console import Console, duration
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 
 MOST_MB = 8.0  # of files that travel with a job
-CONNECT_S = 10.0
 CHECK_S = 300.0  # for the job that looks at the cluster
 SILENT_S = 60.0  # a job server that doesn't answer for so long is gone
-STOP_S = 600  # seconds that a stopped job has to commit its checkpoint
 POLL_S = 0.5
-LIVE = ("PENDING", "RUNNING")
-
-
-class Jobs:
-    """The job server of a cluster. Raises ConfigError where it can't be reached, or asks for another token."""
-
-    def __init__(self, address: str | None) -> None:
-        given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-        if not given:
-            raise ConfigError("--address is missing: the cluster's dashboard, e.g. --address http://head:8265")
-        self.address = given if "://" in given else f"http://{given}"
-        if not self.address.startswith(("http://", "https://")):
-            raise ConfigError(f"--address {given}: give the dashboard's, e.g. http://head:8265")
-        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-        self._knock()
-        from ray.job_submission import JobSubmissionClient
-
-        with self.told():
-            self.client = JobSubmissionClient(self.address)
-            self.ray_version = str(self.client.get_version())
-
-    def _knock(self) -> None:
-        parts = urlsplit(self.address)
-        try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
-        except (OSError, ValueError) as err:
-            raise ConfigError(
-                f"--address {self.address}: nobody answers ({err}); correct it, or start the cluster"
-            ) from None
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Turns what Ray's client raises into one sentence."""
-        import requests
-        from ray.exceptions import AuthenticationError
-
-        try:
-            yield
-        except AuthenticationError as err:
-            wrong = "refuses the token in RAY_AUTH_TOKEN" if "failed" in str(err)[:40] else "asks for a token"
-            raise ConfigError(
-                f"the cluster at {self.address} {wrong}; set RAY_AUTH_TOKEN to the cluster's own"
-            ) from None
-        except (requests.exceptions.JSONDecodeError, KeyError):
-            raise ConfigError(
-                f"--address {self.address} is no Ray dashboard; give that, e.g. http://head:8265"
-            ) from None
-        except (ConnectionError, requests.exceptions.RequestException) as err:
-            raise Preempted(
-                f"the cluster at {self.address} doesn't answer any more ({_short(err)}); submit again when it, or a new "
-                "one, is up: the run continues"
-            ) from None
-
-    def of(self, run_name: str | None = None) -> list[Any]:
-        """Jobs that ftray submitted, oldest first; those of one run, if named. The looks at the cluster aren't among them."""
-        with self.told():
-            found = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("run")]
-        return sorted(
-            (job for job in found if run_name in (None, job.metadata["run"]) and job.metadata.get("verb") != "doctor"),
-            key=lambda job: job.start_time or 0,
-        )
-
-    def find(self, name: str) -> Any:
-        """The job of that id, or the last of the run of that name. Raises ConfigError."""
-        found = [job for job in self.of() if job.submission_id == name] or self.of(name)
-        if not found:
-            known = ", ".join(dict.fromkeys(job.metadata["run"] for job in self.of())) or "none"
-            raise ConfigError(f"{name} is neither a job nor a run on {self.address}; its runs: {known}")
-        return found[-1]
-
-    def start(self, job_id: str, entrypoint: str, directory: Path, metadata: dict[str, str]) -> None:
-        """Submits. Raises ConfigError for what the job server refuses."""
-        environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}, "working_dir": str(directory)}
-        with self.told():
-            try:
-                self.client.submit_job(
-                    entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
-                )
-            except RuntimeError as err:
-                raise ConfigError(f"the cluster refuses the job {job_id}: {_short(err)}") from None
-
-    def info(self, job_id: str) -> Any:
-        """What is known of a job."""
-        with self.told():
-            return self.client.get_job_info(job_id)
 
 
 @dataclass(frozen=True)
@@ -159,12 +67,6 @@ def submit(run: config.Run, stem: str, manner: Manner, jobs: Jobs, console: Cons
             jobs.start(job_id, f"ftray {manner.verb} {stem}.yaml", directory, metadata)
         console.say(f"submitted {job_id} to {jobs.address}  (config hash {run.config_hash})")
     return follow(jobs, job_id, console) if manner.wait else 0
-
-
-def next_id(name: str, known: list[str]) -> str:
-    """`<name>-<n>`, one above the highest n in use."""
-    numbers = [int(found[1]) for each in known if (found := re.fullmatch(re.escape(name) + r"-(\d+)", each))]
-    return f"{name}-{max(numbers, default=0) + 1}"
 
 
 @contextmanager
@@ -230,7 +132,7 @@ def _look(jobs: Jobs, run: config.Run, stem: str, manner: Manner, directory: Pat
     if not found:
         last = next((line for line in reversed(text.splitlines()) if line.strip()), info.message or "it said nothing")
         raise ConfigError(
-            f"`ftray doctor` can't run on the cluster at {jobs.address} ({_short(last)}); install ftray there, as here"
+            f"`ftray doctor` can't run on the cluster at {jobs.address} ({short(last)}); install ftray there, as here"
         )
     for finding in found:
         if finding["verdict"] == "bad":
@@ -283,19 +185,6 @@ async def _tail(jobs: Jobs, job_id: str, console: Console) -> None:
         await asyncio.sleep(POLL_S)
     if line:
         console.say(line)
-
-
-def exit_code(info: Any, job_id: str) -> int:
-    """The code of a job's command. Raises Interrupted for a stopped job, RunError for one that Ray lost."""
-    if info.status == "SUCCEEDED":
-        return 0
-    if info.status == "STOPPED":
-        raise Interrupted(f"the job {job_id} was stopped; submit again to continue")
-    if info.driver_exit_code is None or info.driver_exit_code < 0:
-        raise RunError(
-            f"the job {job_id} ended without a word of its own ({_short(info.message)}); submit again to continue"
-        )
-    return int(info.driver_exit_code)
 
 
 def rows_of(found: list[Any]) -> list[dict[str, Any]]:
@@ -357,7 +246,3 @@ def stop(jobs: Jobs, name: str, console: Console) -> int:
         time.sleep(POLL_S)
     console.say(f"stopped; the same submit continues the run {job.metadata['run']}")
     return 0
-
-
-def _short(what: object) -> str:
-    return " ".join(str(what).split())[:200]

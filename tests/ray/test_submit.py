@@ -88,6 +88,12 @@ def test_a_run_is_submitted_once_followed_to_its_end_and_complete_after_that(sit
     assert "training of 'tiny' is complete (6 steps)" in said
     assert site.jobs("tiny") == [("tiny-1", "SUCCEEDED", 0), ("tiny-2", "SUCCEEDED", 0)]
     assert "train: step 6/6" in site.ftray("logs", "tiny-1")
+    ray = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", site.cluster.address]
+    plain = [*ray, "--submission-id", "tiny-3", "--working-dir", ".", "--", "ftray", "train", "tiny.yaml"]
+    done = subprocess.run(
+        plain, cwd=site.run_file.parent, env=site.cluster.env, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, "training of 'tiny' is complete (6 steps)" in done.stdout) == (0, True), done.stdout
 
 
 def test_the_exit_code_and_the_sentence_of_a_refused_run_come_back(site: Site) -> None:
@@ -123,3 +129,19 @@ def test_storage_that_the_cluster_can_not_write_is_told_before_anything_is_submi
     said = site.ftray("submit", str(site.run_file), "name=nowhere", "storage=s3://no-such-bucket/runs", code=2)
     assert f"ftray: the cluster at {site.cluster.address}: storage: " in said.splitlines()[-1]
     assert site.jobs("nowhere") == []
+
+
+def test_the_doctor_joins_a_cluster_and_says_in_one_line_why_it_can_not(site: Site) -> None:
+    command = [sys.executable, "-m", "ftray.cli", "doctor", str(site.run_file), "--json"]
+    env = {**site.cluster.env, "RAY_ADDRESS": site.cluster.gcs_address}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"check"')]
+    assert {row["check"]: row["verdict"] for row in found}["nodes"] == "ok", done.stdout + done.stderr
+    assert found[0]["fact"] == "3 answer"
+    assert done.returncode == 0
+    done = subprocess.run(command, env={**env, "RAY_AUTH_TOKEN": "f" * 64}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        f"ftray: RAY_ADDRESS {site.cluster.gcs_address}: no Ray cluster answers"
+    )

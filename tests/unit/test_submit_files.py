@@ -15,7 +15,8 @@ import ray
 import yaml
 
 from ftray import cli, config
-from ftray.cluster.submit import exit_code, next_id, packed
+from ftray.cluster.jobs import exit_code, next_id
+from ftray.cluster.submit import packed
 from ftray.errors import ConfigError, Interrupted, RunError
 
 ROOT = Path(__file__).parents[2]
