@@ -160,7 +160,7 @@ def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
                 "requests": {"cpu": "500m", "memory": "1Gi"},
                 "limits": {"cpu": "500m", "memory": "1Gi"},
             },
-            "volumeMounts": [{"name": "home", "mountPath": "/home/ftray"}],
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": "/home/ftray"}],
         }
     spec = {
         "serviceUnhealthySecondThreshold": 900,
