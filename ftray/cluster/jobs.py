@@ -38,7 +38,7 @@ class Jobs:
 
         with self.told():
             self.client = JobSubmissionClient(self.address)
-            self.ray_version = str(self.client.get_version())
+            self.ray_version = str(self.client._server_ray_version)  # `get_version` gives the protocol's
 
     def _knock(self) -> None:
         parts = urlsplit(self.address)

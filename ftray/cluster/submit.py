@@ -165,7 +165,11 @@ async def _tail(jobs: Jobs, job_id: str, console: Console) -> None:
     while True:
         seen = 0
         try:
-            async for piece in jobs.client.tail_job_logs(job_id):
+            pieces = jobs.client.tail_job_logs(job_id)
+            while True:
+                piece = await asyncio.wait_for(
+                    anext(pieces), SILENT_S
+                )  # a link that broke without a word is opened anew
                 heard_s = time.monotonic()
                 new = piece[max(0, shown - seen) :]
                 seen += len(piece)
@@ -173,6 +177,8 @@ async def _tail(jobs: Jobs, job_id: str, console: Console) -> None:
                 *whole, line = (line + new).split("\n")
                 for text in whole:
                     console.say(text)
+        except StopAsyncIteration:
+            pass
         except Exception:  # noqa: BLE001 - aiohttp and Ray raise many kinds; whether the job is over is asked below
             await asyncio.sleep(POLL_S)
         try:

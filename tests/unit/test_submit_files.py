@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +17,11 @@ import ray
 import yaml
 
 from ftray import cli, config
+from ftray.cluster import submit
 from ftray.cluster.jobs import exit_code, next_id
 from ftray.cluster.submit import packed
-from ftray.errors import ConfigError, Interrupted, RunError
+from ftray.console import Console
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 
 ROOT = Path(__file__).parents[2]
 RUN = {
@@ -96,6 +100,47 @@ def test_the_code_of_what_ran_is_returned_and_what_has_none_is_an_error() -> Non
     for code in (None, -9):
         with pytest.raises(RunError, match="submit again to continue"):
             exit_code(ended("FAILED", code), "r-1")
+
+
+class Server:
+    """A job server whose connection breaks after each of `broken`, and then holds to the end of the log."""
+
+    def __init__(self, log: str, broken: list[int]) -> None:
+        self.log, self.broken, self.asked = log, broken, 0
+        self.client = self
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        end = self.broken.pop(0) if self.broken else None
+        for start in range(0, len(self.log[:end]), 7):
+            yield self.log[start : min(start + 7, end or len(self.log))]
+        if end is not None:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def info(self, job_id: str) -> SimpleNamespace:
+        self.asked += 1
+        return SimpleNamespace(status="RUNNING" if self.asked < 5 else "SUCCEEDED", driver_exit_code=0)
+
+
+def test_a_log_is_shown_once_and_whole_although_its_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    text = "".join(f"line {n} of the log\n" for n in range(20)) + "the end without a newline"
+    stream = io.StringIO()
+    server = Server(text, [33, 10, 150, 0])
+    assert submit.follow(server, "r-1", Console(stream)) == 0  # type: ignore[arg-type]
+    assert stream.getvalue() == text + "\n"
+
+
+def test_a_cluster_that_goes_away_while_it_is_followed_ends_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    monkeypatch.setattr(submit, "SILENT_S", 0.05)
+    server = Server("a\n", [1] * 100_000)
+
+    def gone(job_id: str) -> SimpleNamespace:
+        raise Preempted("the cluster doesn't answer any more")
+
+    server.info = gone  # type: ignore[method-assign, assignment]
+    with pytest.raises(Preempted):
+        submit.follow(server, "r-1", Console(io.StringIO()))  # type: ignore[arg-type]
 
 
 def test_the_launcher_file_is_one_that_ray_takes_and_keeps_the_promises_of_its_head() -> None:
