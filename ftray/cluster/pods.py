@@ -125,7 +125,7 @@ def _pod(image: Image, container: str, role: str, size: Tree, shm_gib: int) -> T
     volumes: list[Tree] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
-        {"name": "run", "configMap": {"name": image.run}},
+        {"name": "run", "configMap": {"name": image.run} | ({"optional": True} if role == "cluster" else {})},
     ]
     if shm_gib:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})

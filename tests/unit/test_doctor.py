@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ftray import cli, config, storage
-from ftray.cluster import doctor
+from ftray.cluster import doctor, room
 from ftray.cluster.doctor import Facts, Finding, examine, judge, worst_of
-from ftray.cluster.room import bundles_of
+from ftray.errors import Preempted
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_run_that_finds_no_room_is_told_what_lacks() -> None:
     one = replace(WELL, gpus=(), resources={"CPU": 1})
     assert found("room", one, run=cpu).fact == "1 workers' CPUs, the run needs 2"
     assert found("room", replace(one, resources={"CPU": 4}), run=cpu).verdict == "ok"
-    assert bundles_of(run) == [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] * 16
+    assert room.bundles_of(run) == [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] * 16
 
 
 def test_this_machine_is_described_truly(tmp_path: Path) -> None:
@@ -137,3 +137,20 @@ def test_the_verb_prints_lines_or_json_and_fails_where_something_is_bad(
     assert "bad  disk      " in said
     assert "→ free some, or set HOME" in said
     assert worst_of([Finding("a", "warn", ""), Finding("b", "bad", "")]) == Finding("b", "bad", "")
+
+
+def test_machines_are_asked_for_and_the_wish_is_withdrawn_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes: list[list[dict[str, float]]] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: wishes.append(bundles))  # noqa: PLW0108 - by its name
+    monkeypatch.setattr(room, "POLL_S", 0.0)
+    run = config.load_run(ROOT / "jobs/full-8b.yaml", ["scale.wait_s=60"])
+    answers = iter([False, False, True])
+    room.wait_for_nodes(run, lambda: next(answers))
+    assert wishes == [room.bundles_of(run), []]
+    wishes.clear()
+    room.wait_for_nodes(run, lambda: True)
+    assert wishes == [], "what is there isn't asked for"
+    short = config.load_run(ROOT / "jobs/full-8b.yaml", ["scale.wait_s=0"])
+    with pytest.raises(Preempted, match=r"no machines for 16 workers within 0 s \(scale\.wait_s\)"):
+        room.wait_for_nodes(short, lambda: False)
+    assert wishes == [room.bundles_of(short), []]

@@ -275,7 +275,7 @@ def test_an_endpoint_is_deployed_from_the_run_file_and_not_without_keys(
     monkeypatch.setenv("FTRAY_API_KEY", "one,two")
     deployment = build(args)._bound_deployment
     (settings,) = deployment.init_args
-    assert settings.model_dir == "s3://acme-ml/runs/llama3-8b-lora/model/merged"
+    assert settings.model_dir == "s3://acme-ml/runs/lora-8b/model/merged"
     assert len(settings.key_hashes) == 2
     assert deployment.ray_actor_options["num_gpus"] == 1.0
     assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
