@@ -389,11 +389,12 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
     """Looks at this machine, or at the cluster of RAY_ADDRESS; 1 where something is bad."""
     from dataclasses import asdict
 
-    from ftray.cluster.doctor import examine, examine_cluster, has_room, judge, lines_of, place_of, worst_of
+    from ftray.cluster.doctor import Finding, examine, examine_cluster, has_room, judge, lines_of, place_of, worst_of
     from ftray.session import ray_session
 
     run = open_target(arguments.run, arguments.overrides) if arguments.run else None
     place = place_of(run, arguments.storage)
+    links: list[Finding] = []
     if os.environ.get("RAY_ADDRESS", "local") == "local":
         nodes = [examine(place)]
     else:
@@ -403,7 +404,11 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
 
                 wait_for_nodes(run, partial(has_room, run))
             nodes = examine_cluster(place)
-    findings = judge(nodes, run)
+            if arguments.links:
+                from ftray.cluster.links import measure_links
+
+                links = [measure_links()]
+    findings = judge(nodes, run) + links
     for line in [json.dumps(asdict(found)) for found in findings] if arguments.json else lines_of(findings):
         console.say(line)
     return 1 if worst_of(findings) else 0

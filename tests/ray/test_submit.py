@@ -132,12 +132,13 @@ def test_storage_that_the_cluster_can_not_write_is_told_before_anything_is_submi
 
 
 def test_the_doctor_joins_a_cluster_and_says_in_one_line_why_it_can_not(site: Site) -> None:
-    command = [sys.executable, "-m", "ftray.cli", "doctor", str(site.run_file), "--json"]
+    command = [sys.executable, "-m", "ftray.cli", "doctor", str(site.run_file), "--json", "--links"]
     env = {**site.cluster.env, "RAY_ADDRESS": site.cluster.gcs_address}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"check"')]
     assert {row["check"]: row["verdict"] for row in found}["nodes"] == "ok", done.stdout + done.stderr
     assert found[0]["fact"] == "3 answer"
+    assert found[-1]["fact"].startswith("all-reduce over 2 nodes at ")
     assert done.returncode == 0
     done = subprocess.run(command, env={**env, "RAY_AUTH_TOKEN": "f" * 64}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

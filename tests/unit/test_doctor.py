@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ftray import cli, config, storage
-from ftray.cluster import doctor, room
+from ftray.cluster import doctor, links, room
 from ftray.cluster.doctor import Facts, Finding, examine, judge, worst_of
 from ftray.errors import Preempted
-from tests.s3 import S3Server
+from tests.s3 import S3Server, free_ports
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"python": "3.11.7", **dict.fromkeys(doctor.PACKAGES, "1.0")}
@@ -154,3 +156,18 @@ def test_machines_are_asked_for_and_the_wish_is_withdrawn_whatever_comes(monkeyp
     with pytest.raises(Preempted, match=r"no machines for 16 workers within 0 s \(scale\.wait_s\)"):
         room.wait_for_nodes(short, lambda: False)
     assert wishes == [room.bundles_of(short), []]
+
+
+def test_ranks_measure_the_link_between_them() -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    command = [sys.executable, "-m", "ftray.cluster.links"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", address, "gloo"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for rank in range(2)
+    ]
+    speeds = [float(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    assert all(0.001 < speed < 1000 for speed in speeds)
+    assert links.verdict_of(0.4, 2, "gloo").verdict == "ok"
+    assert links.verdict_of(0.4, 2, "nccl") == Finding(
+        "links", "warn", "all-reduce over 2 nodes at 0.4 GB/s (nccl)", links.REMEDY["nccl"]
+    )
