@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("export", verbs.export, "write the adapter and the merged model")
     verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
     _add_data_verbs(commands, verb)
+    _add_cluster_verbs(commands, verb)
     runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
     sub = runs.add_subparsers(required=True, metavar="action").add_parser("gc", help="sweep what no run needs any more")
     sub.add_argument("place", help="a run's directory, or one that holds runs (local or s3://)")
@@ -104,6 +105,53 @@ def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser])
     order.add_argument("--steps", type=_steps, default=(0, 1), metavar="A:B", help="steps A … B - 1 (0:1)")
     order.add_argument("--after-step", type=int, metavar="N", help="start the feed as after a checkpoint of step N")
     order.add_argument("--json", action="store_true", help="one line of JSON for each step and rank")
+
+
+def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
+    text = "Kubernetes: render"
+    pods = commands.add_parser("k8s", help=text, description=text).add_subparsers(required=True, metavar="action")
+    render = verb("render", verbs.k8s_render, "write KubeRay manifests for a run file", pods)
+    render.add_argument("-o", dest="directory", metavar="DIR", help="write files there, instead of printing")
+    render.add_argument("--machine", help="kind of machine, e.g. p4de.24xlarge; by scale.accelerator if left out")
+    render.add_argument("--image", help="container image; ftray:<version>-cuda or -cpu if left out")
+    render.add_argument(
+        "--parts",
+        type=lambda text: tuple(text.split(",")),
+        metavar="LIST",
+        help="of configmap,rayjob,rayservice,raycluster; the first three if left out",
+    )
+    at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
+    submit = verb("submit", verbs.submit, "run a file as a job of a Ray cluster, and follow it")
+    submit.add_argument("--address", help=at)
+    submit.add_argument(
+        "--verb", dest="what", default="run", choices=("run", "train", "evaluate", "export"), help="what it does (run)"
+    )
+    submit.add_argument("--no-wait", action="store_true", help="don't follow the job")
+    submit.add_argument(
+        "--wait-for-nodes", action="store_true", help="where the cluster starts machines: wait for them"
+    )
+    submit.add_argument("--no-check", action="store_true", help="don't look at the cluster first")
+    jobs = {}
+    for name, function, text in (
+        ("status", verbs.job_status, "jobs of a cluster, or of one run"),
+        ("logs", verbs.job_logs, "what a job printed"),
+        ("stop", verbs.job_stop, "end a job; it commits a checkpoint"),
+    ):
+        jobs[name] = commands.add_parser(name, help=text, description=text)
+        jobs[name].add_argument("name", nargs="?" if name == "status" else None, help="a run, or a job (<run>-<n>)")
+        jobs[name].add_argument("--address", help=at)
+        jobs[name].set_defaults(verb=function, overrides=[])
+    jobs["status"].add_argument("--json", action="store_true", help="print JSON")
+    jobs["logs"].add_argument("--follow", action="store_true", help="until its end, with its exit code")
+    text = "look at this machine, or at the cluster of RAY_ADDRESS: versions, GPUs, storage, clock, disk, memory"
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor.add_argument("run", nargs="?", help="run file whose storage and workers are looked at")
+    doctor.add_argument("--storage", help="directory or s3:// prefix to measure; the run's if left out")
+    doctor.add_argument(
+        "--wait-for-nodes", action="store_true", help="ask the cluster for the run's machines, and wait"
+    )
+    doctor.add_argument("--json", action="store_true", help="a line of JSON for each check")
+    doctor.set_defaults(verb=verbs.doctor, overrides=[])
 
 
 def _from_one(text: str) -> int:

@@ -50,7 +50,7 @@ def ray_session(num_cpus: float) -> Iterator[None]:
         try:
             knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except (OSError, RuntimeError, ValueError) as err:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as err:
             reason = " ".join(str(err).split())[:200]
             raise ConfigError(
                 f"RAY_ADDRESS {address}: no Ray cluster answers ({reason}); correct or unset it"

@@ -1,0 +1,130 @@
+"""The job server of a Ray cluster: jobs that ftray submitted there, and errors in a sentence each.
+
+Knows HTTP's side of Ray (`ray.job_submission`); nothing of run files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+
+CONNECT_S = 10.0
+STOP_S = 600  # seconds that a stopped job has to commit its checkpoint
+LIVE = ("PENDING", "RUNNING")
+
+
+class Jobs:
+    """The job server of a cluster. Raises ConfigError where it can't be reached, or asks for another token."""
+
+    def __init__(self, address: str | None) -> None:
+        given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not given:
+            raise ConfigError("--address is missing: the cluster's dashboard, e.g. --address http://head:8265")
+        self.address = given if "://" in given else f"http://{given}"
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(f"--address {given}: give the dashboard's, e.g. http://head:8265")
+        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        self._knock()
+        from ray.job_submission import JobSubmissionClient
+
+        with self.told():
+            self.client = JobSubmissionClient(self.address)
+            self.ray_version = str(self.client._server_ray_version)  # `get_version` gives the protocol's
+
+    def _knock(self) -> None:
+        parts = urlsplit(self.address)
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+        except (OSError, ValueError) as err:
+            raise ConfigError(
+                f"--address {self.address}: nobody answers ({err}); correct it, or start the cluster"
+            ) from None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Turns what Ray's client raises into one sentence."""
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as err:
+            wrong = "refuses the token in RAY_AUTH_TOKEN" if "failed" in str(err)[:40] else "asks for a token"
+            raise ConfigError(
+                f"the cluster at {self.address} {wrong}; set RAY_AUTH_TOKEN to the cluster's own"
+            ) from None
+        except (requests.exceptions.JSONDecodeError, KeyError):
+            raise ConfigError(
+                f"--address {self.address} is no Ray dashboard; give that, e.g. http://head:8265"
+            ) from None
+        except (ConnectionError, requests.exceptions.RequestException) as err:
+            raise Preempted(
+                f"the cluster at {self.address} doesn't answer any more ({short(err)}); submit again when it, or a new "
+                "one, is up: the run continues"
+            ) from None
+
+    def of(self, run_name: str | None = None) -> list[Any]:
+        """Jobs that ftray submitted, oldest first; those of one run, if named. The looks at the cluster aren't among them."""
+        with self.told():
+            found = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("run")]
+        return sorted(
+            (job for job in found if run_name in (None, job.metadata["run"]) and job.metadata.get("verb") != "doctor"),
+            key=lambda job: job.start_time or 0,
+        )
+
+    def find(self, name: str) -> Any:
+        """The job of that id, or the last of the run of that name. Raises ConfigError."""
+        found = [job for job in self.of() if job.submission_id == name] or self.of(name)
+        if not found:
+            known = ", ".join(dict.fromkeys(job.metadata["run"] for job in self.of())) or "none"
+            raise ConfigError(f"{name} is neither a job nor a run on {self.address}; its runs: {known}")
+        return found[-1]
+
+    def start(self, job_id: str, entrypoint: str, directory: Path, metadata: dict[str, str]) -> None:
+        """Submits. Raises ConfigError for what the job server refuses."""
+        environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}, "working_dir": str(directory)}
+        with self.told():
+            try:
+                self.client.submit_job(
+                    entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
+                )
+            except RuntimeError as err:
+                raise ConfigError(f"the cluster refuses the job {job_id}: {short(err)}") from None
+
+    def info(self, job_id: str) -> Any:
+        """What is known of a job."""
+        with self.told():
+            return self.client.get_job_info(job_id)
+
+
+def next_id(name: str, known: list[str]) -> str:
+    """`<name>-<n>`, one above the highest n in use."""
+    numbers = [int(found[1]) for each in known if (found := re.fullmatch(re.escape(name) + r"-(\d+)", each))]
+    return f"{name}-{max(numbers, default=0) + 1}"
+
+
+def exit_code(info: Any, job_id: str) -> int:
+    """The code of a job's command. Raises Interrupted for a stopped job, RunError for one that Ray lost."""
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        raise Interrupted(f"the job {job_id} was stopped; submit again to continue")
+    if info.driver_exit_code is None or info.driver_exit_code < 0:
+        raise RunError(
+            f"the job {job_id} ended without a word of its own ({short(info.message)}); submit again to continue"
+        )
+    return int(info.driver_exit_code)
+
+
+def short(what: object) -> str:
+    return " ".join(str(what).split())[:200]

@@ -1,0 +1,213 @@
+"""Kubernetes manifests of a run, for KubeRay 1.7: a ConfigMap with the run file, a RayJob that trains, a RayService.
+
+Pure: trees from a run file. What stands around them (service account, network policies, budgets) is in k8s/base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray import config
+from ftray.cluster.nodes import Layout, find_machine, lay_out
+from ftray.cluster.places import check_pods
+from ftray.cluster.pods import (
+    CONTAINER_SECURITY,
+    PART_OF,
+    RAY_TOKEN,
+    RUN_FILE,
+    Image,
+    Tree,
+    head_group,
+    submitter,
+    worker_group,
+)
+from ftray.errors import ConfigError
+
+PARTS = ("configmap", "rayjob", "rayservice", "raycluster")
+NAME_CHARS = 40  # KubeRay adds to a name, and a label holds 63
+START_S, MOST_S = 3600, 14 * 86400
+RETRIES = 3
+
+
+def render(
+    run: config.Run, machine_name: str | None = None, image: str | None = None, parts: tuple[str, ...] = PARTS[:3]
+) -> dict[str, Tree]:
+    """Manifests by the name of their part. Raises ConfigError for a run that these machines or pods can't carry."""
+    check_pods(run)
+    if "rayservice" in parts and run.method.type == "prompt":
+        parts = tuple(part for part in parts if part != "rayservice")  # virtual tokens are for PEFT, not served
+    layout = lay_out(run, find_machine(run.scale.accelerator, machine_name))
+    kind = "cuda" if layout.gpus else "cpu"
+    made = Image(
+        image or f"ftray:{importlib.metadata.version('ftray')}-{kind}",
+        kubernetes_name(run.name),
+        importlib.metadata.version("ray"),
+        head_gib(run),
+    )
+    return {part: _MAKERS[part](run, layout, made) for part in parts}
+
+
+def as_yaml(tree: Tree) -> str:
+    """A manifest as text, without YAML's anchors."""
+    return yaml.dump(tree, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write(manifests: dict[str, Tree], directory: Path) -> list[Path]:
+    """Writes a file for each manifest, and a kustomization that names them; returns the paths. Raises ConfigError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for part, tree in manifests.items():
+            paths.append(directory / f"{part}.yaml")
+            paths[-1].write_text(as_yaml(tree), encoding="utf-8")
+        listing = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [path.name for path in paths],
+        }
+        paths.append(directory / "kustomization.yaml")
+        paths[-1].write_text(as_yaml(listing), encoding="utf-8")
+    except OSError as err:
+        raise ConfigError(f"-o {directory} can't be written ({err.strerror}); name another directory") from None
+    return paths
+
+
+def head_gib(run: config.Run) -> int:
+    """Memory of the head, whose driver merges and writes the model: 3 bytes for each weight that the base's name tells."""
+    found = re.search(r"(\d+(?:\.\d+)?)b\b", run.model.base.lower())
+    return 16 + math.ceil(3e9 * float(found[1]) / 2**30) if found else 16
+
+
+def kubernetes_name(name: str) -> str:
+    """A run's name as Kubernetes allows it. Two runs never share one: what had to be changed carries a hash."""
+    plain = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")
+    if plain == name and len(name) <= NAME_CHARS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{plain[: NAME_CHARS - 7].strip('-') or 'run'}-{digest}"
+
+
+def _configmap(run: config.Run, _: Layout, image: Image) -> Tree:
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    tree.setdefault("serve", {})["host"] = "0.0.0.0"  # of a pod; keys and the network policy guard it
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _meta(run, image), "data": {"run.yaml": as_yaml(tree)}}
+
+
+def _rayjob(run: config.Run, layout: Layout, image: Image) -> Tree:
+    spec = {
+        "entrypoint": f"ftray run {RUN_FILE}",
+        "metadata": {"run": run.name, "config_hash": run.config_hash},
+        "submissionMode": "K8sJobMode",
+        "submitterPodTemplate": submitter(image),
+        "backoffLimit": RETRIES,  # a new cluster each time; the run goes on by its name at its newest checkpoint
+        "preRunningDeadlineSeconds": START_S,
+        "activeDeadlineSeconds": MOST_S,
+        "deletionStrategy": {
+            "deletionRules": [
+                {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}},
+                {"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED", "ttlSeconds": 60}},
+                {"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED", "ttlSeconds": 86400}},
+                {"policy": "DeleteSelf", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 7 * 86400}},
+            ]
+        },
+        "rayClusterSpec": _cluster(
+            image, head_group(image, "train"), [_training_workers(image, layout, "train", layout.pods)]
+        ),
+    }
+    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": _meta(run, image), "spec": spec}
+
+
+def _raycluster(run: config.Run, layout: Layout, image: Image) -> Tree:
+    """A cluster that stays, for `ftray submit`. Its workers stay too: what can't hold a run refuses it."""
+    group = _training_workers(image, layout, "cluster", layout.pods)
+    spec = _cluster(image, head_group(image, "cluster"), [group])
+    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": _meta(run, image), "spec": spec}
+
+
+def _training_workers(image: Image, layout: Layout, role: str, pods: int) -> Tree:
+    return worker_group(image, role, layout, (pods, layout.min_pods, pods), is_spread=pods > 1)
+
+
+def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
+    least, most = run.serve.min_replicas, run.serve.max_replicas
+    replica = lay_out(run.model_copy(update={"scale": _one_replica(run.scale)}), layout.machine)
+    group = worker_group(image, "serve", replica, (least, least, most))
+    application = {
+        "name": "ftray",
+        "route_prefix": "/",
+        "import_path": "ftray.serve.deploy:build",
+        "args": {"run": RUN_FILE},
+    }
+    served = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "applications": [application],
+    }
+    cluster = _cluster(image, head_group(image, "serve", has_autoscaler=most > least), [group])
+    if most > least:
+        cluster["enableInTreeAutoscaling"] = True
+        cluster["autoscalerOptions"] = {
+            "idleTimeoutSeconds": 300,
+            "securityContext": CONTAINER_SECURITY,
+            "resources": {
+                "requests": {"cpu": "500m", "memory": "1Gi"},
+                "limits": {"cpu": "500m", "memory": "1Gi"},
+            },
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": "/home/ftray"}],
+        }
+    spec = {
+        "serviceUnhealthySecondThreshold": 900,
+        "deploymentUnhealthySecondThreshold": 300,
+        "excludeHeadPodFromServeSvc": True,
+        "upgradeStrategy": {"type": "NewCluster"},  # a new cluster takes over once it answers
+        "rayClusterDeletionDelaySeconds": 700,  # longer than the longest answer: no stream is cut
+        "serveConfigV2": as_yaml(served),
+        "rayClusterConfig": cluster,
+    }
+    return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": _meta(run, image), "spec": spec}
+
+
+def _one_replica(scale: config.Scale) -> config.Scale:
+    return scale.model_copy(update={"num_workers": 1})
+
+
+def _cluster(image: Image, head: Tree, workers: list[Tree]) -> Tree:
+    return {
+        "rayVersion": image.ray_version,
+        "authOptions": {"mode": "token", "secretName": RAY_TOKEN},
+        "enableInTreeAutoscaling": False,
+        "headGroupSpec": head,
+        "workerGroupSpecs": workers,
+    }
+
+
+def _meta(run: config.Run, image: Image) -> Tree:
+    return {
+        "name": image.run,
+        "labels": {"app.kubernetes.io/name": "ftray", "app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run},
+        "annotations": {"ftray/config-hash": run.config_hash},
+    }
+
+
+_MAKERS = {"configmap": _configmap, "rayjob": _rayjob, "rayservice": _rayservice, "raycluster": _raycluster}
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes equal parts out each time, and text of several lines as such."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Plain.add_representer(str, _text)

@@ -1,0 +1,254 @@
+"""Runs as jobs of a Ray cluster, over its job server: submitted once, followed, asked for, stopped.
+
+The cluster is looked at from inside, by a job that runs `ftray doctor`. Nothing secret travels with a job: keys are the
+cluster's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray import config
+from ftray.cluster.jobs import LIVE, STOP_S, Jobs, exit_code, next_id, short
+from ftray.cluster.places import local_extras
+from ftray.console import Console, duration
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+
+MOST_MB = 8.0  # of files that travel with a job
+CHECK_S = 300.0  # for the job that looks at the cluster
+SILENT_S = 60.0  # a job server that doesn't answer for so long is gone
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a run is submitted. verb: what it does; look: at the cluster first; start_nodes: wait until a cluster that
+    starts machines has them; wait: for the end."""
+
+    verb: str = "run"
+    look: bool = True
+    start_nodes: bool = False
+    wait: bool = True
+
+
+def submit(run: config.Run, stem: str, manner: Manner, jobs: Jobs, console: Console) -> int:
+    """Submits a run, or follows its live job; returns the exit code of the job's command.
+
+    stem: of the run file's name. Raises ConfigError for a run or a cluster that can't carry it, Interrupted when
+    following is broken off, Preempted when the cluster goes away.
+    """
+    _check_version(jobs)
+    metadata = {"run": run.name, "config_hash": run.config_hash, "verb": manner.verb}
+    job = next((job for job in reversed(jobs.of(run.name)) if job.status in LIVE), None)
+    if job is not None:
+        if (job.metadata.get("config_hash"), job.metadata.get("verb")) != (run.config_hash, manner.verb):
+            raise ConfigError(
+                f"the job {job.submission_id} of this run is live with other settings; let it end, or: "
+                f"ftray stop {job.submission_id} --address {jobs.address}"
+            )
+        job_id = job.submission_id
+        console.say(f"the job {job_id} is live; following it")
+    else:
+        with packed(run, stem) as directory:
+            if manner.look or manner.start_nodes:
+                _look(jobs, run, stem, manner, directory, console)
+            job_id = next_id(run.name, [job.submission_id for job in jobs.of(run.name)])
+            jobs.start(job_id, f"ftray {manner.verb} {stem}.yaml", directory, metadata)
+        console.say(f"submitted {job_id} to {jobs.address}  (config hash {run.config_hash})")
+    return follow(jobs, job_id, console) if manner.wait else 0
+
+
+@contextmanager
+def packed(run: config.Run, stem: str) -> Iterator[Path]:
+    """A directory with the run file, overrides applied, and the local files that it names. Raises ConfigError."""
+    extras = local_extras(run)
+    files = [file for extra in extras for file in _files_of(extra)]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    if megabytes > MOST_MB:
+        largest = sorted(files, key=lambda file: -file.stat().st_size)[:3]
+        names = ", ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in largest)
+        raise ConfigError(
+            f"{megabytes:.1f} MB of local files would travel with the job, {MOST_MB:g} MB may: {names}; put them in a bucket"
+        )
+    with tempfile.TemporaryDirectory(prefix="ftray-submit-") as temporary:
+        directory = Path(temporary)
+        tree = run.model_dump(mode="json", exclude_unset=True)
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        (directory / f"{stem}.yaml").write_text(text, encoding="utf-8")
+        for file in files:
+            target = directory / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        yield directory
+
+
+def _files_of(extra: str) -> list[Path]:
+    path = Path(extra)
+    found = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else Path().glob(extra))
+    if not found:
+        raise ConfigError(f"{extra} does not exist here; correct the path, or give s3://…")
+    return [file for file in found if file.is_file()]
+
+
+def _check_version(jobs: Jobs) -> None:
+    import ray
+
+    if jobs.ray_version.split(".")[:2] != ray.__version__.split(".")[:2]:
+        raise ConfigError(
+            f"the cluster at {jobs.address} runs Ray {jobs.ray_version}, here is {ray.__version__}; install the cluster's here"
+        )
+
+
+def _look(jobs: Jobs, run: config.Run, stem: str, manner: Manner, directory: Path, console: Console) -> None:
+    """Looks at the cluster from inside: versions, GPUs, storage. Raises ConfigError for what a run can't live with."""
+    job_id = f"{run.name}-check-{int(time.time() * 1000):x}"
+    metadata = {"run": run.name, "config_hash": run.config_hash, "verb": "doctor"}
+    wait = " --wait-for-nodes" if manner.start_nodes else ""
+    if wait:
+        console.say(f"waiting up to {duration(run.scale.wait_s)} (scale.wait_s) for machines …")
+    jobs.start(job_id, f"ftray doctor {stem}.yaml --json{wait}", directory, metadata)
+    patience_s = CHECK_S + (run.scale.wait_s if wait else 0.0)
+    deadline = time.monotonic() + patience_s
+    while (info := jobs.info(job_id)).status in LIVE:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"the cluster didn't start the job {job_id} within {duration(patience_s)}; look at its dashboard"
+            )
+        time.sleep(POLL_S)
+    with jobs.told():
+        text = jobs.client.get_job_logs(job_id)
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"check": ')]
+    if not found:
+        last = next((line for line in reversed(text.splitlines()) if line.strip()), info.message or "it said nothing")
+        raise ConfigError(
+            f"`ftray doctor` can't run on the cluster at {jobs.address} ({short(last)}); install ftray there, as here"
+        )
+    for finding in found:
+        if finding["verdict"] == "bad":
+            raise ConfigError(
+                f"the cluster at {jobs.address}: {finding['check']}: {finding['fact']}; {finding['remedy']}"
+            )
+        if finding["verdict"] == "warn":
+            console.warn(f"{finding['check']}: {finding['fact']}; {finding['remedy']}")
+    facts = {finding["check"]: finding["fact"] for finding in found}
+    console.say(
+        "the cluster: " + "; ".join(f"{key} {facts[key]}" for key in ("nodes", "gpus", "storage") if key in facts)
+    )
+
+
+def follow(jobs: Jobs, job_id: str, console: Console) -> int:
+    """Shows a job's log to its end; returns the exit code of its command."""
+    try:
+        asyncio.run(_tail(jobs, job_id, console))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"not following {job_id} any more; it goes on. The same command follows it again; to end it: "
+            f"ftray stop {job_id} --address {jobs.address}"
+        ) from None
+    return exit_code(jobs.info(job_id), job_id)
+
+
+async def _tail(jobs: Jobs, job_id: str, console: Console) -> None:
+    """Prints the log as it grows. A connection that breaks is opened again, and what was shown isn't shown twice."""
+    shown, line, heard_s = 0, "", time.monotonic()
+    while True:
+        seen = 0
+        try:
+            pieces = jobs.client.tail_job_logs(job_id)
+            while True:
+                piece = await asyncio.wait_for(
+                    anext(pieces), SILENT_S
+                )  # a link that broke without a word is opened anew
+                heard_s = time.monotonic()
+                new = piece[max(0, shown - seen) :]
+                seen += len(piece)
+                shown = max(shown, seen)
+                *whole, line = (line + new).split("\n")
+                for text in whole:
+                    console.say(text)
+        except StopAsyncIteration:
+            pass
+        except Exception:  # noqa: BLE001 - aiohttp and Ray raise many kinds; whether the job is over is asked below
+            await asyncio.sleep(POLL_S)
+        try:
+            if jobs.info(job_id).status not in LIVE:
+                break
+            heard_s = time.monotonic()
+        except Preempted:
+            if time.monotonic() - heard_s > SILENT_S:
+                raise
+        await asyncio.sleep(POLL_S)
+    if line:
+        console.say(line)
+
+
+def rows_of(found: list[Any]) -> list[dict[str, Any]]:
+    """Jobs as plain values, for people and programs."""
+    rows = []
+    for job in found:
+        end = (job.end_time or time.time() * 1000) if job.start_time else 0
+        rows.append(
+            {
+                "job": job.submission_id,
+                "run": job.metadata["run"],
+                "verb": job.metadata.get("verb", ""),
+                "status": str(job.status),
+                "exit_code": job.driver_exit_code,
+                "seconds": round((end - (job.start_time or 0)) / 1000),
+                "config_hash": job.metadata.get("config_hash", ""),
+            }
+        )
+    return rows
+
+
+def status(jobs: Jobs, name: str | None, as_json: bool, console: Console) -> int:
+    """Shows the jobs of a run, or of all runs."""
+    rows = rows_of(jobs.of(name))
+    if as_json:
+        console.say(json.dumps(rows))
+        return 0
+    if not rows:
+        console.say(f"no job {'of ' + name + ' ' if name else ''}on {jobs.address}")
+    for row in rows:
+        code = "" if row["exit_code"] in (None, 0) else f" (exit code {row['exit_code']})"
+        console.say(f"{row['job']:<32}{row['verb']:<10}{row['status']}{code}, {duration(row['seconds'])}")
+    return 0
+
+
+def logs(jobs: Jobs, name: str, wait: bool, console: Console) -> int:
+    """Shows a job's log; follows it to its end if asked, and then returns its exit code."""
+    job = jobs.find(name)
+    if wait:
+        return follow(jobs, job.submission_id, console)
+    with jobs.told():
+        console.say(jobs.client.get_job_logs(job.submission_id).rstrip("\n"))
+    return 0
+
+
+def stop(jobs: Jobs, name: str, console: Console) -> int:
+    """Stops a job: it commits a checkpoint and ends."""
+    job = jobs.find(name)
+    if job.status not in LIVE:
+        console.say(f"the job {job.submission_id} is over already ({job.status})")
+        return 0
+    with jobs.told():
+        jobs.client.stop_job(job.submission_id)
+    console.say(f"stopping {job.submission_id}: it commits a checkpoint first …")
+    deadline = time.monotonic() + STOP_S + SILENT_S
+    while jobs.info(job.submission_id).status in LIVE:
+        if time.monotonic() > deadline:
+            raise RunError(f"the job {job.submission_id} doesn't end; look at the dashboard of {jobs.address}")
+        time.sleep(POLL_S)
+    console.say(f"stopped; the same submit continues the run {job.metadata['run']}")
+    return 0
