@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ftray import verbs
+from ftray import serving, verbs
 from ftray.console import Console
 from ftray.errors import FtrayError, Interrupted, innermost
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     verb("export", verbs.export, "write the adapter and the merged model")
-    verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
+    _add_serving_verbs(verb)
     _add_data_verbs(commands, verb)
     runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
     sub = runs.add_subparsers(required=True, metavar="action").add_parser("gc", help="sweep what no run needs any more")
@@ -65,6 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--older-than", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (1)")
     sub.set_defaults(verb=verbs.runs_gc, overrides=[])
     return parser
+
+
+def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    publish = verb(
+        "publish", serving.publish, "make the run's adapter servable beside its base, under <storage>/published/"
+    )
+    publish.add_argument("--name", help="the adapter's name for clients; the run's if left out")
+    publish.add_argument("--remove", action="store_true", help="take it away, all of its versions")
+    text = "serve the base with the run's and all published adapters, OpenAI-compatible, until Ctrl-C"
+    serve = verb("serve", serving.serve, text)
+    serve.add_argument(
+        "--config", action="store_true", help="print the config for `serve deploy` and RayService instead"
+    )
+    serve.epilog = "more runs, or directories of adapters, of the same base may follow the first"
 
 
 def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -5,13 +5,14 @@ what can be derived is a property. A run file is `load_run(path, overrides)`; ev
 the key, the value and the remedy.
 """
 
-from ftray.config.after import Evaluate, Serve
+from ftray.config.after import Canary, Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 
 __all__ = [
+    "Canary",
     "CheckpointSection",
     "Clean",
     "Data",

@@ -20,6 +20,7 @@ from ftray.config import Serve
 from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
+from ftray.serve.catalog import Served
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
 
@@ -45,7 +46,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         try:
             # two at once (1.5 × 1, rounded up) and two that wait
             config = Serve(port=0, target_ongoing_requests=1, max_queued_requests=2, max_tokens=1000)
-            yield start_endpoint(directory, "tiny", config, num_cpus=0.5)
+            yield start_endpoint(directory, Served("tiny"), config, num_cpus=0.5)
         finally:
             ray.shutdown()
 
@@ -163,7 +164,7 @@ def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tm
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ConfigError, match="serves an endpoint already"):
-        start_endpoint(tmp_path, "other", Serve(port=0))
+        start_endpoint(tmp_path, Served("other"), Serve(port=0))
 
 
 def test_on_sigterm_streams_end_and_then_the_endpoint_is_gone(endpoint: Endpoint, client: openai.OpenAI) -> None:
