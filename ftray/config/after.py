@@ -84,6 +84,7 @@ class Serve(Section):
     """Models and their shares of the requests for the model `default`, e.g. `{support: 0.9, "llama:support-2": 0.1}`. A user
     (the request's `user` or `safety_identifier`) stays with one model."""
     canary: Canary | None = None
+    """A model of `ab` on trial."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Serve:
