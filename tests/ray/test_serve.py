@@ -94,6 +94,22 @@ def test_a_seed_repeats_and_no_seed_does_not(client: openai.OpenAI) -> None:
     assert len({text(), text(), text(seed=5)}) == 3
 
 
+def test_several_answers_and_log_probabilities_reach_the_client(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 8, "temperature": 1.2, "seed": 3, "n": 2}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 2
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [2] * 8
+        assert all(entry.logprob <= entry.top_logprobs[0].logprob + 1e-6 <= 1e-5 for entry in choice.logprobs.content)
+    streamed = ["", ""]
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
 def test_models_are_listed_under_the_runs_name(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "ftray"
@@ -105,8 +121,11 @@ def test_refusals_reach_the_client_as_its_own_errors(client: openai.OpenAI) -> N
         create(model="other", messages=HI)
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        create(model="tiny", messages=HI, n=3)
-    assert (bad.value.param, bad.value.code) == ("n", "unsupported")
+        create(model="tiny", messages=HI, frequency_penalty=1)
+    assert (bad.value.param, bad.value.code) == ("frequency_penalty", "unsupported")
+    with pytest.raises(openai.BadRequestError) as many:
+        create(model="tiny", messages=HI, n=1000)
+    assert many.value.param == "n"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="tiny", prompt="x" * 1000, max_tokens=100)
     assert long.value.code == "context_length_exceeded"

@@ -63,7 +63,13 @@ def test_a_complete_run_is_published_once_and_taken_away(
     assert typed(capsys, "publish", run_file, "--name", "other")[1].startswith("published base:other, version 0001-")
     (manifest,) = (tmp_path / "runs/published/base/polite").glob("*/manifest.json")
     meta = json.loads(manifest.read_text())["meta"]
-    assert {"base": str(tmp_path / "base"), "revision": None, "run": "polite", "step": 3, "rank": 2}.items() <= meta.items()
+    assert {
+        "base": str(tmp_path / "base"),
+        "revision": None,
+        "run": "polite",
+        "step": 3,
+        "rank": 2,
+    }.items() <= meta.items()
     code, said = typed(capsys, "publish", run_file, "--remove")
     assert (code, said) == (0, "base:polite is no longer published (1 version removed)\n")
     code, said = typed(capsys, "publish", run_file, "--remove")

@@ -171,7 +171,11 @@ def test_adapters_appear_change_and_go_within_the_time_of_two_looks(
         put(tmp_path, "older", meta={**META, "revision": "abc"})
         put(tmp_path, "rude")
         await until(lambda: "small:rude" in catalog.model_ids())
-        assert catalog.model_ids() == ["small", "small:polite", "small:rude"]  # not of this base, or not of this revision
+        assert catalog.model_ids() == [
+            "small",
+            "small:polite",
+            "small:rude",
+        ]  # not of this base, or not of this revision
         remove(registry_of(str(tmp_path), "org/small"), "polite")
         await until(lambda: engine.held == {})
         with pytest.raises(RequestError) as gone:
@@ -249,7 +253,15 @@ def test_what_a_client_calls_a_model_is_never_opened(tmp_path: Path, monkeypatch
     put(tmp_path, "polite")
     asked: list[str] = []
     monkeypatch.setattr(catalog_module, "local_adapter", lambda uri: asked.append(uri) or Path(uri))
-    evil = ["small:../polite", "small:polite/../polite", "polite", "small:", ":polite", f"small:{tmp_path}", "small:polite\0"]
+    evil = [
+        "small:../polite",
+        "small:polite/../polite",
+        "polite",
+        "small:",
+        ":polite",
+        f"small:{tmp_path}",
+        "small:polite\0",
+    ]
     evil += ["../../etc/passwd", "small:polite/0001", "SMALL:polite", "small:polite ", "s3://x/y", "small:%2e%2e"]
 
     async def work() -> None:

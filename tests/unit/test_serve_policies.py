@@ -94,7 +94,11 @@ def test_one_of_n_that_fails_ends_all() -> None:
 def test_chat_logprobs_leave_the_end_token_out() -> None:
     body = {**CHAT, "logprobs": True, "top_logprobs": 2, "seed": 1}
     content = ask("/v1/chat/completions", body, Explaining()).json["choices"][0]["logprobs"]["content"]
-    assert [(e["token"], e["logprob"], e["bytes"]) for e in content] == [("a", 0.0, [97]), ("b", -0.5, [98]), ("c", -1.0, [99])]
+    assert [(e["token"], e["logprob"], e["bytes"]) for e in content] == [
+        ("a", 0.0, [97]),
+        ("b", -0.5, [98]),
+        ("c", -1.0, [99]),
+    ]
     assert content[1]["top_logprobs"] == [
         {"token": "a", "logprob": 0.0, "bytes": [97]},
         {"token": "b", "logprob": -1.0, "bytes": [98]},

@@ -38,7 +38,7 @@ async function why(response) {
 async function listModels() {
   const response = await fetch("v1/models", { headers: headers() });
   if (response.status === 401) {
-    find("key-label").hidden = false;
+    find("key-form").hidden = false;
     problem("This endpoint wants an API key.");
     return;
   }
@@ -127,14 +127,14 @@ function opinion(rating, side, figures, id) {
   const button = document.createElement("button");
   const [model, messages] = [side.select.value, [...side.messages]];
   button.type = "button";
-  button.textContent = rating === "up" ? "👍" : "👎";
-  button.title = rating === "up" ? "a good answer" : "a bad answer";
+  button.textContent = rating === "up" ? "good" : "bad";
+  button.title = "keeps this conversation and your opinion for the next training run";
   button.addEventListener("click", async () => {
     const body = JSON.stringify({ rating, messages, model, id });
     const response = await fetch("v1/feedback", { method: "POST", headers: headers(), body });
     if (!response.ok) return problem(await why(response));
     figures.querySelectorAll("button").forEach((other) => other.remove());
-    figures.append(rating === "up" ? " 👍 kept" : " 👎 kept");
+    figures.append(` · kept as ${button.textContent}`);
   });
   return button;
 }
@@ -168,6 +168,7 @@ find("clear").addEventListener("click", () => {
   });
 });
 find("key").addEventListener("change", listModels);
+find("key-form").addEventListener("submit", (event) => event.preventDefault());
 sides.forEach(({ select }) => select.addEventListener("focus", listModels, { once: true }));
 setInterval(() => document.activeElement?.tagName !== "SELECT" && listModels().catch(() => {}), 10_000);
 listModels().catch((error) => problem(error.message));
