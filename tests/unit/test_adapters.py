@@ -88,7 +88,7 @@ def test_mixed_batches_answer_as_each_adapter_does_alone_under_peft(adapters: di
 def test_adapters_share_no_prefix_with_each_other_or_the_base(adapters: dict[str, Path]) -> None:
     """One prompt of several whole pages, asked again and again: each keeps its own keys and values."""
     prompt = list(range(200))
-    order = [None, "plain", "dora", None, "dora", "plain", "narrow", "plain", None]
+    order = [None, "plain", "dora", None, "dora", "plain"]
 
     async def body(engine: TransformersEngine) -> Any:
         for name, directory in adapters.items():
@@ -98,10 +98,11 @@ def test_adapters_share_no_prefix_with_each_other_or_the_base(adapters: dict[str
         return answers, sum(len(ledger.hash_to_block) for ledger in ledgers)
 
     answers, num_cached = with_adapters(body)
-    assert num_cached >= 4 * 3, "prefixes are no longer kept, so this test proves nothing"
+    assert num_cached >= 3 * 3, "prefixes are no longer kept, so this test proves nothing"
+    models = {name: of_peft(adapters[name] if name else None) for name in order}
+    expected = {name: by_generate(model, prompt) for name, model in models.items()}
     for name, answer in zip(order, answers, strict=True):
-        model = of_peft(adapters[name] if name else None)
-        assert_same_but_for_ties(model, prompt, by_generate(model, prompt), answer.token_ids)
+        assert_same_but_for_ties(models[name], prompt, expected[name], answer.token_ids)
 
 
 def test_long_prompts_in_pieces_and_evicted_requests_keep_their_adapter(
@@ -111,7 +112,7 @@ def test_long_prompts_in_pieces_and_evicted_requests_keep_their_adapter(
     monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
     prompts = [list(range(100)) + p for p in make_prompts(4)]
     names = [None, "plain", "dora", "plain"]
-    params = SamplingParams(max_tokens=60)
+    params = SamplingParams(max_tokens=40)
 
     async def body(engine: TransformersEngine) -> Any:
         for name, directory in adapters.items():
@@ -121,7 +122,7 @@ def test_long_prompts_in_pieces_and_evicted_requests_keep_their_adapter(
 
     for prompt, name, answer in zip(prompts, names, with_adapters(body, max_num_seqs=4), strict=True):
         model = of_peft(adapters[name] if name else None)
-        assert_same_but_for_ties(model, prompt, by_generate(model, prompt, 60), answer.token_ids)
+        assert_same_but_for_ties(model, prompt, by_generate(model, prompt, 40), answer.token_ids)
 
 
 def test_an_adapter_that_is_unloaded_under_a_request_still_ends_it(adapters: dict[str, Path]) -> None:
