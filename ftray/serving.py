@@ -93,6 +93,7 @@ def _base_of(run: config.Run) -> config.Model:
 def serve(arguments: argparse.Namespace, console: Console) -> int:
     """Serves a run, and other runs' adapters beside it, until Ctrl-C; or prints the Serve config."""
     from ftray import storage
+    from ftray.serve.keys import read_key_hashes
     from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
     from ftray.session import quiet, ray_session
 
@@ -104,6 +105,8 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
             f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
         )
     more = [word for word in arguments.overrides if "=" not in word]
+    if not arguments.config:
+        read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
     model_dir, served = _what_to_serve(run, more)
     replica: dict[str, Any] = {"place": storage.absolute(run.directory), "dtype": _DTYPES[run.train.precision]}
     _check_shares(run.serve, served)

@@ -131,6 +131,7 @@ class Catalog:
         found = await asyncio.to_thread(list_published, self._served.registry, self._published)
         self._published = {name: one for name, one in found.items() if self._fits(one)}
         wanted = {one.uri for one in self._published.values()} | set(self._served.adapters.values())
+        self._refused = {uri: why for uri, why in self._refused.items() if uri in wanted}
         for uri in [uri for uri in self._loaded if uri not in wanted]:  # taken away, or there is a newer version
             del self._loaded[uri]
             await self._engine.unload_adapter(uri)
