@@ -26,6 +26,7 @@ from tests.unit.test_engine import by_generate, byte_tokenizer, make_prompts, ti
 
 META = {"base": "tiny", "revision": None, "run": "r", "step": 1}
 NUM_TOKENS = 12
+TIED = 1e-3  # two best logits as near as this may change places when other rows share the batch
 
 
 def put_adapter(root: Path, name: str, seed: int) -> Path:
@@ -60,6 +61,14 @@ async def until_listed(client: openai.AsyncOpenAI, name: str, there: bool = True
     return time.monotonic() - begin
 
 
+def least_gap(model: Any, prompt: list[int], tokens: list[int]) -> float:
+    """Least distance of the two best logits on the way of a greedy answer."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    best = logits.topk(2).values
+    return float((best[:, 0] - best[:, 1]).min())
+
+
 def cycle(root: Path, num_adapters: int, max_adapters: int, num_requests: int) -> None:
     """Random models for random prompts, some streamed; adapters published and removed meanwhile. Every answer is right."""
     prompts = [prompt for prompt in make_prompts(6) if max(prompt) < 256]
@@ -69,7 +78,10 @@ def cycle(root: Path, num_adapters: int, max_adapters: int, num_requests: int) -
     for name in (None, *made):
         model = of_peft(made[name] if name else None)
         for i, prompt in enumerate(prompts):
-            expected[name, i] = by_generate(model, prompt, NUM_TOKENS)
+            tokens = by_generate(model, prompt, NUM_TOKENS)
+            if least_gap(model, prompt, tokens) > TIED:
+                expected[name, i] = tokens
+    assert len(expected) > 0.9 * len(prompts) * (1 + num_adapters)
     decode = byte_tokenizer().decode
     rng = random.Random(3)
 
@@ -89,9 +101,8 @@ def cycle(root: Path, num_adapters: int, max_adapters: int, num_requests: int) -
                 assert text == wanted, (name, i)
 
         await until_listed(client, f"tiny:{max(made)}")
-        asked = [
-            ask(rng.choice([None, *made]), rng.randrange(len(prompts)), rng.random() < 0.5) for _ in range(num_requests)
-        ]
+        known = list(expected)
+        asked = [ask(*rng.choice(known), rng.random() < 0.5) for _ in range(num_requests)]
         load = asyncio.gather(*asked)
         await asyncio.to_thread(put_adapter, root, "late", 999)
         assert await until_listed(client, "tiny:late") < 30
