@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ftray import verbs
+from ftray import serving, verbs
 from ftray.console import Console
 from ftray.errors import FtrayError, Interrupted, Preempted, innermost
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     _add_opinion_verbs(verb)
     verb("export", verbs.export, "write the adapter and the merged model")
-    verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
+    _add_serving_verbs(verb)
     _add_data_verbs(commands, verb)
     _add_cluster_verbs(commands, verb)
     runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
@@ -90,6 +90,20 @@ def _add_opinion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     human.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     human.add_argument("--port", type=_port, default=8100, help="port to listen on; 0 takes a free one (8100)")
     verb("evaluate judge", verbs.evaluate_judge, "have another model compare both models' answers (evaluate.judge)")
+
+
+def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    publish = verb(
+        "publish", serving.publish, "make the run's adapter servable beside its base, under <storage>/published/"
+    )
+    publish.add_argument("--name", help="the adapter's name for clients; the run's if left out")
+    publish.add_argument("--remove", action="store_true", help="take it away, all of its versions")
+    text = "serve the base with the run's and all published adapters, OpenAI-compatible, until Ctrl-C"
+    serve = verb("serve", serving.serve, text)
+    serve.add_argument(
+        "--config", action="store_true", help="print the config for `serve deploy` and RayService instead"
+    )
+    serve.epilog = "more runs, or directories of adapters, of the same base may follow the first"
 
 
 def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -301,36 +301,6 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def serve(arguments: argparse.Namespace, console: Console) -> int:
-    """Serves the exported model until Ctrl-C."""
-    from ftray import storage
-    from ftray.serve.run import check_endpoint, run_until_signal, start_endpoint
-    from ftray.session import quiet, ray_session
-
-    run = open_target(arguments.run, arguments.overrides)
-    if run.method.type == "prompt":
-        raise ConfigError(
-            "method.type prompt can't be served: its virtual tokens are no weights of the model; load the adapter in "
-            f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
-        )
-    model_dir = storage.join(storage.absolute(run.directory), *_whole(run))
-    check_endpoint(model_dir, run.serve)
-    with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
-        endpoint = start_endpoint(model_dir, run.name, run.serve)
-        console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
-        run_until_signal(endpoint)
-    return 0
-
-
-def _whole(run: config.Run) -> tuple[str, ...]:
-    return ("model",) if run.method.type == "full" else ("model", "merged")
-
-
-def _curl(url: str, model: str) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    return f"try: curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'"
-
-
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """The whole file, in order: tune, train, evaluate, export, one request to the endpoint."""
     run = open_target(arguments.run, arguments.overrides)

@@ -5,7 +5,7 @@ what can be derived is a property. A run file is `load_run(path, overrides)`; ev
 the key, the value and the remedy.
 """
 
-from ftray.config.after import Evaluate, Serve
+from ftray.config.after import Canary, Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.opinions import Human, Judge
@@ -14,6 +14,7 @@ from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, S
 from ftray.config.tune import Parameter, Tune
 
 __all__ = [
+    "Canary",
     "CheckpointSection",
     "Clean",
     "Data",

@@ -45,11 +45,22 @@ class Evaluate(Section):
         return self
 
 
+class Canary(Section):
+    """A model of `ab` on trial: it gets no more requests once its bounds are left, and an event says why."""
+
+    model: str
+    """Its name in `ab`."""
+    max_error_rate: Annotated[Float, Field(ge=0, lt=1)] = 0.02
+    """Share of its answers that may fail, over its last 200, from the 20th on."""
+    max_latency_ratio: Annotated[Float, Field(gt=1)] = 2.0
+    """Its median time to first text over the other models' together, both over at least 20 answers."""
+
+
 class Serve(Section):
     """The OpenAI-compatible endpoint."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback needs the environment variable FTRAY_API_KEY."""
+    """Address to listen on. Anything but loopback needs API keys: FTRAY_API_KEY or FTRAY_API_KEY_FILE in the environment."""
     port: Annotated[Int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     min_replicas: Positive = 1
@@ -62,6 +73,34 @@ class Serve(Section):
     """Requests that may wait; more are answered 503."""
     max_tokens: Positive = 1024
     """Most tokens that a request may ask for; also the default."""
+    max_answer_s: Positive = 600
+    """Seconds after which an answer is ended with an error."""
+    max_adapters: Annotated[Int, Field(ge=0)] = 8
+    """Adapters that a replica holds at a time over the base; others are loaded when asked for. 0: no base and no adapters,
+    only the run's merged weights, which answer a little faster."""
+    requests_per_minute: Positive | None = None
+    """Requests that each API key may send; counted by each replica."""
+    tokens_per_minute: Positive | None = None
+    """Tokens, of prompts and answers, that each API key may use; counted by each replica."""
+    tokens_per_day: Positive | None = None
+    """The same over a day."""
+    ab: dict[str, Annotated[Float, Field(ge=0)]] = Field({})
+    """Models and their shares of the requests for the model `default`, e.g. `{support: 0.9, "llama:support-2": 0.1}`. A user
+    (the request's `user` or `safety_identifier`) stays with one model."""
+    canary: Canary | None = None
+    """A model of `ab` on trial."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Serve:
+        if self.ab and not sum(self.ab.values()) > 0:
+            raise ValueError("ab gives no model a share above 0; raise one")
+        if "default" in self.ab:
+            raise ValueError("ab can't hold the model 'default': that is what its requests ask for; name another")
+        if self.canary is not None and (self.canary.model not in self.ab or len(self.ab) < 2):
+            raise ValueError(
+                f"canary.model ({self.canary.model}) must be one of at least two models in ab; add it there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Serve:

@@ -80,12 +80,16 @@ async def _generate_all(
     return [task.result() for task in tasks]
 
 
-async def complete(engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Completion:
+async def complete(
+    engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams, adapter: str | None = None
+) -> Completion:
     """The whole answer at once. Raises as `Engine.generate` and its iterator do."""
     texts: list[str] = []
     token_ids: list[int] = []
     reason: FinishReason | None = None
-    async for chunk in engine.generate(request_id, prompt_ids, params):  # to its end, where the engine tidies up
+    async for chunk in engine.generate(
+        request_id, prompt_ids, params, adapter=adapter
+    ):  # to its end, where the engine tidies up
         texts.append(chunk.text)
         token_ids += chunk.token_ids
         reason = chunk.finish_reason
@@ -101,17 +105,22 @@ def load_engine(
     num_threads: int | None = None,
     max_num_seqs: int = 8,
     max_context: int | None = None,
+    adapters: bool = False,
+    revision: str | None = None,
 ) -> TransformersEngine:
-    """An engine, to be started, for a directory of safetensors with config and tokenizer.
+    """An engine, to be started, for a directory of safetensors with config and tokenizer, or for a model of a hub.
 
-    dtype: `float32`, `bfloat16`, …; None: as stored. num_threads: torch's, for this process. Uses the GPU where there
-    is one. Raises ModelError naming what the directory lacks.
+    dtype: `float32`, `bfloat16`, …; None: as stored. num_threads: torch's, for this process. adapters: whether it can
+    hold some. revision: of a hub's model. Uses the GPU where there is one. Raises ModelError naming what the directory
+    lacks.
     """
-    directory = Path(model_dir)
-    check_model_directory(directory)
+    is_local = isinstance(model_dir, Path) or Path(model_dir).is_absolute() or Path(model_dir).is_dir()
+    directory = Path(model_dir) if is_local else model_dir
+    if isinstance(directory, Path):
+        check_model_directory(directory)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = {"local_files_only": is_local, "trust_remote_code": False, "revision": None if is_local else revision}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a replica's log is no terminal
     try:
@@ -125,4 +134,6 @@ def load_engine(
             transformers_logging.enable_progress_bar()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return TransformersEngine(model, tokenizer, name=name, max_num_seqs=max_num_seqs, max_context=max_context)
+    return TransformersEngine(
+        model, tokenizer, name=name, max_num_seqs=max_num_seqs, max_context=max_context, adapters=adapters
+    )

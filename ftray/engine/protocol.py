@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from ftray.errors import DataError, RunError
 
 FinishReason = Literal["stop", "length"]
+MAX_LOGPROBS = 20
 
 
 class EngineError(RunError):
@@ -29,6 +30,7 @@ class SamplingParams:
 
     temperature 0 is greedy (then top_p and seed have no effect). Without a seed every sampled answer is another; with
     one it repeats as far as rounding allows, since a batch's other members may shift logits by a rounding error.
+    num_logprobs: likeliest tokens told with each token's own log probability; 0: only its own; None: none at all.
     """
 
     max_tokens: int
@@ -36,6 +38,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    num_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -46,6 +49,20 @@ class SamplingParams:
             raise DataError(f"top_p ({self.top_p}) must lie above 0 and be at most 1")
         if not all(self.stop):
             raise DataError("stop holds an empty string; leave it out")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise DataError(f"num_logprobs ({self.num_logprobs}) must be 0 to {MAX_LOGPROBS}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """What the model thought of one token it generated: natural log probabilities before temperature and top_p.
+
+    top: the likeliest tokens in its place, best first, as (token id, log probability).
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,8 @@ class Chunk:
     """What came since the last chunk. The last one has a finish_reason.
 
     text: never half a character, never a part of a stop string, never the end token. token_ids: all that was generated,
-    the end token included; text may lag behind them, and comes whole by the last chunk.
+    the end token included; text may lag behind them, and comes whole by the last chunk. logprobs: one for each token,
+    where they were asked for.
     """
 
     text: str
@@ -61,6 +79,7 @@ class Chunk:
     finish_reason: FinishReason | None
     num_prompt_tokens: int
     num_generated_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,10 @@ class Engine(Protocol):
 
     async def start(self) -> None: ...
 
-    def generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]: ...
+    def generate(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """adapter: one that is loaded (ModelError if it isn't); None: the base. Unloading it ends no request."""
 
     async def abort(self, request_id: str) -> None: ...
 

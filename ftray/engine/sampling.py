@@ -8,47 +8,77 @@ every request's answer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from ftray.engine.protocol import SamplingParams
+from ftray.engine.mixed_lora import Adapter
+from ftray.engine.protocol import SamplingParams, TokenLogprob
 
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow, and the result is greedy anyway
 
 
-class RowSampler(ContinuousBatchingLogitsProcessor):
-    """Per-request temperature, top_p and seed. Requests carry their SamplingParams as `logit_processor_kwargs`."""
+@dataclass(frozen=True)
+class Asked:
+    """What continuous batching carries along with a request: its sampling, its adapter, and room for log probabilities.
 
-    supported_kwargs: ClassVar[dict[str, type]] = {"sampling": SamplingParams}
+    logprobs: of all tokens so far, written by the engine's thread before their tokens are delivered.
+    """
+
+    params: SamplingParams
+    adapter: Adapter | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: Any) -> Asked:
+        return self  # a request that is evicted from the cache is copied, and goes on as itself
+
+
+class RowSampler(ContinuousBatchingLogitsProcessor):
+    """Per-request temperature, top_p and seed. Requests carry an `Asked` as `logit_processor_kwargs`."""
+
+    supported_kwargs: ClassVar[dict[str, type]] = {"asked": Asked}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, SamplingParams, int]] = []
+        self._rows: list[tuple[int, Asked, int]] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
-        """Notes which rows are sampled, and how far each is. Our engine runs batches one by one (no async batching, no
-        CUDA graph), so that the next `__call__` is for these rows; the tensor that the caller wants carries nothing."""
+        """Notes which rows are sampled or explained, and how far each is. Our engine runs batches one by one (no async
+        batching, no CUDA graph), so that the next `__call__` is for these rows; the tensor that the caller wants carries
+        nothing."""
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
-            params = request.state.logit_processor_kwargs["sampling"]
-            if params.temperature >= _GREEDY_BELOW:
+            asked = request.state.logit_processor_kwargs["asked"]
+            if asked.params.temperature >= _GREEDY_BELOW or asked.params.num_logprobs is not None:
                 # Counted from the prompt's beginning: it stays when a request is evicted and prefilled again.
                 position = len(request.state.initial_tokens) + len(request.state.generated_tokens)
-                self._rows.append((row, params, position))
+                self._rows.append((row, asked, position))
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """scores: float32 [num_rows, vocab]."""
-        for row, params, position in self._rows:
-            token = sample_token(scores[row], params, position)
-            scores[row] = float("-inf")
-            scores[row, token] = 0.0
+        for row, asked, position in self._rows:
+            sampled = asked.params.temperature >= _GREEDY_BELOW
+            token = sample_token(scores[row], asked.params, position) if sampled else scores[row].argmax()
+            if asked.params.num_logprobs is not None:
+                asked.logprobs.append(explain_token(scores[row], token, asked.params.num_logprobs))
+            if sampled:
+                scores[row] = float("-inf")
+                scores[row, token] = 0.0
         return scores
+
+
+def explain_token(logits: torch.Tensor, token: torch.Tensor, num_top: int) -> TokenLogprob:
+    """Log probability of a token and of the `num_top` likeliest, from float32 logits [vocab]."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    best = logprobs.topk(min(num_top, logprobs.shape[-1]))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(int(token), float(logprobs[token]), top)
 
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) -> torch.Tensor:

@@ -3,6 +3,10 @@
 Knows nothing of HTTP, Ray, run files or how a model was trained. Prompts come as ids, from whoever knows the chat
 template. What it adds to `ContinuousBatchingManager`: sampling by request, text that never shows half a character or a
 stop string, memory that is bounded before it starts, and errors instead of waiting when its thread dies.
+
+With `adapters=True` it holds LoRA adapters over the base, and requests for the base and for different adapters share
+batches: each token is adapted by its request's adapter (mixed_lora). transformers shares cached keys and values between
+prompts that begin alike; here only those of the same adapter do.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ import math
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
@@ -21,8 +28,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat
+from ftray.engine.mixed_lora import MixedLora
 from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, FinishReason, SamplingParams
-from ftray.engine.sampling import RowSampler
+from ftray.engine.sampling import Asked, RowSampler
 from ftray.engine.text import TextStream
 from ftray.errors import DataError, ModelError
 
@@ -53,6 +61,7 @@ class TransformersEngine:
         max_num_seqs: int = 8,
         max_context: int | None = None,
         stop_token_ids: tuple[int, ...] | None = None,
+        adapters: bool = False,
     ) -> None:
         # continuous batching is a mixin of the transformers model; LoRA layers stay where PEFT put them inside it
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -62,6 +71,8 @@ class TransformersEngine:
         self.max_context = min(max_context or MAX_CONTEXT, _max_positions(self._model))
         self.stop_token_ids = find_stop_tokens(self._model, tokenizer) if stop_token_ids is None else stop_token_ids
         self._vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self._lora = MixedLora(self._model) if adapters else None
+        self._hooks: list[Any] = []
         self._manager: Any = None
         self._attention: str | None = None  # to be put back
         self._ids = itertools.count()  # continuous batching dies of a request id that comes twice: it gets ours
@@ -84,6 +95,11 @@ class TransformersEngine:
         except (MemoryError, ValueError, RuntimeError) as err:
             self._put_attention_back()
             raise EngineError(f"the engine can't start: {err}") from err
+        if self._lora is not None:
+            self._lora.attach()
+            route = partial(self._route, manager.batch_processor)
+            self._hooks = [self._model.register_forward_pre_hook(lambda *_: route())]
+            _keep_prefixes_apart(manager.batch_processor)
         manager.start()
         self._manager = manager
 
@@ -91,23 +107,26 @@ class TransformersEngine:
         """Tokens of keys and values that the cache holds: one whole context, and a usual one for each request."""
         return max(self.max_context, self.max_num_seqs * min(self.max_context, _PLANNED_CONTEXT))
 
-    def generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    def generate(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
+    ) -> AsyncIterator[Chunk]:
         """See Engine.generate."""
         self.health()
+        found = None if adapter is None else self._need_lora(adapter).find(adapter)
         if request_id in self._inboxes:
             raise DataError(f"request {request_id} is being answered already")
         self._check_prompt(prompt_ids, params.max_tokens)
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(62))
-        return self._generate(request_id, prompt_ids, params)
+        return self._generate(request_id, prompt_ids, Asked(params, found))
 
-    async def _generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def _generate(self, request_id: str, prompt_ids: list[int], asked: Asked) -> AsyncIterator[Chunk]:
         internal_id, inbox = f"{next(self._ids)}", asyncio.Queue[Any]()
         self._inboxes[request_id] = (internal_id, inbox)
         finished = False
         try:
-            self._submit(internal_id, inbox, prompt_ids, params)
-            stream, num_seen = TextStream(self._decode, params.stop), 0
+            self._submit(internal_id, inbox, prompt_ids, asked)
+            stream, num_seen = TextStream(self._decode, asked.params.stop), 0
             while not finished:
                 output = await self._receive(inbox)
                 new = output.generated_tokens[num_seen:]
@@ -127,7 +146,8 @@ class TransformersEngine:
                 if reason:
                     text += stream.finish()
                 num_generated = num_seen - len(new) + taken
-                yield Chunk(text, new[:taken], reason, len(prompt_ids), num_generated)
+                told = tuple(asked.logprobs[num_generated - taken : num_generated])
+                yield Chunk(text, new[:taken], reason, len(prompt_ids), num_generated, told)
                 if reason:
                     break
         finally:
@@ -142,13 +162,28 @@ class TransformersEngine:
             self._release(internal_id, cancel=True)
 
     async def load_adapter(self, name: str, directory: str) -> None:
-        raise ModelError(f"this engine serves one model; merge adapter {name} ({directory}) with `ftray export`")
+        """Loads a directory in PEFT's format under a name, beside what runs. Raises ModelError if it doesn't fit."""
+        await asyncio.to_thread(self._need_lora(name).load, name, Path(directory))
 
     async def unload_adapter(self, name: str) -> None:
-        raise ModelError(f"this engine holds no adapter {name}")
+        """Takes an adapter away; requests that run with it end as they would have."""
+        self._need_lora(name).unload(name)
 
     def list_models(self) -> list[str]:
-        return [self.name]
+        """The base, then the adapters that are loaded."""
+        return [self.name, *(self._lora.names() if self._lora is not None else [])]
+
+    def _need_lora(self, name: str) -> MixedLora:
+        if self._lora is None:
+            raise ModelError(f"this engine serves one model, without adapters; merge {name} with `ftray export`")
+        return self._lora
+
+    def _route(self, processor: Any) -> None:
+        """In the engine's thread, before each forward: which tokens of the batch are whose."""
+        batch = processor.inputs_and_outputs.requests_in_batch
+        asked = [(request.state.logit_processor_kwargs["asked"], request.query_length) for request in batch]
+        assert self._lora is not None
+        self._lora.route([(one.adapter, length) for one, length in asked], self._model.device)
 
     def health(self) -> None:
         """Raises EngineError unless the thread runs."""
@@ -166,11 +201,13 @@ class TransformersEngine:
             return
         await asyncio.to_thread(manager.stop, block=True, hard_stop=True)  # frees the cache, too
         manager.destroy()
+        if self._lora is not None:
+            self._lora.detach()
+        while self._hooks:
+            self._hooks.pop().remove()
         self._put_attention_back()
 
-    def _submit(
-        self, internal_id: str, inbox: asyncio.Queue[Any], prompt_ids: list[int], params: SamplingParams
-    ) -> None:
+    def _submit(self, internal_id: str, inbox: asyncio.Queue[Any], prompt_ids: list[int], asked: Asked) -> None:
         strays = self._manager.output_router.output_queue
         while not strays.empty():  # last words of requests that were cancelled; nobody else would take them
             strays.get_nowait()
@@ -178,10 +215,10 @@ class TransformersEngine:
         accepted = self._manager.add_request(
             prompt_ids,
             request_id=internal_id,
-            max_new_tokens=params.max_tokens,
+            max_new_tokens=asked.params.max_tokens,
             eos_token_id=list(self.stop_token_ids) or -1,
             streaming=True,
-            sampling=params,
+            asked=asked,
         )
         if accepted is None:
             self.health()
@@ -254,6 +291,33 @@ class TransformersEngine:
         if self._attention is not None:
             self._model.set_attn_implementation(self._attention)
             self._attention = None
+
+
+def _keep_prefixes_apart(processor: Any) -> None:
+    """Prompts that begin alike share keys and values only under the same adapter.
+
+    Blocks are known by a hash over their tokens; in what is hashed, each adapter turns the ids into others of its own.
+    """
+    cache, scheduler = processor.cache, processor.scheduler
+
+    def salted(request_id: str, token_ids: list[int]) -> list[int]:
+        state = scheduler.active_requests.get(request_id) or scheduler.waiting_requests[request_id]
+        adapter = state.logit_processor_kwargs["asked"].adapter
+        if adapter is None:
+            return token_ids
+        salt = int.from_bytes(blake2b(adapter.name.encode(), digest_size=4).digest(), "little") >> 2
+        return [token ^ salt for token in token_ids]
+
+    search = cache.search_prefix_match
+    cache.search_prefix_match = lambda request_id, token_ids: search(request_id, salted(request_id, token_ids))
+    for allocator in cache.cache_allocators.values():
+
+        def mark(
+            request_id: str, token_ids: list[int], count: int, plain: Any = allocator.mark_complete_blocks
+        ) -> None:
+            plain(request_id, salted(request_id, token_ids), count)
+
+        allocator.mark_complete_blocks = mark
 
 
 def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
-import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,49 +22,59 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray.chat import ChatFormat, read_messages
-from ftray.engine.protocol import Chunk, Completion, ContextLengthError, Engine, EngineError, SamplingParams
-from ftray.errors import DataError
-from ftray.serve.keys import KeyGuard
+from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams
+from ftray.errors import DataError, StorageError
+from ftray.serve.answers import Answers, Tally
+from ftray.serve.asgi import Shield, Worked, on_http_error, on_request_error, read_body, unavailable
+from ftray.serve.catalog import Catalog, Served
+from ftray.serve.feedback import write_feedback
+from ftray.serve.keys import CALLER, KeyGuard
+from ftray.serve.limits import Limits, Meter
+from ftray.serve.meters import CONTENT_TYPE, Meters
+from ftray.serve.pages import page_routes
 from ftray.serve.protocol import (
-    DONE,
-    MAX_BODY_BYTES,
     ChatRequest,
     CompletionRequest,
-    ModelCard,
-    ModelList,
-    Reply,
+    FeedbackRequest,
     RequestError,
-    encode_event,
-    encode_json,
     parse_request,
-    usage_of,
+    read_object,
+    validate,
 )
-
-logger = logging.getLogger(__name__)
-_RETRY_AFTER = [(b"retry-after", b"1")]
+from ftray.serve.replies import ModelCard, ModelList, Reply
+from ftray.serve.routing import ALIAS, Router
 
 
 def build_api(
     engine: Engine,
-    model_id: str,
+    served: Served,
     *,
     max_tokens: int,
     key_hashes: tuple[str, ...] = (),
     max_answer_s: float = 600.0,
+    limits: Limits | None = None,
+    router: Router | None = None,
+    place: str | None = None,
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
-    max_tokens: most that a request may ask for, and the default. max_answer_s: an answer that takes longer is ended
-    with an error, so that a draining replica knows how long to wait.
+    served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
+    that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
+    feedback is kept; None: it is refused.
     """
-    api = _Api(engine, model_id, max_tokens, max_answer_s)
+    catalog, router = Catalog(engine, served), router or Router({})
+    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await engine.start()
         try:
+            await catalog.start()
+            await router.start()
             yield
         finally:
+            await router.stop()
+            await catalog.stop()
             await engine.stop()
 
     app = Starlette(
@@ -75,13 +83,16 @@ def build_api(
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/v1/models/{model_id:path}", api.model, methods=["GET"]),
+            Route("/v1/feedback", api.feedback, methods=["POST"]),
             Route("/health", api.health, methods=["GET"]),
+            Route("/metrics", api.metrics, methods=["GET"]),
+            *page_routes(),
         ],
         exception_handlers={
-            RequestError: _on_request_error,
-            HTTPException: _on_http_error,
+            RequestError: on_request_error,
+            HTTPException: on_http_error,
         },
-        middleware=[Middleware(_Shield)],
+        middleware=[Middleware(Shield)],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirect has no body in OpenAI's shape
@@ -89,30 +100,63 @@ def build_api(
 
 
 class _Api:
-    def __init__(self, engine: Engine, model_id: str, max_tokens: int, max_answer_s: float) -> None:
-        self._engine = engine
-        self._card = ModelCard(id=model_id, created=int(time.time()))
-        self._max_tokens = max_tokens
-        self._max_answer_s = max_answer_s
+    def __init__(
+        self,
+        engine: Engine,
+        catalog: Catalog,
+        router: Router,
+        meter: Meter,
+        max_tokens: int,
+        max_answer_s: float,
+        place: str | None,
+    ) -> None:
+        self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
+        self._created = int(time.time())
+        self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
+        self._meters = Meters()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
+        self._end_ids = frozenset(getattr(engine, "stop_token_ids", ()))
 
     async def health(self, _: Request) -> Response:
-        self._engine_or_503()
+        try:
+            self._engine.health()
+        except EngineError as err:
+            raise unavailable(err) from err
         return JSONResponse({"status": "ok"})
 
+    async def metrics(self, _: Request) -> Response:
+        self._meters.models.set(len(self._model_ids()))
+        return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
+
     async def models(self, _: Request) -> Response:
-        return JSONResponse(ModelList(data=[self._card]).model_dump())
+        cards = [ModelCard(id=model_id, created=self._created) for model_id in self._model_ids()]
+        return JSONResponse(ModelList(data=cards).model_dump())
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["model_id"])
-        return JSONResponse(self._card.model_dump())
+        model_id = request.path_params["model_id"]
+        self._check_model(model_id)
+        return JSONResponse(ModelCard(id=model_id, created=self._created).model_dump())
+
+    async def feedback(self, request: Request) -> Response:
+        self._meter.admit(request.scope.get(CALLER, ""))
+        told = validate(read_object(await read_body(request)), FeedbackRequest)
+        if self._place is None:
+            raise RequestError(404, "this endpoint keeps no feedback")
+        try:
+            await asyncio.to_thread(write_feedback, self._place, told)
+        except StorageError as err:
+            raise unavailable(err) from err
+        known = told.model if told.model in self._model_ids() else "unknown"  # a label a client could fill without end
+        self._meters.feedback.labels(known, told.rating).inc()
+        return JSONResponse({"object": "feedback", "stored": True}, status_code=201)
 
     async def chat(self, request: Request) -> Response:
-        asked = parse_request(await _read_body(request), ChatRequest, max_tokens=self._max_tokens)
-        self._check_model(asked.model)
+        tally, caller = self._admit(request)
+        asked = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
+        model_id = self._route(asked)
         if self._format is None:
-            message = f"the model {self._card.id} has no chat template; use /v1/completions"
+            message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
         try:
             messages = read_messages([message.turn() for message in asked.messages])
@@ -120,188 +164,102 @@ class _Api:
             prompt_ids = await asyncio.to_thread(self._format.encode_prompt, messages)
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
-        return self._answer(asked, prompt_ids, chat=True)
+        return await self._answer(asked, model_id, prompt_ids, tally, caller)
 
     async def completions(self, request: Request) -> Response:
-        asked = parse_request(await _read_body(request), CompletionRequest, max_tokens=self._max_tokens)
-        self._check_model(asked.model)
+        tally, caller = self._admit(request)
+        asked = parse_request(await read_body(request), CompletionRequest, max_tokens=self._max_tokens)
+        model_id = self._route(asked)
         prompt = asked.prompt_or_ids
         if isinstance(prompt, str):
             encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
             prompt = list(encoded["input_ids"])
-        return self._answer(asked, prompt, chat=False)
+        return await self._answer(asked, model_id, prompt, tally, caller)
 
-    def _answer(self, asked: ChatRequest | CompletionRequest, prompt_ids: list[int], *, chat: bool) -> Response:
-        request_id = uuid.uuid4().hex
-        where = "messages" if chat else "prompt"
-        left = self._engine.max_context - len(prompt_ids)
+    async def _answer(
+        self, asked: ChatRequest | CompletionRequest, model_id: str, prompt_ids: list[int], tally: Tally, caller: str
+    ) -> Response:
+        chat = isinstance(asked, ChatRequest)
+        on_end = partial(self._end, model_id, caller)
+        try:
+            adapter = await self._catalog.prepare(model_id)
+            # Nothing is awaited from here to the engine: the adapter is there now.
+            streams = [
+                self._engine.generate(uuid.uuid4().hex, prompt_ids, params, adapter=adapter)
+                for params in self._sampling(asked, len(prompt_ids))
+            ]
+        except ContextLengthError as err:
+            raise RequestError(
+                400, str(err), param="messages" if chat else "prompt", code="context_length_exceeded"
+            ) from None
+        except DataError as err:
+            raise RequestError(400, str(err), param="messages" if chat else "prompt") from None
+        except (EngineError, RequestError) as err:
+            tally.status = 503 if isinstance(err, EngineError) else err.status
+            self._record(model_id, tally)
+            raise unavailable(err) if isinstance(err, EngineError) else err from err
+        self._meters.running.inc()
+        reply = Reply.begin(chat=chat, model=model_id, spell=self._spell)
+        has_logprobs = asked.num_logprobs is not None
+        answers = Answers(streams, reply, tally, self._max_answer_s, has_logprobs, self._end_ids, on_end)
+        return Worked(partial(answers.stream, asked.include_usage) if asked.stream else answers.whole)
+
+    def _sampling(self, asked: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
+        left = self._engine.max_context - num_prompt_tokens
         # What the client left to us is cut to what fits; what it asked for is not.
         max_tokens = asked.num_tokens_asked or max(1, min(self._max_tokens, left))
-        try:
-            params = SamplingParams(
+        return [
+            SamplingParams(
                 max_tokens=max_tokens,
                 temperature=1.0 if asked.temperature is None else asked.temperature,
                 top_p=1.0 if asked.top_p is None else asked.top_p,
                 stop=asked.stops,
-                seed=asked.seed,
+                seed=None if asked.seed is None else asked.seed + index,
+                num_logprobs=asked.num_logprobs,
             )
-            chunks = self._engine.generate(request_id, prompt_ids, params)
-        except ContextLengthError as err:
-            raise RequestError(400, str(err), param=where, code="context_length_exceeded") from None
-        except DataError as err:
-            raise RequestError(400, str(err), param=where) from None
-        except EngineError as err:
-            raise _unavailable(err) from err
-        reply = Reply.begin(chat=chat, model=self._card.id)
-        if asked.stream:
-            return _Worked(lambda send: self._stream(chunks, reply, asked.include_usage, send))
-        return _Worked(lambda send: self._whole(chunks, reply, send))
+            for index in range(asked.n or 1)
+        ]
 
-    async def _whole(self, chunks: AsyncIterator[Chunk], reply: Reply, send: _Send) -> None:
-        texts: list[str] = []
-        token_ids: list[int] = []
-        try:
-            async with asyncio.timeout(self._max_answer_s), aclosing(chunks):  # type: ignore[type-var]
-                async for chunk in chunks:
-                    texts.append(chunk.text)
-                    token_ids += chunk.token_ids
-        except (EngineError, TimeoutError) as err:
-            await _refuse(send, _unavailable(err))
-            return
-        assert chunk.finish_reason is not None
-        answer = Completion("".join(texts), token_ids, chunk.finish_reason)
-        body = reply.whole(answer, usage_of(chunk.num_prompt_tokens, chunk.num_generated_tokens))
-        await _respond(send, 200, encode_json(body))
+    def _admit(self, request: Request) -> tuple[Tally, str]:
+        caller = str(request.scope.get(CALLER, ""))
+        self._meter.admit(caller)
+        return Tally(), caller
 
-    async def _stream(self, chunks: AsyncIterator[Chunk], reply: Reply, include_usage: bool, send: _Send) -> None:
-        async def event(value: Any) -> None:
-            await send({"type": "http.response.body", "body": encode_event(value), "more_body": True})
+    def _route(self, asked: ChatRequest | CompletionRequest) -> str:
+        """The model that answers. Raises RequestError (404, or 503 when no model of `default` is there)."""
+        if asked.model != ALIAS or not self._router.is_on:
+            self._check_model(asked.model)
+            return asked.model
+        chosen = self._router.choose(asked.who, self._catalog.model_ids())
+        if chosen is None:
+            raise RequestError(503, "no model of `default` is available at the moment", code="model_unavailable")
+        return chosen
 
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-        try:
-            async with asyncio.timeout(self._max_answer_s), aclosing(chunks):  # type: ignore[type-var]
-                if first := reply.first():
-                    await event(first)
-                async for chunk in chunks:
-                    if chunk.text or chunk.finish_reason:
-                        await event(reply.delta(chunk.text, chunk.finish_reason))
-            if include_usage:
-                await event(reply.usage(usage_of(chunk.num_prompt_tokens, chunk.num_generated_tokens)))
-            last = DONE
-        except (EngineError, TimeoutError) as err:
-            # The status is out already: clients know an error in the stream by its shape, and by the missing [DONE].
-            last = encode_event(_unavailable(err).body())
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+    def _end(self, model_id: str, caller: str, tally: Tally) -> None:
+        self._meters.running.dec()
+        self._meter.charge(caller, tally.usage.total_tokens)
+        self._record(model_id, tally)
+
+    def _record(self, model_id: str, tally: Tally) -> None:
+        meters = self._meters
+        meters.answers.labels(model_id, str(tally.status)).inc()
+        meters.tokens.labels(model_id, "prompt").inc(tally.num_prompt_tokens)
+        meters.tokens.labels(model_id, "completion").inc(tally.usage.completion_tokens)
+        meters.prompt.labels(model_id).observe(tally.num_prompt_tokens)
+        meters.answer.labels(model_id).observe(time.monotonic() - tally.began_s)
+        if tally.first_s is not None:
+            meters.first_token.labels(model_id).observe(tally.first_s)
+        if tally.status == 200 and not tally.has_text:
+            meters.empty.labels(model_id).inc()
+        if tally.status != 499:  # who left says nothing of the model
+            self._router.record(model_id, failed=tally.status >= 500, first_s=tally.first_s)
+
+    def _model_ids(self) -> list[str]:
+        return [*([ALIAS] if self._router.is_on else []), *self._catalog.model_ids()]
 
     def _check_model(self, name: str) -> None:
-        if name != self._card.id:
+        if name not in self._model_ids():
             raise RequestError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
-    def _engine_or_503(self) -> None:
-        try:
-            self._engine.health()
-        except EngineError as err:
-            raise _unavailable(err) from err
-
-
-_Send = Callable[[Any], Awaitable[None]]
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
-]
-
-
-def _unavailable(err: BaseException) -> RequestError:
-    """503 without the engine's own words: they may quote paths or data. They go to the log."""
-    if isinstance(err, TimeoutError):
-        return RequestError(503, "the answer took too long; ask for fewer tokens", code="timeout")
-    logger.error("engine: %s", err)
-    return RequestError(503, "the model is not available at the moment; try again", code="engine_unavailable")
-
-
-class _Worked(Response):
-    """A response sent by a coroutine, which ends when the client leaves."""
-
-    def __init__(self, work: Callable[[_Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self._work = work
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002
-        work = asyncio.ensure_future(self._work(send))
-        gone = asyncio.create_task(_until_disconnect(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # also when Serve cancels us, its way to say that the client left
-            finished = work.done()
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if finished:
-            work.result()
-
-
-async def _until_disconnect(receive: Any) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read_body(request: Request) -> bytes:
-    """The body, up to MAX_BODY_BYTES; nothing beyond is held in memory."""
-    too_large = RequestError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)
-
-
-async def _respond(send: _Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *(headers or [])]})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _refuse(send: _Send, error: RequestError) -> None:
-    await _respond(send, error.status, encode_json(error.body()), _RETRY_AFTER if error.status == 503 else None)
-
-
-def _on_request_error(_: Request, err: Exception) -> Response:
-    assert isinstance(err, RequestError)
-    return _Worked(lambda send: _refuse(send, err))
-
-
-def _on_http_error(request: Request, err: Exception) -> Response:
-    assert isinstance(err, HTTPException)
-    messages = {404: f"unknown path {request.url.path}", 405: f"{request.method} is not possible here"}
-    body = RequestError(err.status_code, messages.get(err.status_code, err.detail)).body()
-    return JSONResponse(body, status_code=err.status_code, headers=err.headers)
-
-
-class _Shield:
-    """The last net: a surprise becomes a 500. Starlette's own would raise it again, and Serve then log its text."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        started = False
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except Exception as err:  # noqa: BLE001 - the client gets an answer, and the log no text that may quote a prompt
-            kind = type(err).__name__
-            frame = traceback.extract_tb(err.__traceback__)[-1]
-            logger.error("unexpected %s in %s, line %s", kind, frame.filename, frame.lineno)
-            if started or scope["type"] != "http":
-                raise RuntimeError(f"unexpected {kind}") from None  # breaks the connection: no end is pretended
-            await _refuse(send, RequestError(500, "an internal error; the server's log tells its kind"))
+    def _spell(self, token_id: int) -> str:
+        return str(self._engine.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))

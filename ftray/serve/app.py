@@ -15,25 +15,27 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from ftray import config
-
-MAX_ANSWER_S = 600.0
-_DRAIN_S = MAX_ANSWER_S + 30  # a replica that goes away waits for its longest answer
+from ftray.serve.catalog import Served
+from ftray.serve.keys import read_key_hashes
+from ftray.serve.models import is_hub_id
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_MORE_S = 30  # beyond the longest answer, for what else a replica that goes away has to end
 
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """What a replica is told. API keys come hashed."""
+    """What a replica is told. model_dir: a directory, one committed in a bucket, or a hub id. API keys come hashed."""
 
     model_dir: str
-    model_id: str
-    max_tokens: int
+    served: Served
+    serve_cfg: config.Serve
     max_num_seqs: int
     max_context: int | None
     dtype: str | None
     num_threads: int
     key_hashes: tuple[str, ...]
+    place: str | None
 
 
 @serve.ingress()
@@ -44,25 +46,33 @@ class ModelReplica:
         from ftray.engine.offline import load_engine
         from ftray.serve.models import local_model
 
-        self._settings = settings
+        self._settings, served = settings, settings.served
         self._engine = load_engine(
-            local_model(settings.model_dir),
-            name=settings.model_id,
+            settings.model_dir if is_hub_id(settings.model_dir) else local_model(settings.model_dir),
+            name=served.model_id,
             dtype=settings.dtype,
             num_threads=settings.num_threads,
             max_num_seqs=settings.max_num_seqs,
             max_context=settings.max_context,
+            adapters=bool(served.adapters or served.registry),
+            revision=served.revision,
         )
 
     def __serve_build_asgi_app__(self) -> Any:
         from ftray.serve.api import build_api
+        from ftray.serve.limits import Limits
+        from ftray.serve.routing import Router
 
+        settings, cfg = self._settings, self._settings.serve_cfg
         return build_api(
             self._engine,
-            self._settings.model_id,
-            max_tokens=self._settings.max_tokens,
-            key_hashes=self._settings.key_hashes,
-            max_answer_s=MAX_ANSWER_S,
+            settings.served,
+            max_tokens=cfg.max_tokens,
+            key_hashes=settings.key_hashes,
+            max_answer_s=cfg.max_answer_s,
+            limits=Limits(cfg.requests_per_minute, cfg.tokens_per_minute, cfg.tokens_per_day),
+            router=Router(cfg.ab, cfg.canary, settings.place),
+            place=settings.place,
         )
 
     async def check_health(self) -> None:
@@ -72,7 +82,7 @@ class ModelReplica:
 
 def build_app(
     model_dir: str,
-    model_id: str,
+    served: Served,
     serve_cfg: config.Serve,
     *,
     key_hashes: tuple[str, ...] = (),
@@ -80,11 +90,13 @@ def build_app(
     num_gpus: float = 0.0,
     dtype: str | None = None,
     max_context: int | None = None,
+    place: str | None = None,
 ) -> serve.Application:
-    """A Serve application for one model directory, known to clients as `model_id`.
+    """A Serve application for one model, or one base with its adapters.
 
-    num_cpus, num_gpus: a replica's; torch gets as many threads. A replica answers up to 1.5 × target_ongoing_requests
-    at once, so that autoscaling sees load above its target before requests have to wait.
+    num_cpus, num_gpus: a replica's; torch gets as many threads. place: URI below which feedback and events are kept. A
+    replica answers up to 1.5 × target_ongoing_requests at once, so that autoscaling sees load above its target before
+    requests have to wait.
     """
     max_ongoing = math.ceil(1.5 * serve_cfg.target_ongoing_requests)
     deployment = serve.deployment(
@@ -99,7 +111,7 @@ def build_app(
         max_ongoing_requests=max_ongoing,
         max_queued_requests=max(1, serve_cfg.max_queued_requests),  # Serve knows no 0
         backpressure_config=BackpressureConfig(retry_after_s=1),
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=serve_cfg.max_answer_s + _MORE_S,  # waits for its longest answer
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         max_constructor_retry_count=2,  # a model that doesn't load won't load the twentieth time
@@ -108,12 +120,24 @@ def build_app(
     return deployment.bind(
         ReplicaSettings(
             model_dir=model_dir,
-            model_id=model_id,
-            max_tokens=serve_cfg.max_tokens,
+            served=served,
+            serve_cfg=serve_cfg,
             max_num_seqs=max_ongoing,
             max_context=max_context,
             dtype=dtype,
             num_threads=max(1, int(num_cpus)),
             key_hashes=key_hashes,
+            place=place,
         )
     )
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """What the `import_path` of a Serve config names: the arguments are those that `serve_config` wrote.
+
+    API keys come from the environment of the cluster, never from the config. Raises ConfigError as `read_key_hashes`.
+    """
+    options = dict(arguments)
+    serve_cfg = config.Serve.model_validate(options.pop("serve"))
+    served = Served(**options.pop("served"))
+    return build_app(options.pop("model_dir"), served, serve_cfg, key_hashes=read_key_hashes(serve_cfg.host), **options)

@@ -9,6 +9,7 @@ from ray import serve
 
 from ftray import config, storage
 from ftray.serve.app import build_app
+from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
 
 
@@ -18,7 +19,7 @@ def build(args: dict[str, str]) -> serve.Application:
     parts = ("model",) if run.method.type == "full" else ("model", "merged")
     return build_app(
         storage.join(storage.absolute(run.directory), *parts),
-        run.name,
+        Served(run.name),
         run.serve,
         key_hashes=read_key_hashes("0.0.0.0"),  # whatever the file says: a pod is reached from others
         num_cpus=run.scale.cpus_per_worker,

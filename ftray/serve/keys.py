@@ -1,6 +1,7 @@
 """API keys: who may ask. Knows nothing of models, Ray or what is asked.
 
-Keys themselves stay in the driver's environment; replicas only ever hold their sha256.
+Keys themselves stay in the driver's environment, or in a file such as a mounted Secret; replicas only ever hold their
+sha256.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import hashlib
 import hmac
 import ipaddress
 import os
+from pathlib import Path
 from typing import Any
 
 from ftray.errors import ConfigError
 from ftray.serve.protocol import RequestError, encode_json
 
 ENV = "FTRAY_API_KEY"
-OPEN_PATHS = frozenset({"/health"})
+FILE_ENV = "FTRAY_API_KEY_FILE"
+OPEN_PATHS = frozenset({"/health", "/", "/docs", "/openapi.json", "/page.css", "/chat.js", "/docs.js"})
+CALLER = "ftray.caller"  # in an ASGI scope: the hash of the key that was sent
 
 
 def hash_key(key: str) -> str:
@@ -23,18 +27,32 @@ def hash_key(key: str) -> str:
 
 
 def read_key_hashes(host: str) -> tuple[str, ...]:
-    """Hashes of the keys in FTRAY_API_KEY (several: separated by commas).
+    """Hashes of the keys in FTRAY_API_KEY (several: separated by commas) and in the file FTRAY_API_KEY_FILE (one a line).
 
-    Raises ConfigError when there is none and `host` can be reached from other machines.
+    Raises ConfigError when there is none and `host` can be reached from other machines, or the file can't be read.
     """
-    keys = [key.strip() for key in os.environ.get(ENV, "").split(",")]
+    keys = [key.strip() for key in os.environ.get(ENV, "").split(",")] + _keys_of_file()
     hashes = tuple(hash_key(key) for key in keys if key)
     if not hashes and not _is_loopback(host):
         raise ConfigError(
             f"serve.host is {host}, which other machines can reach, but no API key is set; "
-            f"set {ENV} (several keys: separated by commas), or use serve.host: 127.0.0.1"
+            f"set {ENV} (several keys: separated by commas) or {FILE_ENV}, or use serve.host: 127.0.0.1"
         )
     return hashes
+
+
+def _keys_of_file() -> list[str]:
+    path = os.environ.get(FILE_ENV)
+    if not path:
+        return []
+    try:
+        keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "not a text file"
+        raise ConfigError(f"{FILE_ENV} {path} can't be read ({reason}); give a file with one key a line") from None
+    if not any(keys):  # an empty Secret must not open the door
+        raise ConfigError(f"{FILE_ENV} {path} holds no key; write one a line, or unset {FILE_ENV}")
+    return keys
 
 
 def _is_loopback(host: str) -> bool:
@@ -74,4 +92,5 @@ class KeyGuard:
         digest = hashlib.sha256(key.strip()).hexdigest()
         # All are compared, whichever fits: time tells nothing about how many keys there are or which one came close.
         matches = [hmac.compare_digest(digest, known) for known in self._hashes]
+        scope[CALLER] = digest
         return kind.lower() == b"bearer" and any(matches)

@@ -1,35 +1,47 @@
-"""OpenAI's words: what a request may say, what an answer looks like, how errors are told.
+"""OpenAI's words: what a request may say, and how errors are told. What an answer looks like is in `replies`.
 
 Knows nothing of Ray, torch, transformers, web frameworks or engines. What this endpoint doesn't carry out is refused by
-name: an ignored `tools` or `n: 5` would look like an answer.
+name: an ignored `tools` or `logit_bias` would look like an answer.
 """
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from dataclasses import dataclass
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from ftray.engine.protocol import Completion as Answer
-from ftray.engine.protocol import FinishReason
+from ftray.engine.protocol import MAX_LOGPROBS
 
 MAX_BODY_BYTES = 1 << 20
 MAX_MESSAGES = 256
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
-DONE = b"data: [DONE]\n\n"
+MAX_N = 8
+MAX_NAME_CHARS = 256
 
 
 class RequestError(Exception):
     """A refusal, as status and OpenAI's error body."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = 1.0 if retry_after_s is None and status in (429, 503) else retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come again, in whole seconds."""
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -46,9 +58,7 @@ _NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
     "prediction": (None,),
     "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
@@ -57,15 +67,11 @@ _NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
 # They change nothing in an answer.
-_HARMLESS = frozenset(
-    {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
-    | {"service_tier"}
-)
+_HARMLESS = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
 
 
 class _Strict(BaseModel):
@@ -114,8 +120,14 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False  # padding against eavesdroppers; clients send it, none needs it
 
 
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
 class _Request(_Strict):
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    model: _Name
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    user: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    safety_identifier: Annotated[str, StringConstraints(max_length=1024)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -147,6 +159,16 @@ class _Request(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def who(self) -> str | None:
+        """Whom the client asks for, as it calls them."""
+        return self.safety_identifier or self.user or None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to tell with each token's log probability; None: no log probabilities."""
+        raise NotImplementedError
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -159,6 +181,18 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only possible with logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -174,6 +208,11 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     prompt: str | list[int] | list[str]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @field_validator("prompt")
     @classmethod
@@ -193,26 +232,57 @@ class CompletionRequest(_Request):
         return first if isinstance(self.prompt, list) and isinstance(first, str) else self.prompt  # type: ignore[return-value]
 
 
+class FeedbackRequest(_Strict):
+    """What a user thought of an answer. messages: the conversation, the answer last. correction: a better answer."""
+
+    rating: Literal["up", "down"]
+    messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=MAX_MESSAGES)]
+    comment: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    correction: Annotated[str, StringConstraints(min_length=1, max_length=65536)] | None = None
+    model: _Name | None = None
+    id: _Name | None = None
+
+    @model_validator(mode="after")
+    def _answer_last(self) -> FeedbackRequest:
+        for text in (self.comment, self.correction):
+            _whole_characters(text or "")
+        if self.messages[-1].role != "assistant" or not self.messages[-1].text:
+            raise ValueError("messages must end with the assistant's answer")
+        return self
+
+
 R = TypeVar("R", bound=_Request)
+M = TypeVar("M", bound=BaseModel)
 
 
-def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
-    """Reads a body. Raises RequestError (400) that names the field; `max_tokens` is the most that one may ask for."""
+def read_object(body: bytes) -> dict[str, Any]:
+    """A body as a JSON object. Raises RequestError (400)."""
     try:
         raw = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as err:  # ValueError: syntax, encoding, a number of too many digits
         raise RequestError(400, f"the body is not valid JSON: {str(err)[:200]}") from None
     if not isinstance(raw, dict):
         raise RequestError(400, "the body must be a JSON object")
+    return raw
+
+
+def validate(raw: dict[str, Any], kind: type[M]) -> M:
+    """Raises RequestError (400) that names the field."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as err:
+        raise _explain(err) from None
+
+
+def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
+    """Reads a body. Raises RequestError (400) that names the field; `max_tokens` is the most that one may ask for."""
+    raw = read_object(body)
     for field, empty in _NOT_CARRIED_OUT.items():
         if field in raw and not any(_same(raw[field], value) for value in empty):
             message = f"{field} is not supported by this endpoint; leave it out"
             raise RequestError(400, message, param=field, code="unsupported")
     known = {key: value for key, value in raw.items() if key not in _NOT_CARRIED_OUT and key not in _HARMLESS}
-    try:
-        request = kind.model_validate(known)
-    except ValidationError as err:
-        raise _explain(err) from None
+    request = validate(known, kind)
     asked = request.num_tokens_asked
     if asked is not None and asked > max_tokens:
         field = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
@@ -244,84 +314,11 @@ def _explain(err: ValidationError) -> RequestError:
 
 
 _FIELDS = frozenset(
-    f for m in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions) for f in m.model_fields
+    f
+    for m in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions, FeedbackRequest)
+    for f in m.model_fields
 )
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-def usage_of(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        completion_tokens=num_generated_tokens,
-        total_tokens=num_prompt_tokens + num_generated_tokens,
-    )
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "ftray"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The frame of one answer: what all of its chunks, or its whole body, have in common."""
-
-    chat: bool
-    model: str
-    id: str
-    created: int
-
-    @classmethod
-    def begin(cls, *, chat: bool, model: str) -> Reply:
-        return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()))
-
-    def whole(self, answer: Answer, usage: Usage) -> dict[str, Any]:
-        """Body of a plain response."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
-        else:
-            choice["text"] = answer.text
-        return {**self._frame("chat.completion"), "choices": [choice], "usage": usage.model_dump()}
-
-    def first(self) -> dict[str, Any] | None:
-        """A chat stream opens with the role; a completion's with text."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
-
-    def delta(self, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
-        if not self.chat:
-            return self._chunk({"text": text}, finish_reason)
-        return self._chunk({"delta": {"content": text} if text else {}}, finish_reason)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk under `include_usage`: no choice in it."""
-        return {**self._frame("chat.completion.chunk"), "choices": [], "usage": usage.model_dump()}
-
-    def _chunk(self, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-        choice = {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
-        return {**self._frame("chat.completion.chunk"), "choices": [choice]}
-
-    def _frame(self, chat_object: str) -> dict[str, Any]:
-        kind = chat_object if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
 def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def encode_event(value: Any) -> bytes:
-    """A server-sent event. JSON escapes line breaks, so one `data:` line holds it."""
-    return b"data: " + encode_json(value) + b"\n\n"

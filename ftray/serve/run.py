@@ -9,14 +9,16 @@ import logging
 import signal
 import socket
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
 from ftray.errors import ConfigError, RunError
+from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
-from ftray.serve.models import check_model
+from ftray.serve.models import check_model, is_hub_id
 
 _APP = "ftray"
 
@@ -48,11 +50,13 @@ def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str,
     return key_hashes
 
 
-def start_endpoint(model_dir: str | Path, model_id: str, serve_cfg: config.Serve, **replica: Any) -> Endpoint:
+def start_endpoint(
+    model_dir: str | Path, served: Served, serve_cfg: config.Serve, *, name: str | None = None, **replica: Any
+) -> Endpoint:
     """Starts Serve on this Ray cluster and waits until a replica is healthy.
 
-    replica: `build_app`'s other arguments. Raises as `check_endpoint`; ConfigError when this cluster already serves;
-    RunError when no replica comes up.
+    name: the model that the caller is told to ask for, if not served's first. replica: `build_app`'s other arguments.
+    Raises as `check_endpoint`; ConfigError when this cluster already serves; RunError when no replica comes up.
     """
     key_hashes = check_endpoint(model_dir, serve_cfg)
     port = _find_port(serve_cfg.host, serve_cfg.port)
@@ -63,8 +67,10 @@ def start_endpoint(model_dir: str | Path, model_id: str, serve_cfg: config.Serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         raise ConfigError("this Ray cluster serves an endpoint already; stop it, or use another cluster")
-    directory = storage.absolute(str(model_dir))  # replicas have another working directory
-    app = build_app(directory, model_id, serve_cfg, key_hashes=key_hashes, **replica)
+    model_id = name or served.model_id
+    # replicas have another working directory
+    directory = str(model_dir) if is_hub_id(str(model_dir)) else storage.absolute(str(model_dir))
+    app = build_app(directory, served, serve_cfg, key_hashes=key_hashes, **replica)
     serve.start(proxy_location="HeadOnly", http_options={"host": serve_cfg.host, "port": port}, logging_config=QUIET)
     try:
         serve.run(app, name=_APP, route_prefix="/")
@@ -77,8 +83,29 @@ def start_endpoint(model_dir: str | Path, model_id: str, serve_cfg: config.Serve
     return Endpoint(f"http://{host}:{port}/v1", model_id, port)
 
 
-def run_until_signal(endpoint: Endpoint) -> None:
-    """Stays up until SIGTERM or SIGINT, then drains. A second signal cuts what still runs. Main thread only."""
+def serve_config(model_dir: str, served: Served, serve_cfg: config.Serve, **replica: Any) -> dict[str, Any]:
+    """The same endpoint as a config for `serve deploy` and RayService. Holds no key: the cluster's environment does."""
+    arguments = {
+        "model_dir": model_dir,
+        "served": asdict(served),
+        "serve": serve_cfg.model_dump(mode="json", exclude_defaults=True),
+        **replica,
+    }
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": serve_cfg.host, "port": serve_cfg.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {"name": _APP, "route_prefix": "/", "import_path": "ftray.serve.app:build", "args": arguments}
+        ],
+    }
+
+
+def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None) -> None:
+    """Stays up until SIGTERM or SIGINT, then drains. A second signal cuts what still runs. Main thread only.
+
+    look: called twice a second.
+    """
     stopping = threading.Event()
 
     def on_signal(number: int, _: Any) -> None:
@@ -89,7 +116,7 @@ def run_until_signal(endpoint: Endpoint) -> None:
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
-            pass
+            look()
         try:
             endpoint.stop()
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ftray import config, storage
 from ftray.console import Console
+from ftray.serve.catalog import Served
 from ftray.serve.run import start_endpoint
 
 TIMEOUT_S = 300.0
@@ -25,7 +26,8 @@ def known_answer(run_dir: str, step: int) -> str | None:
 def try_endpoint(run: config.Run, run_dir: str, model_dir: str, step: int, question: str, console: Console) -> str:
     """Starts the endpoint on a free loopback port, asks one chat completion, stops it; keeps and returns the answer."""
     console.say("\nserve: starting the endpoint for one request")
-    endpoint = start_endpoint(model_dir, run.name, run.serve.model_copy(update={"host": "127.0.0.1", "port": 0}))
+    alone = {"host": "127.0.0.1", "port": 0, "ab": {}, "canary": None}
+    endpoint = start_endpoint(model_dir, Served(run.name), run.serve.model_copy(update=alone))
     try:
         body = {
             "model": run.name,

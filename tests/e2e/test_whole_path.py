@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def test_what_the_endpoint_asks_is_the_beginning_of_what_training_saw(run_dir: P
 
 def test_a_stream_brings_the_whole_answer_and_its_usage(endpoint: Command) -> None:
     client = client_of(endpoint)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["model", "tiny"]
     ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Zoë meets a cat."}], "temperature": 0}
     whole = client.chat.completions.create(**ask, max_tokens=MAX_TOKENS)
     *chunks, last = client.chat.completions.create(
@@ -261,6 +262,35 @@ def test_a_stream_brings_the_whole_answer_and_its_usage(endpoint: Command) -> No
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert last.usage == whole.usage
+
+
+def test_what_is_published_is_served_within_seconds_and_so_is_its_removal(place: Place, endpoint: Command) -> None:
+    client = client_of(endpoint)
+    ask: Any = {
+        "messages": [{"role": "user", "content": "Zoë meets a cat."}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+    }
+    texts = {
+        name: client.chat.completions.create(model=name, **ask).choices[0].message.content for name in ("model", "tiny")
+    }
+
+    def wait_for(*ids: str) -> None:
+        deadline = time.monotonic() + 60
+        while [model.id for model in client.models.list()] != list(ids):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    published = place.ftray("publish", "runs/tiny", "--name", "polite")
+    assert published.code == 0, published.err
+    assert "published model:polite, version 0001-" in published.out
+    wait_for("model", "tiny", "model:polite")
+    reply = client.chat.completions.create(model="model:polite", **ask)
+    assert reply.choices[0].message.content == texts["tiny"] != texts["model"]
+    assert place.ftray("publish", "runs/tiny", "--name", "polite", "--remove").code == 0
+    wait_for("model", "tiny")
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="model:polite", **ask)
 
 
 def test_on_sigterm_the_endpoint_ends_its_streams_and_then_itself(place: Place, endpoint: Command) -> None:

@@ -20,6 +20,7 @@ from ftray.config import Serve
 from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
+from ftray.serve.catalog import Served
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
 
@@ -45,7 +46,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         try:
             # two at once (1.5 × 1, rounded up) and two that wait
             config = Serve(port=0, target_ongoing_requests=1, max_queued_requests=2, max_tokens=1000)
-            yield start_endpoint(directory, "tiny", config, num_cpus=0.5)
+            yield start_endpoint(directory, Served("tiny"), config, num_cpus=0.5)
         finally:
             ray.shutdown()
 
@@ -93,6 +94,22 @@ def test_a_seed_repeats_and_no_seed_does_not(client: openai.OpenAI) -> None:
     assert len({text(), text(), text(seed=5)}) == 3
 
 
+def test_several_answers_and_log_probabilities_reach_the_client(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 8, "temperature": 1.2, "seed": 3, "n": 2}
+    whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 2
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [2] * 8
+        assert all(entry.logprob <= entry.top_logprobs[0].logprob + 1e-6 <= 1e-5 for entry in choice.logprobs.content)
+    streamed = ["", ""]
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
 def test_models_are_listed_under_the_runs_name(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "ftray"
@@ -104,8 +121,11 @@ def test_refusals_reach_the_client_as_its_own_errors(client: openai.OpenAI) -> N
         create(model="other", messages=HI)
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        create(model="tiny", messages=HI, n=3)
-    assert (bad.value.param, bad.value.code) == ("n", "unsupported")
+        create(model="tiny", messages=HI, frequency_penalty=1)
+    assert (bad.value.param, bad.value.code) == ("frequency_penalty", "unsupported")
+    with pytest.raises(openai.BadRequestError) as many:
+        create(model="tiny", messages=HI, n=1000)
+    assert many.value.param == "n"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="tiny", prompt="x" * 1000, max_tokens=100)
     assert long.value.code == "context_length_exceeded"
@@ -163,7 +183,7 @@ def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tm
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ConfigError, match="serves an endpoint already"):
-        start_endpoint(tmp_path, "other", Serve(port=0))
+        start_endpoint(tmp_path, Served("other"), Serve(port=0))
 
 
 def test_on_sigterm_streams_end_and_then_the_endpoint_is_gone(endpoint: Endpoint, client: openai.OpenAI) -> None:

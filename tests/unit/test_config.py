@@ -392,6 +392,13 @@ SAME: dict[str, dict[str, Any]] = {
         "target_ongoing_requests": 3.0,
         "max_queued_requests": 3,
         "max_tokens": 3,
+        "max_answer_s": 3,
+        "max_adapters": 3,
+        "requests_per_minute": 3,
+        "tokens_per_minute": 3,
+        "tokens_per_day": 3,
+        "ab": {"a": 0.9, "b": 0.1},
+        "canary": None,
     },
 }
 

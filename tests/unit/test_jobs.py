@@ -12,7 +12,7 @@ from ftray.train.zero import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
-CLUSTER_JOBS = [path for path in JOBS if path.stem != "quickstart"]
+CLUSTER_JOBS = [path for path in JOBS if config.load_run(path).storage.startswith("s3://")]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from ftray.config import Serve
 from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, SamplingParams
 from ftray.errors import ConfigError, ModelError
 from ftray.serve.api import build_api
+from ftray.serve.catalog import Served
 from ftray.serve.keys import hash_key, read_key_hashes
 from ftray.serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, RequestError, parse_request
 from ftray.serve.run import check_endpoint
@@ -62,7 +63,9 @@ class PaperEngine:
         if self.dead:
             raise EngineError("secret path /home/x")
 
-    def generate(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    def generate(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
+    ) -> AsyncIterator[Chunk]:
         self.health()
         if len(prompt_ids) + params.max_tokens > self.max_context:
             raise ContextLengthError("too long for the context")
@@ -149,7 +152,7 @@ async def call(
 
 
 def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: Any) -> Answer:
-    app = build_api(engine or PaperEngine(), "m", max_tokens=50, key_hashes=how.pop("key_hashes", ()))
+    app = build_api(engine or PaperEngine(), Served("m"), max_tokens=50, key_hashes=how.pop("key_hashes", ()))
     return asyncio.run(call(app, path, body, **how))
 
 
@@ -159,10 +162,14 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 9}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 10**30}, "n"),
         ({"n": True}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 3}, None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"user": 5}, "user"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -338,7 +345,10 @@ def test_models_and_health() -> None:
         ("/v1/models/other", None, 404, "model_not_found"),
         ("/v1/embeddings", TEXT, 404, None),
         ("/v1/models/", None, 404, "model_not_found"),
-        ("/", None, 404, None),
+        ("/page.html", None, 404, None),
+        ("/../keys", None, 404, None),
+        ("/static/chat.html", None, 404, None),
+        ("/v1/feedback", None, 405, None),
         ("/v1/models", TEXT, 405, None),
         ("/v1/completions", b'{"a": "' + b"x" * MAX_BODY_BYTES + b'"}', 413, "body_too_large"),
     ],
@@ -384,7 +394,7 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
     async def work() -> None:
         engine = PaperEngine()
         engine.hold = asyncio.Event()
-        app = build_api(engine, "m", max_tokens=50, max_answer_s=0.05)
+        app = build_api(engine, Served("m"), max_tokens=50, max_answer_s=0.05)
         assert (await call(app, "/v1/completions", TEXT)).error["code"] == "timeout"
         assert (await call(app, "/v1/completions", {**TEXT, "stream": True})).events[-1]["error"]["code"] == "timeout"
         assert engine.log == ["closed", "closed"]
@@ -411,7 +421,7 @@ def test_a_client_that_leaves_frees_the_engine(stream: bool) -> None:
     async def work() -> None:
         engine, leave = PaperEngine(), asyncio.Event()
         engine.hold = asyncio.Event()  # the last word never comes
-        app = build_api(engine, "m", max_tokens=50)
+        app = build_api(engine, Served("m"), max_tokens=50)
         request = asyncio.create_task(call(app, "/v1/completions", {**TEXT, "stream": stream}, leave=leave))
         await asyncio.sleep(0.05)
         assert engine.log == []
@@ -427,7 +437,7 @@ def test_serve_cancelling_a_request_frees_the_engine() -> None:
     async def work() -> None:
         engine = PaperEngine()
         engine.hold = asyncio.Event()
-        app = build_api(engine, "m", max_tokens=50)
+        app = build_api(engine, Served("m"), max_tokens=50)
         request = asyncio.create_task(call(app, "/v1/completions", {**TEXT, "stream": True}))
         await asyncio.sleep(0.05)
         request.cancel()
@@ -441,7 +451,7 @@ def test_serve_cancelling_a_request_frees_the_engine() -> None:
 def test_the_apps_life_is_the_engines_life() -> None:
     async def work() -> None:
         engine = PaperEngine()
-        app = build_api(engine, "m", max_tokens=50, key_hashes=(hash_key("k"),))
+        app = build_api(engine, Served("m"), max_tokens=50, key_hashes=(hash_key("k"),))
         messages = iter(["lifespan.startup", "lifespan.shutdown"])
         sent: list[str] = []
 

@@ -1,0 +1,282 @@
+"""The endpoint under fire: an open loop of clients at several times capacity, and what our path adds to an engine.
+
+    python -m bench.serve_load load --seconds 180 --times 5       # a fake engine: 30 tokens/s on each stream
+    python -m bench.serve_load load --model runs/x/model/merged   # a real one; its capacity is measured first
+    python -m bench.serve_load overhead --streams 32              # the fake engine bare, and behind Serve, in one run
+
+Half of the requests of `load` are streams, whose tokens are counted against the usage at their end; an answer that ends
+otherwise than with its usage and [DONE] is truncated, one that never ends is hung. Prints figures, and a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import ray
+from ray import serve
+
+from ftray import config
+from ftray.engine.protocol import Chunk, SamplingParams
+from ftray.serve.api import build_api
+from ftray.serve.app import QUIET
+from ftray.serve.catalog import Served
+from ftray.serve.run import start_endpoint
+
+TOKENS_PER_S = 30.0
+HUNG_S = 120.0
+
+
+class FakeTokenizer:
+    """Ids are characters."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+class FakeEngine:
+    """Emits a token every 1/30 s on each stream, each with the time at which it was made."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.max_context = FakeTokenizer(), 1 << 20
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def health(self) -> None: ...
+
+    def generate(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        return self._generate(len(prompt_ids), params.max_tokens)
+
+    async def _generate(self, num_prompt_tokens: int, num_tokens: int) -> AsyncIterator[Chunk]:
+        begin = time.monotonic()
+        for i in range(num_tokens):
+            await asyncio.sleep(begin + i / TOKENS_PER_S - time.monotonic())
+            last = "length" if i == num_tokens - 1 else None
+            yield Chunk(f"{time.time():.6f} ", [i], last, num_prompt_tokens, i + 1)  # type: ignore[arg-type]
+
+
+@serve.ingress()
+class FakeReplica:
+    """Our API around the fake engine, as ModelReplica is around a real one."""
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_api(FakeEngine(), Served("fake"), max_tokens=10_000)  # type: ignore[arg-type]
+
+
+@dataclass
+class Seen:
+    """How requests ended. latencies_s: of admitted ones, from the time they were due."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
+    num_hung: int = 0
+    num_truncated: int = 0
+    num_without_retry_after: int = 0
+    num_broken: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "statuses": dict(sorted(self.statuses.items())),
+            "p50_s": _quantile(self.latencies_s, 0.5),
+            "p99_s": _quantile(self.latencies_s, 0.99),
+            "hung": self.num_hung,
+            "truncated": self.num_truncated,
+            "broken": self.num_broken,
+            "refused_without_retry_after": self.num_without_retry_after,
+        }
+
+
+def _quantile(values: list[float], q: float) -> float | None:
+    return round(sorted(values)[min(len(values) - 1, int(q * len(values)))], 4) if values else None
+
+
+async def ask(session: aiohttp.ClientSession, url: str, model: str, num_tokens: int, stream: bool, seen: Seen) -> None:
+    """One request, read to its end."""
+    body: dict[str, Any] = {"model": model, "prompt": "hello", "max_tokens": num_tokens, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
+    begin = time.monotonic()
+    try:
+        async with asyncio.timeout(HUNG_S), session.post(f"{url}/completions", json=body) as response:
+            seen.statuses[response.status] += 1
+            if response.status != 200:
+                seen.num_without_retry_after += "retry-after" not in response.headers
+                await response.read()
+                return
+            if not stream:
+                usage = json.loads(await response.read())["usage"]
+                seen.num_truncated += usage["completion_tokens"] < 1
+            elif not await _read_stream(response, begin, seen):
+                seen.num_truncated += 1
+            seen.latencies_s.append(time.monotonic() - begin)
+    except TimeoutError:
+        seen.num_hung += 1
+    except aiohttp.ClientError:
+        seen.num_broken += 1
+
+
+async def _read_stream(response: aiohttp.ClientResponse, begin: float, seen: Seen) -> bool:
+    """Whether as many tokens came as its usage says, and then [DONE]."""
+    num_chunks, usage = 0, None
+    async for line in response.content:
+        if line == b"data: [DONE]\n":
+            return usage is not None and 1 <= num_chunks <= usage["completion_tokens"]
+        if not line.startswith(b"data: "):
+            continue
+        chunk = json.loads(line[6:])
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            num_chunks += 1
+            if num_chunks == 1:
+                seen.first_s.append(time.monotonic() - begin)
+            if chunk["model"] == "fake" and choice["text"]:
+                seen.late_s.append(time.time() - float(choice["text"].split()[-1]))
+    return False
+
+
+async def open_loop(url: str, model: str, rate: float, seconds: float, tokens: tuple[int, int]) -> Seen:
+    """Requests at a rate that waits for nobody."""
+    seen, rng, tasks = Seen(), random.Random(0), set()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        begin, due = time.monotonic(), 0.0
+        while due < seconds:
+            await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
+            work = ask(session, url, model, rng.randint(*tokens), rng.random() < 0.5, seen)
+            tasks.add(asyncio.create_task(work))
+            due += rng.expovariate(rate)
+        await asyncio.gather(*tasks)
+    return seen
+
+
+async def closed_loop(url: str, model: str, num_clients: int, seconds: float, tokens: tuple[int, int]) -> float:
+    """Answers a second when each of so many clients asks again and again."""
+    seen, end, rng = Seen(), time.monotonic() + seconds, random.Random(1)
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        while time.monotonic() < end:
+            await ask(session, url, model, rng.randint(*tokens), True, seen)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*[client(session) for _ in range(num_clients)])
+    return seen.statuses[200] / seconds
+
+
+def start_fake(max_ongoing: int, max_queued: int) -> str:
+    """The fake engine behind Serve; returns the address."""
+    deployment = serve.deployment(
+        FakeReplica, max_ongoing_requests=max_ongoing, max_queued_requests=max_queued, logging_config=QUIET
+    )
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": 8123}, logging_config=QUIET)
+    serve.run(deployment.bind(), route_prefix="/")
+    return "http://127.0.0.1:8123/v1"
+
+
+def replica_mb() -> float:
+    """Resident memory of all replicas and proxies of this machine's Ray."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if "ray::Serve" in " ".join(p.info["cmdline"] or [])]
+    found += [p for p in psutil.process_iter(["cmdline"]) if "ray::Proxy" in " ".join(p.info["cmdline"] or [])]
+    return sum(p.memory_info().rss for p in found) / 1e6
+
+
+def load(options: argparse.Namespace) -> dict[str, Any]:
+    """Capacity first, then several times as much."""
+    tokens = (options.tokens // 2, options.tokens * 3 // 2)
+    if options.model is None:
+        url, model, max_ongoing = start_fake(options.ongoing, options.queued), "fake", options.ongoing
+        capacity = max_ongoing / (options.tokens / TOKENS_PER_S)
+    else:
+        target = max(1.0, options.ongoing / 1.5)
+        cfg = config.Serve(port=0, target_ongoing_requests=target, max_queued_requests=options.queued)
+        url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus).url
+        model, max_ongoing = "real", options.ongoing
+        capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens))
+    at = asyncio.run(open_loop(url, model, 0.8 * capacity, options.seconds, tokens))
+    before = replica_mb()
+    over = asyncio.run(open_loop(url, model, options.times * capacity, options.seconds, tokens))
+    return {
+        "capacity_per_s": round(capacity, 2),
+        "at_0.8": at.figures(),
+        f"at_{options.times:g}": over.figures(),
+        "p99_ratio": round((_quantile(over.latencies_s, 0.99) or 0) / (_quantile(at.latencies_s, 0.99) or 1), 2),
+        "memory_mb": [round(before), round(replica_mb())],
+    }
+
+
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
+    """What each token, and the first one, waits for between the engine and the client."""
+
+    async def bare() -> Seen:
+        seen, engine = Seen(), FakeEngine()
+
+        async def one() -> None:
+            begin = time.monotonic()
+            async for chunk in engine.generate("", [1], SamplingParams(max_tokens=options.tokens)):
+                if chunk.num_generated_tokens == 1:
+                    seen.first_s.append(time.monotonic() - begin)
+                seen.late_s.append(time.time() - float(chunk.text))
+
+        await asyncio.gather(*[one() for _ in range(options.streams)])
+        return seen
+
+    async def served(url: str) -> Seen:
+        seen = Seen()
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            for num_tokens in (1, options.tokens):  # connections and code are warm in the second
+                seen = Seen()
+                await asyncio.gather(
+                    *[ask(session, url, "fake", num_tokens, True, seen) for _ in range(options.streams)]
+                )
+        return seen
+
+    one, other = asyncio.run(bare()), asyncio.run(served(start_fake(options.streams, options.streams)))
+
+    def told(seen: Seen) -> dict[str, Any]:
+        return {
+            "first_token_ms": round(1000 * statistics.median(seen.first_s), 2),
+            "token_late_p50_ms": round(1000 * (_quantile(seen.late_s, 0.5) or 0), 2),
+            "token_late_p99_ms": round(1000 * (_quantile(seen.late_s, 0.99) or 0), 2),
+            "tokens": len(seen.late_s),
+        }
+
+    return {"streams": options.streams, "bare": told(one), "served": told(other), "truncated": other.num_truncated}
+
+
+def main() -> None:
+    """Parses, runs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["load", "overhead"])
+    parser.add_argument("--model", help="a model directory instead of the fake engine (load)")
+    parser.add_argument("--cpus", type=float, default=1.0, help="of the real model's replica")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of each of the two phases")
+    parser.add_argument("--times", type=float, default=5.0, help="capacity in the second phase")
+    parser.add_argument("--tokens", type=int, default=60, help="of an answer, on average")
+    parser.add_argument("--ongoing", type=int, default=12, help="answers at a time")
+    parser.add_argument("--queued", type=int, default=6, help="requests that may wait")
+    parser.add_argument("--streams", type=int, default=32, help="at once (overhead)")
+    options = parser.parse_args()
+    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
+    try:
+        print(json.dumps({"load": load, "overhead": overhead}[options.what](options), indent=1))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Bodies in, responses out, errors in OpenAI's shape: what every route needs. Knows no engine and no route."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ftray.serve.protocol import MAX_BODY_BYTES, RequestError, encode_json
+
+Send = Callable[[Any], Awaitable[None]]
+MAX_BODY_S = 30.0  # a body that takes longer to arrive is given up
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+]
+logger = logging.getLogger(__name__)
+
+
+class Worked(Response):
+    """A response sent by a coroutine, which ends when the client leaves."""
+
+    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+        super().__init__()
+        self._work = work
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002
+        work = asyncio.ensure_future(self._work(send))
+        gone = asyncio.create_task(_until_disconnect(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when Serve cancels us, its way to say that the client left
+            finished = work.done()
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if finished:
+            work.result()
+
+
+async def _until_disconnect(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, up to MAX_BODY_BYTES; nothing beyond is held in memory. Raises RequestError: 413, 408 for a slow one."""
+    too_large = RequestError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MAX_BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(408, f"the body did not arrive within {MAX_BODY_S:g} s", code="timeout") from None
+    return bytes(body)
+
+
+async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    """A whole JSON response."""
+    whole = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    encoded = [(name.encode(), value.encode()) for name, value in whole.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def refuse(send: Send, error: RequestError) -> None:
+    """An error as a whole response."""
+    await respond(send, error.status, encode_json(error.body()), error.headers)
+
+
+def unavailable(err: BaseException) -> RequestError:
+    """503 without the engine's own words: they may quote paths or data. They go to the log."""
+    if isinstance(err, TimeoutError):
+        return RequestError(503, "the answer took too long; ask for fewer tokens", code="timeout")
+    logger.error("engine: %s", err)
+    return RequestError(503, "the model is not available at the moment; try again", code="engine_unavailable")
+
+
+def on_request_error(_: Request, err: Exception) -> Response:
+    """Starlette's handler for RequestError."""
+    assert isinstance(err, RequestError)
+    return Worked(lambda send: refuse(send, err))
+
+
+def on_http_error(request: Request, err: Exception) -> Response:
+    """Starlette's handler for its own errors."""
+    assert isinstance(err, HTTPException)
+    messages = {404: f"unknown path {request.url.path}", 405: f"{request.method} is not possible here"}
+    body = RequestError(err.status_code, messages.get(err.status_code, err.detail)).body()
+    return JSONResponse(body, status_code=err.status_code, headers=err.headers)
+
+
+class Shield:
+    """The last net: a surprise becomes a 500. Starlette's own would raise it again, and Serve then log its text."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        started = False
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as err:  # noqa: BLE001 - the client gets an answer, and the log no text that may quote a prompt
+            kind = type(err).__name__
+            frame = traceback.extract_tb(err.__traceback__)[-1]
+            logger.error("unexpected %s in %s, line %s", kind, frame.filename, frame.lineno)
+            if started or scope["type"] != "http":
+                raise RuntimeError(f"unexpected {kind}") from None  # breaks the connection: no end is pretended
+            await refuse(send, RequestError(500, "an internal error; the server's log tells its kind"))

@@ -1,0 +1,44 @@
+"""What a replica tells Prometheus at /metrics. Counts; decides nothing. Every figure carries the model that answered."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_TOKENS = (16, 64, 256, 1024, 4096, 16384)
+
+
+class Meters:
+    """One replica's figures."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.answers = Counter(
+            "ftray_answers",
+            "Answers, by the HTTP status they began or ended with",
+            ["model", "status"],
+            registry=self._registry,
+        )
+        self.tokens = Counter("ftray_tokens", "Tokens read and written", ["model", "kind"], registry=self._registry)
+        self.running = Gauge("ftray_answers_running", "Answers under way", registry=self._registry)
+        self.first_token = Histogram(
+            "ftray_first_token_seconds",
+            "From request to first text",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.answer = Histogram(
+            "ftray_answer_seconds", "From request to the end", ["model"], buckets=_SECONDS, registry=self._registry
+        )
+        self.prompt = Histogram(
+            "ftray_prompt_tokens", "Length of prompts", ["model"], buckets=_TOKENS, registry=self._registry
+        )
+        self.empty = Counter("ftray_empty_answers", "Answers without text", ["model"], registry=self._registry)
+        self.feedback = Counter("ftray_feedback", "Opinions of users", ["model", "rating"], registry=self._registry)
+        self.models = Gauge("ftray_models", "Models that may be asked for", registry=self._registry)
+
+    def render(self) -> bytes:
+        """In Prometheus' text format."""
+        return bytes(generate_latest(self._registry))

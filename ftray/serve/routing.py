@@ -1,0 +1,141 @@
+"""Which model answers a request for `default`, and when a canary is taken out again.
+
+Plain Python over figures it is told; knows storage for what all replicas must agree on, nothing of HTTP, engines or Ray.
+A canary's return is one file, written by whichever replica saw the reason; the others find it there, and so does the next
+start of the endpoint, until `ab` or `canary` change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+from collections import deque
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from ftray import config, storage
+from ftray.errors import StorageError
+
+ALIAS = "default"
+MIN_ANSWERS, LAST_ANSWERS = 20, 200
+POLL_S = 2.0
+logger = logging.getLogger(__name__)
+
+
+def pick(weights: Mapping[str, float], user: str | None) -> str:
+    """A model by its share; the same one for the same user and shares. Raises ValueError if no share is above 0."""
+    total = sum(weights.values())
+    if not total > 0:
+        raise ValueError("no share above 0")
+    drawn = random.random()
+    if user is not None:
+        drawn = int.from_bytes(hashlib.blake2b(user.encode(), digest_size=8).digest(), "big") / 2**64
+    left = drawn * total
+    for model, weight in weights.items():
+        left -= weight
+        if left < 0:
+            return model
+    return next(model for model in reversed(list(weights)) if weights[model] > 0)  # rounding at the very end
+
+
+class Router:
+    """Shares, what the models' last answers were like, and whether the canary was returned."""
+
+    def __init__(
+        self, weights: Mapping[str, float], canary: config.Canary | None = None, place: str | None = None
+    ) -> None:
+        self._weights, self._canary, self._place = dict(weights), canary, place
+        self._failed: dict[str, deque[bool]] = {}
+        self._first: dict[str, deque[float]] = {}
+        self.event: dict[str, Any] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a model `default`."""
+        return bool(self._weights)
+
+    def choose(self, user: str | None, there: Collection[str]) -> str | None:
+        """The model for one request, out of those that are there; None when none has a share."""
+        weights = {model: weight for model, weight in self._weights.items() if model in there}
+        if self.event is not None and self._canary is not None:
+            weights.pop(self._canary.model, None)
+        try:
+            return pick(weights, user)
+        except ValueError:
+            return None
+
+    def record(self, model: str, *, failed: bool, first_s: float | None) -> None:
+        """How an answer went. first_s: seconds to its first text."""
+        if self._canary is None or model not in self._weights:
+            return
+        self._failed.setdefault(model, deque(maxlen=LAST_ANSWERS)).append(failed)
+        if first_s is not None:
+            self._first.setdefault(model, deque(maxlen=LAST_ANSWERS)).append(first_s)
+        if self.event is None and (reason := self._reason()):
+            self.event = {
+                "event": "canary_returned",
+                "model": self._canary.model,
+                "share": self._weights[self._canary.model],
+                "why": reason,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            logger.warning("the canary %s gets no more requests: %s", self._canary.model, reason)
+
+    def _reason(self) -> str | None:
+        assert self._canary is not None
+        name = self._canary.model
+        failed = self._failed.get(name, ())
+        rate = sum(failed) / max(1, len(failed))
+        if len(failed) >= MIN_ANSWERS and rate > self._canary.max_error_rate:
+            bound = f"max_error_rate {self._canary.max_error_rate:g}"
+            return f"{sum(failed)} of its last {len(failed)} answers failed ({rate:.1%}; {bound})"
+        own = self._first.get(name, ())
+        others = [s for model, times in self._first.items() if model != name for s in times]
+        if min(len(own), len(others)) >= MIN_ANSWERS and median(own) > self._canary.max_latency_ratio * median(others):
+            bound = f"max_latency_ratio {self._canary.max_latency_ratio:g}"
+            return f"its median time to first text is {median(own):.3f} s, the others' {median(others):.3f} s ({bound})"
+        return None
+
+    async def start(self) -> None:
+        """Looks for an event of another replica or of before, and goes on doing so."""
+        if self._canary is not None and self._place is not None:
+            await self._agree()
+            self._task = asyncio.create_task(self._poll())
+
+    async def stop(self) -> None:
+        """Stops looking; an event that was not written yet is."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            await self._agree()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            await self._agree()
+
+    async def _agree(self) -> None:
+        try:
+            self.event = await asyncio.to_thread(self._exchange, self.event) or self.event
+        except (StorageError, ValueError) as err:
+            logger.error("the canary's event can't be kept: %s", err)
+
+    def _exchange(self, mine: dict[str, Any] | None) -> dict[str, Any] | None:
+        uri = event_uri(self._place or "", self._weights, self._canary)
+        if mine is not None:
+            storage.create_bytes(uri, json.dumps(mine, indent=1).encode())
+        return json.loads(storage.read_bytes(uri)) if mine is not None or storage.exists(uri) else None
+
+
+def event_uri(place: str, weights: Mapping[str, float], canary: config.Canary | None) -> str:
+    """Where the return of this canary, under these shares, is told."""
+    settings = json.dumps([sorted(weights.items()), canary and canary.model_dump()])
+    return storage.join(place, "serve", "events", f"canary-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json")

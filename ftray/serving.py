@@ -1,0 +1,222 @@
+"""The verbs `publish` and `serve`: from runs, with their checkpoints and gates, to what the serve room is told.
+
+The serve room knows no runs and no training; what it needs of them is looked up here, before Ray starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftray import config
+from ftray.console import Console
+from ftray.errors import ConfigError, GateError
+from ftray.verbs import open_target
+
+if TYPE_CHECKING:
+    from ftray.serve.catalog import Served
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def publish(arguments: argparse.Namespace, console: Console) -> int:
+    """Makes a run's adapter servable beside its base, or takes it away."""
+    from ftray import storage
+    from ftray.serve import registry
+    from ftray.train.identity import finished_checkpoint
+    from ftray.train.timeline import best_checkpoint
+
+    run = open_target(arguments.run, arguments.overrides)
+    name = registry.check_name(arguments.name or run.name)
+    base = _base_of(run)
+    place = registry.registry_of(run.storage, base.base)
+    public = f"{registry.base_name(base.base)}:{name}"
+    if arguments.remove:
+        number = registry.remove(place, name)
+        console.say(f"{public} is no longer published ({number} version{'s' if number > 1 else ''} removed)")
+        return 0
+    if run.method.type not in ("lora", "qlora"):
+        raise ConfigError(
+            f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
+        )
+    if finished_checkpoint(run, verify=False) is None:
+        raise ConfigError(
+            f"the run '{run.name}' is not trained to its end; finish it first: ftray train {arguments.run}"
+        )
+    run_dir = storage.absolute(run.directory)
+    step = best_checkpoint(run_dir).step
+    model_dir = storage.join(run_dir, "model")
+    manifest = storage.read_manifest(model_dir)
+    if manifest is None or manifest["meta"].get("step") != step:
+        raise ConfigError(
+            f"{model_dir} does not hold the model of step {step}; write it first: ftray export {arguments.run}"
+        )
+    _check_gates(run_dir, step, arguments.run)
+    meta = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
+    said = (
+        f"published {public}, version {found.version}: {found.uri}"
+        if is_new
+        else f"{public} is published already: {found.uri}"
+    )
+    console.say(f"{said}\nendpoints that serve its base take it up within seconds: ftray serve {arguments.run}")
+    return 0
+
+
+def _check_gates(run_dir: str, step: int, target: str) -> None:
+    """Raises GateError if a gate refused this step, ConfigError if the gates saw another one. No gates: fine."""
+    from ftray import storage
+
+    uri = storage.join(run_dir, "evaluate", "results.json")
+    results = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    gates = results.get("gates") or []
+    if gates and results.get("step") != step:
+        raise ConfigError(
+            f"the gates saw step {results.get('step')}, not step {step}; evaluate it: ftray evaluate {target}"
+        )
+    failed = [str(gate.get("name")) for gate in gates if not gate.get("passed")]
+    if failed:
+        raise GateError(
+            f"not published: the gate{'s' if len(failed) > 1 else ''} {', '.join(failed)} refused the model; see {uri}"
+        )
+
+
+def _base_of(run: config.Run) -> config.Model:
+    """What runs on the same base agree on, whatever directory a command was typed in."""
+    from ftray.model.load import absolute_base
+
+    return absolute_base(run.model)
+
+
+def serve(arguments: argparse.Namespace, console: Console) -> int:
+    """Serves a run, and other runs' adapters beside it, until Ctrl-C; or prints the Serve config."""
+    from ftray import storage
+    from ftray.serve.keys import read_key_hashes
+    from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
+    from ftray.session import quiet, ray_session
+
+    overrides = [word for word in arguments.overrides if "=" in word]
+    run = open_target(arguments.run, overrides)
+    if run.method.type == "prompt":
+        raise ConfigError(
+            "method.type prompt can't be served: its virtual tokens are no weights of the model; load the adapter in "
+            f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
+        )
+    more = [word for word in arguments.overrides if "=" not in word]
+    if not arguments.config:
+        read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
+    model_dir, served = _what_to_serve(run, more)
+    replica: dict[str, Any] = {"place": storage.absolute(run.directory), "dtype": _DTYPES[run.train.precision]}
+    _check_shares(run.serve, served)
+    if arguments.config:
+        import yaml
+
+        console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
+        return 0
+    check_endpoint(model_dir, run.serve)
+    with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
+        endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
+        console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
+        if served.registry:
+            console.say(
+                f"side by side: {endpoint.url.removesuffix('v1')}  adapters published for {served.model_id} appear by themselves"
+            )
+        run_until_signal(endpoint, _events(run, console))
+    return 0
+
+
+def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
+    """Model directory or hub id, and which models stand for it and its adapters."""
+    from ftray import storage
+    from ftray.model.load import resolve_base
+    from ftray.serve.catalog import Served
+    from ftray.serve.models import check_model
+    from ftray.serve.registry import base_name, registry_of
+
+    whole = storage.join(
+        storage.absolute(run.directory), *(("model",) if run.method.type == "full" else ("model", "merged"))
+    )
+    check_model(whole)
+    if run.method.type == "full" or not run.serve.max_adapters:
+        if more:
+            reason = "serve.max_adapters is 0" if run.method.type != "full" else "its method.type is full"
+            raise ConfigError(f"{more[0]} can't be served beside '{run.name}': {reason}; serve runs that are adapters")
+        return whole, Served(run.name)
+    base = _base_of(run)
+    adapters = {run.name: storage.join(storage.absolute(run.directory), "model")}
+    for word in more:
+        name, uri = _adapter_of(word, base)
+        if name in adapters:
+            raise ConfigError(
+                f"two of what is to be served are called {name}; rename one, or publish it under another name"
+            )
+        adapters[name] = uri
+    if (model_id := base_name(base.base)) in adapters:
+        model_id = f"{model_id}-base"
+    return resolve_base(run.model), Served(
+        model_id, adapters, registry_of(run.storage, base.base), base.base, base.revision, run.serve.max_adapters
+    )
+
+
+def _adapter_of(word: str, base: config.Model) -> tuple[str, str]:
+    """Name and URI of a further run's adapter, or of an adapter's directory."""
+    from ftray import storage
+    from ftray.engine.adapter import CONFIG_FILE
+    from ftray.serve.registry import check_name
+
+    uri = storage.absolute(word)
+    if storage.exists(storage.join(uri, CONFIG_FILE)):
+        return check_name(Path(uri).name), uri
+    other = open_target(word, [])
+    theirs = _base_of(other)
+    if (theirs.base, theirs.revision) != (base.base, base.revision):
+        raise ConfigError(
+            f"{word} was trained on {theirs.base}, not on {base.base}; adapters of one base are served together"
+        )
+    uri = storage.join(storage.absolute(other.directory), "model")
+    if other.method.type not in ("lora", "qlora") or not storage.exists(storage.join(uri, CONFIG_FILE)):
+        raise ConfigError(f"{uri} holds no LoRA adapter; write it first: ftray export {word}")
+    return other.name, uri
+
+
+def _check_shares(serve_cfg: config.Serve, served: Served) -> None:
+    """Raises ConfigError for a model of serve.ab that is not there."""
+    if not serve_cfg.ab:
+        return
+    from ftray.serve.registry import list_published
+
+    published = list_published(served.registry) if served.registry else {}
+    there = [served.model_id, *served.adapters, *(f"{served.model_id}:{name}" for name in published)]
+    if missing := [model for model in serve_cfg.ab if model not in there]:
+        raise ConfigError(f"serve.ab names {missing[0]}, which is not there; there are {', '.join(there)}")
+
+
+def _events(run: config.Run, console: Console) -> Any:
+    """Tells what replicas decided: a canary that was returned, once."""
+    from ftray import storage
+    from ftray.errors import StorageError
+    from ftray.serve.routing import POLL_S, event_uri
+
+    told, ticks = False, 0
+
+    def look() -> None:
+        nonlocal told, ticks
+        ticks += 1
+        if run.serve.canary is None or told or ticks % int(2 * POLL_S):
+            return
+        uri = event_uri(storage.absolute(run.directory), run.serve.ab, run.serve.canary)
+        try:
+            if storage.exists(uri):
+                event, told = json.loads(storage.read_bytes(uri)), True
+                console.say(f"the canary {event['model']} gets no more requests: {event['why']}  ({uri})")
+        except (StorageError, ValueError):
+            return
+
+    return look
+
+
+def _curl(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return f"try: curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'"
