@@ -31,13 +31,13 @@ class TokenCluster:
         self._command = [sys.executable, "-m", "tests.nodes", str(port), *map(str, cpus)]
 
     def __enter__(self) -> Self:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(self._command, env=self.env, **streams)
         assert self._process.stdout is not None
         word, _, self.gcs_address = self._process.stdout.readline().strip().partition(" ")
         if word != "up":
             self.__exit__(None, None, None)
-            raise RuntimeError("the cluster did not come up")
+            raise RuntimeError("the cluster did not come up; its own words stand above, on standard error")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

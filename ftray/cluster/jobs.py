@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 
 CONNECT_S = 10.0
+AGENT_S = 60.0  # a head that just came up has no agent for jobs yet
 STOP_S = 600  # seconds that a stopped job has to commit its checkpoint
 LIVE = ("PENDING", "RUNNING")
 
@@ -94,12 +96,17 @@ class Jobs:
         """Submits. Raises ConfigError for what the job server refuses."""
         environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}, "working_dir": str(directory)}
         with self.told():
-            try:
-                self.client.submit_job(
-                    entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
-                )
-            except RuntimeError as err:
-                raise ConfigError(f"the cluster refuses the job {job_id}: {short(err)}") from None
+            deadline = time.monotonic() + AGENT_S
+            while True:
+                try:
+                    self.client.submit_job(
+                        entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
+                    )
+                    return
+                except RuntimeError as err:
+                    if "No available agent" not in str(err) or time.monotonic() > deadline:
+                        raise ConfigError(f"the cluster refuses the job {job_id}: {short(err)}") from None
+                    time.sleep(1.0)
 
     def info(self, job_id: str) -> Any:
         """What is known of a job."""
