@@ -17,6 +17,7 @@ from ftray.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftray.data.prepare import Data
+    from ftray.evaluate.results import Comparison
     from ftray.storage import Lease
     from ftray.train.timeline import Found
 
@@ -107,9 +108,11 @@ def _owned(
         storage.acquire_lease(run_dir) as lease,
         quiet(run.name, console),
     ):  # the lease first: run.json may be written anew
+        from ftray.evaluate.inputs import check_inputs
         from ftray.train.preflight import preflight
 
         preflight(run)
+        check_inputs(run)
         open_run(run, parent)
         with ray_session(run.scale.min_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
             yield run_dir, lease
@@ -235,8 +238,22 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     with _owned(run, console) as (run_dir, _):
         from ftray.evaluate.compare import compare
 
-        compare(run, run_dir, console)
-    return 0
+        comparison, _ = compare(run, run_dir, console)
+    return _judged(comparison)
+
+
+def _judged(comparison: Comparison | None) -> int:
+    """0, unless a gate refuses the model. Raises GateError, whose exit code says so."""
+    missed = comparison.missed if comparison is not None else []
+    if not missed:
+        return 0
+    from ftray.errors import GateError
+    from ftray.evaluate.report import sentence
+
+    raise GateError(
+        f"the gates refuse this model, which is kept but not to be published: {'; '.join(map(sentence, missed))}; train it "
+        "otherwise, or change evaluate.gates"
+    )
 
 
 def export(arguments: argparse.Namespace, console: Console) -> int:
@@ -293,7 +310,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     done = _finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
     is_served = run.method.type != "prompt"  # its adapter is for PEFT
-    if done is None or answer is None:
+    comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
+    if done is None or answer is None or (run.evaluate.gates and comparison is None):
         with _owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.serve.trial import try_endpoint
@@ -301,12 +319,24 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             from ftray.train.launch import train as launch
 
             done = launch(run, run_dir, console, lease)
-            question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
+            question = "Hello"
+            if run.data.eval is not None:
+                comparison, question = compare(run, run_dir, console)
             model_dir = write(run, run_dir, console)
             if is_served:
                 answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
     _say_end(arguments, run, console)
-    return 0
+    return _judged(comparison)
+
+
+def _known_comparison(run: config.Run) -> Comparison | None:
+    """What was found of the checkpoint that is exported, if it was compared by these settings."""
+    from ftray import storage
+    from ftray.evaluate.results import known_results
+    from ftray.train.timeline import best_checkpoint
+
+    run_dir = storage.absolute(run.directory)
+    return known_results(run, run_dir, best_checkpoint(run_dir).step)
 
 
 def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -> None:

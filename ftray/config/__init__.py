@@ -8,15 +8,18 @@ the key, the value and the remedy.
 from ftray.config.after import Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
+from ftray.config.gates import FIGURES, Gate
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 
 __all__ = [
+    "FIGURES",
     "CheckpointSection",
     "Clean",
     "Data",
     "DeepSpeed",
     "Evaluate",
+    "Gate",
     "Method",
     "Model",
     "Run",
