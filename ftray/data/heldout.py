@@ -117,28 +117,39 @@ def pick_shots(index: Index, stream: Stream, number: int, questions: Sequence[Sa
     return shots
 
 
-def check_split(data: config.Data) -> None:
-    """Raises DataError where a split holds out no record of a source; reads until it finds one. No Ray.
+def check_heldout(data: config.Data) -> None:
+    """Raises DataError where a source holds out no record; reads until it finds one. No Ray.
 
-    What can't be read is left to the index pass, which tells it.
+    What can't be read as a record is left to the index pass, which tells it.
     """
     split = data.eval
-    if not isinstance(split, config.Split) or split.stratify is not None:  # a class may get a substitute
+    if isinstance(split, list):
+        for source in split:
+            if next(_raw_records(source.path, data.chunk_mb), None) is None:
+                raise DataError(
+                    f"data.eval: {source.path} has no usable record; put records into it or remove the source"
+                )
+        return
+    if split is None or split.stratify is not None:  # a class may get a substitute
         return
     for source in data.train:
-        number = 0
-        for record in _raw_records(source.path, data.chunk_mb):
-            number += 1
-            try:
-                if split_part(parse_record(record), split.fraction, split.group) == "eval":
-                    break
-            except BadRecord:
-                continue
-        else:
+        number, found = 0, False
+        for raw in _raw_records(source.path, data.chunk_mb):
+            number, found = number + 1, _is_held_out(raw, split)
+            if found:
+                break
+        if not found and number:
             raise DataError(
                 f"data.eval.fraction ({split.fraction}) holds out no record of {source.path} ({number} in all); raise it, "
                 "or give data.eval sources of its own"
             )
+
+
+def _is_held_out(raw: RawRecord, split: config.Split) -> bool:
+    try:
+        return split_part(parse_record(raw), split.fraction, split.group) == "eval"
+    except BadRecord:
+        return False
 
 
 def _raw_records(path: str, chunk_mb: float) -> Iterator[RawRecord]:

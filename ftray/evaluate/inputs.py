@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
-from ftray.data.heldout import check_split
+from ftray.data.heldout import check_heldout
 from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError
 
@@ -17,7 +17,7 @@ EMBEDDED = "embedded:general"
 
 def check_inputs(run: config.Run) -> None:
     """Raises ConfigError or DataError, in one sentence, for what `ftray evaluate` would stumble over later."""
-    check_split(run.data)
+    check_heldout(run.data)
     read_schema(run.evaluate)
     read_pairs(run.evaluate)
     metrics = run.evaluate.metrics

@@ -84,7 +84,7 @@ def test_base_and_tuned_stand_side_by_side_in_figures_and_answers(ended: Ended, 
     assert results["step"] == NUM_STEPS
     generations = read_lines(run_dir / "evaluate/generations.jsonl")
     assert len(generations) == results["tuned"]["num_answers"] == 4
-    assert [set(g) for g in generations] == [{"question", "reference", "base", "tuned"}] * 4
+    assert [set(g) for g in generations] == [{"id", "question", "reference", "base", "tuned", "scores"}] * 4
     assert [g["tuned"] for g in generations] != [g["base"] for g in generations]
     assert ended.out.count("\nreference  ") == 2
 
@@ -142,7 +142,7 @@ def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place,
     assert "ftray export" in too_early.err
     evaluate = place.ftray("evaluate", "elsewhere/tiny")
     assert evaluate.code == 0, evaluate.err
-    for name in ("results.json", "generations.jsonl"):
+    for name in ("results.json", "generations.jsonl", "examples.jsonl"):
         assert (copy / "evaluate" / name).read_bytes() == (run_dir / "evaluate" / name).read_bytes()
     assert not (copy / "model").exists()
     export = place.ftray("export", "elsewhere/tiny")

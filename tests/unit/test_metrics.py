@@ -15,7 +15,24 @@ from ftray.evaluate import metrics
 from ftray.evaluate.bootstrap import difference
 from ftray.evaluate.metrics import Statistic
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "home", "and", "barked", "loudly", "at", "night"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "home",
+    "and",
+    "barked",
+    "loudly",
+    "at",
+    "night",
+]
 LABELS = ["card_arrival", "Refund not showing up", "top up", "never seen"]
 
 
