@@ -239,21 +239,8 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
         from ftray.evaluate.compare import compare
 
         comparison, _ = compare(run, run_dir, console)
-    return _judged(comparison)
-
-
-def _judged(comparison: Comparison | None) -> int:
-    """0, unless a gate refuses the model. Raises GateError, whose exit code says so."""
-    missed = comparison.missed if comparison is not None else []
-    if not missed:
-        return 0
-    from ftray.errors import GateError
-    from ftray.evaluate.report import sentence
-
-    raise GateError(
-        f"the gates refuse this model, which is kept but not to be published: {'; '.join(map(sentence, missed))}; train it "
-        "otherwise, or change evaluate.gates"
-    )
+    comparison.check_gates()
+    return 0
 
 
 def export(arguments: argparse.Namespace, console: Console) -> int:
@@ -325,8 +312,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             model_dir = write(run, run_dir, console)
             if is_served:
                 answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
-    _say_end(arguments, run, console)
-    return _judged(comparison)
+    _say_end(arguments, run, console, is_refused=comparison is not None and bool(comparison.missed))
+    if comparison is not None:
+        comparison.check_gates()
+    return 0
 
 
 def _known_comparison(run: config.Run) -> Comparison | None:
@@ -339,7 +328,7 @@ def _known_comparison(run: config.Run) -> Comparison | None:
     return known_results(run, run_dir, best_checkpoint(run_dir).step)
 
 
-def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -> None:
+def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console, is_refused: bool) -> None:
     from ftray import storage
 
     directory = storage.absolute(run.directory)
@@ -353,7 +342,11 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -
             run.method.type, " (adapter)      model/merged/          whole weights"
         ),
         "",
-        *([f"serve it:               ftray serve {arguments.run}"] if run.method.type != "prompt" else []),
+        *(
+            [f"serve it:               ftray serve {arguments.run}"]
+            if run.method.type != "prompt" and not is_refused
+            else []
+        ),
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
     ):
         console.say(line)

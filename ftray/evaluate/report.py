@@ -10,13 +10,6 @@ from ftray.evaluate.results import Comparison, GateResult
 
 PERCENT = ("loss", "perplexity", "general_loss")  # whose change is told as a share
 NUM_GROUPS, NUM_CLASSES = 20, 5  # lines at most
-LIMITS = {
-    "min_gain": ("gained", "wanted is at least"),
-    "max_rise": ("rose by", "allowed is at most"),
-    "max_drop": ("fell by", "allowed is at most"),
-    "min": ("is", "wanted is at least"),
-    "max": ("is", "allowed is at most"),
-}
 
 
 def report(comparison: Comparison, speed: dict[str, Any]) -> list[str]:
@@ -121,15 +114,7 @@ def _speed(speed: dict[str, Any]) -> list[str]:
 
 
 def _gates(gates: list[GateResult]) -> list[str]:
-    return [f"gate: {sentence(gate)}: {'passed' if gate.passed else 'MISSED'}" for gate in gates]
-
-
-def sentence(gate: GateResult) -> str:
-    """What a gate wants and what there is."""
-    did, wants = LIMITS[gate.limit]
-    if gate.found is None:
-        return f"{gate.figure} was not computed, {wants} {gate.wanted:g} ({gate.limit})"
-    return f"{gate.figure} {did} {gate.found:.4g}, {wants} {gate.wanted:g} ({gate.limit})"
+    return [f"gate: {gate}: {'passed' if gate.passed else 'MISSED'}" for gate in gates]
 
 
 def side_by_side(generations: list[dict[str, Any]]) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ftray import config, storage
+from ftray.errors import GateError
 from ftray.evaluate.bootstrap import Difference
 
 _SETTINGS = {
@@ -23,6 +24,15 @@ _SETTINGS = {
     "num_examples",
     "num_generations",
     "max_new_tokens",
+}
+
+
+_LIMITS = {
+    "min_gain": ("gained", "wanted is at least"),
+    "max_rise": ("rose by", "allowed is at most"),
+    "max_drop": ("fell by", "allowed is at most"),
+    "min": ("is", "wanted is at least"),
+    "max": ("is", "allowed is at most"),
 }
 
 
@@ -70,6 +80,12 @@ class GateResult:
     found: float | None
     passed: bool
 
+    def __str__(self) -> str:
+        did, wants = _LIMITS[self.limit]
+        if self.found is None:
+            return f"{self.figure} was not computed, {wants} {self.wanted:g} ({self.limit})"
+        return f"{self.figure} {did} {self.found:.4g}, {wants} {self.wanted:g} ({self.limit})"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -101,6 +117,14 @@ class Comparison:
     def missed(self) -> list[GateResult]:
         """The limits that the tuned model misses."""
         return [gate for gate in self.gates if not gate.passed]
+
+    def check_gates(self) -> None:
+        """Raises GateError, whose exit code says that the model is not to be published, if it misses a limit."""
+        if self.missed:
+            raise GateError(
+                f"the gates refuse this model, which is kept but not to be published: {'; '.join(map(str, self.missed))}; "
+                "train it otherwise, or change evaluate.gates"
+            )
 
 
 def settings_of(run: config.Run) -> dict[str, Any]:
@@ -147,8 +171,6 @@ def write_results(comparison: Comparison, run_dir: str) -> None:
 
 def with_gates(comparison: Comparison, gates: Mapping[str, config.Gate]) -> Comparison:
     """The comparison, judged by these gates."""
-    from dataclasses import replace
-
     return replace(comparison, gates=judge(gates, comparison.base, comparison.tuned))
 
 
