@@ -112,7 +112,8 @@ def _owned(
         from ftray.train.preflight import preflight
 
         preflight(run)
-        check_inputs(run)
+        if with_ray:  # else nothing is evaluated
+            check_inputs(run)
         open_run(run, parent)
         with ray_session(run.scale.min_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
             yield run_dir, lease

@@ -18,7 +18,7 @@ from ftray.console import Console
 from ftray.evaluate import figures, metrics
 from ftray.evaluate.inputs import read_schema
 from ftray.evaluate.metrics import Statistic
-from ftray.evaluate.plan import Plan, make_plan, turns_of
+from ftray.evaluate.plan import NO_ANSWERS, Plan, make_plan, turns_of
 from ftray.evaluate.report import report, side_by_side
 from ftray.evaluate.results import Comparison, known_results, settings_of, with_gates, write_results
 from ftray.evaluate.score import Scored, Work, merge, score
@@ -56,7 +56,7 @@ def compare(run: config.Run, run_dir: str, console: Console) -> tuple[Comparison
 def _compare(run: config.Run, run_dir: str, found: Found, console: Console) -> Comparison:
     there = run.model_copy(update={"model": absolute_base(run.model)})
     plan = make_plan(there, run_dir)
-    _say_plan(plan, found, console)
+    _say_plan(run, plan, found, console)
     scored = _score_all(there, found, plan.works, console)
     num_asked = len(plan.asked)
     schema, answers = read_schema(run.evaluate), {name: s.answers[:num_asked] for name, s in scored.items()}
@@ -70,13 +70,14 @@ def _compare(run: config.Run, run_dir: str, found: Found, console: Console) -> C
     return comparison
 
 
-def _say_plan(plan: Plan, found: Found, console: Console) -> None:
-    base = plan.works["base"]
-    num_supervised = sum(int(np.asarray(mask)[1:].sum()) for e in base.examples for _, mask in e)
+def _say_plan(run: config.Run, plan: Plan, found: Found, console: Console) -> None:
+    num_supervised = sum(int(np.asarray(m)[1:].sum()) for e in plan.works["base"].examples for _, m in e)
     names = "base, few-shot base" if "few_shot" in plan.works else "base"
     console.say(
         f"evaluate: {num_supervised} held-out tokens and {len(plan.asked)} answers, {names} and step {found.step}"
     )
+    if not plan.asked and set(run.evaluate.metrics) - NO_ANSWERS:
+        console.warn("no held-out record is a conversation that ends with an answer, so that only losses are compared")
 
 
 def _score_all(run: config.Run, found: Found, works: Mapping[str, Work], console: Console) -> dict[str, Scored]:

@@ -134,6 +134,22 @@ def test_the_same_command_again_says_in_seconds_that_the_run_is_complete(place: 
     assert f"training of 'tiny' is complete ({NUM_STEPS} steps)" in train.out
 
 
+def test_a_complete_run_that_its_gates_refuse_ends_with_3_and_keeps_its_model(place: Place, run_dir: Path) -> None:
+    passed = place.ftray("run", "run.yaml", "evaluate.gates.loss.min_gain=0.001")
+    assert (passed.code, passed.err) == (0, "")
+    refused = place.ftray("run", "run.yaml", "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}")
+    assert refused.code == 3
+    assert refused.err.startswith(
+        "ftray: the gates refuse this model, which is kept but not to be published: loss gained "
+    )
+    assert "wanted is at least 99 (min_gain); perplexity is " in refused.err
+    assert refused.err.count("\n") == 1
+    assert "the run 'tiny' is complete" in refused.out
+    assert "serve it" not in refused.out
+    assert "what Ray" not in refused.out
+    assert storage.verify_directory(str(run_dir / "model")) == []
+
+
 def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place, run_dir: Path) -> None:
     copy = place.directory / "elsewhere/tiny"
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("evaluate", "model"))
