@@ -39,8 +39,10 @@ TURNS = [[Message("user", q), Message("assistant", a)] for q, a in tiny._pairs(1
 
 
 def documents() -> list[Any]:
-    """Records as documents; one of them has two."""
-    found = [CHAT.encode_example(turns).documents() for turns in TURNS]
+    """Records as documents; the first has two, the last is plain text, of which all but the first token is learned."""
+    found = [CHAT.encode_example(turns).documents() for turns in TURNS] + [
+        CHAT.encode_text("A cow says moo.").documents()
+    ]
     return [[*found[0], *found[1]], *found[2:]]
 
 
