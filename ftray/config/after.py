@@ -21,7 +21,8 @@ class Evaluate(Section):
     metrics: list[Metric] = Field(["loss", "rouge"], min_length=1)
     """What base and tuned model are compared by: `loss` (perplexity, token accuracy; always there), `rouge`, `bleu`, `chrf`,
     `bertscore`; `exact`: the answer is the reference; `extract`: what a pattern finds in both is the same; `format`: the
-    answer has a form; `json`: it is JSON; `classes`: accuracy and macro F1; `general`: loss on a general set."""
+    answer has a form; `json`: it is JSON; `classes`: accuracy and macro F1; `general`: loss on a general set. `bleu`, `chrf`
+    and `classes` need `pip install ftray[evaluate]`."""
     format: str | None = None
     """Regular expression that a whole answer must match, for the metric `format`."""
     extract: str | None = None

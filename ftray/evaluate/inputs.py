@@ -13,6 +13,12 @@ from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError
 
 EMBEDDED = "embedded:general"
+LIBRARIES = {  # metric → the module that it needs, the extra that brings it
+    "bertscore": ("bert_score", "bertscore"),
+    "bleu": ("sacrebleu", "evaluate"),
+    "chrf": ("sacrebleu", "evaluate"),
+    "classes": ("sklearn", "evaluate"),
+}
 
 
 def check_inputs(run: config.Run) -> None:
@@ -26,16 +32,17 @@ def check_inputs(run: config.Run) -> None:
             list_shards(general_path(run.evaluate))
         except DataError as err:
             raise DataError(f"evaluate.general: {str(err).rpartition('; ')[0] or err}; correct the path") from None
-    if run.evaluate.bertscore_model is not None:
-        if importlib.util.find_spec("bert_score") is None:
+    for metric in metrics:
+        library, extra = LIBRARIES.get(metric, (None, None))
+        if library is not None and importlib.util.find_spec(library) is None:
             raise ConfigError(
-                "evaluate.metrics has bertscore, which needs a library: pip install 'ftray[bertscore]', or remove it"
+                f"evaluate.metrics has {metric}, which needs a library: pip install 'ftray[{extra}]', or remove it"
             )
-        if not (Path(run.evaluate.bertscore_model).expanduser() / "config.json").exists():
-            raise ConfigError(
-                f"evaluate.bertscore_model {run.evaluate.bertscore_model} is no model directory (it has no config.json); "
-                "correct the path"
-            )
+    encoder = run.evaluate.bertscore_model
+    if encoder is not None and not (Path(encoder).expanduser() / "config.json").exists():
+        raise ConfigError(
+            f"evaluate.bertscore_model {encoder} is no model directory (it has no config.json); correct the path"
+        )
 
 
 def general_path(section: config.Evaluate) -> str:

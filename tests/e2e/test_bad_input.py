@@ -303,6 +303,11 @@ CASES = [
         ("evaluate.", "bertscore"),
         (*HELDOUT, "evaluate.metrics=[bertscore]", "evaluate.bertscore_model=bad"),
     ),
+    Case(
+        "no-library",
+        ("evaluate.metrics has bleu", "pip install 'ftray[evaluate]'"),
+        (*HELDOUT, "evaluate.metrics=[loss, bleu]"),
+    ),
     Case("evaluate-nothing", ("data.eval is missing", "add data.eval"), verb="evaluate"),
     Case("export-first", ("runs/tiny has no checkpoint", "ftray train"), verb="export"),
     Case("serve-first", ("runs/tiny/model/merged", "ftray export"), verb="serve"),
@@ -316,6 +321,8 @@ def test_a_sentence_before_ray_starts(
     case: Case, desk: Place, typed: Typed, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.prepare(desk.directory)
+    if case.name == "no-library":
+        monkeypatch.setattr("ftray.evaluate.inputs.LIBRARIES", {"bleu": ("no_such_module", "evaluate")})
     if case.name == "no-host":
         monkeypatch.setenv("FTRAY_API_KEY", "a key")
         shutil.copytree(desk.directory / "model", desk.directory / "runs/tiny/model/merged")

@@ -81,7 +81,7 @@ def test_bertscore_is_that_of_bert_score(tmp_path: Path) -> None:
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(tmp_path)
     found = metrics.bertscore(ANSWERS, REFERENCES, str(tmp_path))
     _, _, expected = score(ANSWERS[1:], REFERENCES[1:], model_type=str(tmp_path), num_layers=2)
-    assert found.scores == [0.0, *pytest.approx(expected.tolist(), abs=1e-6)]
+    assert found.scores == pytest.approx([0.0, *expected.tolist()], abs=1e-6)
 
 
 def test_classes_are_those_of_scikit_learn() -> None:
