@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftray import config
+from ftray import cli, config, session, storage
 from ftray.chat import ChatFormat, Message
 from ftray.config import FIGURES, Gate
 from ftray.data.heldout import read_set
@@ -30,6 +31,7 @@ from ftray.evaluate.results import (
 )
 from ftray.evaluate.score import Scored, Work, merge, score, score_documents
 from ftray.model.lora import add_virtual_tokens
+from ftray.train.identity import open_run
 from ftray.train.loss import SummedLoss
 from tests import tiny
 from tests.cluster import make_run
@@ -291,6 +293,36 @@ def test_results_are_read_as_they_were_written_and_other_versions_are_none(tmp_p
     ):
         path.write_text(text)
         assert read_results(str(tmp_path)) is None
+
+
+def test_the_exit_code_of_a_model_that_its_gates_refuse_is_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())  # all is computed already
+    monkeypatch.setenv("FTRAY_CACHE", str(tmp_path / "cache"))
+    model, data = tiny.write_tiny_model(tmp_path / "model"), tiny.write_records(tmp_path / "data", 10)
+    run = make_run(tmp_path / "runs", model, data, data__eval=[{"path": str(data)}])
+    run_dir = Path(open_run(run, None))
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step/state.json").write_text("{}")
+    meta = {"progress": {"step": 12, "finished": True}}
+    storage.commit_directory(tmp_path / "step", str(run_dir / "checkpoints/step-000012"), meta)
+    write_results(comparison(run), str(run_dir))
+    (run_dir / "evaluate/generations.jsonl").write_text("")
+    (run_dir / "evaluate/speed.json").write_text("{}")
+    assert cli.main(["evaluate", str(run_dir)]) == 0
+    assert cli.main(["evaluate", str(run_dir), "evaluate.gates.loss.min_gain=0.5"]) == 0
+    capfd.readouterr()
+    assert cli.main(["evaluate", str(run_dir), "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}"]) == 3
+    said = capfd.readouterr()
+    assert said.err.startswith(
+        "ftray: the gates refuse this model, which is kept but not to be published: loss gained "
+    )
+    assert said.err.count("\n") == 1
+    assert said.out.count(": MISSED") == 2
+    known = read_results(str(run_dir))
+    assert known is not None
+    assert [g.figure for g in known.missed] == ["loss", "perplexity"]
 
 
 def test_the_report_says_all_of_it_in_lines(tmp_path: Path) -> None:
