@@ -20,7 +20,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-long test-unit lint format hooks lock clean check-python
+.PHONY: help install quickstart browser test test-long test-unit lint format hooks lock clean check-python
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,11 @@ $(STAMP): $(LOCKS) pyproject.toml
 
 quickstart: install ## fine-tune the small model of jobs/quickstart.yaml on this machine
 	$(BIN)/ftray run jobs/quickstart.yaml
+
+browser: ## install Chromium, which tests of pages drive, where it is missing (by apt-get)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { command -v apt-get >/dev/null || { echo "there is no Chromium and no apt-get here: install Chromium" >&2; exit 1; }; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 
 test: install ## unit, Ray and end-to-end tests; PYTEST_ARGS="-k resume" picks
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(wildcard tests/unit tests/ray tests/e2e) $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Memory and waiting of the data engine: index a set, stream it, begin again deep inside (issue 3, bounded).
+"""Memory and waiting of the data engine: index a set, stream it, begin again deep inside.
 
     python -m bench.data_memory --mb 400
 

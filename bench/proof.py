@@ -41,26 +41,37 @@ SIZES = [f"sizes-{kind}" for kind in ("lora-0", "lora-1", "lora-2", "lora-3", "f
 
 
 class Killer(cluster.Watched):
-    """The console's stream: when a step that was drawn is told, a worker is killed a random moment later."""
+    """The console's stream: kills workers at random moments, one or all, once in each life of a group of them.
 
-    def __init__(self, steps: list[int], num_steps: int, seed: int) -> None:
+    Mostly a moment after a step was told; sometimes while the group still loads its checkpoint.
+    """
+
+    def __init__(self, kills: int, seed: int) -> None:
         super().__init__()
-        self._steps, self._num_steps, self._random = sorted(steps), num_steps, random.Random(seed)
+        self._left, self._random, self._armed = kills, random.Random(seed), False
         self.killed: list[int] = []
+        self._step = 0
 
     def write(self, text: str) -> int:
+        if "workers are up" in text:
+            self._armed = self._left > 0
+            if self._armed and self._random.random() < 0.15:
+                self._strike(3.0)
         for part in text.split("train: step ")[1:]:
-            step = int(part.partition("/")[0])
-            if self._steps and step >= self._steps[0]:
-                self._steps = [s for s in self._steps if s != self._steps[0]]
-                self.killed.append(step)
-                threading.Timer(self._random.uniform(0, 0.3), self._kill).start()
+            self._step = int(part.partition("/")[0])
+            if self._armed:
+                self._strike(0.5)
         return super().write(text)
+
+    def _strike(self, within_s: float) -> None:
+        self._armed, self._left = False, self._left - 1
+        threading.Timer(self._random.uniform(0, within_s), self._kill).start()
 
     def _kill(self) -> None:
         found = [p for p in psutil.process_iter(["cmdline"]) if cluster._is_worker(p)]
         for worker in found if self._random.random() < 0.2 else self._random.sample(found, min(1, len(found))):
             worker.kill()
+        self.killed.append(self._step)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -81,7 +92,7 @@ def settings_of(kind: str) -> dict[str, Any]:
     return {
         "method__type": method,
         "deepspeed__zero_stage": int(stage),
-        "checkpoint__every": 2,
+        "checkpoint__every": 5,
         "scale__max_failures": 50,
     }
 
@@ -93,8 +104,7 @@ def prove_kills(kind: str, kills: int, steps: int, parts: dict[str, Path], seed:
     settings = {**settings_of(kind), "train__max_steps": steps}
     runs = {n: cluster.make_run(p, parts["model"], parts["data"], **settings) for n, p in places.items()}
     smooth = train(runs["smooth"], cluster.Watched())
-    drawn = random.Random(seed).choices(range(1, steps), k=kills)
-    killer = Killer(drawn, steps, seed)
+    killer = Killer(kills, seed)
     rough = train(runs["rough"], killer)
     lines = {name: metrics(place / "tiny") for name, place in places.items()}
     told = {n: [(x["step"], x["loss"], x["rows"]) for x in each] for n, each in lines.items()}
@@ -104,7 +114,7 @@ def prove_kills(kind: str, kills: int, steps: int, parts: dict[str, Path], seed:
         "kind": kind,
         "equal": told["smooth"] == told["rough"] and hashes["smooth"] == hashes["rough"],
         "steps": steps,
-        "killed_at_steps": killer.killed,
+        "killed_after_step": killer.killed,
         "restarts": killer.getvalue().count("starting anew from step"),
         "weights_sha256": hashes["rough"][:16],
         "first_wrong": wrong[:1],
@@ -157,7 +167,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=KINDS + SIZES, choices=KINDS + SIZES)
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs for each kind (20)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a killed run; a fourth of those of sizes- (40)")
+    parser.add_argument("--steps", type=int, default=400, help="steps of a killed run (400)")
+    parser.add_argument("--between", type=int, default=50, help="steps from one change of size to the next (50)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -166,7 +177,7 @@ def main() -> int:
         parts = prepare(Path(folder))
         for kind in given.kinds:
             if kind.startswith("sizes-"):
-                found = prove_sizes(kind, given.steps, parts)
+                found = prove_sizes(kind, given.between, parts)
             else:
                 found = prove_kills(kind, given.kills, given.steps, parts, given.seed)
             fine = fine and found["equal"]

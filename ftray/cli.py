@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from ftray import verbs
 from ftray.console import Console
-from ftray.errors import FtrayError, Interrupted, innermost
+from ftray.errors import FtrayError, Interrupted, Preempted, innermost
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code (see `errors`)."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["evaluate"] and words[1:2] in (["human"], ["judge"]):  # a verb of two words; ./human is a run
+        words = [" ".join(words[:2]), *words[2:]]
+    arguments, rest = parser.parse_known_args(words)
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.overrides += rest  # key=value behind an option, where argparse doesn't look for it any more
     console = Console()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _preempted)
     try:
         code: int = arguments.verb(arguments, console)
         return code
@@ -33,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
+
+
+def _preempted(*_: object) -> None:
+    raise Preempted("preempted; run the same command again to continue")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
     )
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
+    _add_opinion_verbs(verb)
     verb("export", verbs.export, "write the adapter and the merged model")
     verb("serve", verbs.serve, "serve the exported model, OpenAI-compatible, until Ctrl-C")
     _add_data_verbs(commands, verb)
@@ -65,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--older-than", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (1)")
     sub.set_defaults(verb=verbs.runs_gc, overrides=[])
     return parser
+
+
+def _add_opinion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    human = verb("evaluate human", verbs.evaluate_human, "have people compare both models' answers, blinded")
+    what = human.add_mutually_exclusive_group()
+    what.add_argument("--csv", metavar="FILE", help="write the sheet as CSV to be filled in, instead of serving a page")
+    what.add_argument("--import", dest="filled", metavar="FILE", help="read a filled CSV")
+    what.add_argument("--results", action="store_true", help="only show what was said so far")
+    human.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    human.add_argument("--port", type=_port, default=8100, help="port to listen on; 0 takes a free one (8100)")
+    verb("evaluate judge", verbs.evaluate_judge, "have another model compare both models' answers (evaluate.judge)")
 
 
 def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -85,6 +108,12 @@ def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser])
 def _from_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; give 0 to 65535")
     return int(text)
 
 

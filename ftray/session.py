@@ -6,17 +6,16 @@ Knows nothing of runs beyond a name and a number of CPUs.
 from __future__ import annotations
 
 import os
-import re
-import socket
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ftray import storage
 from ftray.console import Console
-from ftray.errors import ConfigError
-
-CONNECT_S = 10.0  # a cluster that takes longer to accept a connection is down, or not to be reached from here
+from ftray.errors import ConfigError, FtrayError, RunError, innermost
+from ftray.reach import answers, knock
 
 
 @contextmanager
@@ -36,14 +35,20 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
 
     num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
-    when the cluster can't be reached.
+    when the cluster can't be reached, RunError when it goes away meanwhile.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: ftray runs on the cluster itself, not through Ray's client; use ray job submit, or give "
+            "host:port of the head from one of the cluster's machines"
+        )
     if address and address != "local":
         try:
-            _knock(address)
+            knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (OSError, RuntimeError, ValueError) as err:
             reason = " ".join(str(err).split())[:200]
@@ -53,14 +58,15 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     else:
         total = max(os.cpu_count() or 1, int(num_cpus)) + 1
         ray.init(address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process with another code
+    head = ray.get_runtime_context().gcs_address
     try:
         yield
+    except Exception as err:
+        if isinstance(innermost(err), FtrayError) or answers(head):
+            raise
+        # Whatever Ray made of it: a lost actor, a failed call, a time-out.
+        raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at `host:port` or `ray://host:port`: Ray would try for many minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d+)/?", address)
-    if found:
-        socket.create_connection((found[1], int(found[2])), timeout=CONNECT_S).close()

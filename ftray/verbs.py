@@ -122,7 +122,7 @@ def _owned(
 def train(arguments: argparse.Namespace, console: Console) -> int:
     """Trains, or continues."""
     run = open_target(arguments.run, arguments.overrides)
-    if (done := _finished(run)) is not None:
+    if (done := _finished(run, verify=True)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
         return 0
     parent = None
@@ -146,11 +146,11 @@ def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _finished(run: config.Run) -> Found | None:
+def _finished(run: config.Run, verify: bool = False) -> Found | None:
     """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
     from ftray.train.identity import finished_checkpoint
 
-    return finished_checkpoint(run)
+    return finished_checkpoint(run, verify)
 
 
 @contextmanager
@@ -241,6 +241,23 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
         comparison, _ = compare(run, run_dir, console)
     comparison.check_gates()
+    return 0
+
+
+def evaluate_human(arguments: argparse.Namespace, console: Console) -> int:
+    """Has people compare the answers, blinded."""
+    from ftray.evaluate.human.verb import Asked, human
+
+    typed = Asked(arguments.csv, arguments.filled, arguments.results, arguments.host, arguments.port)
+    human(open_target(arguments.run, arguments.overrides), typed, console)
+    return 0
+
+
+def evaluate_judge(arguments: argparse.Namespace, console: Console) -> int:
+    """Has another model compare the answers."""
+    from ftray.evaluate.judge import judge
+
+    judge(open_target(arguments.run, arguments.overrides), console)
     return 0
 
 

@@ -36,6 +36,6 @@ def _read_turn(i: int, turn: object) -> Message:
         raise DataError(f"turn {i} ({role}) has no text; content must be a string")
     if not isinstance(train, bool):
         raise DataError(f"turn {i}: train must be true or false")
-    if lost := [key for key in ("tool_calls", "function_call") if turn.get(key)]:
-        raise DataError(f"turn {i} ({role}) has {lost[0]}, which would be lost; write the call into its content")
+    if lost := [key for key in ("tool_calls", "function_call", "reasoning_content") if turn.get(key)]:
+        raise DataError(f"turn {i} ({role}) has {lost[0]}, which would be lost; write it into its content")
     return Message(role, content, train)

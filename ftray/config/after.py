@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
 from ftray.config.gates import Gate, Metric, wrong_gate
+from ftray.config.opinions import Human, Judge
 
 
 class Evaluate(Section):
@@ -53,6 +54,9 @@ class Evaluate(Section):
     """Answers printed side by side."""
     max_new_tokens: Positive = 128
     """Longest answer, in tokens."""
+    human: Human = Human()
+    judge: Judge | None = None
+    """Another model that compares the answers (`ftray evaluate judge`)."""
 
     @model_validator(mode="after")
     def _metrics_have_their_keys(self) -> Evaluate:

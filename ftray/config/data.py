@@ -92,7 +92,7 @@ class Data(Section):
     max_bad_records: Annotated[Int, Field(ge=0)] = 0
     """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts. What
     `data.clean` drops is wanted and isn't counted."""
-    chunk_mb: Annotated[Float, Field(gt=0, le=1024)] = 4.0
+    chunk_mb: Annotated[Float, Field(ge=0.0001, le=1024)] = 4.0
     """Size of the pieces (MB of a shard) that are read, packed and shuffled as one."""
 
     @field_validator("eval", mode="before")

@@ -67,6 +67,15 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def _heldout_is_there(self) -> Run:
+        for key, value in (("every", self.evaluate.every), ("early_stopping", self.evaluate.early_stopping)):
+            if value is not None and self.data.eval is None:
+                raise ValueError(
+                    f"evaluate.{key} ({value}) needs held-out data; give data.eval, e.g. {{fraction: 0.1}}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _method_fits(self) -> Run:
         if (sentence := impossible(self.model_dump(include={"method", "train", "deepspeed"}))) is not None:
             raise ValueError(sentence)

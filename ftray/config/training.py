@@ -97,7 +97,7 @@ class DeepSpeed(Section):
 
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
     """0: all replicated, with ftray's own optimizer, the fastest where it fits; 1: optimizer states sharded; 2: and
-    gradients; 3: and weights."""
+    gradients; 3: and weights (while it loads a model, a GPU holds all of it once)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in the host's memory: nothing, the optimizer's states and masters (stage 1 and up), or weights too
     (stage 3)."""
@@ -151,7 +151,7 @@ class CheckpointSection(Section):
     every: Positive | str = 200
     """Steps (`200`), or `1 epoch`, or `10 min`."""
     keep: Positive = 3
-    """How many of the newest stay; the best stays besides."""
+    """How many of the newest stay, from 2 up also as a way back should the newest be damaged; the best stays besides."""
 
     @field_validator("every", mode="before")
     @classmethod

@@ -18,6 +18,9 @@ SHAREGPT_ROLES = {
 }
 
 
+LOST = ("history", "tools", "functions")  # beside the turns: no format of ours has a place for them
+
+
 class BadRecord(Exception):
     """A record that can't be trained on. rule: its short name; the message says what is wrong with this record."""
 
@@ -27,14 +30,26 @@ class BadRecord(Exception):
 
 
 def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> list[Message] | str:
-    """Turns of a record, or its plain text.
+    """Turns of a record, or its plain text. Where the record has a key `system` beside its turns, that is the first turn.
 
     format: a name of `data.train[].format`; `auto` looks at the keys. columns: role → column, for the format columns.
-    Raises BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn.
+    Raises BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn, lost_field.
     """
     if columns is not None:
         return _from_columns(record, columns)
     name = _detect(record) if format == "auto" else format
+    if name == "text":
+        return _text(record, "text")
+    if lost := [key for key in LOST if record.get(key)]:
+        raise BadRecord("lost_field", f"it has {lost[0]}, which would be lost; write it into the turns, or take it out")
+    return _system_turn(record) + _turns_of(record, name)
+
+
+def _system_turn(record: Mapping[str, Any]) -> list[Message]:
+    return [Message("system", _text(record, "system"))] if record.get("system") else []
+
+
+def _turns_of(record: Mapping[str, Any], name: str) -> list[Message]:
     if name == "messages":
         return _turns(record.get("messages"))
     if name == "sharegpt":
@@ -45,9 +60,7 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
         if extra is not None and (not isinstance(extra, str) or extra.strip()):
             question += f"\n\n{_text(record, 'input')}"
         return _pair(question, record, "output")
-    if name == "prompt-completion":
-        return _pair(_text(record, "prompt"), record, "completion")
-    return _text(record, "text")
+    return _pair(_text(record, "prompt"), record, "completion")
 
 
 def _detect(record: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def make_plan(
 ) -> Plan:
     """Plan of a run; num_steps counts whole global batches in `epochs`, or max_steps."""
     mixture = index.mixture(stream)
-    num_steps = max_steps or int(epochs * mixture.rows_per_epoch) // global_batch_size
+    num_steps = max_steps or int(round(epochs * mixture.rows_per_epoch, 6)) // global_batch_size
     sources = tuple(tuple(index.of_source(i)) for i in range(len(stream.sources)))
     return Plan(stream, sources, mixture, seed, global_batch_size, num_steps)
 

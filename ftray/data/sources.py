@@ -68,8 +68,8 @@ class RawRecord:
 def list_shards(path: str) -> list[Shard]:
     """Files of a source, sorted by relative path.
 
-    path: file, directory, glob, `embedded:…` or `hf:…`. Raises DataError: nothing there, no file of a known kind, all
-    empty.
+    path: file, directory, glob, `embedded:…` or `hf:…`. Below a directory, names with a leading `_` or `.` are passed
+    over. Raises DataError: nothing there, no file of a known kind, all empty.
     """
     path, found = _find(path)
     if not found:
@@ -92,7 +92,11 @@ def other_files(path: str) -> list[str]:
     by which tools mark what is no data."""
     _, found = _find(path)
     names = [f.path for f in found if not f.path.endswith(SUFFIXES) or f.size_bytes == 0]
-    return [name for name in names if not name.rsplit("/", 1)[-1].startswith(("_", "."))]
+    return [name for name in names if not _is_marked(name)]
+
+
+def _is_marked(name: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in name.split("/"))
 
 
 def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
@@ -103,7 +107,7 @@ def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
     if any(c in path for c in "*?["):
         return path, storage.glob_files(path)
     if not path.endswith(SUFFIXES):
-        return path, storage.list_files(path)
+        return path, [found for found in storage.list_files(path) if not _is_marked(found.path)]
     if not storage.exists(path):
         raise DataError(f"{path} does not exist; correct data.train or data.eval")
     size, etag = storage.size_and_etag(path)

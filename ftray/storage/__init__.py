@@ -32,7 +32,7 @@ from ftray.storage.files import (
     size_and_etag,
     write_bytes,
 )
-from ftray.storage.lease import Lease, acquire_lease
+from ftray.storage.lease import Lease, Token, acquire_lease, holds
 from ftray.storage.s3 import RETRY_S, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
 
@@ -42,6 +42,7 @@ __all__ = [
     "FileInfo",
     "Lease",
     "MissingFile",
+    "Token",
     "absolute",
     "acquire_lease",
     "age_s",
@@ -56,6 +57,7 @@ __all__ = [
     "exists",
     "fetch_directory",
     "glob_files",
+    "holds",
     "is_remote",
     "join",
     "list_files",

@@ -25,6 +25,15 @@ log = logging.getLogger(__name__)
 _NUM_LEASE_FILES = 3
 
 
+Token = tuple[str, int]  # a run's URI and the number of the lease by which it is held
+
+
+def holds(token: Token) -> bool:
+    """Whether no other process took the run since. Raises StorageError."""
+    run_uri, number = token
+    return max(_lease_numbers(join(absolute(run_uri), "lease")), default=0) == number
+
+
 class Lease:
     """The right to write a run, kept by a thread that rewrites its file every ttl/6; made by `acquire_lease`.
 
@@ -39,6 +48,11 @@ class Lease:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="ftray-lease", daemon=True)
         self._thread.start()
+
+    @property
+    def token(self) -> Token:
+        """What other processes of the owner, its workers, need for `holds`."""
+        return self._folder.removesuffix("/lease"), self._number
 
     @property
     def overtaken(self) -> bool:

@@ -45,6 +45,14 @@ def usable_nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
+def free_nodes() -> list[Resources]:
+    """What nobody holds of each of these nodes."""
+    leaving = draining_nodes()
+    return [
+        free for node_id, free in ray._private.state.available_resources_per_node().items() if node_id not in leaving
+    ]
+
+
 def draining_nodes() -> set[str]:
     """Ids of the nodes that the cluster was told will be taken away (a spot instance's notice, a node to be drained)."""
     # Not public, but what Ray Train's own watcher asks; its public way, get_preemption_info, is a barrier at each step.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ftray import errors, storage
-from ftray.errors import CheckpointError, StorageError
+from ftray.errors import CheckpointError, RunHeldError, StorageError
 from ftray.storage import local
 from ftray.train.shards import (
     NAMES,
@@ -48,7 +49,9 @@ def load_checkpoint(found: Found, prefix: str = "") -> dict[str, torch.Tensor]:
             storage.fetch_directory(found.uri, directory)
             place = directory
         elif problems := storage.verify_directory(found.uri):
-            raise CheckpointError(f"{found.uri} is damaged ({problems[0]}); use the checkpoint before it")
+            raise CheckpointError(
+                f"{found.uri} is damaged ({problems[0]}); ftray train goes on from the checkpoint before it"
+            )
         reader = PartReader(place)
         return {name: reader.whole(name) for name in reader.shapes() if name.startswith(prefix)}
 
@@ -112,11 +115,14 @@ class CheckpointWriter:
     """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
 
     Every rank has one and saves at the same steps. meta: goes into each manifest (config hash, data hash, versions).
-    keep: newest ones that stay; the best stays besides. whole: one file with all, for small states.
+    keep: newest ones that stay; the best stays besides. whole: one file with all, for small states. lease: nothing is
+    written once another process holds the run.
     """
 
-    def __init__(self, run_dir: str, keep: int, meta: dict[str, Any], whole: bool) -> None:
-        self._run_dir, self._keep, self._meta, self._whole = run_dir, keep, meta, whole
+    def __init__(
+        self, run_dir: str, keep: int, meta: dict[str, Any], whole: bool, lease: storage.Token | None = None
+    ) -> None:
+        self._run_dir, self._keep, self._meta, self._whole, self._lease = run_dir, keep, meta, whole, lease
         self._ranks, self._buffer = Ranks(), HostBuffer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
         self._pending: Future[None] | None = None
@@ -176,21 +182,33 @@ class CheckpointWriter:
         state = json.dumps(asdict(progress), indent=1).encode()
         storage.write_bytes(storage.join(uri, STATE), state)
         entries[STATE] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
-        if not storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)}):
+        self._check_owner()
+        committed = storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)})
+        if not committed and not self._is_there(uri):
             raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
         self._sweep(progress)
 
     def _clear(self, uri: str, progress: Progress, lines: list[dict[str, Any]]) -> bool:
         """Rank 0, first: writes the metrics, makes room. False when this checkpoint is there already, and sound."""
+        self._check_owner()
         if lines:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(_plain_json(line)) + "\n" for line in lines)
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
-        if storage.exists(storage.join(uri, "manifest.json")) and not storage.verify_directory(uri):
-            there = storage.read_manifest(uri)
-            if there is not None and there["meta"].get("config_hash") == self._meta.get("config_hash"):
-                return False  # committed before an interruption
+        if self._is_there(uri):
+            return False  # committed before an interruption
         storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
         return True
+
+    def _is_there(self, uri: str) -> bool:
+        """Whether a sound checkpoint of this run is committed there."""
+        if not storage.exists(storage.join(uri, storage.MANIFEST)) or storage.verify_directory(uri):
+            return False
+        there = storage.read_manifest(uri)
+        return there is not None and there["meta"].get("config_hash") == self._meta.get("config_hash")
+
+    def _check_owner(self) -> None:
+        if self._lease is not None and not storage.holds(self._lease):
+            raise RunHeldError("another process took the run over; this one writes no more, follow that one")
 
     def _write(self, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
         """This rank's file, if it has one to write; its manifest entry by name."""
@@ -215,7 +233,9 @@ class CheckpointWriter:
 
     def _sweep(self, progress: Progress) -> None:
         best = int(progress.best["step"]) if progress.best else None
-        for found in list_checkpoints(self._run_dir)[self._keep :]:
+        # Newer ones were passed over as damaged: they must not push out what is sound.
+        mine = [found for found in list_checkpoints(self._run_dir) if found.step <= progress.step]
+        for found in mine[self._keep :]:
             if found.step != best:
                 storage.delete(storage.join(found.uri, "manifest.json"))  # first: what has no manifest doesn't exist
                 storage.delete_tree(found.uri)
@@ -229,6 +249,11 @@ def check_moved(tensors: dict[str, torch.Tensor], step: int) -> None:
             f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a fault of ftray, "
             "please report it"
         )
+
+
+def _plain_json(line: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what is not finite: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 def _has_moved(lines: list[dict[str, Any]]) -> bool:

@@ -22,6 +22,8 @@ from ftray.train.monitor import WorkerPlace
 POLL_S = 0.3
 OTHER_PHASES_S = 3600.0  # without an event while loading, compiling, saving or evaluating: then they hang, too
 KILL_S = 120.0  # after which a group that was killed counts as gone whatever Ray Train says
+OVERTAKEN = "the run was taken over"  # wishes: its workers may write no more
+LEAVE_AT_ONCE = "asked to stop"  # after the step under way, and before the first one without any
 COUNTED = ("step", "heldout", "checkpoint")  # after these a step is due; after others something else is under way
 
 
@@ -72,7 +74,7 @@ def run_group(
     """Starts a group and watches it to its end. show: told each event of rank 0.
 
     wish: asked again and again, with where the workers run, why the group should commit a checkpoint and leave ("":
-    it should not). A group that hangs is killed.
+    it should not). A group that hangs is killed, and so is one that may not write any more, or has nothing to commit.
     """
     raised: list[BaseException] = []
 
@@ -84,19 +86,23 @@ def run_group(
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    finished, joined, asked, hangs, killed_s = False, False, "", "", 0.0
+    finished, joined, stepped, asked, hangs, killed_s = False, False, False, "", "", 0.0
     while thread.is_alive() and not (hangs and time.monotonic() - killed_s > KILL_S):
         thread.join(POLL_S)
         for event in ray.get(monitor.drain.remote()):
             clock.heard(event)
             show(event)
             finished = finished or bool(event.get("finished"))
+            stepped = stepped or event["event"] == "step"
         places = ray.get(monitor.places.remote())
         if places and not joined:
             joined = True
             show({"event": "joined"})
         if not asked and (asked := wish(places)):
             monitor.stop.remote()
+            if asked == OVERTAKEN or (asked == LEAVE_AT_ONCE and not stepped):
+                _kill(monitor)
+                return Ended(False, asked)
         if not hangs and thread.is_alive() and (hangs := clock.hangs):
             killed_s = time.monotonic()
             _kill(monitor)

@@ -7,7 +7,7 @@ import json
 
 from ftray import config, storage
 from ftray.errors import ConfigError
-from ftray.train.timeline import Found, list_checkpoints
+from ftray.train.timeline import Found, list_checkpoints, merge_metrics
 
 NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
 
@@ -79,9 +79,16 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in NAMED_VERSIONS}
 
 
-def finished_checkpoint(run: config.Run) -> Found | None:
-    """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
+def finished_checkpoint(run: config.Run, verify: bool) -> Found | None:
+    """The last checkpoint of a run that is trained to its end, else None. verify: read it, None if it is damaged.
+
+    Raises ConfigError for another identity.
+    """
     run_dir = storage.absolute(run.directory)
     check_identity(run, run_dir)
     found = list_checkpoints(run_dir)
-    return found[0] if found and found[0].progress.finished else None
+    if not found or not found[0].progress.finished or (verify and storage.verify_directory(found[0].uri)):
+        return None
+    if not storage.exists(storage.join(run_dir, "metrics.jsonl")):  # its driver died at the very end
+        merge_metrics(run_dir, found[0].progress)
+    return found[0]

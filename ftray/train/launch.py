@@ -1,14 +1,16 @@
 """The driver's side of training: from a run file to a finished run in storage.
 
 Everything that can be wrong is looked at here, before a worker starts: storage, identity, model, data, resources. Then
-Ray Train runs `loop.train_worker`, group after group (`supervise`); this side shows progress.
+Ray Train runs `worker.train_worker`, group after group (`supervise`); this side shows progress.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,18 +22,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray import config, storage
-from ftray.console import Console
+from ftray.console import Console, duration
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
-from ftray.errors import DataError, RunError
+from ftray.errors import ConfigError, DataError, FtrayError, Preempted, RunError, StorageError
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.capacity import check_resources
 from ftray.train.group import Clock, Ended, run_group
 from ftray.train.identity import parent_of, versions
-from ftray.train.loop import Job, train_worker
 from ftray.train.monitor import Monitor
 from ftray.train.supervise import Wish, supervise
-from ftray.train.timeline import Found, find_newest, merge_metrics
+from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics
+from ftray.train.worker import Job, train_worker
 
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
@@ -42,12 +44,13 @@ def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
     """
-    use_gpu = check_resources(run)
+    use_gpu = _wait_for_resources(run, run_dir, console)
     load = partial(load_tokenizer, absolute_base(run.model))
     data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
+        merge_metrics(run_dir, newest.progress)
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
@@ -56,18 +59,41 @@ def train(run: config.Run, run_dir: str, console: Console, lease: storage.Lease 
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
     meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
     there = run.model_copy(update={"model": absolute_base(run.model)})
-    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir))
+    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), lease.token if lease is not None else None)
     with console.progress("train: step", data.plan.num_steps, newest.step if newest else 0) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
             return _start(job, world_size, data.plan, use_gpu, wish, partial(_show, bar=bar, console=console))
 
-        supervise(run, run_dir, use_gpu, start, console, lease)
+        try:
+            supervise(run, run_dir, use_gpu, start, console, lease)
+        except FtrayError:
+            with suppress(StorageError):
+                if committed := list_checkpoints(run_dir):
+                    merge_metrics(run_dir, committed[0].progress)
+            raise
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
     merge_metrics(run_dir, last.progress)
     return last
+
+
+def _wait_for_resources(run: config.Run, run_dir: str, console: Console) -> bool:
+    """As `check_resources`; a run that has a checkpoint waits for nodes to come back, `scale.wait_s` at most."""
+    end_s, told = time.monotonic() + run.scale.wait_s, False
+    while True:
+        try:
+            return check_resources(run)
+        except ConfigError as err:
+            if not list_checkpoints(run_dir):
+                raise
+            if time.monotonic() > end_s:
+                raise Preempted(f"{err}; waited {duration(run.scale.wait_s)} (scale.wait_s) for more nodes") from None
+            if not told:
+                console.warn(f"{err}; waiting up to {duration(run.scale.wait_s)} (scale.wait_s) for more nodes")
+                told = True
+            time.sleep(min(1.0, run.scale.wait_s))
 
 
 def check_checkpoint(found: Found | None, data: Data, run: config.Run, run_dir: str) -> None:
@@ -123,7 +149,10 @@ def _start(
             datasets={"train": ray.data.from_items([0])},
             dataset_config=FeedConfig(plan),
         )
-        return run_group(trainer, monitor, Clock(run.train.hang_timeout_s), show, wish)
+        try:
+            return run_group(trainer, monitor, Clock(run.train.hang_timeout_s), show, wish)
+        finally:
+            ray.kill(monitor)
 
 
 def _monitor() -> Any:

@@ -1,4 +1,4 @@
-"""The training loop: one for full, LoRA and QLoRA. Runs in each Ray Train worker.
+"""The training loop: one for full, LoRA and QLoRA. Runs in each Ray Train worker (`worker`).
 
 Optimizer step t takes exactly the rows that the plan gives it; its loss is one mean over the supervised tokens of the
 global batch. Nothing here is random but dropout, which is seeded from (seed, step, first row of the micro-batch); the
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,57 +24,24 @@ import torch.distributed as dist
 
 from ftray import config
 from ftray.compat import deepspeed_without_compiler
+from ftray.data.packing import IGNORE_INDEX
 from ftray.data.pipeline import Batch, FeedShard, to_batch
-from ftray.errors import FtrayError, RunError, innermost
+from ftray.errors import RunError
 from ftray.model.fp8 import check_fp8, quantize_base
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import AdamW
-from ftray.train.causes import out_of_memory
 from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
-from ftray.train.monitor import MonitorLink, WorkerPlace
+from ftray.train.monitor import MonitorLink
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
 from ftray.train.shards import PartReader
 from ftray.train.state import local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
+from ftray.train.worker import Job
 from ftray.train.zero import deepspeed_config, owns_optimizer
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to each worker.
-
-    meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
-    parent: the checkpoint whose weights a new run starts from, or None.
-    """
-
-    run: config.Run
-    run_dir: str
-    meta: dict[str, Any]
-    heldout: Any
-    monitor: Any
-    parent: str | None = None
-
-
-def train_worker(arguments: dict[str, Job]) -> None:
-    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
-
-    An FtrayError is one that trying again won't cure, and so is too little memory for a step: the driver is told.
-    """
-    job = arguments["job"]
-    ray.get(job.monitor.join.remote(_place()))
-    try:
-        Trainer(job).train()
-    except Exception as err:
-        known = innermost(err)
-        if isinstance(known, FtrayError):
-            ray.get(job.monitor.fail.remote(type(known).__name__, str(known)))
-        elif (sentence := out_of_memory(known)) is not None:
-            ray.get(job.monitor.fail.remote("RunError", sentence))
-        raise
 
 
 class Trainer:
@@ -92,7 +57,7 @@ class Trainer:
         self._shard = shard
         self._engine, self._parameters = self._build_engine()
         keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
-        self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small)
+        self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small, lease=job.lease)
         self._progress = self._resume()
         self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
@@ -217,7 +182,9 @@ class Trainer:
             loss = self._engine(*vars(micro).values())
             loss_sum += loss.detach()
             # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
-            self._engine.backward(loss * (self._world_size / max(1.0, num_supervised)), scale_wrt_gas=False)
+            # An infinite loss may have finite gradients: they become NaN, so that no rank takes the step.
+            factor = self._world_size / max(1.0, num_supervised) + 0.0 * loss.detach()
+            self._engine.backward(loss * factor, scale_wrt_gas=False)
             self._engine.step()
         sums = self._sum([float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)])
         norm = self._engine.get_global_grad_norm()
@@ -283,12 +250,12 @@ class Trainer:
         """Held-out loss over all ranks; True when it is the best so far."""
         self._busy("evaluating")
         table: pa.Table = ray.get(self._job.heldout)
-        mine = table.take(pa.array(range(self._rank, table.num_rows, self._world_size)))
-        loss_sum, count = heldout_sums(self._engine, mine, self._run.micro_batch_size, self._device)
+        mine = heldout_share(table, self._rank, self._world_size)
+        loss_sum, count = batch_sums(self._engine, mine, self._run.micro_batch_size, self._device)
         self._engine.train()
         sums = self._sum([loss_sum, count])
         loss, progress = sums[0] / sums[1], self._progress
-        is_best = progress.best is None or loss < progress.best["loss"]
+        is_best = math.isfinite(loss) and (progress.best is None or loss < progress.best["loss"])
         if is_best:
             progress.best = {"step": progress.step, "loss": loss}
         progress.since_best = 0 if is_best else progress.since_best + 1
@@ -317,9 +284,26 @@ class Trainer:
 
 def heldout_sums(model: Any, table: pa.Table, micro_batch_size: int, device: torch.device) -> tuple[float, float]:
     """(summed loss, supervised tokens) over held-out rows. model: SummedLoss, or an engine of one; left in eval mode."""
+    return batch_sums(model, to_batch(table), micro_batch_size, device)
+
+
+def heldout_share(table: pa.Table, rank: int, world_size: int) -> Batch:
+    """Held-out rows of a rank, as many on each: ranks that hold shards of the weights gather them together.
+
+    Where rows don't divide evenly, some ranks end with a row whose tokens are all unsupervised: it counts nothing.
+    """
+    each = -(-table.num_rows // world_size)
+    rows = range(rank, each * world_size, world_size)
+    batch = to_batch(table.take(pa.array([row % table.num_rows for row in rows], pa.int64())))
+    labels = batch.labels.copy()
+    labels[[row >= table.num_rows for row in rows]] = IGNORE_INDEX
+    return replace(batch, labels=labels)
+
+
+def batch_sums(model: Any, batch: Batch, micro_batch_size: int, device: torch.device) -> tuple[float, float]:
+    """As `heldout_sums`, of rows that are numpy arrays already."""
     model.eval()
     loss_sum, count = 0.0, 0.0
-    batch = to_batch(table)
     with torch.no_grad():
         for _, micro in _micro_batches(batch, micro_batch_size, device):
             loss_sum += float(model(*vars(micro).values()))
@@ -346,12 +330,6 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         if batch is None:
             return
         yield batch, time.monotonic() - began_s
-
-
-def _place() -> WorkerPlace:
-    context = ray.get_runtime_context()
-    rank = ray.train.get_context().get_world_rank()
-    return WorkerPlace(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)
 
 
 def _device() -> torch.device:

@@ -13,16 +13,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
-from ftray.train.capacity import draining_nodes, fitting, usable_nodes, world_size_for
-from ftray.train.group import Ended
+from ftray.reach import answers
+from ftray.train.capacity import Resources, draining_nodes, fitting, free_nodes, usable_nodes, world_size_for
+from ftray.train.causes import explain
+from ftray.train.group import LEAVE_AT_ONCE, OVERTAKEN, Ended
 from ftray.train.monitor import WorkerPlace
 from ftray.train.timeline import list_checkpoints
 
 LOOK_S = 3.0  # between two looks at the cluster's nodes
+GROW_AGAIN_S = 300.0  # after a size was given no room
 AGAIN = "run the same command again to continue"
 Wish = Callable[[list[WorkerPlace]], str]
 
@@ -44,10 +48,10 @@ def supervise(
         cluster = Cluster(run, use_gpu, console, caught, lease)
         while True:
             size = cluster.wait_for_room(run_dir, size)
-            ended = start(size, cluster.wish)
-            if ended.finished:
-                return
+            ended = _start(start, size, cluster.wish)
             step = _newest(run_dir)
+            if ended.finished and not caught:
+                return
             _raise_if_over(ended, caught, step, lease)
             if ended.no_room:
                 cluster.avoid(size)
@@ -55,9 +59,24 @@ def supervise(
                 failures = failures + 1 if step == failed_at else 1
                 failed_at = step
                 _judge(run, ended.failure, failures, step, console)
-                time.sleep(min(30.0, 5.0 * (failures - 1)))  # at once after the first: most pass
+                _pause(min(30.0, 5.0 * (failures - 1)), caught)  # at once after the first: most pass
             else:
                 console.say(f"train: {ended.wish}; its workers left at step {step}")
+
+
+def _start(start: Callable[[int, Wish], Ended], size: int, wish: Wish) -> Ended:
+    try:
+        return start(size, wish)
+    except RayError as err:
+        if not answers(ray.get_runtime_context().gcs_address):
+            raise  # with the cluster's head there is nothing to go on with
+        return Ended(False, failure=f"the driver lost sight of its workers ({explain(err)})")
+
+
+def _pause(seconds: float, caught: list[int]) -> None:
+    end_s = time.monotonic() + seconds
+    while not caught and time.monotonic() < end_s:
+        time.sleep(0.2)
 
 
 def _judge(run: config.Run, failure: str, failures: int, step: int, console: Console) -> None:
@@ -128,6 +147,7 @@ class Cluster:
         self._size, self._looked_s, self._told_lost = 0, 0.0, False
         self._most = run.world_sizes[0]  # lowered where others hold the room
         self._since_s: float | None = None  # when the wait for room began
+        self._not_before: dict[int, float] = {}  # by size: it was given no room
 
     def wait_for_room(self, run_dir: str, before: int) -> int:
         """How many workers the next group has; waits up to `scale.wait_s` for nodes. before: the group before it, or 0."""
@@ -158,6 +178,7 @@ class Cluster:
         if fitting(self._run.scale, self._use_gpu, usable_nodes()) < size:
             return
         self._since_s = self._since_s or time.monotonic()
+        self._not_before[size] = time.monotonic() + GROW_AGAIN_S
         smaller = world_size_for(self._run, size - 1)
         self._most = smaller or size
         wait_s = self._run.scale.wait_s
@@ -170,10 +191,10 @@ class Cluster:
         if places:
             self._since_s = None
         if self._caught:
-            return "asked to stop"
+            return LEAVE_AT_ONCE
         if self._lease is not None:
             if self._lease.overtaken:
-                return "the run was taken over"
+                return OVERTAKEN
             if self._lease.lost and not self._told_lost:
                 self._console.warn("the store gives no answer; training goes on, checkpoints wait for it")
             self._told_lost = self._lease.lost
@@ -183,14 +204,15 @@ class Cluster:
         leaving = draining_nodes()
         if lost := [place for place in places if place.node_id in leaving]:
             return f"the node {lost[0].host} will be taken away"
-        grown = world_size_for(self._run, fitting(self._run.scale, self._use_gpu, usable_nodes()))
-        if places and grown is not None and grown > self._size and self._is_free(grown - self._size):
+        grown = self.growth(usable_nodes(), free_nodes()) if places else None
+        if grown is not None:
             self._most = grown
             return f"there is room for {grown} workers"
         return ""
 
-    def _is_free(self, more: int) -> bool:
-        """Whether nobody holds what so many more workers need."""
-        free = ray.available_resources()
-        needed = {"CPU": more * self._run.scale.cpus_per_worker} | ({"GPU": float(more)} if self._use_gpu else {})
-        return all(free.get(kind, 0) >= number for kind, number in needed.items())
+    def growth(self, nodes: list[Resources], free: list[Resources]) -> int | None:
+        """The larger group that there is room for, if any. free: what nobody holds of each of the nodes."""
+        grown = world_size_for(self._run, fitting(self._run.scale, self._use_gpu, nodes))
+        if grown is None or grown <= self._size or time.monotonic() < self._not_before.get(grown, 0):
+            return None
+        return grown if self._size + fitting(self._run.scale, self._use_gpu, free) >= grown else None

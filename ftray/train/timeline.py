@@ -85,15 +85,27 @@ def best_checkpoint(run_dir: str) -> Found:
 def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float = math.inf) -> Found | None:
     """The newest checkpoint whose files all match its manifest; says which damaged ones it passes over.
 
-    below_updates: only of those that had fewer updates of the weights.
+    below_updates: only of those that had fewer updates of the weights. Raises CheckpointError where there are
+    checkpoints, and all are damaged.
     """
-    for found in list_checkpoints(run_dir, warn):
+    damaged: list[str] = []
+
+    def note(text: str) -> None:
+        damaged.append(text)
+        warn(text)
+
+    for found in list_checkpoints(run_dir, note):
         if found.progress.num_updates >= below_updates:
             continue
         problems = storage.verify_directory(found.uri)
         if not problems:
             return found
-        warn(f"checkpoint {found.uri} is damaged ({problems[0]}); the one before it is used")
+        note(f"checkpoint {found.uri} is damaged ({problems[0]}); the one before it is used")
+    if damaged and below_updates == math.inf:
+        place = storage.join(run_dir, "checkpoints")
+        raise CheckpointError(
+            f"all checkpoints in {place} are damaged ({len(damaged)}); restore one, or delete {place} to begin anew"
+        )
     return None
 
 

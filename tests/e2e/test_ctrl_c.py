@@ -56,6 +56,16 @@ def test_ctrl_c_before_the_first_step_stops_without_a_mess(place: Place, checkpo
     assert place.left_over() == []
 
 
+def test_sigterm_before_the_first_step_is_a_preemption_too(place: Place, checkpoints: Path) -> None:
+    command = place.start("train", "run.yaml")
+    command.wait_for("data: indexing data.train")  # Ray is up, and no worker
+    command.process.send_signal(signal.SIGTERM)
+    ended = command.wait()
+    assert ended.code == 75, ended.out + ended.err
+    assert_says_how_to_continue(ended.err)
+    assert place.left_over() == []
+
+
 def test_ctrl_c_commits_a_checkpoint_and_a_second_terminal_is_refused_until_then(
     place: Place, checkpoints: Path
 ) -> None:

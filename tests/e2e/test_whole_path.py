@@ -5,6 +5,7 @@ Tests are in the order in which a user would do the same things; those that end 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -115,6 +116,16 @@ def test_the_last_lines_say_where_all_is_and_what_to_type_next(place: Place, end
     assert "train on your own data: " in said
     answer = json.loads((run_dir / "evaluate/endpoint.json").read_text())["answer"]
     assert answer.split()[0] in ended.line("answer     ")
+
+
+def test_the_answers_of_a_run_can_be_given_to_people(place: Place, run_dir: Path) -> None:
+    sheet = place.ftray("evaluate", "human", str(run_dir), "--csv", "sheet.csv")
+    assert sheet.code == 0, sheet.err
+    with (place.directory / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["question"] for row in rows) == sorted(
+        g["question"] for g in read_lines(run_dir / "evaluate/generations.jsonl")
+    )
 
 
 def test_a_command_leaves_no_process_behind(place: Place, run_dir: Path) -> None:

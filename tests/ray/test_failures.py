@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster as Nodes
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.errors import ConfigError, Preempted, RunError
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
@@ -25,7 +29,7 @@ from ftray.train.identity import open_run, parent_of
 from ftray.train.restore import open_parent, parent_parts
 from ftray.train.shards import Part
 from ftray.train.supervise import Cluster, Wish, supervise
-from ftray.train.timeline import Progress, list_checkpoints
+from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
 from tests import cluster, tiny
 
 
@@ -57,10 +61,11 @@ def workers() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def stood_still(nodes: Nodes, parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A run of 12 steps one of whose workers was stopped at the sixth: its directory, and what the user saw."""
+    """A run of 60 steps one of whose workers was stopped early: its directory, and what the user saw."""
     root = tmp_path_factory.mktemp("stood-still")
     stop = lambda: workers()[0].send_signal(signal.SIGSTOP)  # noqa: E731
-    _, text = cluster.run_training(run_of(parts, root, train__hang_timeout_s=8), "step 6/12", stop)
+    run = run_of(parts, root, train__hang_timeout_s=8, train__max_steps=60, train__global_batch_size=16)
+    _, text = cluster.run_training(run, "step 3/60", stop)
     return str(root / "tiny"), text
 
 
@@ -68,7 +73,7 @@ def test_a_worker_that_stands_still_is_noticed_and_no_step_is_lost_or_repeated(s
     run_dir, text = stood_still
     assert list_checkpoints(run_dir)[0].progress.finished
     assert "(train.hang_timeout_s: 8); its workers were killed; starting anew from step" in text
-    assert sorted(cluster.losses(run_dir)) == list(range(12))
+    assert sorted(cluster.losses(run_dir)) == list(range(60))
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_its_path_and_the_last_checkpoint_is_kept(
@@ -137,7 +142,7 @@ def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
     parts: dict[str, Path], stood_still: tuple[str, str], tmp_path: Path
 ) -> None:
     parent = open_parent(stood_still[0])
-    assert parent.step == 12
+    assert parent.step == 60
     still: dict[str, Any] = {"train__learning_rate": 1e-30, "train__max_steps": 1}
     run = run_of(parts, tmp_path, **still)
     found, _ = cluster.run_training(run, parent=parent.uri)
@@ -146,7 +151,7 @@ def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
     for name in (name for name in old if name.startswith("weights.")):
         assert torch.equal(old[name], new[name]), "nothing was to change at this learning rate"
     assert any(not torch.equal(old[n], new[n]) for n in old if n.startswith("exp_avg.")), "the optimizer began anew"
-    with pytest.raises(ConfigError, match=r"was started from .*step-000012; leave --from out"):
+    with pytest.raises(ConfigError, match=r"was started from .*step-000060; leave --from out"):
         open_run(run, f"{stood_still[0]}/checkpoints/step-000008")
     wider = trainable(build_model(run.model, run_of(parts, tmp_path, method__rank=8).method, "fp32", 0))
     with pytest.raises(RunError, match=r"is \[4, \d+\] there and \[8, \d+\] here; model and method must be the same"):
@@ -174,4 +179,56 @@ def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goe
     assert found.progress.finished
     assert (found.progress.num_bad_steps, found.progress.num_updates) == (2, 4)
     told = cluster.losses(run_dir)
-    assert [step for step, loss in told.items() if loss != loss] == [4, 5]
+    assert [step for step, loss in told.items() if loss is None] == [4, 5]
+
+
+@pytest.mark.long
+def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_once(
+    nodes: Nodes, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The last test of its module: it takes the nodes apart."""
+    second = next(iter(nodes.worker_nodes))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def lose_a_node() -> None:
+        nodes.remove_node(second, allow_graceful=False)
+
+    def start_a_node() -> None:  # as on another machine; Cluster.add_node wants the main thread
+        ray_command = str(Path(sys.executable).with_name("ray"))
+        arguments = [ray_command, "start", f"--address={nodes.address}", "--num-cpus=2", "--block"]
+        started.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    def give_notice() -> None:
+        node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU") == 2)
+        reason, deadline_ms = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, int(time.time() * 1000) + 3_600_000
+        ray._raylet.GcsClient(address=nodes.address).drain_node(node, reason, "spot", deadline_ms)
+
+    stream = cluster.Watched(
+        ("step 5/4000", lose_a_node),
+        ("going on with 1 workers instead of 2", start_a_node),
+        ("going on with 2 workers instead of 1", lambda: None),
+        ("train: step ", give_notice),  # the larger group is at work
+        ("going on with 1 workers instead of 2", lambda: None),
+        ("train: step ", cluster.press_ctrl_c),
+    )
+    run = run_of(
+        parts,
+        tmp_path,
+        train__max_steps=4000,
+        checkpoint__every=50,
+        scale__num_workers={"min": 1, "max": 2},
+        scale__cpus_per_worker=1.6,  # one on each node; one thread each
+    )
+    try:
+        with pytest.raises(Interrupted):
+            cluster.run_training(run, stream)
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+    text = stream.getvalue()
+    assert "there is room for 2 workers; its workers left at step" in text
+    assert "will be taken away; its workers left at step" in text
+    newest = list_checkpoints(str(tmp_path / "tiny"))[0]
+    merge_metrics(str(tmp_path / "tiny"), newest.progress)
+    assert sorted(cluster.losses(str(tmp_path / "tiny"))) == list(range(newest.step))

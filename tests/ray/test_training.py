@@ -50,18 +50,21 @@ def test_interrupted_and_killed_runs_end_bit_identical(
         "method__type": method,
         "deepspeed__zero_stage": stage,
         "train__optimizer": optimizer,
+        # Steps long enough, and enough of them, that what is done at the third comes before the last.
+        "train__max_steps": 24,
+        "train__global_batch_size": 16,
     }
     smooth, _ = cluster.run_training(run_of(parts, tmp_path / "smooth", **settings))
     expected = cluster.losses(str(tmp_path / "smooth/tiny"))
-    assert sorted(expected) == list(range(12))
-    assert expected[11] < 0.9 * expected[0], "the model must learn, or equal losses prove nothing"
+    assert sorted(expected) == list(range(24))
+    assert expected[23] < 0.9 * expected[0], "the model must learn, or equal losses prove nothing"
 
     rough = run_of(parts, tmp_path / "rough", **settings)
     with pytest.raises(Interrupted, match="checkpoint of step"):
-        cluster.run_training(rough, "step 6/12", cluster.press_ctrl_c)
+        cluster.run_training(rough, "step 3/24", cluster.press_ctrl_c)
     stopped_at = list_checkpoints(str(tmp_path / "rough/tiny"))[0].step
-    assert 6 <= stopped_at < 12
-    found, text = cluster.run_training(rough, f"step {stopped_at + 1}/12", cluster.kill_a_worker)
+    assert 3 <= stopped_at < 24
+    found, text = cluster.run_training(rough, f"step {stopped_at + 1}/24", cluster.kill_a_worker)
     assert f"continuing at step {stopped_at}" in text
     assert found.progress.finished
     assert cluster.losses(str(tmp_path / "rough/tiny")) == expected

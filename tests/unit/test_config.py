@@ -426,6 +426,8 @@ SAME: dict[str, dict[str, Any]] = {
         "gates": {},
         "price_per_hour": 3.0,
         "num_examples": 3,
+        "human": {"samples": 3},
+        "judge": {"url": "http://x/v1", "model": "m"},
     },
     "serve": {
         "host": "h",
@@ -444,6 +446,8 @@ def changed(section: str, key: str, value: object) -> config.Run:
     tree.setdefault(section, {})[key] = value
     if key == "early_stopping":
         tree[section]["every"] = 3
+    if section == "evaluate" and key in ("every", "early_stopping"):
+        tree["data"]["eval"] = {"fraction": 0.1}
     if key == "freeze":
         tree[section]["type"] = "full"
     metric = {"json_schema": "json", "bertscore_model": "bertscore"}.get(key, key)
@@ -459,8 +463,10 @@ def test_the_hash_covers_what_changes_the_result_and_nothing_else() -> None:
     hashes = {f"{s}.{k}": changed(s, k, v).config_hash for s, keys in OTHER.items() for k, v in keys.items()}
     assert [key for key, found in hashes.items() if found == base] == []
     assert len(set(hashes.values())) == len(hashes)
+    heldout = changed("data", "eval", {"fraction": 0.1}).config_hash
     same = {f"{s}.{k}": changed(s, k, v).config_hash for s, keys in SAME.items() for k, v in keys.items()}
-    assert [key for key, found in same.items() if found != base] == []
+    assert [key for key, found in same.items() if found not in (base, heldout)] == []
+    assert {key for key, found in same.items() if found == heldout} == {"evaluate.every", "evaluate.early_stopping"}
     assert parse_run({**yaml.safe_load(SMALL), "name": "b", "storage": "s3://b"}, "f").config_hash == base
     # and no key is forgotten by this test
     sections = {

@@ -10,10 +10,12 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 
 from ftray import config
+from ftray.console import Console
 from ftray.errors import ConfigError
 from ftray.train.capacity import fitting, world_size_for
 from ftray.train.causes import explain, out_of_memory
 from ftray.train.group import OTHER_PHASES_S, Clock
+from ftray.train.supervise import Cluster
 
 
 class Hand:
@@ -133,3 +135,19 @@ def test_each_worker_fits_on_one_node_and_a_cpu_is_left_for_data() -> None:
     named = run_of(1, accelerator="A100").scale
     nodes = [{"CPU": 64, "GPU": 8, "accelerator_type:A100": 1}, {"CPU": 64, "GPU": 8, "accelerator_type:H100": 1}]
     assert fitting(named, True, nodes) == 8
+
+
+def test_a_group_grows_only_into_room_of_the_right_kind_on_one_node_each_and_not_again_at_once() -> None:
+    run = run_of({"min": 1, "max": 2}, accelerator="A100")
+    group = Cluster(run, True, Console(), [], None)
+    group._size = 1
+    a100, t4 = ({"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{kind}": 1.0} for kind in ("A100", "T4"))
+    held = {"CPU": 1.0, "accelerator_type:A100": 1.0}
+    assert group.growth([a100, a100, t4], [held, a100, t4]) == 2
+    assert group.growth([a100, a100, t4], [held, held, t4]) is None, "another's GPU, and one of another kind"
+    halves = Cluster(run_of({"min": 1, "max": 2}, cpus_per_worker=2), False, Console(), [], None)
+    halves._size = 1
+    assert halves.growth([{"CPU": 3.0}, {"CPU": 3.0}], [{"CPU": 1.0}, {"CPU": 1.0}]) is None, "no node has two free"
+    assert halves.growth([{"CPU": 3.0}, {"CPU": 3.0}], [{"CPU": 1.0}, {"CPU": 3.0}]) == 2
+    halves._not_before[2] = float("inf")
+    assert halves.growth([{"CPU": 3.0}, {"CPU": 3.0}], [{"CPU": 1.0}, {"CPU": 3.0}]) is None, "it was given no room"

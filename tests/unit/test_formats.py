@@ -61,6 +61,25 @@ def test_columns_name_whose_turn_is_where() -> None:
     assert read_record(record, "columns", columns) == [Message("system", "s"), *ASKED]
 
 
+@pytest.mark.parametrize(("name", "record", "conversation"), GOOD)
+def test_a_system_text_beside_the_turns_is_their_first(name: str, record: dict[str, Any], conversation: object) -> None:
+    found = read_record({**record, "system": "be kind"}, name, None)
+    if name == "text":
+        assert found == conversation
+    else:
+        assert found == [Message("system", "be kind"), *conversation]  # type: ignore[misc]
+    assert read_record({**record, "system": ""}, name, None) == conversation
+
+
+@pytest.mark.parametrize("key", ["history", "tools", "functions"])
+def test_what_would_be_lost_is_refused_by_name(key: str) -> None:
+    record = {"instruction": "q", "output": "a", key: [["x", "y"]]}
+    with pytest.raises(BadRecord, match=f"it has {key}, which would be lost") as caught:
+        read_record(record, "auto", None)
+    assert caught.value.rule == "lost_field"
+    assert read_record({**record, key: []}, "auto", None) == ASKED
+
+
 def test_texts_are_taken_as_they_are() -> None:
     text = "  a\r\n\tb  "
     assert read_record({"prompt": text, "completion": text}, "auto", None) == [

@@ -251,6 +251,14 @@ def test_what_is_not_read_beside_the_shards_is_told(tmp_path: Path) -> None:
     assert other_files(str(tmp_path / "a.jsonl")) == []
 
 
+def test_what_is_marked_as_no_data_is_passed_over_in_a_directory_and_read_when_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "_old.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    assert [shard.path for shard in list_shards(str(tmp_path))] == ["a.jsonl"]
+    assert [shard.path for shard in list_shards(str(tmp_path / "_old.jsonl"))] == ["_old.jsonl"]
+
+
 def test_copies_elsewhere_have_the_same_paths_and_chunks(tmp_path: Path) -> None:
     for place in ("here", "there/deep"):
         (tmp_path / place).mkdir(parents=True)

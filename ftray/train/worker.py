@@ -1,0 +1,67 @@
+"""What runs in each Ray Train worker: it tells where it is, trains, and tells what trying again won't cure.
+
+Imports nothing heavy at the top: Ray Train's controller loads this module, too, before it starts the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+
+from ftray import config, storage
+from ftray.errors import ConfigError, FtrayError, innermost
+from ftray.train.causes import out_of_memory
+from ftray.train.monitor import WorkerPlace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to each worker.
+
+    meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
+    parent: the checkpoint whose weights a new run starts from, or None. lease: the driver's right to write the run.
+    """
+
+    run: config.Run
+    run_dir: str
+    meta: dict[str, Any]
+    heldout: Any
+    monitor: Any
+    parent: str | None = None
+    lease: storage.Token | None = None
+
+
+def train_worker(arguments: dict[str, Job]) -> None:
+    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
+
+    An FtrayError is one that trying again won't cure, and so is too little memory for a step: the driver is told.
+    """
+    job = arguments["job"]
+    ray.get(job.monitor.join.remote(_place()))
+    try:
+        if not storage.exists(storage.join(job.run_dir, "run.json")):
+            raise ConfigError(
+                f"storage: {job.run_dir} is not to be seen from {socket.gethostname()}, where a worker runs; give a "
+                "directory that all nodes share, or s3://…"
+            )
+        from ftray.train.loop import Trainer
+
+        Trainer(job).train()
+    except Exception as err:
+        known = innermost(err)
+        if isinstance(known, FtrayError):
+            ray.get(job.monitor.fail.remote(type(known).__name__, str(known)))
+        elif (sentence := out_of_memory(known)) is not None:
+            ray.get(job.monitor.fail.remote("RunError", sentence))
+        raise
+
+
+def _place() -> WorkerPlace:
+    context = ray.get_runtime_context()
+    rank = ray.train.get_context().get_world_rank()
+    return WorkerPlace(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)
