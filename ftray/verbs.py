@@ -18,6 +18,7 @@ from ftray.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftray.data.prepare import Data
+    from ftray.evaluate.results import Comparison
     from ftray.storage import Lease
     from ftray.train.timeline import Found
 
@@ -114,9 +115,12 @@ def _owned(
         storage.acquire_lease(run_dir) as lease,
         quiet(run.name, console),
     ):  # the lease first: run.json may be written anew
+        from ftray.evaluate.inputs import check_inputs
         from ftray.train.preflight import preflight
 
         preflight(run)
+        if with_ray:  # else nothing is evaluated
+            check_inputs(run)
         open_run(run, parent)
         with ray_session(run.scale.min_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
             yield run_dir, lease
@@ -264,7 +268,8 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     with _owned(run, console) as (run_dir, _):
         from ftray.evaluate.compare import compare
 
-        compare(run, run_dir, console)
+        comparison, _ = compare(run, run_dir, console)
+    comparison.check_gates()
     return 0
 
 
@@ -312,7 +317,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     done = _finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
     is_served = run.method.type != "prompt"  # its adapter is for PEFT
-    if done is None or answer is None:
+    comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
+    if done is None or answer is None or (run.evaluate.gates and comparison is None):
         with _owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.serve.trial import try_endpoint
@@ -320,15 +326,29 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             from ftray.train.launch import train as launch
 
             done = launch(run, run_dir, console, lease)
-            question = compare(run, run_dir, console)[1] if run.data.eval is not None else "Hello"
+            question = "Hello"
+            if run.data.eval is not None:
+                comparison, question = compare(run, run_dir, console)
             model_dir = write(run, run_dir, console)
             if is_served:
                 answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
-    _say_end(arguments, run, console)
+    _say_end(arguments, run, console, is_refused=comparison is not None and bool(comparison.missed))
+    if comparison is not None:
+        comparison.check_gates()
     return 0
 
 
-def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -> None:
+def _known_comparison(run: config.Run) -> Comparison | None:
+    """What was found of the checkpoint that is exported, if it was compared by these settings."""
+    from ftray import storage
+    from ftray.evaluate.results import known_results
+    from ftray.train.timeline import best_checkpoint
+
+    run_dir = storage.absolute(run.directory)
+    return known_results(run, run_dir, best_checkpoint(run_dir).step)
+
+
+def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console, is_refused: bool) -> None:
     from ftray import storage
 
     directory = storage.absolute(run.directory)
@@ -342,7 +362,11 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console) -
             run.method.type, " (adapter)      model/merged/          whole weights"
         ),
         "",
-        *([f"serve it:               ftray serve {arguments.run}"] if run.method.type != "prompt" else []),
+        *(
+            [f"serve it:               ftray serve {arguments.run}"]
+            if run.method.type != "prompt" and not is_refused
+            else []
+        ),
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
     ):
         console.say(line)

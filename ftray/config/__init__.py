@@ -8,18 +8,21 @@ the key, the value and the remedy.
 from ftray.config.after import Canary, Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
+from ftray.config.gates import FIGURES, Gate
 from ftray.config.opinions import Human, Judge
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 from ftray.config.tune import Parameter, Tune
 
 __all__ = [
+    "FIGURES",
     "Canary",
     "CheckpointSection",
     "Clean",
     "Data",
     "DeepSpeed",
     "Evaluate",
+    "Gate",
     "Human",
     "Judge",
     "Method",

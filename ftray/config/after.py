@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
+from ftray.config.gates import Gate, Metric, wrong_gate
 from ftray.config.opinions import Human, Judge
 
 
@@ -18,12 +19,37 @@ class Evaluate(Section):
     """Steps between held-out losses during training; left out: only afterwards."""
     early_stopping: Positive | None = None
     """Stop after so many held-out losses in a row without a new best; needs `every`."""
-    metrics: list[Literal["loss", "rouge", "format"]] = Field(["loss", "rouge"], min_length=1)
-    """What base and tuned model are compared by."""
+    metrics: list[Metric] = Field(["loss", "rouge"], min_length=1)
+    """What base and tuned model are compared by: `loss` (perplexity, token accuracy; always there), `rouge`, `bleu`, `chrf`,
+    `bertscore`; `exact`: the answer is the reference; `extract`: what a pattern finds in both is the same; `format`: the
+    answer has a form; `json`: it is JSON; `classes`: accuracy and macro F1; `general`: loss on a general set. `bleu`, `chrf`
+    and `classes` need `pip install ftray[evaluate]`."""
     format: str | None = None
     """Regular expression that a whole answer must match, for the metric `format`."""
+    extract: str | None = None
+    """Regular expression for the metric `extract`; compared is its first group. `'#### (\\S+)'` is GSM8K's result."""
+    json_schema: str | None = Field(None, min_length=1)
+    """File of a JSON schema that answers must keep to, for the metric `json`; left out: any JSON will do."""
+    bertscore_model: str | None = Field(None, min_length=1)
+    """Directory of the encoder for the metric `bertscore` (needs `pip install ftray[bertscore]`)."""
+    general: str = Field("embedded:general", min_length=1)
+    """Records of the metric `general`, which shows what was forgotten: a path, or the small set that comes with ftray."""
+    few_shot: Annotated[Int, Field(ge=0)] = 0
+    """Compare with a base that sees so many training examples as earlier turns, too."""
+    slices: str | None = Field(None, min_length=1)
+    """Column of the held-out records; every figure is also given for each of its values."""
+    pairs: str | None = Field(None, min_length=1)
+    """A .jsonl file of `{"a": …, "b": …}`, prompts that differ in one attribute; both answers are put side by side."""
+    gates: dict[str, Gate] = Field({})
+    """Figures that decide whether the tuned model may be published, e.g. `{rouge_l: {min_gain: 0.02}, general_loss:
+    {max_rise: 0.05}}`: better by at least `min_gain`, above or below the base by at most `max_rise`, `max_drop`, itself from
+    `min` to `max`. A gate that is missed ends the command with exit code 3."""
+    price_per_hour: Annotated[Float, Field(gt=0)] | None = None
+    """Price of an hour of what one model answers on (a GPU's share of its node), for the cost of 1,000 tokens."""
+    num_examples: Positive | None = None
+    """Held-out records that the loss is taken over; left out: all."""
     num_generations: Positive = 64
-    """Held-out examples that both models answer."""
+    """Held-out examples that all models answer."""
     num_shown: Annotated[Int, Field(ge=0)] = 5
     """Answers printed side by side."""
     max_new_tokens: Positive = 128
@@ -33,15 +59,30 @@ class Evaluate(Section):
     """Another model that compares the answers (`ftray evaluate judge`)."""
 
     @model_validator(mode="after")
-    def _format_fits(self) -> Evaluate:
-        if ("format" in self.metrics) != (self.format is not None):
-            raise ValueError("the metric 'format' and the key format (a regular expression) belong together; give both")
-        try:
-            re.compile(self.format or "")
-        except re.error as err:
-            raise ValueError(f"format {self.format!r} is not a regular expression: {err}") from None
+    def _metrics_have_their_keys(self) -> Evaluate:
+        for key, pattern in (("format", self.format), ("extract", self.extract)):
+            if (key in self.metrics) != (pattern is not None):
+                raise ValueError(
+                    f"the metric '{key}' and the key {key} (a regular expression) belong together; give both"
+                )
+            try:
+                re.compile(pattern or "")
+            except re.error as err:
+                raise ValueError(f"{key} {pattern!r} is not a regular expression: {err}") from None
+        if ("bertscore" in self.metrics) != (self.bertscore_model is not None):
+            raise ValueError(
+                "the metric 'bertscore' and the key bertscore_model (a directory) belong together; give both"
+            )
+        if self.json_schema is not None and "json" not in self.metrics:
+            raise ValueError("json_schema is for the metric 'json'; add it to metrics, or remove the key")
         if self.early_stopping is not None and self.every is None:
             raise ValueError("early_stopping needs evaluate.every, the steps between held-out losses")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_are_computed(self) -> Evaluate:
+        if (sentence := wrong_gate(self.gates, self.metrics)) is not None:
+            raise ValueError(sentence)
         return self
 
 

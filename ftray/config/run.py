@@ -83,6 +83,12 @@ class Run(Section):
             raise ValueError(sentence)
         return self
 
+    @model_validator(mode="after")
+    def _gates_have_data(self) -> Run:
+        if self.evaluate.gates and self.data.eval is None:
+            raise ValueError("evaluate.gates needs held-out data to judge by; add data.eval: {fraction: 0.1}")
+        return self
+
     @property
     def directory(self) -> str:
         """`<storage>/<name>`, as given (not made absolute)."""

@@ -25,7 +25,8 @@ class Stream:
     """Training or held-out data: its sources, and how a chunk of them becomes rows.
 
     part: `train` or `eval` where one set of sources is split by `eval_fraction`, else None. load_tokenizer: picklable,
-    called once a process. data: the section that it comes from; None: nothing is looked for over all records.
+    called once a process. data: the section that it comes from; None: nothing is looked for over all records. slices:
+    column that examples keep (`Example.slice`); it changes no row.
     """
 
     sources: tuple[config.Source, ...]
@@ -36,6 +37,7 @@ class Stream:
     load_tokenizer: Callable[[], Any]
     data: config.Data | None = None
     is_heldout: bool = False
+    slices: str | None = None
 
     def rules(self, source: int) -> Rules:
         """Cleaning rules of one source."""
@@ -52,6 +54,7 @@ class Stream:
             split.stratify if split else None,
             split.group if split else None,
             labels,
+            self.slices,
         )
 
 

@@ -32,7 +32,8 @@ WINDOW = 1024  # records that are tokenized together
 class Example:
     """A record ready to be packed. position: its identity in the shard. messages: None for plain text.
 
-    digest: 64 bits of the record's hash; stratum: its class; both are only there where the split needs them.
+    digest: 64 bits of the record's hash; stratum: its class; both are only there where the split needs them. slice: what it
+    has in the column that evaluation looks at, as text.
     """
 
     position: int
@@ -41,6 +42,7 @@ class Example:
     text: str | None = None
     digest: int = 0
     stratum: str | None = None
+    slice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Quarantined:
 class Rules:
     """What a record must keep to. part: `train` or `eval` where records are split by hash, else None for all.
 
-    stratify, group: columns of the split. labels: the only answers allowed.
+    stratify, group: columns of the split. labels: the only answers allowed. slices: column that examples keep.
     """
 
     max_seq_len: int
@@ -70,6 +72,7 @@ class Rules:
     stratify: str | None = None
     group: str | None = None
     labels: tuple[str, ...] | None = None
+    slices: str | None = None
 
 
 FIXES = {
@@ -103,7 +106,7 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
             try:
                 if raw.position in dropped:
                     raise BadRecord("dropped", "taken out by data.clean")
-                record = _parse(raw)
+                record = parse_record(raw)
                 part = split_part(record, rules.eval_fraction, rules.group)
                 if raw.position in moved:
                     part = "eval" if part == "train" else "train"
@@ -146,7 +149,8 @@ def content_hash(value: object) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _parse(raw: RawRecord) -> dict[str, Any]:
+def parse_record(raw: RawRecord) -> dict[str, Any]:
+    """The object that a raw record is. Raises BadRecord."""
     if isinstance(raw.value, dict):
         if None in raw.value:  # so csv calls what has no column
             raise BadRecord("too_many_fields", "the line has more fields than the header; put quotes around commas")
@@ -169,6 +173,7 @@ class _Draft(NamedTuple):
     conversation: list[Message] | str
     digest: int
     stratum: str | None
+    slice: str | None
 
 
 def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
@@ -180,7 +185,8 @@ def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
     conversation = read_record(record, rules.format, rules.columns)
     if rules.labels is not None:
         check_labels(conversation, rules.labels)
-    return _Draft(raw, conversation, digest, stratum)
+    value = record.get(rules.slices) if rules.slices is not None else None
+    return _Draft(raw, conversation, digest, stratum, None if value is None else str(value))
 
 
 def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Example:
@@ -193,7 +199,7 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
         raise BadRecord("nothing_supervised", "no token of it is under the loss")
     said = draft.conversation
     messages, text = (None, said) if isinstance(said, str) else (said, None)
-    return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum)
+    return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum, draft.slice)
 
 
 def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:

@@ -6,6 +6,7 @@ Knows nothing of HTTP, Ray or run files.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ async def complete(
     engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams, adapter: str | None = None
 ) -> Completion:
     """The whole answer at once. Raises as `Engine.generate` and its iterator do."""
+    began_s = time.monotonic()
     texts: list[str] = []
     token_ids: list[int] = []
     reason: FinishReason | None = None
@@ -94,7 +96,7 @@ async def complete(
         token_ids += chunk.token_ids
         reason = chunk.finish_reason
     assert reason is not None
-    return Completion("".join(texts), token_ids, reason)
+    return Completion("".join(texts), token_ids, reason, time.monotonic() - began_s)
 
 
 def load_engine(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ftray.errors import DataError, RunError
@@ -84,11 +84,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer; token_ids as in Chunk."""
+    """A whole answer; token_ids as in Chunk. seconds: from its request to its end, beside the others of its batch."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Engine(Protocol):

@@ -1,1 +1,1 @@
-"""Is the tuned model better than its base? Read: metrics, compare, human, judge."""
+"""Is the tuned model better than its base? Read: compare, plan, score, metrics, bootstrap, figures, results; human, judge."""

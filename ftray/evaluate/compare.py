@@ -1,200 +1,230 @@
-"""Base and tuned model side by side on the held-out data: loss over all of it, answers to some of it.
+"""Base and tuned model side by side on the held-out data: what records cost them, and what they answer to some.
 
-Each model is scored by a Ray task of its own, so that both run at once where there is room. Knows runs, checkpoints,
-the held-out stream and the engine; nothing of serving.
+Each model is scored by Ray tasks of its own, so that all run at once where there is room. Knows runs, checkpoints, the
+held-out records and the tasks; nothing of metrics, serving or how a report looks.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import ray
-import torch
 
 from ftray import config, storage
-from ftray.chat import ChatFormat
 from ftray.console import Console
-from ftray.data.chunks import streams
-from ftray.data.heldout import Question, pick_questions
-from ftray.data.index import build_index, check_index
-from ftray.data.pipeline import heldout_table
-from ftray.engine.offline import generate_all
-from ftray.engine.protocol import SamplingParams
-from ftray.evaluate.metrics import format_score, mean, perplexity, rouge_l
-from ftray.evaluate.virtual import generate_virtual
-from ftray.model.load import absolute_base, load_base, load_tokenizer, tokenizer_hash
-from ftray.model.lora import dtype_of
-from ftray.train.loop import heldout_sums
-from ftray.train.loss import SummedLoss
+from ftray.evaluate import figures, metrics
+from ftray.evaluate.inputs import read_schema
+from ftray.evaluate.metrics import Statistic
+from ftray.evaluate.plan import NO_ANSWERS, Plan, make_plan, turns_of
+from ftray.evaluate.report import report, side_by_side
+from ftray.evaluate.results import Comparison, known_results, settings_of, with_gates, write_results
+from ftray.evaluate.score import Scored, Work, merge, score
+from ftray.model.load import absolute_base
 from ftray.train.monitor import Monitor
 from ftray.train.preflight import check_evaluation
-from ftray.train.restore import load_tuned
 from ftray.train.timeline import Found
 
 POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One model's figures. loss: mean over all held-out supervised tokens, in nats; the rest over num_answers answers."""
-
-    loss: float
-    perplexity: float
-    rouge_l: float | None
-    format: float | None
-    num_supervised: int
-    num_answers: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `evaluate/results.json` holds."""
-
-    step: int
-    config_hash: str
-    settings: dict[str, Any]
-    base: Scores
-    tuned: Scores
+MIN_SHARE = 32  # examples for which it is worth loading the model once more
 
 
 def compare(run: config.Run, run_dir: str, console: Console) -> tuple[Comparison, str]:
     """Scores base and tuned model, writes evaluate/results.json and evaluate/generations.jsonl, prints both.
 
     Returns the comparison and a held-out question to try the endpoint with. Nothing is computed again while checkpoint
-    and settings are the same.
+    and settings are the same; gates are judged again.
 
     Needs a started Ray. Raises ConfigError without held-out data or without a checkpoint.
     """
     found = check_evaluation(run, run_dir)
     directory = storage.join(run_dir, "evaluate")
-    if (known := read_results(run_dir)) is not None and (known.step, known.settings) == (found.step, _settings(run)):
+    if (known := known_results(run, run_dir, found.step)) is not None:
         console.say(f"evaluation of step {found.step} is there already: {directory}")
+        write_results(known, run_dir)  # gates may be others
     else:
-        known = _score_both(run, run_dir, found, directory, console)
+        known = _compare(run, run_dir, found, console)
     generations = [json.loads(x) for x in storage.read_bytes(storage.join(directory, "generations.jsonl")).splitlines()]
-    for line in [*table(known), *side_by_side(generations[: run.evaluate.num_shown])]:
+    speed = json.loads(storage.read_bytes(storage.join(directory, "speed.json")))
+    for line in [*report(known, speed), *side_by_side(generations[: run.evaluate.num_shown])]:
         console.say(line)
     return known, generations[0]["question"] if generations else "Hello"
 
 
-def read_results(run_dir: str) -> Comparison | None:
-    """The last comparison of a run, if there is one."""
-    uri = storage.join(run_dir, "evaluate", "results.json")
-    if not storage.exists(uri):
-        return None
-    tree = json.loads(storage.read_bytes(uri))
-    return Comparison(
-        tree["step"], tree["config_hash"], tree["settings"], Scores(**tree["base"]), Scores(**tree["tuned"])
-    )
-
-
-def _settings(run: config.Run) -> dict[str, Any]:
-    """What the figures depend on besides the run's identity."""
-    return run.evaluate.model_dump(mode="json", include={"metrics", "format", "num_generations", "max_new_tokens"})
-
-
-def _score_both(run: config.Run, run_dir: str, found: Found, directory: str, console: Console) -> Comparison:
+def _compare(run: config.Run, run_dir: str, found: Found, console: Console) -> Comparison:
     there = run.model_copy(update={"model": absolute_base(run.model)})
-    load = partial(load_tokenizer, there.model)
-    tokenizer = load()
-    _, stream = streams(run.data, load)
-    assert stream is not None
-    data_dir = storage.join(run_dir, "data")
-    index = build_index(stream, int(run.data.chunk_mb * 1e6), data_dir, tokenizer_hash(tokenizer))
-    check_index(index, stream, "eval", run.data.max_bad_records, data_dir)
-    rows = ray.put(heldout_table(index, stream))
-    wants_answers = {"rouge", "format"} & set(run.evaluate.metrics)
-    questions = (
-        pick_questions(index, stream, ChatFormat(tokenizer), run.evaluate.num_generations) if wants_answers else []
-    )
-    console.say(
-        f"evaluate: {index.total('num_supervised')} held-out tokens and {len(questions)} answers, base and step {found.step}"
-    )
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
-    score = ray.remote(_score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=_num_gpus())
-    tasks = [score.remote(there, checkpoint, rows, questions, monitor) for checkpoint in (None, found)]
-    _wait(tasks, monitor, 2 * len(questions), console)
-    (base, base_answers), (tuned, tuned_answers) = ray.get(tasks)
-    comparison = Comparison(found.step, run.config_hash, _settings(run), base, tuned)
-    lines = [
-        {"question": q.text, "reference": q.reference, "base": b, "tuned": t}
-        for q, b, t in zip(questions, base_answers, tuned_answers, strict=True)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    storage.write_bytes(storage.join(directory, "generations.jsonl"), text.encode())
-    storage.write_bytes(storage.join(directory, "results.json"), json.dumps(asdict(comparison), indent=1).encode())
+    plan = make_plan(there, run_dir)
+    _say_plan(run, plan, found, console)
+    scored = _score_all(there, found, plan.works, console)
+    num_asked = len(plan.asked)
+    schema, answers = read_schema(run.evaluate), {name: s.answers[:num_asked] for name, s in scored.items()}
+    models = {
+        name: figures.costs_of(s.tokens, s.general)
+        | figures.answers_of(run.evaluate, answers[name], plan.references, plan.labels, schema)
+        for name, s in scored.items()
+    }
+    comparison = _assemble(run, found, plan, scored, models, answers)
+    _write(run_dir, run, plan, scored, models, comparison)
     return comparison
 
 
-def _wait(tasks: list[Any], monitor: Any, num_answers: int, console: Console) -> None:
-    waiting, done = tasks, 0
-    with console.progress("evaluate: answer", num_answers) as bar:
+def _say_plan(run: config.Run, plan: Plan, found: Found, console: Console) -> None:
+    num_supervised = sum(int(np.asarray(m)[1:].sum()) for e in plan.works["base"].examples for _, m in e)
+    names = "base, few-shot base" if "few_shot" in plan.works else "base"
+    console.say(
+        f"evaluate: {num_supervised} held-out tokens and {len(plan.asked)} answers, {names} and step {found.step}"
+    )
+    if not plan.asked and set(run.evaluate.metrics) - NO_ANSWERS:
+        console.warn("no held-out record is a conversation that ends with an answer, so that only losses are compared")
+
+
+def _score_all(run: config.Run, found: Found, works: Mapping[str, Work], console: Console) -> dict[str, Scored]:
+    """Each model's work in as many tasks as there is room and work for."""
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote()
+    resources = ray.cluster_resources()
+    num_gpus = 1.0 if resources.get("GPU", 0) else 0.0
+    room = resources["GPU"] if num_gpus else resources["CPU"] // run.scale.cpus_per_worker
+    remote = ray.remote(score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=num_gpus)
+    tasks = {
+        name: [remote.remote(run, found if name == "tuned" else None, work.share(i, num), monitor) for i in range(num)]
+        for name, work in works.items()
+        if (num := _num_shares(work, int(room) // len(works)))
+    }
+    waiting, done = [task for each in tasks.values() for task in each], 0
+    with console.progress("evaluate: answer", sum(len(work.prompts) for work in works.values())) as bar:
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
             if num_new := len(ray.get(monitor.drain.remote())):
                 done += num_new
                 bar.update(done)
+    return {name: merge(ray.get(each), works[name]) for name, each in tasks.items()}
 
 
-def _num_gpus() -> float:
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+def _num_shares(work: Work, room: int) -> int:
+    return max(1, min(room, max(len(work.examples), len(work.prompts)) // MIN_SHARE))
 
 
-def _score(
-    run: config.Run, found: Found | None, rows: pa.Table, questions: list[Question], monitor: Any
-) -> tuple[Scores, list[str]]:
-    """Scores and answers of one model: the base, or a checkpoint of it. A Ray task."""
-    torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    precision = run.train.precision
-    if found is None:
-        model: Any = load_base(run.model, dtype_of(precision), quantize=run.method.type == "qlora")
-    else:
-        model = load_tuned(run, found, precision)
-    model = model.to(device).eval()
-    loss_sum, count = heldout_sums(SummedLoss(model), rows, run.micro_batch_size, device)
-    params = SamplingParams(max_tokens=run.evaluate.max_new_tokens)
-    prompts = [q.prompt_ids for q in questions]
-    generate = generate_virtual if hasattr(model, "prompt_encoder") else generate_all
-    answered = generate(model, load_tokenizer(run.model), prompts, params, on_done=lambda _: monitor.record.remote({}))
-    answers = [a.text.strip() for a in answered]
-    references = [q.reference for q in questions]
-    loss, metrics = loss_sum / count, run.evaluate.metrics
-    rouge = mean(rouge_l(answers, references)) if "rouge" in metrics else None
-    exact = mean(format_score(answers, run.evaluate.format or "")) if "format" in metrics else None
-    return Scores(loss, perplexity(loss), rouge, exact, int(count), len(answers)), answers
+def _assemble(
+    run: config.Run,
+    found: Found,
+    plan: Plan,
+    scored: Mapping[str, Scored],
+    models: Mapping[str, Mapping[str, Statistic]],
+    answers: Mapping[str, Sequence[str]],
+) -> Comparison:
+    scores = {name: figures.scores_of(models[name], scored[name].tokens) for name in models}
+    differences = {"tuned - base": figures.differences_of(models["tuned"], models["base"])}
+    if "few_shot" in models:
+        every = range(len(plan.asked))
+        base, tuned = (figures.pick(models[name], plan.few_shot_of, every) for name in ("base", "tuned"))
+        differences["few_shot - base"] = figures.differences_of(models["few_shot"], base)
+        differences["tuned - few_shot"] = figures.differences_of(tuned, models["few_shot"])
+    slices = classes = pairs = None
+    if run.evaluate.slices is not None:
+        groups = [sample.slice for sample in plan.samples]
+        slices = figures.slices_of(run.evaluate.slices, groups, plan.asked, models)
+    if plan.labels and plan.asked:
+        classes = {name: metrics.class_table(said, plan.references, plan.labels) for name, said in answers.items()}
+    if plan.pairs:
+        said = {name: scored[name].answers[len(plan.asked) :] for name in ("base", "tuned")}
+        pairs = figures.pairs_of(plan.pairs, said)
+    verdict = figures.verdict_of(differences)
+    comparison = Comparison(
+        found.step,
+        run.config_hash,
+        settings_of(run),
+        scores["base"],
+        scores["tuned"],
+        scores.get("few_shot"),
+        differences,
+        verdict,
+        [],
+        slices,
+        classes,
+        pairs,
+    )
+    return with_gates(comparison, run.evaluate.gates)
 
 
-def table(comparison: Comparison) -> list[str]:
-    """Lines of the side-by-side table."""
-    base, tuned = comparison.base, comparison.tuned
-    rows = [
-        ("held-out loss", base.loss, tuned.loss, f"{100 * (tuned.loss / base.loss - 1):+.1f}%"),
-        ("perplexity", base.perplexity, tuned.perplexity, f"{100 * (tuned.perplexity / base.perplexity - 1):+.1f}%"),
-    ]
-    for name, b, t in (("ROUGE-L", base.rouge_l, tuned.rouge_l), ("exact format", base.format, tuned.format)):
-        if b is not None and t is not None:
-            rows.append((name, b, t, f"{t - b:+.3f}"))
-    lines = ["", f"{'':<16}{'base':>10}{'tuned':>10}{'change':>10}"]
-    lines += [f"{name:<16}{b:>10.4f}{t:>10.4f}{change:>10}" for name, b, t, change in rows]
-    over = f"{base.num_supervised} supervised held-out tokens"
-    return [*lines, f"(loss over {over}{f', the rest over {base.num_answers} answers' if base.num_answers else ''})"]
+def _write(
+    run_dir: str,
+    run: config.Run,
+    plan: Plan,
+    scored: Mapping[str, Scored],
+    models: Mapping[str, Mapping[str, Statistic]],
+    comparison: Comparison,
+) -> None:
+    """All files of evaluate/; results.json last, since its presence says that all is there."""
+
+    def write(name: str, lines: Sequence[Any]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        storage.write_bytes(storage.join(run_dir, "evaluate", name), text.encode())
+
+    write("examples.jsonl", [_example_line(i, plan, scored) for i in range(len(plan.samples))])
+    write("generations.jsonl", [_generation_line(k, plan, scored, models) for k in range(len(plan.asked))])
+    if plan.pairs:
+        at = len(plan.asked)
+        said = {name: scored[name].answers[at:] for name in ("base", "tuned")}
+        write(
+            "pairs.jsonl",
+            [
+                {"a": a, "b": b, **{name: {"a": s[2 * n], "b": s[2 * n + 1]} for name, s in said.items()}}
+                for n, (a, b) in enumerate(plan.pairs)
+            ],
+        )
+    price = run.evaluate.price_per_hour
+    speeds = {name: _speed(s, price) for name, s in scored.items() if s.answers}
+    storage.write_bytes(storage.join(run_dir, "evaluate", "speed.json"), json.dumps(speeds, indent=1).encode())
+    write_results(comparison, run_dir)
 
 
-def side_by_side(generations: list[dict[str, str]]) -> list[str]:
-    """Lines that show answers of both models under each question."""
-    lines = []
-    for g in generations:
-        question = " ".join(g["question"].split())
-        lines += ["", f"question   {_cut(question)}", f"reference  {_cut(g['reference'])}"]
-        lines += [f"base       {_cut(g['base'])}", f"tuned      {_cut(g['tuned'])}"]
-    return lines
+def _example_line(i: int, plan: Plan, scored: Mapping[str, Scored]) -> dict[str, Any]:
+    sample, places = plan.samples[i], {"few_shot": {place: n for n, place in enumerate(plan.few_shot_of)}}
+    line: dict[str, Any] = {"id": sample.id, **({"slice": sample.slice} if sample.slice is not None else {})}
+    for name, s in scored.items():
+        place = places[name].get(i) if name in places else i
+        if place is not None:
+            loss, hits, count = s.tokens[place].tolist()
+            line |= {"num_supervised": int(count), name: {"loss": loss, "hits": int(hits)}}
+    return line
 
 
-def _cut(text: str, width: int = 150) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+def _generation_line(
+    k: int, plan: Plan, scored: Mapping[str, Scored], models: Mapping[str, Mapping[str, Statistic]]
+) -> dict[str, Any]:
+    sample = plan.samples[plan.asked[k]]
+    scores = {
+        name: {
+            figure: statistic.scores[k]
+            for figure, statistic in found.items()
+            if statistic.scores is not None and figure not in figures.COSTS and figure != "general_loss"
+        }
+        for name, found in models.items()
+    }
+    return {
+        "id": sample.id,
+        **({"slice": sample.slice} if sample.slice is not None else {}),
+        "question": turns_of(sample)[-2].content,
+        "reference": plan.references[k],
+        **{name: s.answers[k] for name, s in scored.items()},
+        "scores": scores,
+    }
+
+
+def _speed(scored: Scored, price_per_hour: float | None) -> dict[str, Any]:
+    """How fast a model answered. Latency is an answer's, among the others that were computed beside it."""
+    num_tokens = sum(scored.num_tokens)
+    half, most = np.percentile(scored.seconds, (50, 95))
+    found = {
+        "num_answers": len(scored.answers),
+        "num_tokens": num_tokens,
+        "busy_s": scored.busy_s,
+        "tokens_per_s": num_tokens / scored.busy_s,
+        "latency_p50_s": float(half),
+        "latency_p95_s": float(most),
+    }
+    if price_per_hour is not None:
+        found["cost_per_1000_tokens"] = price_per_hour * scored.busy_s / 3600 / num_tokens * 1000
+    return found

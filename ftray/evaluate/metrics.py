@@ -1,31 +1,228 @@
-"""Scores of answers. Pure functions of texts; the libraries' own implementations where there is one."""
+"""Scores of answers. Pure functions of texts; the libraries' own implementations where there is one.
+
+Whatever a figure is, a mean over answers or one number over the whole corpus, it follows from numbers that are summed
+over examples (`Statistic`). So one bootstrap serves all of them.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+OTHER = "(other)"  # an answer that is none of the labels
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of each answer (Lin 2004), with Porter stemming, as rouge-score computes it; 0 to 1."""
+@dataclass(frozen=True)
+class Statistic:
+    """A figure over examples. sums: [examples, k]; value: their sums [..., k] → the figure [...].
+
+    scores: what each example has by itself, or None where that says nothing (macro F1).
+    """
+
+    sums: Floats
+    value: Callable[[Floats], Floats]
+    scores: list[float] | None = None
+
+    def over(self, places: npt.NDArray[np.int64] | slice = slice(None)) -> float:
+        """The figure over some of the examples, or all."""
+        return float(self.value(self.sums[places].sum(axis=0)))
+
+
+def _ratio(sums: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):  # no example: not a number
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+def _exp_ratio(sums: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # infinite where it overflows
+        return np.asarray(np.exp(_ratio(sums)))
+
+
+def mean_of(scores: Sequence[float]) -> Statistic:
+    """A figure that is the mean of a score that each example has."""
+    given = np.asarray(scores, np.float64)
+    return Statistic(np.stack([given, np.ones_like(given)], axis=-1), _ratio, given.tolist())
+
+
+def loss_figures(losses: Floats, hits: Floats, counts: Floats) -> dict[str, Statistic]:
+    """Loss, perplexity and token accuracy over all supervised tokens. Each: [examples]: sums over an example's tokens."""
+    loss, accuracy = np.stack([losses, counts], axis=-1), np.stack([hits, counts], axis=-1)
+    return {
+        "loss": Statistic(loss, _ratio, _ratio(loss).tolist()),
+        "perplexity": Statistic(loss, _exp_ratio, _exp_ratio(loss).tolist()),
+        "token_accuracy": Statistic(accuracy, _ratio, _ratio(accuracy).tolist()),
+    }
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, Statistic]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F1 (Lin 2004), with Porter stemming, as rouge-score computes them; 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [float(scorer.score(r, a)["rougeL"].fmeasure) for a, r in zip(answers, references, strict=True)]
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    scorer = RougeScorer(list(names.values()), use_stemmer=True)
+    found = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
+    return {name: mean_of([float(f[key].fmeasure) for f in found]) for name, key in names.items()}
 
 
-def format_score(answers: Sequence[str], pattern: str) -> list[float]:
+def bleu(answers: Sequence[str], references: Sequence[str]) -> Statistic:
+    """BLEU over the corpus (Papineni et al. 2002) with sacrebleu's defaults; 0 to 100. scores: sentence BLEU."""
+    from sacrebleu.metrics import BLEU
+
+    alone = BLEU(effective_order=True)
+    scores = [float(alone.sentence_score(a, [r]).score) for a, r in zip(answers, references, strict=True)]
+    return _of_sacrebleu(BLEU(), answers, references, scores)
+
+
+def chrf(answers: Sequence[str], references: Sequence[str]) -> Statistic:
+    """chrF2 over the corpus (Popović 2015) with sacrebleu's defaults; 0 to 100. scores: of each answer by itself."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    scores = [float(metric.sentence_score(a, [r]).score) for a, r in zip(answers, references, strict=True)]
+    return _of_sacrebleu(metric, answers, references, scores)
+
+
+def _of_sacrebleu(metric: Any, answers: Sequence[str], references: Sequence[str], scores: list[float]) -> Statistic:
+    """By the two functions that sacrebleu's own bootstrap is made of."""
+    sums = np.asarray(metric._extract_corpus_statistics(list(answers), [list(references)]), np.float64)
+
+    def value(sums: Floats) -> Floats:
+        rows = sums.reshape(-1, sums.shape[-1])
+        found = [metric._compute_score_from_stats(row.tolist()).score for row in rows]
+        return np.asarray(found, np.float64).reshape(sums.shape[:-1])
+
+    return Statistic(sums, value, scores)
+
+
+def bertscore(answers: Sequence[str], references: Sequence[str], model: str) -> Statistic:
+    """BERTScore F1 (Zhang et al. 2020) by the last layer of an encoder, without idf; an empty answer has 0.
+
+    model: its directory. As bert-score computes it, which needs the extra `bertscore`.
+    """
+    from bert_score import BERTScorer
+    from transformers import AutoConfig
+
+    found = np.zeros(len(answers))
+    said = [i for i, a in enumerate(answers) if a.strip() and references[i].strip()]
+    if said:
+        known = AutoConfig.from_pretrained(model, local_files_only=True)
+        scorer = BERTScorer(model_type=model, num_layers=known.num_hidden_layers)
+        tokenizer = (
+            scorer._tokenizer
+        )  # where it names no length, bert-score cuts at 10^30 tokens, which tokenizers refuse
+        tokenizer.model_max_length = min(tokenizer.model_max_length, known.max_position_embeddings)
+        _, _, f1 = scorer.score([answers[i] for i in said], [references[i] for i in said])
+        found[said] = f1.numpy()
+    return mean_of(found.tolist())
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> Statistic:
+    """1 for each answer that is the reference, but for space around it."""
+    return mean_of([float(a.strip() == r.strip()) for a, r in zip(answers, references, strict=True)])
+
+
+def extracted_match(answers: Sequence[str], references: Sequence[str], pattern: str) -> Statistic:
+    """1 where the pattern finds the same in answer and reference; see `extract`. A reference without it counts whole."""
+    pairs = [(extract(a, pattern), extract(r, pattern)) for a, r in zip(answers, references, strict=True)]
+    wanted = [_plain_result(r) if found is None else found for r, (_, found) in zip(references, pairs, strict=True)]
+    return mean_of([float(given is not None and given == w) for (given, _), w in zip(pairs, wanted, strict=True)])
+
+
+def extract(text: str, pattern: str) -> str | None:
+    """What the pattern's first group (or all of it) finds first; a number without commas, currency and a final dot."""
+    match = re.search(pattern, text)
+    if match is None:
+        return None
+    return _plain_result(match[1] if match.re.groups and match[1] is not None else match[0])
+
+
+def _plain_result(text: str) -> str:
+    """A text, or where it is a number, the number in one spelling: `$1,200.0.` is 1200."""
+    plain = text.strip()
+    number = re.fullmatch(r"([-+]?)[$€£]?([-+]?)((?:\d[\d,]*)?\.?\d+|\d[\d,]*)\.?%?", plain)
+    if number is None:
+        return plain
+    value = float(number[3].replace(",", ""))
+    return f"{(-value if '-' in number[1] + number[2] else value) + 0.0:.12g}"  # + 0.0: -0 is 0
+
+
+def format_score(answers: Sequence[str], pattern: str) -> Statistic:
     """1 for each answer that matches the regular expression as a whole, else 0."""
     compiled = re.compile(pattern)
-    return [float(compiled.fullmatch(answer) is not None) for answer in answers]
+    return mean_of([float(compiled.fullmatch(answer) is not None) for answer in answers])
+
+
+def json_valid(answers: Sequence[str], schema: Any = None) -> Statistic:
+    """1 for each answer that is JSON and keeps to the schema (by jsonschema; None: any JSON), else 0."""
+    from jsonschema.validators import validator_for
+
+    validator = validator_for(schema)(schema) if schema is not None else None
+
+    def score(answer: str) -> float:
+        try:
+            value = json.loads(answer)
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(validator is None or validator.is_valid(value))
+
+    return mean_of([score(answer) for answer in answers])
+
+
+def read_label(answer: str, labels: Sequence[str]) -> str:
+    """The label that an answer is, but for case, space and punctuation around it; else OTHER."""
+    return {_bare(label): label for label in reversed(labels)}.get(_bare(answer), OTHER)
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip(string.punctuation + string.whitespace).casefold()
+
+
+def classify(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> dict[str, Statistic]:
+    """Accuracy, and F1 averaged over the labels that occur in references or answers; as scikit-learn computes them."""
+    place = {label: i for i, label in enumerate([*labels, OTHER])}
+    wanted = np.array([place[read_label(r, labels)] for r in references], np.int64)
+    given = np.array([place[read_label(a, labels)] for a in answers], np.int64)
+    hits = (wanted == given) & (wanted < len(labels))
+    columns = np.eye(len(place))[:, : len(labels)]  # OTHER has no column: it is no class
+    sums = np.concatenate([columns[wanted] * hits[:, None], columns[wanted], columns[given]], axis=1)
+    return {
+        "accuracy": mean_of(hits.astype(np.float64).tolist()),
+        "macro_f1": Statistic(sums, partial(_macro_f1, num_labels=len(labels))),
+    }
+
+
+def _macro_f1(sums: Floats, num_labels: int) -> Floats:
+    right, wanted, given = (sums[..., i * num_labels : (i + 1) * num_labels] for i in range(3))
+    there = wanted + given > 0
+    f1 = np.divide(2 * right, wanted + given, out=np.zeros_like(right), where=there)
+    return np.asarray(f1.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1))
+
+
+def class_table(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """Precision, recall, F1 and number of each label, and the confusion matrix (rows: references), by scikit-learn."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    wanted, given = ([read_label(text, labels) for text in texts] for texts in (references, answers))
+    names = ("precision", "recall", "f1", "num")
+    found = precision_recall_fscore_support(wanted, given, labels=list(labels), zero_division=0)
+    rows = {
+        label: dict(zip(names, values, strict=True))
+        for label, *values in zip(labels, *(f.tolist() for f in found), strict=True)
+    }
+    matrix = confusion_matrix(wanted, given, labels=[*labels, OTHER])
+    return {"labels": [*labels, OTHER], "per_class": rows, "confusion": matrix.tolist()}
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)

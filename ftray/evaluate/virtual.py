@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ def generate_virtual(
     stops = find_stop_tokens(causal, tokenizer)
     found = []
     for prompt in prompts:
+        began_s = time.monotonic()
         tokens = causal.get_input_embeddings()(torch.tensor([prompt], device=virtual.device))
         embeds = torch.cat([virtual.to(tokens.dtype), tokens], dim=1)
         ids = causal.generate(  # given embeddings, it returns the new tokens only
@@ -39,7 +41,7 @@ def generate_virtual(
         )[0].tolist()
         stopped = bool(ids) and ids[-1] in stops
         text = tokenizer.decode(ids[:-1] if stopped else ids)
-        found.append(Completion(text, ids, "stop" if stopped else "length"))
+        found.append(Completion(text, ids, "stop" if stopped else "length", time.monotonic() - began_s))
         if on_done:
             on_done(len(found))
     return found

@@ -84,6 +84,44 @@ class SummedLoss(torch.nn.Module):
         max_length: int,
     ) -> torch.Tensor:
         """The fields of a MicroBatch."""
+        inputs, supervised, targets = self._inputs(input_ids, labels, position_ids, cu_seqlens, max_length)
+        smoothing = self._label_smoothing if self.training else 0.0
+        head = self._causal.get_output_embeddings().weight
+        if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
+            loss: torch.Tensor = LinearCrossEntropy.apply(self._hidden(inputs, supervised), head, targets, smoothing)
+            return loss
+        logits = self._logits(inputs, supervised)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+
+    @torch.no_grad()
+    def token_scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cross-entropy float32, whether the target has the highest logit) of each supervised token, in order.
+
+        Their sum is what `forward` gives, without label smoothing.
+        """
+        inputs, supervised, targets = self._inputs(*vars(batch).values())
+        head = self._causal.get_output_embeddings().weight
+        if batch.input_ids.is_cuda and self._fused:
+            size = piece_tokens(len(head))
+            pieces = (piece @ head.T for piece in self._hidden(inputs, supervised).split(size))
+        else:
+            size = max(1, len(targets))
+            pieces = (logits for logits in [self._logits(inputs, supervised)])
+        losses, hits = [], []
+        for logits, wanted in zip(pieces, targets.split(size), strict=True):
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none"))
+            hits.append(logits.argmax(dim=-1) == wanted)
+        return torch.cat(losses), torch.cat(hits)
+
+    def _inputs(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_length: int,
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        """(what the model is called with, places of supervised tokens in it, their targets)."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if self._is_prompt_tuned:
             embeds = self._causal.get_input_embeddings()(inputs.pop("input_ids"))
@@ -91,19 +129,20 @@ class SummedLoss(torch.nn.Module):
             inputs["inputs_embeds"], labels, inputs["position_ids"], cu_seqlens = longer
             max_length += self.model.active_peft_config.num_virtual_tokens
         supervised = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
-        targets = labels[0, supervised]
-        smoothing = self._label_smoothing if self.training else 0.0
         if input_ids.is_cuda:
             inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             inputs |= {"max_length_q": max_length, "max_length_k": max_length}
-        head = self._causal.get_output_embeddings().weight
-        if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
-            hidden = self._causal.get_decoder()(**inputs).last_hidden_state.squeeze(0).index_select(0, supervised)
-            loss: torch.Tensor = LinearCrossEntropy.apply(hidden, head, targets, smoothing)
-            return loss
+        return inputs, supervised, labels[0, supervised]
+
+    def _hidden(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of the supervised tokens: [tokens, width]."""
+        states: torch.Tensor = self._causal.get_decoder()(**inputs).last_hidden_state
+        return states.squeeze(0).index_select(0, supervised)
+
+    def _logits(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
         whole = self._causal if self._is_prompt_tuned else self.model
-        logits = whole(**inputs, logits_to_keep=supervised).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        logits: torch.Tensor = whole(**inputs, logits_to_keep=supervised).logits[0]
+        return logits
 
 
 def _head_is_plain(causal: Any) -> bool:

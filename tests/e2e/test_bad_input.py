@@ -163,6 +163,7 @@ def make_headless(directory: Path) -> None:
 
 OTHER = ("model.base=other",)
 DATA = ("data.train.0.path=bad",)
+HELDOUT = ("data.eval={fraction: 0.2}",)
 CASES = [
     # the run file
     Case("no-file", ("nothing.yaml does not exist", "give the path"), target="nothing.yaml"),
@@ -257,6 +258,56 @@ CASES = [
         ("data.eval={fraction: 0.1}",),
         verb="evaluate",
     ),
+    # what evaluation needs
+    Case(
+        "empty-eval-split",
+        ("data.eval.fraction (1e-06)", "holds out no record", "raise it"),
+        ("data.eval.fraction=1e-6",),
+    ),
+    Case(
+        "no-heldout-record",
+        ("data.eval: bad has no usable record", "remove"),
+        ("data.eval=[{path: bad}]",),
+        write("bad/a.jsonl", "\n\n"),
+    ),
+    Case(
+        "gate-on-nothing",
+        ("evaluate: gates.bleu needs the metric 'bleu'", "add it to metrics"),
+        (*HELDOUT, "evaluate.gates.bleu.min_gain=1"),
+    ),
+    Case("no-metric", ('evaluate.metrics.0 ("accuracy")', "classes"), ("evaluate.metrics=[accuracy]",)),
+    Case(
+        "no-schema",
+        ("evaluate.json_schema s.json does not exist",),
+        (*HELDOUT, "evaluate.metrics=[json]", "evaluate.json_schema=s.json"),
+    ),
+    Case(
+        "broken-schema",
+        ("evaluate.json_schema s.json is no JSON schema", "'objekt'"),
+        (*HELDOUT, "evaluate.metrics=[json]", "evaluate.json_schema=s.json"),
+        write("s.json", '{"type": "objekt"}'),
+    ),
+    Case(
+        "no-general-set",
+        ("evaluate.general", "/bad", "correct the path"),
+        (*HELDOUT, "evaluate.metrics=[general]", "evaluate.general=bad"),
+    ),
+    Case(
+        "broken-pairs",
+        ("evaluate.pairs p.jsonl, line 2", '"b"'),
+        (*HELDOUT, "evaluate.pairs=p.jsonl"),
+        write("p.jsonl", '{"a": "x", "b": "y"}\n{"a": "x"}\n'),
+    ),
+    Case(
+        "no-bertscore-model",
+        ("evaluate.", "bertscore"),
+        (*HELDOUT, "evaluate.metrics=[bertscore]", "evaluate.bertscore_model=bad"),
+    ),
+    Case(
+        "no-library",
+        ("evaluate.metrics has bleu", "pip install 'ftray[evaluate]'"),
+        (*HELDOUT, "evaluate.metrics=[loss, bleu]"),
+    ),
     Case("evaluate-nothing", ("data.eval is missing", "add data.eval"), verb="evaluate"),
     Case("export-first", ("runs/tiny has no checkpoint", "ftray train"), verb="export"),
     Case("serve-first", ("runs/tiny/model/merged", "ftray export"), verb="serve"),
@@ -270,6 +321,8 @@ def test_a_sentence_before_ray_starts(
     case: Case, desk: Place, typed: Typed, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.prepare(desk.directory)
+    if case.name == "no-library":
+        monkeypatch.setattr("ftray.evaluate.inputs.LIBRARIES", {"bleu": ("no_such_module", "evaluate")})
     if case.name == "no-host":
         monkeypatch.setenv("FTRAY_API_KEY", "a key")
         shutil.copytree(desk.directory / "model", desk.directory / "runs/tiny/model/merged")
@@ -401,11 +454,6 @@ READ_CASES = [
         "batch-above-the-data",
         ("packed rows", "train.global_batch_size (4096)", "lower it"),
         ("train.global_batch_size=4096",),
-    ),
-    Case(
-        "empty-eval-split",
-        ("data.eval.fraction (1e-06)", "holds out no record", "raise it"),
-        ("data.eval.fraction=1e-6",),
     ),
     Case(
         "heldout-too-long",

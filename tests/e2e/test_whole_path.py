@@ -86,7 +86,7 @@ def test_base_and_tuned_stand_side_by_side_in_figures_and_answers(ended: Ended, 
     assert results["step"] == NUM_STEPS
     generations = read_lines(run_dir / "evaluate/generations.jsonl")
     assert len(generations) == results["tuned"]["num_answers"] == 4
-    assert [set(g) for g in generations] == [{"question", "reference", "base", "tuned"}] * 4
+    assert [set(g) for g in generations] == [{"id", "question", "reference", "base", "tuned", "scores"}] * 4
     assert [g["tuned"] for g in generations] != [g["base"] for g in generations]
     assert ended.out.count("\nreference  ") == 2
 
@@ -146,6 +146,22 @@ def test_the_same_command_again_says_in_seconds_that_the_run_is_complete(place: 
     assert f"training of 'tiny' is complete ({NUM_STEPS} steps)" in train.out
 
 
+def test_a_complete_run_that_its_gates_refuse_ends_with_3_and_keeps_its_model(place: Place, run_dir: Path) -> None:
+    passed = place.ftray("run", "run.yaml", "evaluate.gates.loss.min_gain=0.001")
+    assert (passed.code, passed.err) == (0, "")
+    refused = place.ftray("run", "run.yaml", "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}")
+    assert refused.code == 3
+    assert refused.err.startswith(
+        "ftray: the gates refuse this model, which is kept but not to be published: loss gained "
+    )
+    assert "wanted is at least 99 (min_gain); perplexity is " in refused.err
+    assert refused.err.count("\n") == 1
+    assert "the run 'tiny' is complete" in refused.out
+    assert "serve it" not in refused.out
+    assert "what Ray" not in refused.out
+    assert storage.verify_directory(str(run_dir / "model")) == []
+
+
 def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place, run_dir: Path) -> None:
     copy = place.directory / "elsewhere/tiny"
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("evaluate", "model"))
@@ -154,7 +170,7 @@ def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place,
     assert "ftray export" in too_early.err
     evaluate = place.ftray("evaluate", "elsewhere/tiny")
     assert evaluate.code == 0, evaluate.err
-    for name in ("results.json", "generations.jsonl"):
+    for name in ("results.json", "generations.jsonl", "examples.jsonl"):
         assert (copy / "evaluate" / name).read_bytes() == (run_dir / "evaluate" / name).read_bytes()
     assert not (copy / "model").exists()
     export = place.ftray("export", "elsewhere/tiny")

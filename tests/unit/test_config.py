@@ -158,7 +158,10 @@ DEEPER = {
         "data.eval: stratify and group exclude each other: a whole group can't be shared out; drop one of them"
     ),
     "method.target_modules=[q_proj, 3]": "method.target_modules.1 (3) must be text; put it in quotes",
-    "evaluate.metrics=[loss, bleu]": 'evaluate.metrics.1 ("bleu") must be one of loss, rouge, format',
+    "evaluate.metrics=[loss, blue]": (
+        'evaluate.metrics.1 ("blue") must be one of loss, rouge, bleu, chrf, bertscore, exact, extract, format, json, '
+        "classes, general"
+    ),
     "data.train.0.columns={user: q, foo: a}": "unknown key data.train.0.columns.foo; use 'system', 'user', 'assistant'",
     "model={}": "the key model.base is missing; add it",
 }
@@ -199,6 +202,27 @@ TOGETHER = {
     ),
     ("evaluate.metrics=[format]", "evaluate.format='[a'"): (
         "evaluate: format '[a' is not a regular expression: unterminated character set at position 0"
+    ),
+    ("evaluate.metrics=[extract]",): (
+        "evaluate: the metric 'extract' and the key extract (a regular expression) belong together; give both"
+    ),
+    ("evaluate.bertscore_model=m",): (
+        "evaluate: the metric 'bertscore' and the key bertscore_model (a directory) belong together; give both"
+    ),
+    ("evaluate.json_schema=s.json",): (
+        "evaluate: json_schema is for the metric 'json'; add it to metrics, or remove the key"
+    ),
+    ("evaluate.gates={rougel: {min_gain: 0.1}}",): (
+        "evaluate: gates.rougel: there is no such figure; did you mean rouge_l?"
+    ),
+    ("evaluate.gates={general_loss: {max_rise: 0.1}}",): (
+        "evaluate: gates.general_loss needs the metric 'general', which isn't computed; add it to metrics"
+    ),
+    ("evaluate.gates.loss={}",): (
+        "evaluate.gates.loss: is a gate without a limit; give it min_gain, max_rise, max_drop, min or max"
+    ),
+    ("evaluate.gates.loss.min_gain=0.1", "data.eval="): (
+        "evaluate.gates needs held-out data to judge by; add data.eval: {fraction: 0.1}"
     ),
     ("evaluate.early_stopping=3",): (
         "evaluate: early_stopping needs evaluate.every, the steps between held-out losses"
@@ -381,6 +405,16 @@ SAME: dict[str, dict[str, Any]] = {
         "max_new_tokens": 3,
         "early_stopping": 3,
         "format": "x",
+        "extract": "x",
+        "json_schema": "s.json",
+        "bertscore_model": "m",
+        "general": "g",
+        "few_shot": 3,
+        "slices": "c",
+        "pairs": "p.jsonl",
+        "gates": {},
+        "price_per_hour": 3.0,
+        "num_examples": 3,
         "human": {"samples": 3},
         "judge": {"url": "http://x/v1", "model": "m"},
     },
@@ -412,8 +446,9 @@ def changed(section: str, key: str, value: object) -> config.Run:
         tree["data"]["eval"] = {"fraction": 0.1}
     if key == "freeze":
         tree[section]["type"] = "full"
-    if key == "format":
-        tree[section]["metrics"] = ["format"]
+    metric = {"json_schema": "json", "bertscore_model": "bertscore"}.get(key, key)
+    if metric in ("format", "extract", "json", "bertscore"):
+        tree[section]["metrics"] = [metric]
     if key == "optimizer":
         tree["deepspeed"] = {"zero_stage": 0}
     return parse_run(tree, "f")

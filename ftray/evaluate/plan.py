@@ -1,0 +1,130 @@
+"""What each model is to be scored on: held-out records, questions, the general set, pairs, and the base's examples.
+
+Reads data and writes prompts by the chat template. Knows no models, metrics or results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ftray import config, storage
+from ftray.chat import ChatFormat, Message
+from ftray.data.chunks import streams
+from ftray.data.heldout import Sample, pick_shots, read_samples, read_set
+from ftray.data.index import build_index, check_index
+from ftray.errors import DataError
+from ftray.evaluate.inputs import general_path, read_pairs
+from ftray.evaluate.score import Work
+from ftray.model.load import load_tokenizer, resolve_base, tokenizer_hash
+
+NO_ANSWERS = {"loss", "general"}  # metrics that need none
+MAX_LABELS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is scored. asked: the samples that models answer, by their place among `samples`; works: of each model.
+
+    few_shot_of: places of the samples that the few-shot base is scored on. labels: of the metric `classes`.
+    """
+
+    samples: list[Sample]
+    asked: list[int]
+    pairs: list[tuple[str, str]]
+    works: dict[str, Work]
+    few_shot_of: list[int]
+    labels: list[str]
+
+    @property
+    def references(self) -> list[str]:
+        """Reference answers of the questions."""
+        return [turns_of(self.samples[i])[-1].content for i in self.asked]
+
+
+def make_plan(run: config.Run, run_dir: str) -> Plan:
+    """Reads the held-out records and says what each model is to be scored on. Needs a started Ray."""
+    section = run.evaluate
+    load = partial(load_tokenizer, run.model)
+    tokenizer = load()
+    chat, identity = ChatFormat(tokenizer), tokenizer_hash(tokenizer)
+    train_stream, stream = streams(run.data, load)
+    assert stream is not None
+    data_dir, chunk_bytes = storage.join(run_dir, "data"), int(run.data.chunk_mb * 1e6)
+    index = build_index(stream, chunk_bytes, data_dir, identity)
+    check_index(index, stream, "eval", run.data.max_bad_records, data_dir)
+    samples = read_samples(index, replace(stream, slices=section.slices), section.num_examples)
+    if section.slices is not None and not any(sample.slice for sample in samples):
+        raise DataError(f"evaluate.slices: no held-out record has the column {section.slices}; correct it")
+    asked = [i for i, sample in enumerate(samples) if sample.is_question] if set(section.metrics) - NO_ANSWERS else []
+    labels = _labels(run, [samples[i] for i in asked]) if "classes" in section.metrics else []
+    asked, pairs = asked[: section.num_generations], read_pairs(section)
+    asides = [chat.encode_prompt([Message("user", text)]) for pair in pairs for text in pair]
+    general = (
+        read_set(general_path(section), "evaluate.general", chat, run.data.max_seq_len)
+        if ("general" in section.metrics)
+        else []
+    )
+    prompts = [chat.encode_prompt(turns_of(samples[i])[:-1]) for i in asked]
+    whole = Work([s.documents for s in samples], [g.documents for g in general], prompts + asides)
+    works, few_shot_of = {"base": whole, "tuned": whole}, []
+    if section.few_shot:
+        train_index = build_index(train_stream, chunk_bytes, data_dir, identity)
+        shots = pick_shots(train_index, train_stream, section.few_shot, [s for s in samples if s.is_question])
+        few_shot_of = [i for i, s in enumerate(samples) if s.messages is not None]
+        works = {"base": whole, "few_shot": _few_shot(run, chat, samples, few_shot_of, asked, shots), "tuned": whole}
+    return Plan(samples, asked, pairs, works, few_shot_of, labels)
+
+
+def _labels(run: config.Run, questions: Sequence[Sample]) -> list[str]:
+    """The labels of `data.labels`, or else all held-out answers."""
+    if run.data.labels is not None:
+        return [label.strip() for label in run.data.labels]
+    found = sorted({turns_of(q)[-1].content.strip() for q in questions})
+    if len(found) > MAX_LABELS:
+        raise DataError(
+            f"evaluate.metrics has classes, but the held-out answers are {len(found)} different texts; give data.labels"
+        )
+    return found
+
+
+def _few_shot(
+    run: config.Run,
+    chat: ChatFormat,
+    samples: Sequence[Sample],
+    places: Sequence[int],
+    asked: Sequence[int],
+    shots: Sequence[Sequence[Message]],
+) -> Work:
+    """Conversations with the shots as earlier turns, behind what the system says; nothing of the shots is scored."""
+    from transformers import AutoConfig
+
+    def longer(messages: list[Message]) -> list[Message]:
+        head = [m for m in messages[:1] if m.role == "system"]
+        return [*head, *(turn for shot in shots for turn in shot), *messages[len(head) :]]
+
+    examples = [chat.encode_example(longer(turns_of(samples[i]))).documents() for i in places]
+    prompts = [chat.encode_prompt(longer(turns_of(samples[i])[:-1])) for i in asked]
+    longest = max(
+        [len(ids) for documents in examples for ids, _ in documents]
+        + [len(ids) + run.evaluate.max_new_tokens for ids in prompts],
+        default=0,
+    )
+    base = resolve_base(run.model)
+    known = AutoConfig.from_pretrained(base, revision=run.model.revision, trust_remote_code=run.model.trust_remote_code)
+    context = getattr(known.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise DataError(
+            f"evaluate.few_shot ({len(shots)}) makes conversations of up to {longest} tokens, more than the model's context of "
+            f"{context}; lower it"
+        )
+    return Work([[(np.asarray(i, np.int32), np.asarray(m, bool)) for i, m in e] for e in examples], [], prompts)
+
+
+def turns_of(sample: Sample) -> list[Message]:
+    """The turns of a sample that is a conversation."""
+    assert sample.messages is not None
+    return sample.messages

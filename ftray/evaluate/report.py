@@ -1,0 +1,131 @@
+"""What a comparison looks like on a terminal: lines. Knows results, nothing of how they were made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftray.config import FIGURES
+from ftray.evaluate.bootstrap import Difference
+from ftray.evaluate.results import Comparison, GateResult
+
+PERCENT = ("loss", "perplexity", "general_loss")  # whose change is told as a share
+NUM_GROUPS, NUM_CLASSES = 20, 5  # lines at most
+
+
+def report(comparison: Comparison, speed: dict[str, Any]) -> list[str]:
+    """Lines of the whole report, but for the answers."""
+    lines = [*table(comparison), *[f"verdict: {sentence}" for sentence in comparison.verdict]]
+    lines += _slices(comparison.slices) + _classes(comparison.classes) + _pairs(comparison.pairs) + _speed(speed)
+    return lines + _gates(comparison.gates)
+
+
+def table(comparison: Comparison) -> list[str]:
+    """Lines of the side-by-side table."""
+    base, tuned, few_shot = comparison.base, comparison.tuned, comparison.few_shot
+    shots = f"{comparison.settings['few_shot']}-shot"
+    lines = ["", f"{'':<16}{'base':>10}{f'{shots:>10}' if few_shot else ''}{'tuned':>10}{'change':>10}   95% interval"]
+    for name, figure in FIGURES.items():
+        b, t, found = base.figure(name), tuned.figure(name), comparison.differences["tuned - base"].get(name)
+        if b is None or t is None or found is None:
+            continue
+        f = few_shot.figure(name) if few_shot else None
+        middle = "" if few_shot is None else f"{'-':>10}" if f is None else f"{f:>10.4f}"
+        change, interval = _change(name, found)
+        lines.append(f"{figure.title:<16}{b:>10.4f}{middle}{t:>10.4f}{change:>10}   {interval}")
+    over = f"{base.num_supervised} supervised held-out tokens"
+    rest = f", the rest over {base.num_answers} answers" if base.num_answers else ""
+    return [*lines, f"(loss over {over}{rest}; intervals by paired bootstrap)"]
+
+
+def _change(name: str, found: Difference) -> tuple[str, str]:
+    if name in PERCENT and found.ratio is not None and found.ratio_low is not None and found.ratio_high is not None:
+        ends = (found.ratio_low, found.ratio_high)
+        return f"{100 * found.ratio:+.1f}%", f"{100 * ends[0]:+.1f}% to {100 * ends[1]:+.1f}%"
+    return f"{found.difference:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"
+
+
+def _slices(slices: dict[str, Any] | None) -> list[str]:
+    if slices is None:
+        return []
+    groups = sorted(slices["groups"].items(), key=lambda item: (-item[1]["num_examples"], item[0]))
+    names = [name for name in FIGURES if name in slices["spread"] and name not in ("perplexity", "rouge_1", "rouge_2")]
+    lines = ["", f"by {slices['column']} (base → tuned)"]
+    for group, found in groups[:NUM_GROUPS]:
+        cells = [
+            f"{FIGURES[n].title} {found['base'][n]:.3f} → {found['tuned'][n]:.3f}" for n in names if n in found["tuned"]
+        ]
+        lines.append(f"  {_cut(group, 24):<24} {found['num_examples']:>6} examples   {' · '.join(cells)}")
+    if len(groups) > NUM_GROUPS:
+        lines.append(f"  … and {len(groups) - NUM_GROUPS} more in results.json")
+    apart = [
+        f"{FIGURES[n].title} {slices['spread'][n]['base']:.3f} → {slices['spread'][n]['tuned']:.3f}" for n in names
+    ]
+    return [*lines, f"  between the best and the worst group: {' · '.join(apart)}"]
+
+
+def _classes(classes: dict[str, Any] | None) -> list[str]:
+    """The labels that the tuned model gets least right, and what it takes for what most often."""
+    if classes is None:
+        return []
+    found = classes["tuned"]
+    rows = [(label, row) for label, row in found["per_class"].items() if row["num"]]
+    rows = sorted(rows, key=lambda item: (item[1]["f1"], item[0]))[:NUM_CLASSES]
+    lines = ["", f"labels that the tuned model gets least right, of {len(found['per_class'])}"]
+    lines += [
+        f"  {_cut(label, 32):<32} F1 {r['f1']:.2f}   precision {r['precision']:.2f}   recall {r['recall']:.2f}   of {r['num']}"
+        for label, r in rows
+    ]
+    labels = found["labels"]
+    wrong = [
+        (number, labels[i], labels[j])
+        for i, row in enumerate(found["confusion"])
+        for j, number in enumerate(row)
+        if i != j and number
+    ]
+    for number, wanted, given in sorted(wrong, key=lambda w: (-w[0], w[1:]))[:NUM_CLASSES]:
+        lines.append(f"  {number} × {_cut(wanted, 32)} taken for {_cut(given, 32)}")
+    return lines
+
+
+def _pairs(pairs: dict[str, Any] | None) -> list[str]:
+    if pairs is None:
+        return []
+    told = [
+        f"{name} answers {100 * pairs[name]['same']:.0f}% alike (ROUGE-L {pairs[name]['rouge_l']:.3f})"
+        for name in ("base", "tuned")
+    ]
+    return [
+        "",
+        f"{pairs['num']} pairs of prompts that differ in one attribute: {', '.join(told)}; see evaluate/pairs.jsonl",
+    ]
+
+
+def _speed(speed: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, s in speed.items():
+        cost = (
+            f", {s['cost_per_1000_tokens']:.4g} per 1,000 tokens" if s.get("cost_per_1000_tokens") is not None else ""
+        )
+        lines.append(
+            f"speed: {name.replace('_', '-')} {s['tokens_per_s']:.0f} tokens/s, an answer in {s['latency_p50_s']:.2f} s "
+            f"(95% within {s['latency_p95_s']:.2f} s){cost}"
+        )
+    return lines
+
+
+def _gates(gates: list[GateResult]) -> list[str]:
+    return [f"gate: {gate}: {'passed' if gate.passed else 'MISSED'}" for gate in gates]
+
+
+def side_by_side(generations: list[dict[str, Any]]) -> list[str]:
+    """Lines that show the models' answers under each question."""
+    lines = []
+    for g in generations:
+        lines += ["", f"question   {_cut(g['question'])}", f"reference  {_cut(g['reference'])}"]
+        lines += [f"{name.replace('_', '-'):<11}{_cut(g[name])}" for name in ("base", "few_shot", "tuned") if name in g]
+    return lines
+
+
+def _cut(text: str, width: int = 150) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"

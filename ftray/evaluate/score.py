@@ -1,0 +1,160 @@
+"""One model over its share of the work: what each record costs it, and what it answers. Runs in a Ray task.
+
+Knows models, packed rows and the engine; nothing of metrics, intervals or files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftray import config
+from ftray.data.heldout import Document
+from ftray.data.packing import IGNORE_INDEX, pack_examples
+from ftray.engine.offline import generate_all
+from ftray.engine.protocol import Completion, SamplingParams
+from ftray.evaluate.metrics import Floats
+from ftray.evaluate.virtual import generate_virtual
+from ftray.model.load import load_base, load_tokenizer
+from ftray.model.lora import dtype_of
+from ftray.train.loss import SummedLoss, flatten_rows
+from ftray.train.restore import load_tuned
+from ftray.train.timeline import Found
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model is scored on. examples, general: records as documents; prompts: ids that it answers."""
+
+    examples: list[list[Document]] = field(default_factory=list)
+    general: list[list[Document]] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+
+    def share(self, part: int, num_parts: int) -> Work:
+        """Every num_parts-th by length, so that shares take equally long."""
+        return Work(
+            [self.examples[i] for i in _dealt([_size(e) for e in self.examples], part, num_parts)],
+            [self.general[i] for i in _dealt([_size(e) for e in self.general], part, num_parts)],
+            [self.prompts[i] for i in _dealt([len(p) for p in self.prompts], part, num_parts)],
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of it. tokens, general: [examples, 3]: summed loss, targets that had the highest logit, supervised tokens.
+
+    busy_s: seconds in which answers were generated, over all tasks.
+    """
+
+    tokens: Floats
+    general: Floats
+    answers: list[str]
+    num_tokens: list[int]
+    seconds: list[float]
+    busy_s: float
+
+
+def merge(parts: Sequence[Scored], work: Work) -> Scored:
+    """The whole from what came of its shares."""
+
+    def places(sizes: list[int]) -> list[int]:
+        order = [i for part in range(len(parts)) for i in _dealt(sizes, part, len(parts))]
+        return sorted(range(len(order)), key=order.__getitem__)
+
+    examples, general = (places([_size(e) for e in each]) for each in (work.examples, work.general))
+    prompts = places([len(p) for p in work.prompts])
+    answers, num_tokens, seconds = (
+        [[x for p in parts for x in getattr(p, name)][i] for i in prompts]
+        for name in ("answers", "num_tokens", "seconds")
+    )
+    return Scored(
+        np.concatenate([p.tokens for p in parts])[examples],
+        np.concatenate([p.general for p in parts])[general],
+        answers,
+        num_tokens,
+        seconds,
+        sum(p.busy_s for p in parts),
+    )
+
+
+def _size(documents: list[Document]) -> int:
+    return sum(len(ids) for ids, _ in documents)
+
+
+def _dealt(sizes: list[int], part: int, num_parts: int) -> list[int]:
+    """Places of a share, longest first."""
+    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[part::num_parts]
+
+
+def score(run: config.Run, found: Found | None, work: Work, monitor: Any) -> Scored:
+    """Scores and answers of one model: the base (found: None), or a checkpoint of it."""
+    torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    precision = run.train.precision
+    if found is None:
+        model: Any = load_base(run.model, dtype_of(precision), quantize=run.method.type == "qlora")
+    else:
+        model = load_tuned(run, found, precision)
+    model = model.to(device).eval()
+    tokenizer = load_tokenizer(run.model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    summed, size = SummedLoss(model).eval(), run.micro_batch_size
+    tokens, general = (
+        score_documents(summed, records, run.data.max_seq_len, size, int(pad), device)
+        for records in (work.examples, work.general)
+    )
+    began_s = time.monotonic()
+    answered = _answer(model, tokenizer, work.prompts, run.evaluate.max_new_tokens, monitor)
+    return Scored(
+        tokens,
+        general,
+        [a.text.strip() for a in answered],
+        [len(a.token_ids) for a in answered],
+        [a.seconds for a in answered],
+        time.monotonic() - began_s,
+    )
+
+
+def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: int, monitor: Any) -> list[Completion]:
+    params = SamplingParams(max_tokens=max_tokens)
+
+    def on_done(_: int) -> None:
+        monitor.record.remote({})
+
+    if hasattr(model, "prompt_encoder"):
+        return generate_virtual(model, tokenizer, prompts, params, on_done=on_done)
+    num_seqs = 64 if model.device.type == "cuda" else 16
+    return generate_all(model, tokenizer, prompts, params, max_num_seqs=num_seqs, on_done=on_done)
+
+
+def score_documents(
+    model: SummedLoss,
+    records: Sequence[Sequence[Document]],
+    max_seq_len: int,
+    rows_at_once: int,
+    pad_id: int,
+    device: torch.device,
+) -> Floats:
+    """[records, 3]: each record's summed loss, hits and supervised tokens, from packed rows (longer ones if they must)."""
+    documents = [(owner, document) for owner, record in enumerate(records) for document in record]
+    sums = np.zeros((len(records), 3))
+    width = max([max_seq_len, *(len(ids) for _, (ids, _) in documents)])
+    rows = pack_examples([document for _, document in documents], width, pad_id)
+    for lo in range(0, len(rows), rows_at_once):
+        part = rows[lo : lo + rows_at_once]
+        ids, labels, positions = (
+            np.stack([getattr(r, n) for r in part]) for n in ("input_ids", "labels", "position_ids")
+        )
+        batch = flatten_rows(ids, labels, positions, np.array([r.num_tokens for r in part], np.int32), device)
+        losses, hits = model.token_scores(batch)
+        places = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+        document = torch.bucketize(places, batch.cu_seqlens[1:].long(), right=True).cpu().numpy()
+        owners = np.array([documents[i][0] for row in part for i in row.documents], np.int64)[document]
+        found = np.stack([losses.cpu().numpy(), hits.cpu().numpy(), np.ones(len(owners))], axis=-1)
+        np.add.at(sums, owners, found.astype(np.float64))
+    return sums
