@@ -41,30 +41,33 @@ SIZES = [f"sizes-{kind}" for kind in ("lora-0", "lora-1", "lora-2", "lora-3", "f
 
 
 class Killer(cluster.Watched):
-    """The console's stream: kills workers at random moments, one or all, once in each life of a group of them.
+    """The console's stream: kills workers, one or all, at random steps spread over the whole run, and some while they load.
 
-    Mostly a moment after a step was told; sometimes while the group still loads its checkpoint.
+    One strike in each life of a group, a random moment after its step was told.
     """
 
-    def __init__(self, kills: int, seed: int) -> None:
+    def __init__(self, kills: int, num_steps: int, seed: int) -> None:
         super().__init__()
-        self._left, self._random, self._armed = kills, random.Random(seed), False
+        self._random, self._armed = random.Random(seed), False
+        each = num_steps / kills
+        self._steps = [int(each * (number + self._random.uniform(0, 0.7))) for number in range(kills)]
         self.killed: list[int] = []
         self._step = 0
 
     def write(self, text: str) -> int:
         if "workers are up" in text:
-            self._armed = self._left > 0
-            if self._armed and self._random.random() < 0.15:
+            self._armed = bool(self._steps)
+            if self._armed and self._random.random() < 0.1:
                 self._strike(3.0)
         for part in text.split("train: step ")[1:]:
             self._step = int(part.partition("/")[0])
-            if self._armed:
-                self._strike(0.5)
+            if self._armed and self._step >= self._steps[0]:
+                self._strike(0.3)
         return super().write(text)
 
     def _strike(self, within_s: float) -> None:
-        self._armed, self._left = False, self._left - 1
+        self._armed = False
+        self._steps.pop(0)
         threading.Timer(self._random.uniform(0, within_s), self._kill).start()
 
     def _kill(self) -> None:
@@ -104,7 +107,7 @@ def prove_kills(kind: str, kills: int, steps: int, parts: dict[str, Path], seed:
     settings = {**settings_of(kind), "train__max_steps": steps}
     runs = {n: cluster.make_run(p, parts["model"], parts["data"], **settings) for n, p in places.items()}
     smooth = train(runs["smooth"], cluster.Watched())
-    killer = Killer(kills, seed)
+    killer = Killer(kills, steps, seed)
     rough = train(runs["rough"], killer)
     lines = {name: metrics(place / "tiny") for name, place in places.items()}
     told = {n: [(x["step"], x["loss"], x["rows"]) for x in each] for n, each in lines.items()}

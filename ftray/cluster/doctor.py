@@ -158,7 +158,7 @@ def examine_cluster(place: str | None) -> list[Facts]:
         host = node["NodeManagerHostname"]
         try:
             facts = ray.get(task.remote(place), timeout=NODE_S)
-            skew_s = _skew(ray.remote(time.time).options(num_cpus=0, scheduling_strategy=here))
+            skew_s = _skew(ray.remote(_now).options(num_cpus=0, scheduling_strategy=here))
             facts = replace(facts, host=host, skew_s=skew_s, resources=dict(node["Resources"]))
         except ray.exceptions.GetTimeoutError:
             facts = Facts(host, error=f"no answer within {NODE_S:.0f} s", resources=dict(node["Resources"]))
@@ -166,6 +166,10 @@ def examine_cluster(place: str | None) -> list[Facts]:
             facts = Facts(host, error=" ".join(str(err).split())[-200:], resources=dict(node["Resources"]))
         found.append(facts)
     return found
+
+
+def _now() -> float:
+    return time.time()
 
 
 def _skew(clock: Any) -> float:

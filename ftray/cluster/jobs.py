@@ -5,6 +5,7 @@ Knows HTTP's side of Ray (`ray.job_submission`); nothing of run files.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -40,6 +41,9 @@ class Jobs:
 
         with self.told():
             self.client = JobSubmissionClient(self.address)
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # each upload and each end of a log would be told
+        with self.told():
             self.ray_version = str(self.client._server_ray_version)  # `get_version` gives the protocol's
 
     def _knock(self) -> None:
