@@ -164,6 +164,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     doctor.add_argument(
         "--wait-for-nodes", action="store_true", help="ask the cluster for the run's machines, and wait"
     )
+    doctor.add_argument("--links", action="store_true", help="measure an all-reduce between the nodes, too")
     doctor.add_argument("--json", action="store_true", help="a line of JSON for each check")
     doctor.set_defaults(verb=verbs.doctor, overrides=[])
 

@@ -1,4 +1,8 @@
-"""Jobs on a real cluster of three nodes that asks for a token: submitted, followed, continued, stopped, refused."""
+"""Jobs on a real cluster of three nodes that asks for a token: submitted, followed, continued, stopped, refused.
+
+Run by hand, `python -m pytest -m long tests/trials`, where no other Ray runs: beside one, a new head may get no agent for
+jobs, and the cluster then refuses them all.
+"""
 
 from __future__ import annotations
 
