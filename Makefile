@@ -54,7 +54,7 @@ test: install ## unit, Ray and end-to-end tests; PYTEST_ARGS="-k resume" picks
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(wildcard tests/unit tests/ray tests/e2e) $(PYTEST_ARGS)
 
 test-long: install ## the tests that take half a minute or more each
-	$(TEST_ENV) $(BIN)/python -m pytest -m long tests/unit tests/ray $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m long tests/unit tests/ray tests/e2e $(PYTEST_ARGS)
 
 test-unit: install ## the tests that need no Ray
 	$(TEST_ENV) $(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
