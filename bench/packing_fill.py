@@ -1,6 +1,6 @@
 """How full packed rows are: share of tokens that are no padding, in one streaming pass, chunk by chunk (issue 3).
 
-    python -m bench.packing_fill --mb 100 --gsm8k /work/shared/data/gsm8k/train.jsonl
+    python -m bench.packing_fill --mb 100 --gsm8k …/gsm8k/train.jsonl
 
 Rows of 4096 tokens through the chat format; a chunk (`data.chunk_mb`, by default 4 MB) is the window that best fit
 packs. Prints one JSON line for each set and chunk size, and what best fit costs for 100,000 documents.

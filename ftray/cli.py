@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.overrides += rest  # key=value behind an option, where argparse doesn't look for it any more
     console = Console()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _preempted)
+    in_main = threading.current_thread() is threading.main_thread()
+    kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
     try:
         code: int = arguments.verb(arguments, console)
         return code
@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, kept)
 
 
 def _preempted(*_: object) -> None:

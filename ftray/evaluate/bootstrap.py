@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ftray.evaluate.metrics import Floats, Statistic
+from ftray.evaluate.intervals import resamples
+from ftray.evaluate.metrics import Statistic
 
 NUM_RESAMPLES = 2000
-SEED = 0
-BLOCK = 20_000_000  # weights in memory at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def difference(new: Statistic, old: Statistic) -> Difference:
     Each resample takes the same examples of both. The same numbers give the same interval.
     """
     num = len(old.sums)
-    pairs = [(new.value(w @ new.sums), old.value(w @ old.sums)) for w in _weights(num)]
+    pairs = [(new.value(w @ new.sums), old.value(w @ old.sums)) for w in resamples(num, NUM_RESAMPLES)]
     ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
     value, base = new.over(), old.over()
     with np.errstate(invalid="ignore"):  # infinite perplexities
@@ -52,12 +50,3 @@ def difference(new: Statistic, old: Statistic) -> Difference:
             ends = np.nanpercentile(ours / theirs - 1, (2.5, 97.5))
         ratio = (value / base - 1, float(ends[0]), float(ends[1]))
     return Difference(value - base, float(low), float(high), num, *ratio)
-
-
-def _weights(num: int) -> Iterator[Floats]:
-    """How often each of `num` examples is in each resample: blocks of [resamples, examples]."""
-    rng, left = np.random.default_rng(SEED), NUM_RESAMPLES
-    while left:
-        size = min(left, max(1, BLOCK // num))
-        yield rng.multinomial(num, np.full(num, 1 / num), size=size).astype(np.float64)
-        left -= size

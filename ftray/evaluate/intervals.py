@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 Z_95 = 1.959963984540054
-NUM_RESAMPLES = 10_000
+BLOCK = 20_000_000  # weights in memory at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,15 @@ def wilson(scores: Sequence[float]) -> Interval:
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     """The percentile bootstrap's interval (Efron 1979) of a mean; of paired differences: the paired bootstrap."""
     given = np.asarray(values, np.float64)
-    rng = np.random.default_rng(seed)
-    means = [given[rng.integers(0, len(given), (500, len(given)))].mean(1) for _ in range(NUM_RESAMPLES // 500)]
+    means = [weights @ given / len(given) for weights in resamples(len(given), 10_000, seed)]
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return Interval(float(given.mean()), float(low), float(high), len(given))
+
+
+def resamples(num: int, number: int, seed: int = 0) -> Iterator[npt.NDArray[np.float64]]:
+    """How often each of `num` examples is in each of `number` resamples: blocks of [resamples, examples]."""
+    rng, left = np.random.default_rng(seed), number
+    while left:
+        size = min(left, max(1, BLOCK // num))
+        yield rng.multinomial(num, np.full(num, 1 / num), size=size).astype(np.float64)
+        left -= size

@@ -25,7 +25,7 @@ from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
-from ftray.errors import ConfigError, DataError, FtrayError, Preempted, RunError, StorageError
+from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, StorageError
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.capacity import check_resources
 from ftray.train.group import Clock, Ended, run_group
@@ -96,7 +96,7 @@ def train(
 
         try:
             supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
-        except FtrayError:
+        except (Interrupted, Preempted, RunError):
             with suppress(StorageError):
                 if committed := list_checkpoints(run_dir):
                     merge_metrics(run_dir, committed[0].progress)
@@ -109,13 +109,16 @@ def train(
 
 
 def _wait_for_resources(run: config.Run, run_dir: str, console: Console) -> bool:
-    """As `check_resources`; a run that has a checkpoint waits for nodes to come back, `scale.wait_s` at most."""
+    """As `check_resources`; on a cluster a run that has a checkpoint waits for nodes to come back, `scale.wait_s` at most.
+
+    A Ray of this command's own never gets more of them.
+    """
     end_s, told = time.monotonic() + run.scale.wait_s, False
     while True:
         try:
             return check_resources(run)
         except ConfigError as err:
-            if not list_checkpoints(run_dir):
+            if os.environ.get("RAY_ADDRESS", "local") in ("", "local") or not list_checkpoints(run_dir):
                 raise
             if time.monotonic() > end_s:
                 raise Preempted(f"{err}; waited {duration(run.scale.wait_s)} (scale.wait_s) for more nodes") from None

@@ -64,6 +64,7 @@ def test_interrupted_and_killed_runs_end_bit_identical(
         cluster.run_training(rough, "step 3/24", cluster.press_ctrl_c)
     stopped_at = list_checkpoints(str(tmp_path / "rough/tiny"))[0].step
     assert 3 <= stopped_at < 24
+    assert sorted(cluster.losses(str(tmp_path / "rough/tiny"))) == list(range(stopped_at)), "metrics of a stopped run"
     found, text = cluster.run_training(rough, f"step {stopped_at + 1}/24", cluster.kill_a_worker)
     assert f"continuing at step {stopped_at}" in text
     assert found.progress.finished
@@ -117,6 +118,9 @@ def test_changed_data_and_other_settings_are_refused_by_name(parts: dict[str, Pa
     cluster.run_training(run)
     with pytest.raises(ConfigError, match=r"train\.learning_rate \(0\.005 → 0\.001\)"):
         cluster.run_training(run_of(parts | {"data": data}, tmp_path, train__max_steps=2, train__learning_rate=1e-3))
+    wide = run_of(parts | {"data": data}, tmp_path, train__max_steps=2, scale__num_workers=4, scale__cpus_per_worker=16)
+    with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):  # at once: no node joins a Ray of one's own
+        cluster.run_training(wide)
     tiny.write_records(tmp_path / "data", 30, seed=9)
     with pytest.raises(DataError, match="changed since its checkpoint"):
         cluster.run_training(run)
