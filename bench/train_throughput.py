@@ -25,20 +25,44 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": (32, 8), "tied": True},
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "heads": (24, 8), "tied": True},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": (32, 8)},
+    "45b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 50, "heads": (64, 8)},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "heads": (64, 8)},
 }
+LARGE = ("45b", "70b")  # made layer by layer: more than a card holds
 WARMUP_STEPS = 4
 
 
 def write_model(directory: Path, shape: str) -> int:
     """A Llama of that shape with random bf16 weights, and a tokenizer; returns its number of parameters."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
+
+    number = directory / "num_parameters"
+    if number.exists():
+        return int(number.read_text())
+    if shape in LARGE:
+        count = write_by_layers(directory, shape)
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(llama_config(shape))
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(directory)
+        count = sum(p.numel() for p in model.parameters())
+        del model
+    write_tokenizer(directory)
+    number.write_text(str(count))
+    return count
+
+
+def llama_config(shape: str) -> Any:
+    """transformers' config of a shape."""
+    from transformers import LlamaConfig
 
     settings = dict(SHAPES[shape])
     heads, kv_heads = settings.pop("heads")
     tied = settings.pop("tied", False)
-    config = LlamaConfig(
+    return LlamaConfig(
         **{"vocab_size": 128256, **settings},
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -47,15 +71,44 @@ def write_model(directory: Path, shape: str) -> int:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        dtype="bfloat16",
     )
-    number = directory / "num_parameters"
-    if number.exists():
-        return int(number.read_text())
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(directory)
+
+
+def write_by_layers(directory: Path, shape: str) -> int:
+    """As `write_model`, a file for each layer, so that memory holds one; the same random numbers again and again."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(shape)
+    with torch.device("meta"):
+        outline = LlamaForCausalLM(config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    noise = torch.empty(2**28 + 1, dtype=torch.bfloat16).normal_(std=config.initializer_range)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, p in outline.named_parameters():
+        key = name.split(".")[2] if ".layers." in name else name.rsplit(".", 1)[0]
+        files.setdefault(f"model-{key}.safetensors", {})[name] = p.shape
+    for file, shapes in files.items():
+        tensors = {}
+        for name, size in shapes.items():
+            repeats = -(-size.numel() // len(noise))  # of an odd length: rows differ
+            is_norm = name.endswith("norm.weight")
+            flat = torch.ones(size.numel(), dtype=noise.dtype) if is_norm else noise.repeat(repeats)[: size.numel()]
+            tensors[name] = flat.view(size)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, shapes in files.items() for name in shapes}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(p.numel() for p in outline.parameters())
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A token for each byte, and ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = pre_tokenizers.ByteLevel.alphabet()
     specials = ["<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*specials, *sorted(letters)])}, merges=[]))
@@ -67,10 +120,6 @@ def write_model(directory: Path, shape: str) -> int:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     tokenizer.save_pretrained(directory)
-    count = sum(p.numel() for p in model.parameters())
-    number.write_text(str(count))
-    del model
-    return count
 
 
 def write_data(directory: Path, num_tokens: int, document_tokens: int, limit: int) -> Path:

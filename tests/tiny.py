@@ -100,6 +100,21 @@ def write_tiny_model(directory: Path, seed: int = 0, dtype: torch.dtype = torch.
     return directory
 
 
+def write_resized_model(directory: Path, is_tied: bool, vocabulary: int, dtype: torch.dtype = torch.float32) -> Path:
+    """As `write_tiny_model`, of a vocabulary that was made larger than its tokenizer's afterwards; head tied or not."""
+    from transformers import LlamaForCausalLM
+
+    config = make_model().config
+    config.tie_word_embeddings = is_tied
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.resize_token_embeddings(vocabulary)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
+    model.to(dtype).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def write_records(directory: Path, number: int, seed: int = 0, shape: Shape = "messages") -> Path:
     """Writes `number` records of about 40 to 100 tokens as .jsonl shards of 50; returns the directory for `path`."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ class DeepSpeed(Section):
 
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
     """0: all replicated, with ftray's own optimizer, the fastest where it fits; 1: optimizer states sharded; 2: and
-    gradients; 3: and weights (while it loads a model, a GPU holds all of it once)."""
+    gradients; 3: and weights, from loading on."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in the host's memory: nothing, the optimizer's states and masters (stage 1 and up), or weights too
     (stage 3)."""

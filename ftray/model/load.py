@@ -118,6 +118,31 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
     return whole
 
 
+def outline_base(model: config.Model, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model as `load_base` gives, without values: on torch's meta device. Reads no weights.
+
+    Raises ModelError when its config can't be had.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ftray.model.attention import choose_attention
+    from ftray.model.kernels import apply_kernels
+
+    trust = model.trust_remote_code
+    try:
+        found = AutoConfig.from_pretrained(resolve_base(model), revision=model.revision, trust_remote_code=trust)
+        apply_kernels(found.model_type)
+        with torch.device("meta"):
+            outline: PreTrainedModel = AutoModelForCausalLM.from_config(
+                found, dtype=dtype, attn_implementation=choose_attention(found), trust_remote_code=trust
+            )
+    except (OSError, ValueError, ImportError) as err:
+        raise ModelError(_explain(model, "config", err)) from None
+    outline.config.use_cache = False
+    return outline
+
+
 def check_base(model: config.Model) -> None:
     """Fails early, before any worker starts, if the base isn't a causal language model for chats. Raises ModelError."""
     from transformers import AutoConfig

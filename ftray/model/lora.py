@@ -27,13 +27,18 @@ def dtype_of(precision: str) -> torch.dtype:
     return found
 
 
-def build_model(model: config.Model, method: config.Method, precision: str, seed: int) -> Any:
+def build_model(model: config.Model, method: config.Method, precision: str, seed: int, outline: bool = False) -> Any:
     """What is trained: the base with all weights trainable but those that `method.freeze` names, or a frozen base with
     seeded adapters or virtual tokens in its own dtype. Raises ConfigError for names that fit nothing, or everything.
-    """
-    from ftray.model.load import load_base
 
-    base = load_base(model, dtype_of(precision), quantize=method.type == "qlora")
+    outline: without any values, on torch's meta device.
+    """
+    from ftray.model.load import load_base, outline_base
+
+    if outline:
+        base = outline_base(model, dtype_of(precision))
+    else:
+        base = load_base(model, dtype_of(precision), quantize=method.type == "qlora")
     if method.type == "full":
         frozen = set(frozen_names([name for name, _ in base.named_parameters()], method.freeze))
         for name, parameter in base.named_parameters():

@@ -6,6 +6,7 @@ states. All ranks take the same decision. Knows tensors and settings; nothing of
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ftray import config
 from ftray.errors import ConfigError
 from ftray.train.adamw import EIGHT_BIT
 from ftray.train.loss import MicroBatch, SummedLoss, piece_tokens
+from ftray.train.partition import gathered_in_use
 from ftray.train.zero import owns_optimizer
 
 PROBE_TOKENS = (1024, 2048)
@@ -115,13 +117,17 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
     head = loss.model.get_output_embeddings().weight
     vocabulary, width = getattr(head, "ds_shape", head.shape)
     token_bytes = []
-    for count in (0, len(layers)):
-        _recompute(loss.model, layers, count)
-        small, large = (_kept(loss, n, vocabulary, device) for n in PROBE_TOKENS)
-        token_bytes.append((large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0]))
+    is_cut = run.deepspeed.zero_stage == 3
+    with gathered_in_use(loss, layers) if is_cut else nullcontext():
+        for count in (0, len(layers)):
+            _recompute(loss.model, layers, count)
+            small, large = (_kept(loss, n, vocabulary, device) for n in PROBE_TOKENS)
+            token_bytes.append((large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0]))
     torch.cuda.empty_cache()
     pieces = 2 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if head.requires_grad else 0)
     static = torch.cuda.memory_allocated(device) + pieces + state_bytes(run, parameters, world_size)
+    if is_cut:
+        static += gathered_bytes(run, loss)
     free, whole = torch.cuda.mem_get_info(device)
     capacity = min(free + torch.cuda.memory_reserved(device), whole * run.scale.gpus_per_worker)
     worst = torch.tensor([-capacity, static, *token_bytes], dtype=torch.float64, device=device)
@@ -145,7 +151,7 @@ def _kept(loss: SummedLoss, num_tokens: int, vocabulary: int, device: torch.devi
 
 def state_bytes(run: config.Run, parameters: list[torch.nn.Parameter], world_size: int) -> float:
     """Gradients, masters and moments of the trained parameters on one GPU, and what the update needs besides."""
-    number = sum(p.numel() for p in parameters)
+    number = sum(_numel(p) for p in parameters)
     own = 2 if run.train.precision == "bf16" else 4
     if owns_optimizer(run.train, run.deepspeed):
         moments = 2.2 if run.train.optimizer == EIGHT_BIT else 8.0
@@ -154,3 +160,15 @@ def state_bytes(run: config.Run, parameters: list[torch.nn.Parameter], world_siz
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32
     return number * (sharded + gradients + update) + min(2 * number * own, 2 * GIB)
+
+
+def gathered_bytes(run: config.Run, loss: torch.nn.Module) -> float:
+    """Weights that ZeRO-3 keeps whole on a GPU at once, and those under way."""
+    zero = run.deepspeed.overrides.get("zero_optimization", {})
+    most = float(zero.get("stage3_max_live_parameters", 1e9)) + float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    number = sum(_numel(p) for p in loss.parameters())
+    return min(number, most) * (4 if run.train.precision == "fp32" else 2)
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -34,6 +34,7 @@ from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink
+from ftray.train.partition import partition_model
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
@@ -90,11 +91,7 @@ class Trainer:
         train = self._run.train
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
-        tuned = build_model(self._run.model, self._run.method, train.precision, train.seed)
-        if self._run.method.base_precision == "fp8":
-            check_fp8(self._device)
-            quantize_base(tuned, self._device)
-        model = SummedLoss(tuned, train.label_smoothing).train().to(self._device)
+        model = self._build_model()
         parameters = trainable(model.model)
         self._fit = fit_memory(self._run, model, self._device, self._world_size)
         micro_batch_size = self._fit.micro_batch_size
@@ -112,6 +109,21 @@ class Trainer:
             engine.optimizer.check_grad_overflow = True  # in fp32 too: nothing non-finite may reach the weights
         prepare_scaling(engine)
         return engine, parameters
+
+    def _build_model(self) -> SummedLoss:
+        """On this rank's device; under ZeRO-3 its parts of all weights, whose whole no device ever holds."""
+        run, train = self._run, self._run.train
+        is_cut = run.deepspeed.zero_stage == 3
+        outline = is_cut and dist.get_rank() > 0
+        tuned = build_model(run.model, run.method, train.precision, train.seed, outline)
+        if run.method.base_precision == "fp8":
+            check_fp8(self._device)
+            quantize_base(tuned, self._device)
+        model = SummedLoss(tuned, train.label_smoothing).train()
+        if not is_cut:
+            return model.to(self._device)
+        partition_model(model, deepspeed_config(train, run.deepspeed, 1, self._world_size), self._device)
+        return model
 
     def _resume(self) -> Progress:
         found = self._newest()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ftray.console import Console
 from ftray.model.lora import dtype_of
@@ -29,18 +29,6 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "resized-offloaded": (False, 531, {"train__precision": "bf16", "deepspeed__offload": "all"}),
     "lora-tied-resized": (True, 531, {"train__precision": "bf16", "method__type": "lora"}),
 }
-
-
-def write_model(directory: Path, is_tied: bool, vocabulary: int) -> None:
-    """A tiny model whose vocabulary was made larger than its tokenizer's afterwards."""
-    config = tiny.make_model().config
-    config.tie_word_embeddings = is_tied
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.resize_token_embeddings(vocabulary)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
-    model.save_pretrained(directory)
-    tiny.make_tokenizer().save_pretrained(directory)
 
 
 def run_of(root: Path, name: str) -> Any:
@@ -83,7 +71,7 @@ def train_and_save(rank: int, root: Path) -> dict[str, Any]:
 @pytest.mark.long
 def test_exported_weights_are_those_of_the_live_engine_to_the_bit(tmp_path: Path) -> None:
     for name, (is_tied, vocabulary, _) in CASES.items():
-        write_model(tmp_path / name, is_tied, vocabulary)
+        tiny.write_resized_model(tmp_path / name, is_tied, vocabulary)
     live = ranks.run_ranks(2, train_and_save, tmp_path)[0]
     for name, (is_tied, vocabulary, _) in CASES.items():
         run, (masters, computing) = run_of(tmp_path, name), live[name]
