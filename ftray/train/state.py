@@ -56,15 +56,15 @@ def restore_parts(
     rank: int,
     world_size: int,
 ) -> None:
-    """Puts state back into a fresh engine. read_many: elements by name; num_updates is Adam's step count.
+    """Puts state back into an engine, fresh or at work. read_many: elements by name; num_updates is Adam's step count.
 
     Raises CheckpointError where the checkpoint doesn't hold what the engine needs.
     """
     if isinstance(engine.optimizer, AdamW):
         _restore_own(engine.optimizer, parameters, read_many, num_updates)
         return
-    if num_updates:
-        _create_moments(engine, num_updates)
+    if num_updates or _has_moments(engine):
+        _clear_moments(engine, num_updates)
     stage, spans = _stage(engine), _spans(engine, parameters, rank, world_size)
     wanted: Wanted = []
     for name, parameter in parameters.items():
@@ -75,6 +75,8 @@ def restore_parts(
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
             _put(engine, parameter, kind, next(values), spans[name])
+    if stage == 3 and (kept := engine.optimizer.persistent_parameters):
+        kept[0].partition(kept)  # small ones that stay whole between steps: they are gathered anew when next used
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -94,10 +96,16 @@ def _flat_masters(engine: Any) -> list[torch.Tensor]:
     return [p for group in inner.param_groups for p in group["params"]]
 
 
-def _create_moments(engine: Any, num_updates: int) -> None:
+def _clear_moments(engine: Any, num_updates: int) -> None:
+    """Moments of zero, and Adam's count. Where there are some they are overwritten: parameters know where they lie."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     is_fused = bool(inner.param_groups[0].get("fused"))  # torch's fused Adam counts where the weights are
     for flat in _flat_masters(engine):
+        if state := inner.state.get(flat):
+            state["step"].fill_(num_updates)
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+            continue
         inner.state[flat] = {
             "step": torch.tensor(float(num_updates), device=flat.device if is_fused else "cpu"),
             "exp_avg": torch.zeros_like(flat),

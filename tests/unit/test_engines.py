@@ -47,10 +47,11 @@ SETTINGS: dict[str, Settings] = {
     "full-3-all": setting("full", 3, "bf16", "all"),
     "lora-0-bf16": setting("lora", 0, "bf16"),
     "lora-2-dora": setting("lora", 2, method__dora=True, method__rslora=True),
+    "lora-3": setting("lora", 3, "bf16", deepspeed__overrides={}),  # adapters stay whole between steps
     "lora-3-dora": setting("lora", 3, method__dora=True),
     "prompt-2": setting("prompt", 2, train__label_smoothing=0.1),
 }
-QUICK = ("full-1-fp16", "full-3-all", "lora-0-bf16")
+QUICK = ("full-1-fp16", "full-3-all", "lora-0-bf16", "lora-3")
 THE_REST = tuple(name for name in SETTINGS if name not in QUICK)
 ELSEWHERE = {0: 2, 1: 3, 2: 1, 3: 0}  # the stage at which another world size takes a state over
 
@@ -62,34 +63,48 @@ def run_of(root: Path, name: str, **more: Any) -> Any:
 def save(writer: CheckpointWriter, engine: Any, parameters: Any, step: int) -> None:
     progress = Progress(step=step, num_updates=step, loss_scale=read_scale(engine))
     parts = local_parts(engine, parameters, dist.get_rank(), dist.get_world_size())
-    writer.save(progress, parts, [{"step": step, "learning_rate": 1e-2, "grad_norm": 1.0}])
+    writer.save(progress, parts, [{"step": step, "learning_rate": 1e-2, "grad_norm": 1.0}] if step else [])
 
 
 def load(run_dir: str, engine: Any, parameters: Any) -> None:
-    (found,) = list_checkpoints(run_dir)
+    found = list_checkpoints(run_dir)[0]
     read = PartReader(found.uri).read_many
     restore_parts(engine, parameters, read, found.progress.num_updates, dist.get_rank(), dist.get_world_size())
     restore_scale(engine, found.progress.loss_scale)
 
 
 def train_and_resume(rank: int, root: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """For each setting: losses of steps 2 and 3 without a stop, and out of a checkpoint of step 2 in a new engine."""
+    """For each setting: losses of steps 0 and 1, and of 2 and 3 without a stop; the latter out of a checkpoint of step 2
+    in a new engine and in the same one; the former out of one without any update in the same one.
+    """
     ranks.lift_fp16_gate()
     found = {}
     for name in names:
         run = run_of(root, name)
-        writer = CheckpointWriter(str(root / name), 9, {}, whole=run.method.type != "full")
+        first, writer = (
+            CheckpointWriter(str(root / place), 9, {}, whole=run.method.type != "full")
+            for place in (f"{name}-begin", name)
+        )
         engine, parameters = ranks.build_engine(run)
+        save(first, engine, parameters, 0)
         begun = ranks.train_steps(engine, 0, 2)
         save(writer, engine, parameters, 2)
         smooth = ranks.train_steps(engine, 2, 4)  # while the checkpoint is written
+        first.wait()
         writer.wait()
-        fresh, parameters = ranks.build_engine(run)
+        fresh, fresh_parameters = ranks.build_engine(run)
         dist.barrier()
-        load(str(root / name), fresh, parameters)
-        found[name] = (begun, smooth, ranks.train_steps(fresh, 2, 4), read_scale(fresh) == read_scale(engine))
+        load(str(root / name), fresh, fresh_parameters)
+        resumed = ranks.train_steps(fresh, 2, 4)
+        result = {"begun": begun, "smooth": smooth, "resumed": resumed}
+        result["same scale"] = read_scale(fresh) == read_scale(engine)
+        load(str(root / name), engine, parameters)
+        result["again"] = ranks.train_steps(engine, 2, 4)
+        load(str(root / f"{name}-begin"), engine, parameters)
+        result["anew"] = ranks.train_steps(engine, 0, 2)
         if run.train.precision == "fp16":
-            found[name] += (overflow(engine, parameters),)
+            result["overflow"] = overflow(engine, parameters)
+        found[name] = result
         engine.destroy()
         fresh.destroy()
     return found
@@ -167,17 +182,24 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_fresh_engine_goes_on_to_the_bit(trained: Trained) -> None:
-    for name, (begun, smooth, resumed, same_scale, *_) in trained[1].items():
-        assert resumed == smooth, name
-        assert same_scale, name
-        assert begun[0] not in begun[1:] + smooth, name
-        assert all(0 < loss < 1000 for loss in begun + smooth), name
+    for name, found in trained[1].items():
+        assert found["resumed"] == found["smooth"], name
+        assert found["same scale"], name
+        losses = found["begun"] + found["smooth"]
+        assert losses[0] not in losses[1:], name
+        assert all(0 < loss < 1000 for loss in losses), name
+
+
+def test_an_engine_at_work_goes_back_to_the_bit(trained: Trained) -> None:
+    for name, found in trained[1].items():
+        assert found["again"] == found["smooth"], name
+        assert found["anew"] == found["begun"], f"{name}: moments were kept"
 
 
 def test_a_step_that_overflows_lowers_the_scale_and_moves_nothing(trained: Trained) -> None:
-    for name, results in trained[1].items():
+    for name, found in trained[1].items():
         if name.endswith("fp16"):
-            first, second, last = results[4]
+            first, second, last = found["overflow"]
             assert first == (2.0**39, True, True, False)
             assert second == (2.0**38, True, True, False)
             assert last == (1.0, True, False, False)  # the smallest scale: a bad step, and no exception
