@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=WARMUP_STEPS)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds until it is given up")
     parser.add_argument("--write-model", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help="directory of jsonl files with `text`; left out: random letters")
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("override", nargs="*")
@@ -185,7 +186,7 @@ def main() -> None:
     subprocess.run(making, check=True)
     count = int((model / "num_parameters").read_text())
     batch = given.batch or int(given.micro) * given.accumulate * given.workers
-    data = write_data(
+    data = given.data or write_data(
         work / f"data-{given.seq}", int(1.1 * (given.steps + 1) * batch * given.seq), given.document, given.seq - 8
     )
     name = f"{given.shape}-{given.method}-{given.workers}x{given.micro}-b{batch}-z{given.stage}-{given.seq}"

@@ -1,16 +1,19 @@
 """ftray against TRL on the same card and the same rows, one after the other: tokens/s of real tokens, and the ratios.
 
     python -m bench.versus_trl --shape 8b --method lora --steps 8
+    python -m bench.versus_trl --shape 8b --method lora --gsm8k …/train.jsonl --tokenizer …/smollm2-135m-instruct-1
 
 TRL (not among ftray's dependencies: `pip install trl`) runs twice: as it comes (`defaults`: batches of 8 documents,
 padded, recomputing) and as fast as its settings make it (`best`: packed rows, Liger's kernels, no recomputing). ftray
-runs through `ftray train`. Each in a process of its own.
+runs through `ftray train`. Each in a process of its own. Rows are random letters, or with --gsm8k its questions and
+answers (records with question and answer) in the tokens of --tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +48,7 @@ def run_trl(given: Any) -> dict[str, Any]:
                 torch.cuda.synchronize()
             times.append(time.monotonic())
 
-    on_gpu, rows = torch.cuda.is_available(), given.trl_rows or (8 if given.one == "defaults" else given.micro)
+    on_gpu, rows = torch.cuda.is_available(), 8 if given.one == "defaults" else given.trl_rows or given.micro
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(
             output_dir=scratch,
@@ -82,10 +85,22 @@ def run_ftray(given: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.train_throughput", "--shape", given.shape, "--method", given.method]
     command += ["--micro", str(given.micro), "--accumulate", str(given.accumulate), "--steps", str(given.steps)]
     command += ["--warmup", str(given.warmup), "--seq", str(given.seq), "--document", str(given.document)]
-    command += ["--stage", "0", "--work", str(given.work)]
+    command += ["--stage", "0", "--work", str(given.work), *(["--data", str(given.data)] if given.gsm8k else [])]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return result
+
+
+def write_gsm8k(given: Any) -> None:
+    """Puts questions and answers, a document each, where both find them, and the tokenizer into the model's directory."""
+    given.data.mkdir(parents=True, exist_ok=True)
+    with given.gsm8k.open() as source, (given.data / "part-000.jsonl").open("w") as sink:
+        for record in map(json.loads, source):
+            sink.write(json.dumps({"text": record["question"] + "\n" + record["answer"]}) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (given.model / name).unlink(missing_ok=True)
+        if (given.tokenizer / name).exists():
+            shutil.copy(given.tokenizer / name, given.model / name)
 
 
 def main() -> None:
@@ -95,23 +110,29 @@ def main() -> None:
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--micro", type=int, default=2, help="packed rows at once, of ftray and of TRL's best")
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--trl-rows", type=int, help="rows at once of TRL, if other")
+    parser.add_argument("--trl-rows", type=int, help="rows at once of TRL's best, if other")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--document", type=int, default=500)
+    parser.add_argument("--gsm8k", type=Path, help="jsonl with question and answer instead of random letters")
+    parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer for --gsm8k")
     parser.add_argument("--work", type=Path, default=Path(".bench"))
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.work = given.work.absolute()
-    given.model, given.data = given.work / f"model-{given.shape}", given.work / f"data-trl-{given.seq}"
+    kind = "gsm8k" if given.gsm8k else f"trl-{given.seq}"
+    given.model, given.data = given.work / f"model-{given.shape}", given.work / f"data-{kind}"
     if given.one:
         print(json.dumps(run_trl(given)), flush=True)
         return
     making = [sys.executable, "-m", "bench.train_throughput", "--write-model", "--shape", given.shape]
     subprocess.run([*making, "--work", str(given.work)], check=True)
     rows = max(8, given.micro * given.accumulate)
-    write_data(given.data, int(1.2 * (given.steps + 1) * rows * given.seq), given.document, given.seq - 8)
+    if given.gsm8k:
+        write_gsm8k(given)
+    else:
+        write_data(given.data, int(1.2 * (given.steps + 1) * rows * given.seq), given.document, given.seq - 8)
     found = {}
     for name in SETTINGS:
         command = [sys.executable, "-m", "bench.versus_trl", *sys.argv[1:], "--one", name]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray import config, storage
-from ftray.chat import ChatFormat
-from ftray.errors import ModelError
+from ftray.chat import ChatFormat, Message
+from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 
 if TYPE_CHECKING:
@@ -160,11 +160,25 @@ def check_base(model: config.Model) -> None:
         raise ModelError(f"model.base {model.base} is a {kinds[0]}, no causal language model; use one")
     if Path(base).is_dir():
         _check_weights(model, Path(base))
+    tokenizer = load_tokenizer(model)
     try:
-        ChatFormat(load_tokenizer(model))
-    except ModelError as err:
+        chat = ChatFormat(tokenizer)
+        _check_vocabulary(model, chat, tokenizer, found.get_text_config().vocab_size)
+    except (ModelError, DataError) as err:
         text = str(err)
         raise ModelError(text if "model.base" in text else f"model.base {model.base}: {text}") from None
+
+
+def _check_vocabulary(model: config.Model, chat: ChatFormat, tokenizer: Any, num_embeddings: int) -> None:
+    """Ids beyond the embeddings would be an error inside a kernel. Special tokens count only where chats have them."""
+    written = {*chat.encode_prompt([Message("user", "Hello")]), *chat.stop_token_ids}
+    unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - written
+    token_id, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in unused)
+    if token_id >= num_embeddings:
+        raise ModelError(
+            f"model.base {model.base}: its tokenizer has the id {token_id} ({token!r}), its embeddings end at "
+            f"{num_embeddings - 1}; give the tokenizer that belongs to these weights, or resize the embeddings"
+        )
 
 
 def _check_weights(model: config.Model, directory: Path) -> None:

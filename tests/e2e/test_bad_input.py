@@ -161,6 +161,16 @@ def make_headless(directory: Path) -> None:
     (directory / "other/config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
 
 
+def more_tokens(directory: Path) -> None:
+    """A model whose tokenizer got a token that its embeddings lack."""
+    copy_model()(directory)
+    data = json.loads((directory / "other/tokenizer.json").read_text())
+    content = {"id": tiny.VOCAB_SIZE, "content": "<|new|>", "special": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    data["added_tokens"].append(content | flags)
+    (directory / "other/tokenizer.json").write_text(json.dumps(data))
+
+
 OTHER = ("model.base=other",)
 DATA = ("data.train.0.path=bad",)
 HELDOUT = ("data.eval={fraction: 0.2}",)
@@ -233,6 +243,12 @@ CASES = [
     Case("an-adapter", ("model.base other", "adapter", "base"), OTHER, make_adapter),
     Case("an-encoder", ("model.base other", "BertModel", "causal language model"), OTHER, make_encoder),
     Case("no-head", ("model.base other", "LlamaModel", "causal language model"), OTHER, make_headless),
+    Case(
+        "more-tokens",
+        ("model.base other", f"the id {tiny.VOCAB_SIZE} ('<|new|>')", f"end at {tiny.VOCAB_SIZE - 1}", "resize"),
+        OTHER,
+        more_tokens,
+    ),
     Case("cut-weights", ("model.base other", "model.safetensors is damaged", "again"), OTHER, cut_weights),
     Case("a-shard-less", ("model.base other lacks model-2.safetensors (1 of 2", "again"), OTHER, lose_a_shard),
     Case("broken-config", ("model.base other", "config", "can't be loaded"), OTHER, copy_model(config__json="{")),
