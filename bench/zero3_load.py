@@ -58,10 +58,7 @@ def load(rank: int, run: Any) -> dict[str, Any]:
     """One rank's figures."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-        dist.destroy_process_group()
-        dist.init_process_group("nccl", device_id=device)
     deepspeed_without_compiler()
     importlib.import_module("deepspeed")  # seconds that don't count
     trainer = object.__new__(Trainer)

@@ -1,4 +1,4 @@
-"""Training ranks without Ray: processes of this machine joined by gloo, each with the Trainer's own DeepSpeed engine."""
+"""Training ranks without Ray: processes of this machine joined by gloo (on GPUs NCCL, too), each with the Trainer's engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def _enter(rank: int, world_size: int, port: int, scratch: str, act: Callable[..
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DEEPSPEED_LOG_LEVEL": "error"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))
     try:
         torch.save(act(rank, *args), Path(scratch, str(rank)))
     finally:
