@@ -59,7 +59,8 @@ class Train(Section):
     global_batch_size: Positive = 128
     """Packed rows in an optimizer step, over all workers; never changed by the number of workers."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
-    """Rows a worker computes at once; `auto`: on a GPU the number that is fastest within its memory, on a CPU 1."""
+    """Rows a worker computes at once; `auto`: on a GPU the number that is fastest within its memory, on a CPU 1. A run
+    that is continued keeps its number where it fits."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -57,7 +57,8 @@ def _pages(bucket: str, prefix: str) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def _size(uri: str, upload_id: str) -> int:
-    total, more = 0, {}
+    total = 0
+    more: dict[str, Any] = {}
     while True:
         page = s3.request("list_parts", uri, unless=GONE, UploadId=upload_id, **more)
         if page is None:

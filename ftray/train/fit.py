@@ -58,10 +58,11 @@ class Fit:
     peak: float | None = None
 
 
-def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int) -> Fit:
+def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, before: int | None = None) -> Fit:
     """The fastest of rows × layers by a model of time; the smallest if none fits.
 
-    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row.
+    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row. before: the
+    rows that the run was begun with, which are kept if they fit: dropout's masks hang on them.
     """
 
     def cost(pair: tuple[int, int]) -> float:
@@ -71,12 +72,17 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int) -> Fi
     pairs = [(n, k) for n in rows for k in layers]
     limit = memory.capacity * (1 - RESERVE)
     fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
-    chosen = min(fitting, key=cost) if fitting else (min(rows), max(layers))
+    kept = [pair for pair in fitting if pair[0] == before]
+    chosen = min(kept or fitting, key=cost) if fitting else (min(rows), max(layers))
     return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
-def fit_memory(run: config.Run, loss: SummedLoss, device: torch.device, world_size: int) -> Fit:
+def fit_memory(
+    run: config.Run, loss: SummedLoss, device: torch.device, world_size: int, before: int | None = None
+) -> Fit:
     """Chooses for a model on its device, before its engine is built, and sets the layers' recomputing. Collective.
+
+    before: as in `best_fit`.
 
     Raises ConfigError where recomputing is asked of a model that has no layers for it.
     """
@@ -90,9 +96,9 @@ def fit_memory(run: config.Run, loss: SummedLoss, device: torch.device, world_si
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     if device.type == "cuda" and len(rows) * len(counts) > 1:
         memory = _measure(run, loss, layers, device, world_size)
-        fit = best_fit(memory, rows, counts, run.data.max_seq_len)
+        fit = best_fit(memory, rows, counts, run.data.max_seq_len, before)
     else:
-        fit = Fit(rows[0], counts[0], len(layers))
+        fit = Fit(next((n for n in rows if n == before), rows[0]), counts[0], len(layers))
     _recompute(loss.model, layers, fit.layers)
     return fit
 
