@@ -67,9 +67,9 @@ class Train(Section):
     """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate rises from 0."""
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     """`adamw`: moments in fp32; `adamw-8bit`: in two bytes a weight together, for full fine-tuning on few GPUs
-    (`deepspeed.zero_stage` 0)."""
+    (`deepspeed.zero_stage` 0); `…-paged`: the same moments in the host's memory, each weight's fetched for its update."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.train.adamw import EIGHT_BIT
+from ftray.train.adamw import EIGHT_BIT, PAGED
 from ftray.train.loss import MicroBatch, SummedLoss, piece_tokens
 from ftray.train.partition import gathered_in_use
 from ftray.train.zero import owns_optimizer
@@ -160,8 +160,10 @@ def state_bytes(run: config.Run, parameters: list[torch.nn.Parameter], world_siz
     number = sum(_numel(p) for p in parameters)
     own = 2 if run.train.precision == "bf16" else 4
     if owns_optimizer(run.train, run.deepspeed):
-        moments = 2.2 if run.train.optimizer == EIGHT_BIT else 8.0
-        return number * (own + (2 if own == 2 else 0) + moments)
+        moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
+        # Paged ones come for one parameter at a time, and go.
+        near = max(map(_numel, parameters), default=0) if run.train.optimizer.endswith(PAGED) else number
+        return number * (own + (2 if own == 2 else 0)) + near * moments
     sharded = 12 / world_size
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32

@@ -94,4 +94,8 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     weights = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta"))]
     assert state_bytes(_run(0, optimizer="adamw-8bit"), weights, 1) == pytest.approx(6.2e6)
     assert state_bytes(_run(0), weights, 2) == 12e6
+    assert state_bytes(_run(0, optimizer="adamw-paged"), weights * 10, 2) == 40e6 + 8e6, (
+        "moments of one parameter at a time"
+    )
+    assert state_bytes(_run(0, optimizer="adamw-8bit-paged"), weights * 10, 2) == pytest.approx(40e6 + 2.2e6)
     assert state_bytes(_run(2), weights, 2) < state_bytes(_run(2), weights, 1)
