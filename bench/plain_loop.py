@@ -19,9 +19,11 @@ import torch
 from ftray import config
 from ftray.model.fp8 import quantize_base
 from ftray.model.lora import build_model, trainable
-from ftray.train.adamw import AdamW
+from ftray.train.adamw import EIGHT_BIT, FULL, PAGED, AdamW
 from ftray.train.fit import fit_memory
 from ftray.train.loss import SummedLoss, flatten_rows
+
+OPTIMIZERS = (FULL, EIGHT_BIT, FULL + PAGED, EIGHT_BIT + PAGED)
 
 
 def run_of(given: Any) -> config.Run:
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows of a step; left out: rows × accumulate")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--recompute", default="none")
-    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw-8bit"))
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--fp8", action="store_true", help="the frozen base in 8-bit floats")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--seq", type=int, default=4096)

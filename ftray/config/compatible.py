@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method.base_precision": (None, "fp8"),
     "train.precision": ("bf16", "fp16", "fp32"),
     "train.label_smoothing": (0.0, 0.1),
-    "train.optimizer": ("adamw", "adamw-8bit"),
+    "train.optimizer": ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"),
     "deepspeed.zero_stage": (0, 1, 2, 3),
     "deepspeed.offload": ("none", "optimizer", "all"),
 }
@@ -75,10 +75,16 @@ RULES: tuple[Rule, ...] = (
         "use zero_stage 2",
     ),
     Rule(
-        ("train.optimizer", ("adamw-8bit",)),
+        ("train.optimizer", ("adamw-8bit", "adamw-8bit-paged")),
         ("deepspeed.zero_stage", (1, 2, 3)),
         "ZeRO shards fp32 states",
         "use zero_stage 0, or adamw",
+    ),
+    Rule(
+        ("train.optimizer", ("adamw-paged",)),
+        ("deepspeed.zero_stage", (1, 2, 3)),
+        "sharded states are moved by DeepSpeed",
+        "use zero_stage 0, or adamw with offload optimizer",
     ),
     Rule(
         ("train.precision", ("fp16",)),
@@ -90,7 +96,7 @@ RULES: tuple[Rule, ...] = (
         ("deepspeed.offload", ("optimizer",)),
         ("deepspeed.zero_stage", (0,)),
         "DeepSpeed moves sharded states only",
-        "use zero_stage 1, 2 or 3",
+        "use zero_stage 1, 2 or 3, or optimizer adamw-paged",
     ),
     Rule(
         ("deepspeed.offload", ("all",)),

@@ -59,16 +59,17 @@ class Train(Section):
     global_batch_size: Positive = 128
     """Packed rows in an optimizer step, over all workers; never changed by the number of workers."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
-    """Rows a worker computes at once; `auto`: on a GPU the number that is fastest within its memory, on a CPU 1."""
+    """Rows a worker computes at once; `auto`: on a GPU the number that is fastest within its memory, on a CPU 1. A run
+    that is continued keeps its number where it fits."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate rises from 0."""
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     """`adamw`: moments in fp32; `adamw-8bit`: in two bytes a weight together, for full fine-tuning on few GPUs
-    (`deepspeed.zero_stage` 0)."""
+    (`deepspeed.zero_stage` 0); `…-paged`: the same moments in the host's memory, each weight's fetched for its update."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0

@@ -2,8 +2,9 @@
 
 An address says where (address). Each of the two kinds of place keeps its own promises: on the disk (local) what is
 written appears at once and whole, S3 (s3) is asked one request at a time, with one deadline and refusals in words. On
-both stand single files (files) and their copies (transfer); on those a directory that is whole or does not exist
-(commit), and the lease that names the one owner of a run (lease). Beside them, what can be made again (cache).
+both stand single files (files), their copies (transfer) and what is left of copies that broke off (uploads); on those a
+directory that is whole or does not exist (commit), and the lease that names the one owner of a run (lease). Beside them,
+what can be made again (cache).
 
 What touches the world is called by module, `files.read_bytes`, never imported by name: a test replaces it in one place.
 """
@@ -35,6 +36,7 @@ from ftray.storage.files import (
 from ftray.storage.lease import Lease, Token, acquire_lease, holds
 from ftray.storage.s3 import RETRY_S, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
+from ftray.storage.uploads import Upload, abort_upload, list_uploads
 
 __all__ = [
     "MANIFEST",
@@ -43,6 +45,8 @@ __all__ = [
     "Lease",
     "MissingFile",
     "Token",
+    "Upload",
+    "abort_upload",
     "absolute",
     "acquire_lease",
     "age_s",
@@ -61,6 +65,7 @@ __all__ = [
     "is_remote",
     "join",
     "list_files",
+    "list_uploads",
     "map_file",
     "patient",
     "put_file",

@@ -14,14 +14,16 @@ import torch
 
 GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
 EIGHT_BIT, FULL = "adamw-8bit", "adamw"
+PAGED = "-paged"  # behind either: moments live in the host's memory
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) on bf16 or fp32 parameters; gradients must be equal on all ranks.
 
     moments: `adamw` keeps them in fp32, `adamw-8bit` in two bytes of a parameter together (see `encode_mean`,
-    `encode_square`). After a step, `overflow` says whether it was refused, `_global_grad_norm` is the norm before
-    clipping: both under the names that DeepSpeed's engine looks for.
+    `encode_square`); `…-paged` in the host's memory, from which a parameter's come for its update. After a step,
+    `overflow` says whether it was refused, `_global_grad_norm` is the norm before clipping: both under the names that
+    DeepSpeed's engine looks for.
     """
 
     KINDS = ("weights", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
@@ -37,7 +39,8 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        self.eight_bit, self.max_grad_norm = moments == EIGHT_BIT, max_grad_norm
+        self.eight_bit, self.max_grad_norm = moments.removesuffix(PAGED) == EIGHT_BIT, max_grad_norm
+        self.paged = moments.endswith(PAGED)
         self.num_updates, self.overflow = 0, False
         self._global_grad_norm = 0.0
         for p in self._parameters():
@@ -63,13 +66,20 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad.contiguous(), group, clip)
+        if self.paged and grads and grads[0].is_cuda:
+            torch.cuda.current_stream(grads[0].device).synchronize()  # moments are back: a checkpoint may read them
 
     def _update(self, p: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], clip: float) -> None:
         state = self.state[p] or self._fresh(p)
         if p.is_cuda:
             from ftray.train.adamw_kernels import update
 
-            update(p, grad, state, group, clip, self.num_updates, GROUP if self.eight_bit else None)
+            # All on one stream, so that each copy waits for what comes before it.
+            near = {kind: t.to(p.device, non_blocking=True) for kind, t in state.items()}
+            update(p, grad, near, group, clip, self.num_updates, GROUP if self.eight_bit else None)
+            for kind, t in state.items():
+                if near[kind] is not t:
+                    t.copy_(near[kind], non_blocking=True)
             return
         (beta1, beta2), t = group["betas"], self.num_updates
         master, grad = whole(p, state), grad.float() * clip
@@ -89,13 +99,16 @@ class AdamW(torch.optim.Optimizer):
         state: dict[str, torch.Tensor] = {}
         if p.dtype == torch.bfloat16:
             state["rest"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.contiguous_format)
+        place: dict[str, Any] = {"device": p.device}
+        if self.paged:
+            place = {"device": "cpu", "pin_memory": p.is_cuda}
         for kind in ("exp_avg", "exp_avg_sq"):
             if self.eight_bit:
                 dtype = torch.int8 if kind == "exp_avg" else torch.uint8
-                state[kind] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-                state[f"{kind}_scale"] = torch.zeros(-(-p.numel() // GROUP), device=p.device)
+                state[kind] = torch.zeros(p.shape, dtype=dtype, **place)
+                state[f"{kind}_scale"] = torch.zeros(-(-p.numel() // GROUP), **place)
             else:
-                state[kind] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+                state[kind] = torch.zeros(p.shape, dtype=torch.float32, **place)
         self.state[p] = state
         return state
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.train.adamw import EIGHT_BIT
+from ftray.train.adamw import EIGHT_BIT, PAGED
 from ftray.train.loss import MicroBatch, SummedLoss, piece_tokens
 from ftray.train.partition import gathered_in_use
 from ftray.train.zero import owns_optimizer
@@ -58,10 +58,11 @@ class Fit:
     peak: float | None = None
 
 
-def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int) -> Fit:
+def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, before: int | None = None) -> Fit:
     """The fastest of rows × layers by a model of time; the smallest if none fits.
 
-    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row.
+    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row. before: the
+    rows that the run was begun with, which are kept if they fit: dropout's masks hang on them.
     """
 
     def cost(pair: tuple[int, int]) -> float:
@@ -71,12 +72,17 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int) -> Fi
     pairs = [(n, k) for n in rows for k in layers]
     limit = memory.capacity * (1 - RESERVE)
     fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
-    chosen = min(fitting, key=cost) if fitting else (min(rows), max(layers))
+    kept = [pair for pair in fitting if pair[0] == before]
+    chosen = min(kept or fitting, key=cost) if fitting else (min(rows), max(layers))
     return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
-def fit_memory(run: config.Run, loss: SummedLoss, device: torch.device, world_size: int) -> Fit:
+def fit_memory(
+    run: config.Run, loss: SummedLoss, device: torch.device, world_size: int, before: int | None = None
+) -> Fit:
     """Chooses for a model on its device, before its engine is built, and sets the layers' recomputing. Collective.
+
+    before: as in `best_fit`.
 
     Raises ConfigError where recomputing is asked of a model that has no layers for it.
     """
@@ -90,9 +96,9 @@ def fit_memory(run: config.Run, loss: SummedLoss, device: torch.device, world_si
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     if device.type == "cuda" and len(rows) * len(counts) > 1:
         memory = _measure(run, loss, layers, device, world_size)
-        fit = best_fit(memory, rows, counts, run.data.max_seq_len)
+        fit = best_fit(memory, rows, counts, run.data.max_seq_len, before)
     else:
-        fit = Fit(rows[0], counts[0], len(layers))
+        fit = Fit(next((n for n in rows if n == before), rows[0]), counts[0], len(layers))
     _recompute(loss.model, layers, fit.layers)
     return fit
 
@@ -154,8 +160,10 @@ def state_bytes(run: config.Run, parameters: list[torch.nn.Parameter], world_siz
     number = sum(_numel(p) for p in parameters)
     own = 2 if run.train.precision == "bf16" else 4
     if owns_optimizer(run.train, run.deepspeed):
-        moments = 2.2 if run.train.optimizer == EIGHT_BIT else 8.0
-        return number * (own + (2 if own == 2 else 0) + moments)
+        moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
+        # Paged ones come for one parameter at a time, and go.
+        near = max(map(_numel, parameters), default=0) if run.train.optimizer.endswith(PAGED) else number
+        return number * (own + (2 if own == 2 else 0)) + near * moments
     sharded = 12 / world_size
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32

@@ -211,5 +211,10 @@ def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
             f"train: micro-batch {event['micro_batch_size']}, {event['layers']} of {event['num_layers']} layers recomputed; "
             f"{event['peak'] / 2**30:.0f} GiB expected on each GPU"
         )
+    elif event["event"] == "other micro-batch":
+        console.warn(
+            f"the micro-batch of {event['before']} rows that this run was begun with doesn't fit these workers; it is "
+            f"{event['now']} from here on: dropout falls on other places than it would have, all else stays the same"
+        )
     elif event["event"] == "start" and event["step"] > 0:
         console.say(f"train: workers continue at step {event['step']}")

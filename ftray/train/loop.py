@@ -48,6 +48,8 @@ from ftray.train.zero import deepspeed_config, owns_optimizer
 class Trainer:
     """One rank's engine, data shard and progress."""
 
+    _micro_before: int | None = None  # rows at once in the checkpoint that the run goes on from
+
     def __init__(self, job: Job) -> None:
         context = ray.train.get_context()
         self._job, self._run = job, job.run
@@ -56,10 +58,12 @@ class Trainer:
         shard = ray.train.get_dataset_shard("train")
         assert isinstance(shard, FeedShard)
         self._shard = shard
+        found = self._newest()
+        self._micro_before = found.progress.micro_batch_size if found else None
         self._engine, self._parameters = self._build_engine()
         keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
         self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small, lease=job.lease)
-        self._progress = self._resume()
+        self._progress = self._resume(found)
         self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
         self._saved_s = time.monotonic()
@@ -71,6 +75,9 @@ class Trainer:
             self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
             if self._fit.peak is not None:
                 self._link_send({"event": "fit", **asdict(self._fit)})
+            if self._micro_before not in (None, self._fit.micro_batch_size):
+                now = {"now": self._fit.micro_batch_size, "before": self._micro_before}
+                self._link_send({"event": "other micro-batch", **now})
             for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
                 num_supervised, stop = self._agree(batch)
                 if stop:
@@ -93,7 +100,7 @@ class Trainer:
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         model = self._build_model()
         parameters = trainable(model.model)
-        self._fit = fit_memory(self._run, model, self._device, self._world_size)
+        self._fit = fit_memory(self._run, model, self._device, self._world_size, self._micro_before)
         micro_batch_size = self._fit.micro_batch_size
         self._run = self._run.model_copy(
             update={"train": train.model_copy(update={"micro_batch_size": micro_batch_size})}
@@ -125,8 +132,7 @@ class Trainer:
         partition_model(model, deepspeed_config(train, run.deepspeed, 1, self._world_size), self._device)
         return model
 
-    def _resume(self) -> Progress:
-        found = self._newest()
+    def _resume(self, found: Found | None) -> Progress:
         if found is None:
             if self._job.parent is not None:
                 self._put_back(parent_parts(self._job.parent, self._parameters), 0)
@@ -267,10 +273,7 @@ class Trainer:
         self._engine.train()
         sums = self._sum([loss_sum, count])
         loss, progress = sums[0] / sums[1], self._progress
-        is_best = math.isfinite(loss) and (progress.best is None or loss < progress.best["loss"])
-        if is_best:
-            progress.best = {"step": progress.step, "loss": loss}
-        progress.since_best = 0 if is_best else progress.since_best + 1
+        is_best = progress.note_heldout(loss)
         self._lines[-1]["heldout_loss"] = loss
         self._link_send({"event": "heldout", "step": progress.step, "heldout_loss": loss})
         if self._job.waits and self._link is not None:
@@ -281,6 +284,7 @@ class Trainer:
         self._busy("saving")
         self._progress.position = self._shard.plan.position(self._progress.step)
         self._progress.loss_scale = read_scale(self._engine)
+        self._progress.micro_batch_size = self._fit.micro_batch_size
         parts = local_parts(self._engine, self._parameters, self._rank, self._world_size)
         self._writer.save(self._progress, parts, self._lines)
         self._link_send({"event": "checkpoint", "step": self._progress.step})

@@ -1,4 +1,5 @@
-"""Sweeps what runs left behind: checkpoints that were never committed, metrics off the committed timeline. No Ray, no torch.
+"""Sweeps what runs left behind: checkpoints that were never committed, metrics off the committed timeline, uploads that
+broke off. No Ray, no torch.
 
 A run with a live owner is left alone: the sweep takes the run's lease while it works.
 """
@@ -10,18 +11,22 @@ from dataclasses import dataclass
 
 from ftray import storage
 from ftray.console import Console
-from ftray.errors import CheckpointError, ConfigError, RunHeldError
+from ftray.errors import CheckpointError, ConfigError, RunHeldError, StorageError
 from ftray.train.timeline import list_checkpoints
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """What no run needs: its URI (a directory's, or a file's), what it is, size and age of its newest file."""
+    """What no run needs: its URI (a directory's, or a file's), what it is, size and age of its newest file.
+
+    upload: the upload that it is, if it is one.
+    """
 
     uri: str
     what: str
     size_bytes: int
     age_s: float
+    upload: storage.Upload | None = None
 
 
 def sweep_place(place: str, older_than_s: float, dry_run: bool, console: Console) -> int:
@@ -37,14 +42,15 @@ def sweep_place(place: str, older_than_s: float, dry_run: bool, console: Console
     for run_dir in runs:
         try:
             with storage.acquire_lease(run_dir):
-                found = [orphan for orphan in find_orphans(run_dir) if orphan.age_s >= older_than_s]
+                orphans = find_orphans(run_dir) + _uploads(run_dir, console)
+                found = [orphan for orphan in orphans if orphan.age_s >= older_than_s]
                 for orphan in found:
                     console.say(
                         f"{'would go' if dry_run else 'gone'}: {orphan.uri} ({orphan.what}, {_size(orphan.size_bytes)})"
                     )
                     total += orphan.size_bytes
                     if not dry_run:
-                        (storage.delete if orphan.what == SEGMENT else storage.delete_tree)(orphan.uri)
+                        _remove(orphan)
         except RunHeldError as err:
             console.say(f"left alone: {err}")
     console.say(f"{len(runs)} runs, {_size(total)} {'could be freed' if dry_run else 'freed'}")
@@ -79,6 +85,25 @@ def find_orphans(run_dir: str) -> list[Orphan]:
         for file in segments
         if file.path not in counted
     ]
+
+
+def _uploads(run_dir: str, console: Console) -> list[Orphan]:
+    """Uploads of a writer that was killed; where the store doesn't let them be listed, a warning."""
+    try:
+        uploads = storage.list_uploads(run_dir)
+    except StorageError as err:
+        console.warn(f"unfinished uploads are not looked for: {err}")
+        return []
+    return [Orphan(found.uri, "upload that broke off", found.size_bytes, found.age_s, found) for found in uploads]
+
+
+def _remove(orphan: Orphan) -> None:
+    if orphan.upload is not None:
+        storage.abort_upload(orphan.upload)
+    elif orphan.what == SEGMENT:
+        storage.delete(orphan.uri)
+    else:
+        storage.delete_tree(orphan.uri)
 
 
 def _refuse(text: str) -> None:

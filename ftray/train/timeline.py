@@ -23,7 +23,7 @@ class Progress:
     position: cursor of each data source (it follows from step and data; kept to be compared). num_updates: steps that
     changed the weights. bad_in_row: non-finite steps just before this one. best: step and held-out loss. since_best:
     held-out losses since then. segments: first steps of the metrics segments on the committed timeline. loss_scale:
-    fp16's scale and what its next change depends on.
+    fp16's scale and what its next change depends on. micro_batch_size: rows that a worker computed at once.
     """
 
     step: int = 0
@@ -36,6 +36,15 @@ class Progress:
     since_best: int = 0
     segments: list[str] = field(default_factory=list)
     loss_scale: dict[str, float] | None = None
+    micro_batch_size: int | None = None
+
+    def note_heldout(self, loss: float) -> bool:
+        """Counts a held-out loss at this step; True when it is the best so far. One that is not finite never is."""
+        is_best = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
+        if is_best:
+            self.best = {"step": self.step, "loss": loss}
+        self.since_best = 0 if is_best else self.since_best + 1
+        return is_best
 
 
 @dataclass(frozen=True)

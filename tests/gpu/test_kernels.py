@@ -125,6 +125,30 @@ def test_the_optimizers_kernel_is_its_text(dtype: torch.dtype, moments: str) -> 
         assert (cpu[kind] - gpu[kind]).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("moments", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_paged_moments_live_in_the_hosts_memory_and_change_no_bit(dtype: torch.dtype, moments: str) -> None:
+    found = []
+    for name in (moments, f"{moments}-paged"):
+        generator = torch.Generator().manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(n, 2048, generator=generator).to(dtype).cuda()) for n in (3000, 1, 2000)]
+        optimizer = AdamW(ps, 1e-2, 0.1, 1.0, name)
+        for _ in range(4):
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype).cuda()
+            optimizer.step()
+            # At once, as a checkpoint reads them: nothing may be under way any more.
+            seen = [{kind: t.to("cpu", copy=True) for kind, t in optimizer.state[p].items()} for p in ps]
+        found.append((seen, [p.detach().cpu() for p in ps]))
+        places = {t.device.type for p in ps for kind, t in optimizer.state[p].items() if kind != "rest"}
+        assert places == ({"cpu"} if name.endswith("-paged") else {"cuda"})
+    (seen, weights), (paged, same) = found
+    assert all(map(torch.equal, weights, same))
+    for a, b in zip(seen, paged, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[kind], b[kind]) for kind in a)
+
+
 def test_linear_cross_entropy_in_bf16_is_eager_within_rounding() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16).requires_grad_()

@@ -26,6 +26,7 @@ from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.group import Ended
 from ftray.train.identity import open_run, parent_of
+from ftray.train.launch import train
 from ftray.train.restore import open_parent, parent_parts
 from ftray.train.shards import Part
 from ftray.train.supervise import Cluster, Wish, supervise
@@ -136,6 +137,38 @@ def test_a_run_that_lost_its_room_waits_and_says_for_what(nodes: Nodes, parts: d
     with pytest.raises(Preempted, match=r"room for 4 of at least 6 workers .* since 1 s\. There is no checkpoint yet"):
         Cluster(run, False, Console(stream), [], None).wait_for_room(str(tmp_path), 6)
     assert "waiting up to 1 s (scale.wait_s) for nodes" in stream.getvalue()
+
+
+def with_checkpoint(run: config.Run) -> str:
+    """The directory of a run that was begun."""
+    run_dir = open_run(run)
+    writer = CheckpointWriter(run_dir, 2, {}, whole=True)
+    writer.save(Progress(step=1), [Part("weights.a", (1,), 0, torch.ones(1))], [])
+    writer.wait()
+    return run_dir
+
+
+def test_a_run_that_is_continued_on_a_cluster_too_small_waits_and_is_to_be_run_again(
+    nodes: Nodes, parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    six = {"scale__num_workers": 6, "train__global_batch_size": 6, "scale__wait_s": 1}
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    with pytest.raises(ConfigError, match="asks for 6 CPUs"):  # one that is new is refused at once
+        cluster.run_training(run_of(parts, tmp_path / "new", **six))
+
+    run = run_of(parts, tmp_path / "begun", **six)
+    stream = cluster.Watched()
+    run_dir = with_checkpoint(run)
+    with pytest.raises(Preempted) as caught:
+        train(run, run_dir, Console(stream))
+    lacks = "scale asks for 6 CPUs (num_workers × cpus_per_worker), the cluster has 5; lower one"
+    assert str(caught.value) == f"{lacks}; waited 1 s (scale.wait_s) for more nodes"
+    assert caught.value.exit_code == 75
+    assert stream.getvalue().count("waiting up to 1 s (scale.wait_s) for more nodes") == 1
+
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConfigError, match="asks for 6 CPUs"):  # a Ray of one's own gets no more nodes
+        train(run, run_dir, Console(stream))
 
 
 def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from ftray import console, serving
+from ftray import console, serving, storage
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
-from ftray.train.checkpoint import load_checkpoint
+from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
-from ftray.train.timeline import list_checkpoints
+from ftray.train.shards import Part
+from ftray.train.timeline import Found, list_checkpoints
 from tests import cluster, tiny
+from tests.s3 import FaultyProxy, S3Server
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,8 @@ def test_interrupted_and_killed_runs_end_bit_identical(
     assert sorted(cluster.losses(str(tmp_path / "rough/tiny"))) == list(range(stopped_at)), "metrics of a stopped run"
     found, text = cluster.run_training(rough, f"step {stopped_at + 1}/24", cluster.kill_a_worker)
     assert f"continuing at step {stopped_at}" in text
+    killed = r"the worker of rank \d died without a word: its process was killed \(by the kernel, out of memory, or by somebody\)"
+    assert re.search(rf"{killed}.*; starting anew from step \d+ \(failure 1, allowed in a row: \d+\)", text)
     assert found.progress.finished
     assert cluster.losses(str(tmp_path / "rough/tiny")) == expected
     assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
@@ -79,6 +85,51 @@ def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], 
     cluster.run_training(run_of(parts, tmp_path / "one", scale__num_workers=1, **settings))
     two, one = cluster.losses(str(tmp_path / "two/tiny")), cluster.losses(str(tmp_path / "one/tiny"))
     assert one == pytest.approx(two, rel=1e-5)
+
+
+def recorded_as(found: Found, run_dir: str, micro_batch_size: int) -> None:
+    """Makes a checkpoint the newest, and its run one that was begun on other cards, where so many rows went at once."""
+    tensors, progress = load_checkpoint(found), found.progress
+    for other in list_checkpoints(run_dir):
+        if other.step >= found.step:
+            storage.delete_tree(other.uri)
+    progress.micro_batch_size = micro_batch_size
+    writer = CheckpointWriter(run_dir, 9, found.meta, whole=True)
+    writer.save(progress, [Part(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors.items()], [])
+    writer.wait()
+
+
+@pytest.mark.long
+def test_a_run_keeps_the_micro_batch_that_it_was_begun_with_or_says_that_it_can_not(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"train__max_steps": 4, "checkpoint__every": 2, "method__dropout": 0.3}
+    run, run_dir = run_of(parts, tmp_path / "auto", **settings), str(tmp_path / "auto/tiny")
+    found, text = cluster.run_training(run)  # two rows for each of two workers, one at a time
+    assert found.progress.micro_batch_size == 1
+    assert "rows that this run was begun with" not in text
+    first = cluster.losses(run_dir)
+    cluster.run_training(run_of(parts, tmp_path / "two", train__micro_batch_size=2, **settings))
+    two = cluster.losses(str(tmp_path / "two/tiny"))
+    assert first[0] != two[0], "dropout falls on other places"
+
+    (middle,) = [one for one in list_checkpoints(run_dir) if one.step == 2]
+    recorded_as(middle, run_dir, 2)
+    found, text = cluster.run_training(run)
+    assert found.progress.micro_batch_size == 2
+    assert "rows that this run was begun with" not in text
+    again = cluster.losses(run_dir)
+    assert [again[step] for step in (0, 1)] == [first[step] for step in (0, 1)]
+    assert again[2] != first[2]
+
+    (middle,) = [one for one in list_checkpoints(run_dir) if one.step == 2]
+    recorded_as(middle, run_dir, 3)
+    found, text = cluster.run_training(run)
+    assert found.progress.micro_batch_size == 1
+    assert (
+        "the micro-batch of 3 rows that this run was begun with doesn't fit these workers; it is 1 from here on" in text
+    )
+    assert cluster.losses(run_dir) == first
 
 
 @pytest.mark.long
@@ -176,3 +227,29 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
         RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"
     ):
         cluster.run_training(run)
+
+
+@pytest.mark.long
+def test_a_store_that_is_down_for_longer_than_its_deadline_costs_a_run_nothing_but_time(
+    parts: dict[str, Path], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of its module: Ray's workers take the environment that Ray was started in."""
+    settings: dict[str, Any] = {"train__max_steps": 24, "checkpoint__every": 2}
+    smooth, _ = cluster.run_training(run_of(parts, tmp_path, **settings))
+    monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "2")  # the minute of DESIGN's promise, shortened
+    with FaultyProxy(s3.endpoint, 0.0, ("503", "reset")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        cluster.restart_ray()
+
+        def go_down() -> None:
+            proxy.fraction = 1.0
+            threading.Timer(8.0, setattr, (proxy, "fraction", 0.0)).start()
+
+        run = run_of(parts, tmp_path, storage=f"{s3.uri}/{tmp_path.name}", **settings)
+        found, text = cluster.run_training(run, "step 3/24", go_down)
+        assert proxy.count["503"] + proxy.count["reset"] > 0
+        assert "starting anew" not in text
+        assert found.progress.finished
+        assert cluster.losses(run.directory) == cluster.losses(str(tmp_path / "tiny"))
+        assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
+        assert {one.step for one in list_checkpoints(run.directory)} == set(range(8, 25, 2))  # the last nine

@@ -11,6 +11,7 @@ import torch
 from ftray.train.adamw import (
     EIGHT_BIT,
     FULL,
+    PAGED,
     AdamW,
     decode_mean,
     decode_square,
@@ -103,6 +104,22 @@ def test_eight_bit_moments_take_two_bytes_and_a_scale_and_follow_the_full_ones()
     start = whole(_start(torch.bfloat16)[0], {})
     moved = masters[0] - start
     assert (masters[1] - masters[0]).norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("moments", [FULL, EIGHT_BIT])
+def test_paged_moments_are_the_same_and_go_into_either_from_a_checkpoint(moments: str) -> None:
+    found = []
+    for first, then in ((moments, moments), (moments + PAGED, moments + PAGED), (moments, moments + PAGED)):
+        p, optimizer = _start(torch.bfloat16, first)
+        _run(p, optimizer, range(3))
+        q, again = _start(torch.bfloat16, then)
+        again.num_updates = 3
+        again.import_state(q, _kept(optimizer, p))
+        _run(q, again, range(3, 6))
+        found.append(_kept(again, q))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[kind], found[0][kind]) for kind in other)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -40,10 +40,25 @@ def test_where_nothing_fits_the_smallest_is_tried() -> None:
     assert (fit.micro_batch_size, fit.layers) == (1, 32)
 
 
-def test_on_a_cpu_auto_is_one_row_and_no_layer() -> None:
+def test_the_rows_that_a_run_was_begun_with_are_kept_where_they_fit_though_others_are_faster() -> None:
+    rows, layers = [1, 2, 4, 8, 16], list(range(33))
+    assert [best_fit(LARGE, rows, layers, 4096, before).micro_batch_size for before in (None, 1, 2, 8)] == [4, 1, 2, 8]
+    assert best_fit(LARGE, rows, layers, 4096, 8).layers > 0, "room is made for them"
+    smaller = Memory(80 * GIB, 70 * GIB, 4e6, 1e6, 32)
+    assert best_fit(smaller, rows, layers, 4096, 16) == best_fit(smaller, rows, layers, 4096)
+    assert best_fit(LARGE, [1, 3], layers, 4096, 2) == best_fit(LARGE, [1, 3], layers, 4096), (
+        "another number of workers"
+    )
+
+
+def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
     loss = SummedLoss(tiny.make_model())
     fit = fit_memory(_run(), loss, torch.device("cpu"), 2)
     assert (fit.micro_batch_size, fit.layers, fit.peak) == (1, 0, None)
+    sizes = [fit_memory(_run(), loss, torch.device("cpu"), 2, before).micro_batch_size for before in (2, 3, 8)]
+    assert sizes == [2, 1, 1], "of four rows for each worker"
+    given = fit_memory(_run(micro_batch_size=4), loss, torch.device("cpu"), 2, 2)
+    assert given.micro_batch_size == 4, "what the run file says stands"
 
 
 @pytest.mark.parametrize(("recompute", "layers"), [("selective", 1), ("full", 2)])
@@ -79,4 +94,8 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     weights = [torch.nn.Parameter(torch.empty(1000, 1000, device="meta"))]
     assert state_bytes(_run(0, optimizer="adamw-8bit"), weights, 1) == pytest.approx(6.2e6)
     assert state_bytes(_run(0), weights, 2) == 12e6
+    assert state_bytes(_run(0, optimizer="adamw-paged"), weights * 10, 2) == 40e6 + 8e6, (
+        "moments of one parameter at a time"
+    )
+    assert state_bytes(_run(0, optimizer="adamw-8bit-paged"), weights * 10, 2) == pytest.approx(40e6 + 2.2e6)
     assert state_bytes(_run(2), weights, 2) < state_bytes(_run(2), weights, 1)

@@ -10,6 +10,9 @@ import torch
 
 from ftray import storage
 from ftray.cli import main
+from ftray.errors import StorageError
+from ftray.storage import uploads
+from ftray.storage.s3 import request
 from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.shards import Part
 from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
@@ -87,3 +90,56 @@ def test_runs_in_a_bucket_are_swept_the_same(run_dir: Path, s3: Any) -> None:
     assert main(["runs", "gc", place, "--older-than", "0"]) == 0
     left = {file.path for file in storage.list_files(storage.join(place, "one")) if "lease/" not in file.path}
     assert files(run_dir) - left == ORPHANS
+
+
+def test_uploads_that_broke_off_go_and_those_of_others_and_the_young_stay(
+    run_dir: Path, s3: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"{s3.uri}/uploads-{run_dir.stat().st_mtime_ns}"
+    mine, other = f"{place}/one", f"{place}/one-more"  # the other's address begins like this run's
+    storage.write_bytes(f"{mine}/run.json", b"{}")
+
+    def begin(uri: str, *parts: bytes) -> str:
+        """What a writer leaves that is killed between two parts."""
+        upload_id = str(request("create_multipart_upload", uri)["UploadId"])
+        for number, data in enumerate(parts, 1):
+            request("upload_part", uri, UploadId=upload_id, PartNumber=number, Body=data)
+        return upload_id
+
+    large = bytes(5 << 20)
+    left = {begin(f"{mine}/checkpoints/step-000002/state.safetensors", large, large), begin(f"{mine}/metrics/x.jsonl")}
+    foreign = begin(f"{other}/checkpoints/step-000002/state.safetensors", large)
+    assert {upload.upload_id for upload in storage.list_uploads(mine)} == left
+    assert main(["runs", "gc", mine]) == 0
+    assert main(["runs", "gc", mine, "--older-than", "0", "--dry-run"]) == 0
+    assert {upload.upload_id for upload in storage.list_uploads(mine)} == left
+    told = capsys.readouterr().out
+    assert f"would go: {mine}/checkpoints/step-000002/state.safetensors (upload that broke off, 10.5 MB)" in told
+    assert main(["runs", "gc", mine, "--older-than", "0"]) == 0
+    assert "1 runs, 10.5 MB freed" in capsys.readouterr().out
+    assert storage.list_uploads(mine) == []
+    (found,) = storage.list_uploads(other)
+    assert (found.upload_id, found.size_bytes) == (foreign, len(large))
+    storage.abort_upload(found)
+    storage.abort_upload(found)  # one that is no more is fine
+    assert storage.list_uploads(place) == []
+
+
+def test_a_store_that_does_not_list_uploads_is_swept_all_the_same(
+    run_dir: Path, s3: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"{s3.uri}/unlisted-{run_dir.stat().st_mtime_ns}"
+    storage.write_bytes(f"{place}/run.json", b"{}")
+    storage.write_bytes(f"{place}/metrics/00000004-00000009.jsonl", b"{}")
+    asked = uploads.s3.request
+
+    def deny(operation: str, uri: str, *arguments: Any, **more: Any) -> Any:
+        if operation == "list_multipart_uploads":
+            raise StorageError(f"{uri}: access is denied")
+        return asked(operation, uri, *arguments, **more)
+
+    monkeypatch.setattr(uploads.s3, "request", deny)
+    assert main(["runs", "gc", place, "--older-than", "0"]) == 0
+    told = capsys.readouterr()
+    assert "unfinished uploads are not looked for" in told.out + told.err
+    assert "gone: " in told.out
