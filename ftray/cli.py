@@ -71,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     verb("tune", verbs.tune, "try settings: train trials of the run, compare them, name the best")
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     _add_opinion_verbs(verb)
+    report = verb("report", verbs.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
+    report.add_argument("--html", metavar="FILE", help="write it there instead")
+    again = verb(
+        "reproduce", verbs.reproduce, "train a run once more under another name, if nothing changed, and compare"
+    )
+    again.add_argument("--name", help="name of the new run; <run>-again if left out")
+    again.add_argument(
+        "--other-environment", action="store_true", help="go on where packages, Python or the kind of CPU differ"
+    )
     verb("export", verbs.export, "write the adapter and the merged model")
     _add_serving_verbs(verb)
     _add_data_verbs(commands, verb)

@@ -67,7 +67,9 @@ class Trainer:
     def train(self) -> None:
         """Runs the steps; every rank leaves at the same one."""
         if not self._progress.finished:
-            self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
+            self._link_send(
+                {"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps} | self._place()
+            )
             if self._fit.peak is not None:
                 self._link_send({"event": "fit", **asdict(self._fit)})
             for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
@@ -82,6 +84,10 @@ class Trainer:
         self._busy("saving")
         self._writer.wait()
         self._link_send({"event": "end", "step": self._progress.step, "finished": self._progress.finished}, last=True)
+
+    def _place(self) -> dict[str, Any]:
+        name = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
+        return {"workers": self._world_size, "device": name}
 
     def _build_engine(self) -> tuple[Any, dict[str, torch.nn.Parameter]]:
         deepspeed_without_compiler()
@@ -206,6 +212,7 @@ class Trainer:
             "grad_norm": float(norm) if norm is not None else None,
             "tokens_per_s": round(sums[1] / duration_s, 1),
             "data_wait_s": round(wait_s, 4),
+            "unix_s": round(time.time(), 3),
         }
         if not applied:
             line["skipped"] = True
