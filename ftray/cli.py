@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
+    plan = verb("plan", verbs.plan, "say whether a run fits, how long it takes and what it costs; no Ray, no GPU")
+    plan.add_argument("--card", help="GPU to plan for, e.g. H100 or A100-80G; scale.accelerator if left out")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     train = verb("train", verbs.train, "train, or continue a run")
     train.add_argument(
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"

@@ -163,6 +163,21 @@ def _reported(run: config.Run, run_dir: str, console: Console, lease: Lease) -> 
             try_report(run, run_dir, console)
 
 
+def plan(arguments: argparse.Namespace, console: Console) -> int:
+    """Says what a run will need: memory, steps, time, cost."""
+    from ftray import storage
+    from ftray.observe.plan import as_text, as_tree, make_plan
+
+    run = open_target(arguments.run, arguments.overrides)
+    found = make_plan(run, storage.absolute(run.directory), arguments.card)
+    if arguments.json:
+        console.say(json.dumps(as_tree(found), indent=1))
+        return 0
+    for line in as_text(found, run):
+        console.say(line)
+    return 0
+
+
 def report(arguments: argparse.Namespace, console: Console) -> int:
     """Writes all that is known of a run as one page."""
     from ftray import storage

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from ftray.train.memory import EIGHT_BIT
+
 GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
-EIGHT_BIT, FULL = "adamw-8bit", "adamw"
+FULL = "adamw"
 
 
 class AdamW(torch.optim.Optimizer):

@@ -6,7 +6,6 @@ states. All ranks take the same decision. Knows tensors and settings; nothing of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,63 +13,10 @@ import torch.distributed as dist
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.train.adamw import EIGHT_BIT
-from ftray.train.loss import MicroBatch, SummedLoss, piece_tokens
-from ftray.train.zero import owns_optimizer
+from ftray.train.loss import MicroBatch, SummedLoss
+from ftray.train.memory import Fit, Memory, best_fit, head_bytes, state_bytes
 
 PROBE_TOKENS = (1024, 2048)
-RECOMPUTE_COST = 0.33  # of a step's time, for recomputing every layer: a forward pass of three
-SMALL_BATCH_TOKENS = 350  # a micro-batch costs as if it had this many tokens more
-RESERVE = 0.05  # of the memory, for fragments and what is not modelled
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states, the head's pieces.
-
-    kept, recomputed: a token's activations when all layers keep theirs, and when none does.
-    """
-
-    capacity: float
-    static: float
-    kept: float
-    recomputed: float
-    num_layers: int
-
-    def peak(self, tokens: int, layers: int) -> float:
-        """Bytes with `layers` of the layers recomputed: what is kept, and one layer at work."""
-        share = layers / max(1, self.num_layers)
-        token = self.kept * (1 - share) + self.recomputed * share
-        at_work = 2 * (self.kept - self.recomputed) / max(1, self.num_layers)
-        return self.static + tokens * (token + at_work)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What was chosen. layers: recomputed ones; peak: bytes expected, None where nothing was measured."""
-
-    micro_batch_size: int
-    layers: int
-    num_layers: int
-    peak: float | None = None
-
-
-def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int) -> Fit:
-    """The fastest of rows × layers by a model of time; the smallest if none fits.
-
-    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row.
-    """
-
-    def cost(pair: tuple[int, int]) -> float:
-        share = pair[1] / max(1, memory.num_layers)
-        return (1 + RECOMPUTE_COST * share) * (1 + SMALL_BATCH_TOKENS / (pair[0] * seq))
-
-    pairs = [(n, k) for n in rows for k in layers]
-    limit = memory.capacity * (1 - RESERVE)
-    fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
-    chosen = min(fitting, key=cost) if fitting else (min(rows), max(layers))
-    return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
 def fit_memory(run: config.Run, loss: SummedLoss, device: torch.device, world_size: int) -> Fit:
@@ -120,8 +66,8 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
         small, large = (_kept(loss, n, vocabulary, device) for n in PROBE_TOKENS)
         token_bytes.append((large - small) / (PROBE_TOKENS[1] - PROBE_TOKENS[0]))
     torch.cuda.empty_cache()
-    pieces = 2 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if head.requires_grad else 0)
-    static = torch.cuda.memory_allocated(device) + pieces + state_bytes(run, parameters, world_size)
+    states = state_bytes(run, sum(p.numel() for p in parameters), world_size)
+    static = torch.cuda.memory_allocated(device) + head_bytes(vocabulary, width, head.requires_grad) + states.total
     free, whole = torch.cuda.mem_get_info(device)
     capacity = min(free + torch.cuda.memory_reserved(device), whole * run.scale.gpus_per_worker)
     worst = torch.tensor([-capacity, static, *token_bytes], dtype=torch.float64, device=device)
@@ -141,16 +87,3 @@ def _kept(loss: SummedLoss, num_tokens: int, vocabulary: int, device: torch.devi
     kept = torch.cuda.memory_allocated(device) - before
     del out
     return kept
-
-
-def state_bytes(run: config.Run, parameters: list[torch.nn.Parameter], world_size: int) -> float:
-    """Gradients, masters and moments of the trained parameters on one GPU, and what the update needs besides."""
-    number = sum(p.numel() for p in parameters)
-    own = 2 if run.train.precision == "bf16" else 4
-    if owns_optimizer(run.train, run.deepspeed):
-        moments = 2.2 if run.train.optimizer == EIGHT_BIT else 8.0
-        return number * (own + (2 if own == 2 else 0) + moments)
-    sharded = 12 / world_size
-    gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
-    update = (own + 4) / world_size  # flat gradients, and the same in fp32
-    return number * (sharded + gradients + update) + min(2 * number * own, 2 * GIB)

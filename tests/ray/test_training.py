@@ -138,6 +138,7 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
         cluster.run_training(run_of(parts, tmp_path / "c", train__precision="fp16"))
 
 
+@pytest.mark.long
 def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_named(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
