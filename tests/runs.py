@@ -116,6 +116,7 @@ def with_two_kills(storage_dir: Path) -> tuple[config.Run, Path]:
         [
             (0, "began", {"step": 0, "host": "n1", "pid": 1}),
             (9, "start", {"step": 0, **start}),
+            (28, "alarm", {"kind": "spike", "step": 18, "text": "the loss jumped and came back"}),
             (30, "failed", {"why": "worker 1 on n2 was killed (SIGKILL)"}),
             (50, "start", {"step": 20, **start}),
         ],

@@ -28,6 +28,7 @@ from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
 from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, StorageError
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
+from ftray.train.alarms import Watch
 from ftray.train.capacity import check_resources
 from ftray.train.causes import explain
 from ftray.train.group import Clock, Ended, run_group
@@ -36,7 +37,7 @@ from ftray.train.journal import Journal
 from ftray.train.lineage import record_lineage
 from ftray.train.monitor import Monitor
 from ftray.train.supervise import Wish, supervise
-from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics
+from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.worker import Job, train_worker
 
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
@@ -95,6 +96,7 @@ def train(
     job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
     journal = Journal(run_dir, lambda: lease is None or not lease.overtaken)
     step = newest.step if newest else 0
+    watch = Watch(run, data.plan.num_steps, read_metrics(run_dir))
     with journal.session(step), console.progress("train: step", data.plan.num_steps, step) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
@@ -109,6 +111,9 @@ def train(
         def show(event: dict[str, Any]) -> None:
             _show(event, bar, console)
             journal.heard(event)
+            for alarm in watch.heard(event):
+                console.warn(f"step {alarm.step}: {alarm.text}")
+                journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
             if follower is not None:
                 follower.heard(event)
 

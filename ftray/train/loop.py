@@ -34,6 +34,7 @@ from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink
+from ftray.train.pace import Stopwatch, slowest
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
@@ -61,6 +62,7 @@ class Trainer:
         self._progress = self._resume()
         self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
+        self._own_time = Stopwatch(self._device)
         self._saved_s = time.monotonic()
         self._link = MonitorLink(job.monitor) if self._rank == 0 else None
 
@@ -185,14 +187,18 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
         for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
             torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
-            loss = self._engine(*vars(micro).values())
+            with self._own_time:
+                loss = self._engine(*vars(micro).values())
             loss_sum += loss.detach()
             # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
             # An infinite loss may have finite gradients: they become NaN, so that no rank takes the step.
             factor = self._world_size / max(1.0, num_supervised) + 0.0 * loss.detach()
             self._engine.backward(loss * factor, scale_wrt_gas=False)
             self._engine.step()
-        sums = self._sum([float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)])
+        told = [float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)]
+        own_s = [0.0] * self._world_size
+        own_s[self._rank] = self._own_time.take()
+        sums = self._sum([*told, *own_s])
         norm = self._engine.get_global_grad_norm()
         applied = math.isfinite(sums[0]) and not getattr(self._engine.optimizer, "overflow", False)
         progress = self._progress
@@ -214,6 +220,7 @@ class Trainer:
             "data_wait_s": round(wait_s, 4),
             "unix_s": round(time.time(), 3),
         }
+        line |= slowest(sums[len(told) :])
         if not applied:
             line["skipped"] = True
         if scale is not None:

@@ -68,6 +68,7 @@ def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> 
     assert "failure: worker 1 on n2 was killed (SIGKILL); training went on 20 s later" in words
     assert "last sign of this command; it was killed" in words
     assert "nothing trained for 60 min" in words or "nothing trained for 1 h 0 min" in words
+    assert "alarm at step 18: the loss jumped and came back" in words
     assert words[-1] == "finished"
     assert as_rows(found)[0][0] == "2027-01-15 08:00:00"
 
@@ -87,6 +88,7 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
         "the tuned model is better",
         "1 min 49 s, of which 40 s (37%, the goodput) in steps that count; 2 failures",
         "0.18 for training, at 3.6 for a worker's hour",
+        "step 18: the loss jumped and came back",
         "<script>alert(1)</script>",
         "held-out loss",
         "-50.0%",
@@ -95,10 +97,8 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
         "num_workers: 2",
     ):
         assert words in page.text, words
-    titles = [
-        title for title in page.texts if title in ("Training", "Evaluation", "What happened", "Environment", "Settings")
-    ]
-    assert titles == ["Training", "Evaluation", "What happened", "Environment", "Settings"]
+    parts = ["Alarms", "Training", "Evaluation", "What happened", "Environment", "Settings"]
+    assert [title for title in page.texts if title in parts] == parts
     assert sum(tag == "svg" for tag, _ in page.tags) == 5, "loss, rate, norm, throughput, waiting; no GPU's memory"
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
     assert text.count("<circle") == 4, "a mark for each held-out loss"
