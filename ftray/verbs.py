@@ -235,6 +235,18 @@ def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def runs_compare(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows two runs side by side."""
+    from ftray import storage
+    from ftray.observe.compare import compare_known
+    from ftray.observe.report import read_known
+
+    opened = [open_target(target, arguments.overrides) for target in (arguments.one, arguments.other)]
+    for line in compare_known(*(read_known(run, storage.absolute(run.directory)) for run in opened)):
+        console.say(line)
+    return 0
+
+
 def _finished(run: config.Run, verify: bool = False) -> Found | None:
     """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
     from ftray.train.identity import finished_checkpoint
