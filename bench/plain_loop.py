@@ -19,9 +19,10 @@ import torch
 from ftray import config
 from ftray.model.fp8 import quantize_base
 from ftray.model.lora import build_model, trainable
-from ftray.train.adamw import EIGHT_BIT, FULL, PAGED, AdamW
+from ftray.train.adamw import FULL, AdamW
 from ftray.train.fit import fit_memory
 from ftray.train.loss import SummedLoss, flatten_rows
+from ftray.train.memory import EIGHT_BIT, PAGED
 
 OPTIMIZERS = (FULL, EIGHT_BIT, FULL + PAGED, EIGHT_BIT + PAGED)
 

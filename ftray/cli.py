@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
+    plan = verb("plan", verbs.plan, "say whether a run fits, how long it takes and what it costs; no Ray, no GPU")
+    plan.add_argument("--card", help="GPU to plan for, e.g. H100 or A100-80G; scale.accelerator if left out")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     train = verb("train", verbs.train, "train, or continue a run")
     train.add_argument(
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
@@ -71,12 +74,26 @@ def _parser() -> argparse.ArgumentParser:
     verb("tune", verbs.tune, "try settings: train trials of the run, compare them, name the best")
     verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
     _add_opinion_verbs(verb)
+    report = verb("report", verbs.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
+    report.add_argument("--html", metavar="FILE", help="write it there instead")
+    again = verb(
+        "reproduce", verbs.reproduce, "train a run once more under another name, if nothing changed, and compare"
+    )
+    again.add_argument("--name", help="name of the new run; <run>-again if left out")
+    again.add_argument(
+        "--other-environment", action="store_true", help="go on where packages, Python or the kind of CPU differ"
+    )
     verb("export", verbs.export, "write the adapter and the merged model")
     _add_serving_verbs(verb)
     _add_data_verbs(commands, verb)
     _add_cluster_verbs(commands, verb)
-    runs = commands.add_parser("runs", help="look after runs: gc", description="look after runs: gc")
-    sub = runs.add_subparsers(required=True, metavar="action").add_parser("gc", help="sweep what no run needs any more")
+    text = "look after runs: compare, gc"
+    runs = commands.add_parser("runs", help=text, description=text).add_subparsers(required=True, metavar="action")
+    both = runs.add_parser("compare", help="two runs side by side: settings, data, packages, figures")
+    both.add_argument("one", help="a run's directory (local or s3://), or its run file")
+    both.add_argument("other", help="another")
+    both.set_defaults(verb=verbs.runs_compare, overrides=[])
+    sub = runs.add_parser("gc", help="sweep what no run needs any more")
     sub.add_argument("place", help="a run's directory, or one that holds runs (local or s3://)")
     sub.add_argument("--dry-run", action="store_true", help="only show what would go")
     sub.add_argument("--older-than", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (1)")

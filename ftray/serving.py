@@ -55,6 +55,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
         )
     _check_gates(run_dir, step, arguments.run)
     meta = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
     found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
     said = (
         f"published {public}, version {found.version}: {found.uri}"
@@ -135,17 +136,16 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
     from ftray.serve.models import check_model
     from ftray.serve.registry import base_name, registry_of
 
-    whole = storage.join(
-        storage.absolute(run.directory), *(("model",) if run.method.type == "full" else ("model", "merged"))
-    )
+    run_dir = storage.absolute(run.directory)
+    whole = storage.join(run_dir, *(("model",) if run.method.type == "full" else ("model", "merged")))
     check_model(whole)
     if run.method.type == "full" or not run.serve.max_adapters:
         if more:
             reason = "serve.max_adapters is 0" if run.method.type != "full" else "its method.type is full"
             raise ConfigError(f"{more[0]} can't be served beside '{run.name}': {reason}; serve runs that are adapters")
-        return whole, Served(run.name)
+        return whole, Served(run.name, lineages=_lineages({run.name: storage.join(run_dir, "model")}))
     base = _base_of(run)
-    adapters = {run.name: storage.join(storage.absolute(run.directory), "model")}
+    adapters = {run.name: storage.join(run_dir, "model")}
     for word in more:
         name, uri = _adapter_of(word, base)
         if name in adapters:
@@ -155,9 +155,25 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
         adapters[name] = uri
     if (model_id := base_name(base.base)) in adapters:
         model_id = f"{model_id}-base"
-    return resolve_base(run.model), Served(
-        model_id, adapters, registry_of(run.storage, base.base), base.base, base.revision, run.serve.max_adapters
-    )
+    place, most = registry_of(run.storage, base.base), run.serve.max_adapters
+    served = Served(model_id, adapters, place, base.base, base.revision, most, _lineages(adapters))
+    return resolve_base(run.model), served
+
+
+def _lineages(models: dict[str, str]) -> dict[str, str]:
+    """Ids of the lineages that exported models were committed with."""
+    from ftray import storage
+    from ftray.errors import CheckpointError
+
+    found = {}
+    for name, uri in models.items():
+        try:
+            manifest = storage.read_manifest(uri)
+        except CheckpointError:  # told where it is loaded
+            continue
+        if manifest is not None and manifest["meta"].get("lineage"):
+            found[name] = str(manifest["meta"]["lineage"])
+    return found
 
 
 def _adapter_of(word: str, base: config.Model) -> tuple[str, str]:

@@ -142,8 +142,68 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
     with _owned(run, console, parent=parent) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
-        found = launch(run, run_dir, console, lease)
-        console.say(f"done: {found.step} steps, checkpoint {found.uri}\nnext: ftray evaluate {arguments.run}")
+        with _reported(run, run_dir, console, lease):
+            found = launch(run, run_dir, console, lease)
+        console.say(
+            f"done: {found.step} steps, checkpoint {found.uri}\nreport: {run_dir}/report.html\n"
+            f"next: ftray evaluate {arguments.run}"
+        )
+    return 0
+
+
+@contextmanager
+def _reported(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Iterator[None]:
+    """Writes the run's report at the end, whatever the end is, while the run is this process's own."""
+    from ftray.observe.report import try_report
+
+    try:
+        yield
+    finally:
+        if not lease.overtaken:
+            try_report(run, run_dir, console)
+
+
+def plan(arguments: argparse.Namespace, console: Console) -> int:
+    """Says what a run will need: memory, steps, time, cost."""
+    from ftray import storage
+    from ftray.observe.plan import as_text, as_tree, make_plan
+
+    run = open_target(arguments.run, arguments.overrides)
+    found = make_plan(run, storage.absolute(run.directory), arguments.card)
+    if arguments.json:
+        console.say(json.dumps(as_tree(found), indent=1))
+        return 0
+    for line in as_text(found, run):
+        console.say(line)
+    return 0
+
+
+def report(arguments: argparse.Namespace, console: Console) -> int:
+    """Writes all that is known of a run as one page."""
+    from ftray import storage
+    from ftray.observe.report import report_to
+
+    run = open_target(arguments.run, arguments.overrides)
+    report_to(run, storage.absolute(run.directory), console, arguments.html)
+    return 0
+
+
+def reproduce(arguments: argparse.Namespace, console: Console) -> int:
+    """Trains a run once more under another name, from what it was trained from, and compares."""
+    from ftray import storage
+    from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed, same_data
+
+    old = open_target(arguments.run, arguments.overrides)
+    old_dir = storage.absolute(old.directory)
+    run = renamed(old, arguments.name)
+    known = check_before(old, old_dir, arguments.other_environment, console)
+    with _owned(run, console, parent=known.get("parent")) as (run_dir, lease):
+        from ftray.train.launch import train as launch
+
+        check_data(known, run, same_data(run, run_dir, console))
+        with _reported(run, run_dir, console, lease):
+            launch(run, run_dir, console, lease)
+    console.say(compare_runs(old_dir, run_dir))
     return 0
 
 
@@ -172,6 +232,18 @@ def runs_gc(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.train.sweep import sweep_place
 
     sweep_place(arguments.place, arguments.older_than * 3600, arguments.dry_run, console)
+    return 0
+
+
+def runs_compare(arguments: argparse.Namespace, console: Console) -> int:
+    """Shows two runs side by side."""
+    from ftray import storage
+    from ftray.observe.compare import compare_known
+    from ftray.observe.report import read_known
+
+    opened = [open_target(target, arguments.overrides) for target in (arguments.one, arguments.other)]
+    for line in compare_known(*(read_known(run, storage.absolute(run.directory)) for run in opened)):
+        console.say(line)
     return 0
 
 
@@ -265,10 +337,11 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     check_evaluation(run, storage.absolute(run.directory))
-    with _owned(run, console) as (run_dir, _):
+    with _owned(run, console) as (run_dir, lease):
         from ftray.evaluate.compare import compare
 
-        comparison, _ = compare(run, run_dir, console)
+        with _reported(run, run_dir, console, lease):
+            comparison, _ = compare(run, run_dir, console)
     comparison.check_gates()
     return 0
 
@@ -298,9 +371,10 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     run = open_target(arguments.run, arguments.overrides)
     best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
     with _owned(run, console, with_ray=False) as (run_dir, _):
+        from ftray.observe.card import described
         from ftray.train.export import export as write
 
-        where = write(run, run_dir, console)
+        where = write(run, run_dir, console, partial(described, run, run_dir))
     is_served = run.method.type != "prompt"
     console.say(f"done: {where}" + (f"\nnext: ftray serve {arguments.run}" if is_served else " (an adapter for PEFT)"))
     return 0
@@ -321,15 +395,17 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if done is None or answer is None or (run.evaluate.gates and comparison is None):
         with _owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
+            from ftray.observe.card import described
             from ftray.serve.trial import try_endpoint
             from ftray.train.export import export as write
             from ftray.train.launch import train as launch
 
-            done = launch(run, run_dir, console, lease)
-            question = "Hello"
-            if run.data.eval is not None:
-                comparison, question = compare(run, run_dir, console)
-            model_dir = write(run, run_dir, console)
+            with _reported(run, run_dir, console, lease):
+                done = launch(run, run_dir, console, lease)
+                question = "Hello"
+                if run.data.eval is not None:
+                    comparison, question = compare(run, run_dir, console)
+            model_dir = write(run, run_dir, console, partial(described, run, run_dir))
             if is_served:
                 answer = try_endpoint(run, run_dir, model_dir, done.step, question, console)
     _say_end(arguments, run, console, is_refused=comparison is not None and bool(comparison.missed))
@@ -355,6 +431,7 @@ def _say_end(arguments: argparse.Namespace, run: config.Run, console: Console, i
     for line in (
         "",
         f"the run '{run.name}' is complete. Everything is in {directory}:",
+        "  report.html             all of it on one page",
         "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
         "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
         "  model/                  the trained model"

@@ -134,6 +134,8 @@ class Scale(Section):
     """Share of a GPU that a worker takes. Below 1 several trials of a sweep, of one worker each, share a GPU and its memory."""
     max_failures: Annotated[Int, Field(ge=0)] = 3
     """Failures in a row, without a new checkpoint between them, after which workers are started anew; one more ends the run."""
+    price_per_hour: Annotated[Float, Field(gt=0)] | None = None
+    """Price of an hour of one worker (a GPU with its share of the node), for what a run costs."""
     wait_s: Annotated[Float, Field(ge=0)] = 1800.0
     """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
 

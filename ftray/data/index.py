@@ -128,6 +128,16 @@ def build_index(
     return index
 
 
+def read_index(directory: str, data_hash: str) -> Index | None:
+    """The index of those in a run's `data/` whose rows are known by this hash."""
+    for file in storage.list_files(directory, suffix=".json"):
+        if file.path.startswith("index-"):
+            index = _from_json(json.loads(storage.read_bytes(file.uri)))
+            if index.data_hash == data_hash:
+                return index
+    return None
+
+
 def read_survey(index: Index, directory: str) -> Survey:
     """The record tables behind an index; what `data.clean` took out is in them."""
     return _open_survey([f.chunk for f in index.facts], index.shards, directory)

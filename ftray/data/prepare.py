@@ -6,6 +6,7 @@ here knows models.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ftray.data.pipeline import Plan, make_plan
 from ftray.data.proof import prove_sample
 from ftray.data.sources import other_files
 from ftray.errors import ConfigError, DataError
+
+SUMMARY = "summary.json"
+COUNTS = ("num_records", "num_tokens", "num_supervised", "num_rows")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,35 @@ def prepare_data(
     index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
     heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
     _say_left_out(run.data, console)
+    _keep_summary(run.data, index.mixture(stream).rows_per_epoch, index, heldout_index, directory)
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
     return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
+
+
+def _keep_summary(data: config.Data, rows: int, index: Index, heldout: Index | None, directory: str) -> None:
+    """Writes the counts that a plan of the run is made from, without Ray, tokenizer or the data."""
+    counts = [{name: each.total(name) for name in COUNTS} if each is not None else None for each in (index, heldout)]
+    tree = {"settings": _shape_of(data), "rows_per_epoch": rows, "train": counts[0], "eval": counts[1]}
+    storage.write_bytes(storage.join(directory, SUMMARY), json.dumps(tree, indent=1).encode())
+
+
+def read_summary(run: config.Run, run_dir: str) -> dict[str, Any] | None:
+    """Counts of a run's data as they were indexed last: `rows_per_epoch`, and COUNTS of `train` and `eval`.
+
+    None where the data was not indexed yet, or with other settings.
+    """
+    uri = storage.join(run_dir, "data", SUMMARY)
+    if not storage.exists(uri):
+        return None
+    try:
+        tree: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        return None
+    return tree if tree.get("settings") == _shape_of(run.data) else None
+
+
+def _shape_of(data: config.Data) -> dict[str, Any]:
+    return data.model_dump(mode="json", include={"train", "eval", "max_seq_len", "packing", "labels", "clean"})
 
 
 def plan_rows(index: Index, stream: Stream, train: config.Train) -> Plan:

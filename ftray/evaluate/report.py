@@ -15,26 +15,43 @@ NUM_GROUPS, NUM_CLASSES = 20, 5  # lines at most
 def report(comparison: Comparison, speed: dict[str, Any]) -> list[str]:
     """Lines of the whole report, but for the answers."""
     lines = [*table(comparison), *[f"verdict: {sentence}" for sentence in comparison.verdict]]
-    lines += _slices(comparison.slices) + _classes(comparison.classes) + _pairs(comparison.pairs) + _speed(speed)
-    return lines + _gates(comparison.gates)
+    return lines + details(comparison, speed) + gate_lines(comparison.gates)
+
+
+def details(comparison: Comparison, speed: dict[str, Any]) -> list[str]:
+    """Lines of slices, labels, pairs and speed."""
+    return _slices(comparison.slices) + _classes(comparison.classes) + _pairs(comparison.pairs) + _speed(speed)
 
 
 def table(comparison: Comparison) -> list[str]:
     """Lines of the side-by-side table."""
+    (_, *names, _), rows = figure_rows(comparison)
+    lines = ["", f"{'':<16}{''.join(f'{name:>10}' for name in names)}   95% interval"]
+    lines += [f"{title:<16}{''.join(f'{cell:>10}' for cell in cells)}   {last}" for title, *cells, last in rows]
+    return [*lines, counted(comparison)]
+
+
+def counted(comparison: Comparison) -> str:
+    """What the figures are over."""
+    base = comparison.base
+    over = f"{base.num_supervised} supervised held-out tokens"
+    rest = f", the rest over {base.num_answers} answers" if base.num_answers else ""
+    return f"(loss over {over}{rest}; intervals by paired bootstrap)"
+
+
+def figure_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the side-by-side table."""
     base, tuned, few_shot = comparison.base, comparison.tuned, comparison.few_shot
-    shots = f"{comparison.settings['few_shot']}-shot"
-    lines = ["", f"{'':<16}{'base':>10}{f'{shots:>10}' if few_shot else ''}{'tuned':>10}{'change':>10}   95% interval"]
+    shots = [f"{comparison.settings['few_shot']}-shot"] if few_shot else []
+    rows = []
     for name, figure in FIGURES.items():
         b, t, found = base.figure(name), tuned.figure(name), comparison.differences["tuned - base"].get(name)
         if b is None or t is None or found is None:
             continue
         f = few_shot.figure(name) if few_shot else None
-        middle = "" if few_shot is None else f"{'-':>10}" if f is None else f"{f:>10.4f}"
-        change, interval = _change(name, found)
-        lines.append(f"{figure.title:<16}{b:>10.4f}{middle}{t:>10.4f}{change:>10}   {interval}")
-    over = f"{base.num_supervised} supervised held-out tokens"
-    rest = f", the rest over {base.num_answers} answers" if base.num_answers else ""
-    return [*lines, f"(loss over {over}{rest}; intervals by paired bootstrap)"]
+        middle = [] if few_shot is None else ["-" if f is None else f"{f:.4f}"]
+        rows.append([figure.title, f"{b:.4f}", *middle, f"{t:.4f}", *_change(name, found)])
+    return ["", "base", *shots, "tuned", "change", "95% interval"], rows
 
 
 def _change(name: str, found: Difference) -> tuple[str, str]:
@@ -113,7 +130,8 @@ def _speed(speed: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _gates(gates: list[GateResult]) -> list[str]:
+def gate_lines(gates: list[GateResult]) -> list[str]:
+    """A line for each limit of a gate."""
     return [f"gate: {gate}: {'passed' if gate.passed else 'MISSED'}" for gate in gates]
 
 

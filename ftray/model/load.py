@@ -78,6 +78,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def template_hash(tokenizer: Any) -> str:
+    """Identity of a chat template alone: twelve hex digits."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
+
+
 def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -> PreTrainedModel:
     """The base as a causal language model in `dtype` on the CPU, or in 4 bits (nf4, double quantization).
 

@@ -130,13 +130,16 @@ class _Api:
         return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
-        cards = [ModelCard(id=model_id, created=self._created) for model_id in self._model_ids()]
+        cards = [self._card(model_id) for model_id in self._model_ids()]
         return JSONResponse(ModelList(data=cards).model_dump())
 
     async def model(self, request: Request) -> Response:
         model_id = request.path_params["model_id"]
         self._check_model(model_id)
-        return JSONResponse(ModelCard(id=model_id, created=self._created).model_dump())
+        return JSONResponse(self._card(model_id).model_dump())
+
+    def _card(self, model_id: str) -> ModelCard:
+        return ModelCard(id=model_id, created=self._created, lineage=self._catalog.lineage(model_id))
 
     async def feedback(self, request: Request) -> Response:
         self._meter.admit(request.scope.get(CALLER, ""))

@@ -28,7 +28,8 @@ class Served:
     """What a replica is told to serve: a model alone, or a base with adapters.
 
     adapters: fixed ones, id → URI. registry: URI of what is published for this base, looked at again and again; base,
-    revision: what published adapters must have been trained on. max_adapters: held in memory at a time.
+    revision: what published adapters must have been trained on. max_adapters: held in memory at a time. lineages: of the
+    model or the fixed adapters, by id: what their runs' origin is known by.
     """
 
     model_id: str
@@ -37,6 +38,7 @@ class Served:
     base: str | None = None
     revision: str | None = None
     max_adapters: int = 0
+    lineages: Mapping[str, str] = field(default_factory=dict)
 
 
 class Catalog:
@@ -71,6 +73,11 @@ class Catalog:
     def model_ids(self) -> list[str]:
         """All that may be asked for: the base or whole model, fixed adapters, published ones as `base:name`."""
         return [self._served.model_id, *self._served.adapters, *(self._public(name) for name in self._published)]
+
+    def lineage(self, model_id: str) -> str | None:
+        """Id of the lineage of the run that a model comes from, where it is known."""
+        published = {self._public(name): one.meta.get("lineage") for name, one in self._published.items()}
+        return self._served.lineages.get(model_id) or published.get(model_id)
 
     async def prepare(self, model_id: str) -> str | None:
         """The engine's name of the adapter that answers for `model_id`, loaded; None for the base.

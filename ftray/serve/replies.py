@@ -38,6 +38,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "ftray"
+    lineage: str | None = None  # the id in the run.json of the run that it comes from
 
 
 class ModelList(BaseModel):

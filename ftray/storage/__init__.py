@@ -34,7 +34,7 @@ from ftray.storage.files import (
     write_bytes,
 )
 from ftray.storage.lease import Lease, Token, acquire_lease, holds
-from ftray.storage.s3 import RETRY_S, patient
+from ftray.storage.s3 import RETRY_S, brief, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
 from ftray.storage.uploads import Upload, abort_upload, list_uploads
 
@@ -50,6 +50,7 @@ __all__ = [
     "absolute",
     "acquire_lease",
     "age_s",
+    "brief",
     "cache_directory",
     "check_writable",
     "commit_directory",

@@ -93,6 +93,16 @@ def patient() -> Iterator[None]:
         retry_s.reset(before)
 
 
+@contextmanager
+def brief(seconds: float) -> Iterator[None]:
+    """Inside, requests wait at most so long for a store that is down."""
+    before = retry_s.set(min(seconds, retry_s.get() or _default_retry_s()))
+    try:
+        yield
+    finally:
+        retry_s.reset(before)
+
+
 def _default_retry_s() -> float:
     return float(os.environ.get("FTRAY_STORAGE_RETRY_S", RETRY_S))
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ftray.train.memory import EIGHT_BIT, PAGED
+
 GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
-EIGHT_BIT, FULL = "adamw-8bit", "adamw"
-PAGED = "-paged"  # behind either: moments live in the host's memory
+FULL = "adamw"
 
 
 class AdamW(torch.optim.Optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ftray import config, storage
@@ -12,11 +13,14 @@ from ftray.model.export import write_adapter, write_whole
 from ftray.train.restore import load_tuned
 from ftray.train.timeline import Found, best_checkpoint
 
+Describe = Callable[[Found], Mapping[str, bytes]]
 
-def export(run: config.Run, run_dir: str, console: Console) -> str:
+
+def export(run: config.Run, run_dir: str, console: Console, describe: Describe | None = None) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
-    Of a prompt-tuned model, which can't be merged, that of the adapter.
+    Of a prompt-tuned model, which can't be merged, that of the adapter. describe: files that tell where the model comes
+    from, by name, beside the weights.
 
     Raises ConfigError without a checkpoint.
     """
@@ -28,6 +32,10 @@ def export(run: config.Run, run_dir: str, console: Console) -> str:
         console.say(f"export: writing the model of step {found.step} to {target}")
         with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
             _write(run, found, Path(scratch))
+            for name, text in (describe(found) if describe else {}).items():
+                for place in (Path(scratch), Path(scratch, "merged")):
+                    if place.is_dir():
+                        (place / name).write_bytes(text)
             storage.delete_tree(target)
             meta = {"step": found.step, "run": run.name, "base": run.model.base, **found.meta}
             if not storage.commit_directory(scratch, target, meta):

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,13 +27,17 @@ from ftray.console import Console, duration
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
 from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, StorageError
-from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
+from ftray.train.alarms import Watch
 from ftray.train.capacity import check_resources
+from ftray.train.causes import explain
 from ftray.train.group import Clock, Ended, run_group
 from ftray.train.identity import parent_of, versions
+from ftray.train.journal import Journal
+from ftray.train.lineage import record_lineage
 from ftray.train.monitor import Monitor
 from ftray.train.supervise import Wish, supervise
-from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics
+from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.worker import Job, train_worker
 
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
@@ -67,9 +72,10 @@ def train(
     """
     use_gpu = _wait_for_resources(run, run_dir, console)
     data = follower.data if follower else None
+    load = partial(load_tokenizer, absolute_base(run.model))
+    tokenizer = load()
     if data is None:
-        load = partial(load_tokenizer, absolute_base(run.model))
-        data = prepare_data(run, run_dir, console, load, tokenizer_hash(load()))
+        data = prepare_data(run, run_dir, console, load, tokenizer_hash(tokenizer))
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
@@ -80,17 +86,34 @@ def train(
     heldout = follower.heldout if follower else None
     if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
-    meta = {"config_hash": run.config_hash, "data_hash": data.data_hash, "versions": versions()}
+    lineage = record_lineage(
+        run, run_dir, data, tokenizer_hash(tokenizer), template_hash(tokenizer), parent_of(run_dir)
+    )
+    hashes = {"config_hash": run.config_hash, "data_hash": data.data_hash, "lineage": lineage}
+    meta = {**hashes, "versions": versions()}
     there = run.model_copy(update={"model": absolute_base(run.model)})
     held = lease.token if lease is not None else None
     job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
-    with console.progress("train: step", data.plan.num_steps, newest.step if newest else 0) as bar:
+    journal = Journal(run_dir, lambda: lease is None or not lease.overtaken)
+    step = newest.step if newest else 0
+    watch = Watch(run, data.plan.num_steps, read_metrics(run_dir))
+    with journal.session(step), console.progress("train: step", data.plan.num_steps, step) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
-            return _start(job, world_size, data.plan, use_gpu, wish, show)
+            try:
+                ended = _start(job, world_size, data.plan, use_gpu, wish, show)
+            except RayError as err:
+                journal.tell("failed", why=explain(err))
+                raise
+            journal.group_ended(ended)
+            return ended
 
         def show(event: dict[str, Any]) -> None:
             _show(event, bar, console)
+            journal.heard(event)
+            for alarm in watch.heard(event):
+                console.warn(f"step {alarm.step}: {alarm.text}")
+                journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
             if follower is not None:
                 follower.heard(event)
 

@@ -34,6 +34,7 @@ from ftray.train.checkpoint import CheckpointWriter
 from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink
+from ftray.train.pace import Stopwatch, slowest
 from ftray.train.partition import partition_model
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
@@ -66,13 +67,16 @@ class Trainer:
         self._progress = self._resume(found)
         self._writer.reserve(local_bytes(self._engine, self._parameters, self._rank, self._world_size))
         self._lines: list[dict[str, Any]] = []
+        self._own_time = Stopwatch(self._device)
         self._saved_s = time.monotonic()
         self._link = MonitorLink(job.monitor) if self._rank == 0 else None
 
     def train(self) -> None:
         """Runs the steps; every rank leaves at the same one."""
         if not self._progress.finished:
-            self._link_send({"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps})
+            self._link_send(
+                {"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps} | self._place()
+            )
             if self._fit.peak is not None:
                 self._link_send({"event": "fit", **asdict(self._fit)})
             if self._micro_before not in (None, self._fit.micro_batch_size):
@@ -90,6 +94,10 @@ class Trainer:
         self._busy("saving")
         self._writer.wait()
         self._link_send({"event": "end", "step": self._progress.step, "finished": self._progress.finished}, last=True)
+
+    def _place(self) -> dict[str, Any]:
+        name = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
+        return {"workers": self._world_size, "device": name}
 
     def _build_engine(self) -> tuple[Any, dict[str, torch.nn.Parameter]]:
         deepspeed_without_compiler()
@@ -197,14 +205,18 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
         for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
             torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
-            loss = self._engine(*vars(micro).values())
+            with self._own_time:
+                loss = self._engine(*vars(micro).values())
             loss_sum += loss.detach()
             # DeepSpeed averages gradients over ranks; this factor makes it one mean over the global batch's tokens.
             # An infinite loss may have finite gradients: they become NaN, so that no rank takes the step.
             factor = self._world_size / max(1.0, num_supervised) + 0.0 * loss.detach()
             self._engine.backward(loss * factor, scale_wrt_gas=False)
             self._engine.step()
-        sums = self._sum([float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)])
+        told = [float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)]
+        own_s = [0.0] * self._world_size
+        own_s[self._rank] = self._own_time.take()
+        sums = self._sum([*told, *own_s])
         norm = self._engine.get_global_grad_norm()
         applied = math.isfinite(sums[0]) and not getattr(self._engine.optimizer, "overflow", False)
         progress = self._progress
@@ -224,7 +236,9 @@ class Trainer:
             "grad_norm": float(norm) if norm is not None else None,
             "tokens_per_s": round(sums[1] / duration_s, 1),
             "data_wait_s": round(wait_s, 4),
+            "unix_s": round(time.time(), 3),
         }
+        line |= slowest(sums[len(told) :])
         if not applied:
             line["skipped"] = True
         if scale is not None:

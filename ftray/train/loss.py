@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 
 from ftray.data.packing import IGNORE_INDEX
+from ftray.train.memory import piece_tokens
 from ftray.train.virtual import prepend_virtual
-
-PIECE_LOGITS = 2**29  # logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -190,11 +189,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             scaled = torch.empty_like(grad_weight, dtype=ctx.dtype)
             return grad_hidden.mul_(grad), torch.mul(grad_weight, grad, out=scaled), None, None
         return grad_hidden.mul_(grad), None, None, None
-
-
-def piece_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are in memory at once: 4096 of a vocabulary of 128,256."""
-    return max(256, PIECE_LOGITS // vocabulary // 256 * 256)
 
 
 def _slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:

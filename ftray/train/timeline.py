@@ -119,17 +119,30 @@ def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float 
 
 
 def merge_metrics(run_dir: str, progress: Progress) -> int:
-    """Writes `<run>/metrics.jsonl` out of the committed timeline's segments; returns its number of lines.
+    """Writes `<run>/metrics.jsonl` out of the committed timeline's segments; returns its number of lines."""
+    lines = _metric_lines(run_dir, progress)
+    storage.write_bytes(
+        storage.join(run_dir, "metrics.jsonl"), "".join(f"{lines[s]}\n" for s in sorted(lines)).encode()
+    )
+    return len(lines)
 
-    A segment that a later one overlaps (after a fall-back) counts up to where that one begins.
-    """
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """A line for each committed step, in order, also of a run that still trains."""
+    found = list_checkpoints(run_dir)
+    if found:
+        lines = _metric_lines(run_dir, found[0].progress)
+        return [json.loads(lines[step]) for step in sorted(lines)]
+    uri = storage.join(run_dir, "metrics.jsonl")
+    return [json.loads(line) for line in storage.read_bytes(uri).splitlines()] if storage.exists(uri) else []
+
+
+def _metric_lines(run_dir: str, progress: Progress) -> dict[int, str]:
+    """Lines by step. A segment that a later one overlaps (after a fall-back) counts up to where that one begins."""
     lines: dict[int, str] = {}
     for segment in progress.segments:
         first = int(segment[:8])
         lines = {step: line for step, line in lines.items() if step < first}
         text = storage.read_bytes(storage.join(run_dir, "metrics", segment)).decode()
         lines |= {int(json.loads(line)["step"]): line for line in text.splitlines()}
-    storage.write_bytes(
-        storage.join(run_dir, "metrics.jsonl"), "".join(f"{lines[s]}\n" for s in sorted(lines)).encode()
-    )
-    return len(lines)
+    return lines

@@ -99,8 +99,7 @@ def open_state(run: config.Run, tune_dir: str) -> State:
     if not storage.exists(uri):
         return State(settings)
     try:
-        tree = json.loads(storage.read_bytes(uri))
-        state = State(tree["settings"], [_trial(t) for t in tree["trials"]], tree["data_hash"])
+        state = _read(uri)
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{uri} is damaged; restore it, or delete {tune_dir} to sweep anew") from None
     if differing := config.differing_keys(state.settings, settings):
@@ -109,6 +108,22 @@ def open_state(run: config.Run, tune_dir: str) -> State:
             "set these back, or delete that directory"
         )
     return state
+
+
+def read_state(tune_dir: str) -> State | None:
+    """The state of a sweep, if there is one that can be read."""
+    uri = _uri(tune_dir)
+    if not storage.exists(uri):
+        return None
+    try:
+        return _read(uri)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(uri: str) -> State:
+    tree = json.loads(storage.read_bytes(uri))
+    return State(tree["settings"], [_trial(t) for t in tree["trials"]], tree["data_hash"])
 
 
 def _trial(tree: Mapping[str, Any]) -> Trial:

@@ -6,6 +6,7 @@ Tests are in the order in which a user would do the same things; those that end 
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -106,8 +107,40 @@ def test_the_run_directory_holds_all_of_the_run(run_dir: Path) -> None:
     identity = json.loads((run_dir / "run.json").read_text())
     assert identity["config"]["train"]["max_steps"] == NUM_STEPS
     assert {"ftray", "ray", "torch", "deepspeed"} <= identity["versions"].keys()
+    lineage = identity["lineage"]
+    assert [Path(f["uri"]).name for f in lineage["data"]["files"]] == [
+        *("part-000.jsonl", "part-001.jsonl"),  # of a
+        "part-000.jsonl",  # of b
+        "part-000.jsonl",  # held out
+    ]
+    for name in ("model", "model/merged"):
+        assert json.loads((run_dir / name / "lineage.json").read_text())["id"] == lineage["id"]
+        assert f"| id | {lineage['id']} |" in (run_dir / name / "MODEL_CARD.md").read_text()
     assert list((run_dir / "data").glob("index-*.json"))
+    events = [line for file in (run_dir / "events").iterdir() for line in read_lines(file)]
+    assert [e["event"] for e in events] == ["began", "start", "ended"]
+    assert (events[1]["workers"], events[1]["device"], events[-1]["how"]) == (2, "CPU", "finished")
     assert storage.verify_directory(str(run_dir / "model")) == []
+
+
+def test_the_report_holds_the_data_the_answers_and_what_happened(place: Place, run_dir: Path) -> None:
+    page = (run_dir / "report.html").read_text()
+    results = json.loads((run_dir / "evaluate/results.json").read_text())
+    for words in (
+        f"trained to the end, {NUM_STEPS} steps",
+        f"{results['tuned']['loss']:.4f}",
+        "data/a",
+        "Tokens in a record",
+    ):
+        assert words in page, words
+    for generation in read_lines(run_dir / "evaluate/generations.jsonl"):
+        assert html.escape(generation["tuned"]) in page
+    assert "no index" not in page
+    before = page.encode()
+    (run_dir / "report.html").unlink()
+    ended = place.ftray("report", "run.yaml")
+    assert ended.out == f"report: {run_dir}/report.html\n"
+    assert (run_dir / "report.html").read_bytes() == before, "the same from what is stored alone"
 
 
 def test_the_last_lines_say_where_all_is_and_what_to_type_next(place: Place, ended: Ended, run_dir: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from ftray import console, serving, storage
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
+from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed, same_data
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
 from ftray.train.shards import Part
@@ -186,6 +187,33 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
         ConfigError, match=r"train\.precision fp16 needs GPUs, and the cluster has none; use bf16 or fp32"
     ):
         cluster.run_training(run_of(parts, tmp_path / "c", train__precision="fp16"))
+
+
+@pytest.mark.long
+def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_named(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    data = tiny.write_records(tmp_path / "data", 60)
+    old = cluster.make_run(tmp_path, parts["model"], data, train__max_steps=4)
+    first, _ = cluster.run_training(old)
+    shown = console.Console(cluster.Watched())
+    known = check_before(old, old.directory, False, shown)
+    run = renamed(old, None)
+    check_data(known, run, same_data(run, run.directory, shown))
+    second, _ = cluster.run_training(run)
+    assert run.directory.endswith("/tiny-again")
+    assert cluster.weights_hash(first) == cluster.weights_hash(second)
+    assert "the same once more: rows and losses of 4 steps, and the weights of step 4, bit for bit" in compare_runs(
+        old.directory, run.directory
+    )
+    assert first.meta["lineage"] == second.meta["lineage"] == known["id"], "what they came from is the same"
+    shard = data / "part-001.jsonl"
+    shard.write_text(shard.read_text().replace("hears", "heard", 1))
+    check_before(old, old.directory, False, shown)  # reads nothing
+    third = renamed(old, "third")
+    found = same_data(third, third.directory, shown)
+    with pytest.raises(DataError, match=r"part-001\.jsonl gives other rows than it did; restore it"):
+        check_data(known, third, found)
 
 
 @pytest.mark.long

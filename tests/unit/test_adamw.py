@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from ftray.train.adamw import (
-    EIGHT_BIT,
     FULL,
-    PAGED,
     AdamW,
     decode_mean,
     decode_square,
@@ -19,6 +17,7 @@ from ftray.train.adamw import (
     encode_square,
     whole,
 )
+from ftray.train.memory import EIGHT_BIT, PAGED
 from ftray.train.shards import HostBuffer, assemble, check_complete, layout, num_bytes
 from ftray.train.state import local_parts, restore_parts
 

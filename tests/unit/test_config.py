@@ -394,6 +394,7 @@ SAME: dict[str, dict[str, Any]] = {
         "cpus_per_worker": 2.0,
         "gpus_per_worker": 0.5,
         "max_failures": 1,
+        "price_per_hour": 3.0,
         "wait_s": 3.0,
     },
     "checkpoint": {"every": 3, "keep": 1},

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,28 @@ def test_what_does_not_fit_or_was_damaged_is_not_published(tmp_path: Path) -> No
 )
 def test_a_base_is_called_by_the_last_part_of_its_name(base: str, name: str) -> None:
     assert base_name(base) == name
+
+
+def test_the_list_of_models_names_the_lineage_of_each_that_has_one(tmp_path: Path) -> None:
+    put(tmp_path, "known", meta={**META, "lineage": "0123456789abcdef"})
+    put(tmp_path, "older")
+    told = replace(served(tmp_path), adapters={"own": "unused"}, lineages={"own": "fedcba9876543210"})
+
+    async def work() -> None:
+        app = build_api(HoldingEngine(), told, max_tokens=5)
+        async with life(app):
+            listed = (await call(app, "/v1/models")).json["data"]
+            found = {card["id"]: card["lineage"] for card in listed}
+            assert found == {
+                "small": None,
+                "own": "fedcba9876543210",
+                "small:known": "0123456789abcdef",
+                "small:older": None,
+            }
+            one = await call(app, "/v1/models/small:known")
+            assert one.json["lineage"] == "0123456789abcdef"
+
+    asyncio.run(work())
 
 
 def test_adapters_appear_change_and_go_within_the_time_of_two_looks(

@@ -1,0 +1,84 @@
+"""GPUs by their data sheets, and how fast training is on them by one model of time. Pure arithmetic.
+
+The model's constants come from one card, an H200 (docs/benchmarks.md); other cards are scaled by their data sheets, which
+has not been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftray import config
+from ftray.observe.shape import Shape
+from ftray.train.memory import RECOMPUTE_COST, SMALL_BATCH_TOKENS
+
+MEASURED = "H200"
+MATMUL_SHARE = 0.697  # of the data sheet's dense rate that products reach
+# Passes over a token's activations, for all that is no product.
+PASSES = {"full": 11.8, "lora": 18.3, "qlora": 18.3, "prompt": 18.3}
+QLORA_COST = 1.012
+FP8_GAIN = 1.58  # of products with a base in 8 bits
+MEASURED_TOKENS = 16384  # of the micro-batches that these were measured with
+FP32_COST = 8.0  # a guess: products without the tensor cores' 16-bit rate
+HIDDEN_SHARE = 0.5  # of the gathering of sharded weights that goes on behind products
+BETWEEN_NODES = 5e9  # bytes a second for each GPU, a guess: it depends on the network
+GPUS_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Card:
+    """gib: usable; tflops: dense 16-bit products; bandwidth: bytes a second of its memory, link: to its neighbours."""
+
+    name: str
+    gib: float
+    tflops: float
+    bandwidth: float
+    link: float
+    has_fp8: bool = False
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("L4", 22.0, 121, 0.30e12, 12e9, True),
+        Card("A10G", 22.0, 70, 0.60e12, 12e9),
+        Card("A100-40G", 39.4, 312, 1.56e12, 230e9),
+        Card("L40S", 44.4, 362, 0.86e12, 25e9, True),
+        Card("A100-80G", 79.2, 312, 2.04e12, 230e9),
+        Card("H100", 79.1, 989, 3.35e12, 350e9, True),
+        Card("H200", 139.0, 989, 4.80e12, 350e9, True),
+        Card("B200", 178.0, 2250, 8.00e12, 700e9, True),
+    )
+}
+ALIASES = {"A100": "A100-40G"}
+
+
+def tokens_per_s(run: config.Run, shape: Shape, card: Card, world_size: int, tokens: int, share: float) -> float:
+    """Tokens a second on each GPU. tokens: of a micro-batch; share: of the layers that are recomputed."""
+    method = run.method
+    frozen = 0 if method.type == "full" else 1
+    weights = shape.in_layers + shape.head
+    products_s = (6 - 2 * frozen) * weights / (card.tflops * 1e12 * MATMUL_SHARE)
+    if method.base_precision == "fp8":
+        products_s /= FP8_GAIN
+    if run.train.precision == "fp32":
+        products_s *= FP32_COST
+    rest_s = PASSES[method.type] * shape.kept_bytes(run.train.precision) / card.bandwidth
+    compute_s = (products_s + rest_s) * (1 + RECOMPUTE_COST * share) * (QLORA_COST if method.type == "qlora" else 1.0)
+    compute_s *= (1 + SMALL_BATCH_TOKENS / tokens) / (1 + SMALL_BATCH_TOKENS / MEASURED_TOKENS)
+    step_tokens = run.train.global_batch_size * run.data.max_seq_len / world_size
+    return 1 / (compute_s + _talk_s(run, shape, card, world_size, tokens, step_tokens))
+
+
+def _talk_s(run: config.Run, shape: Shape, card: Card, world_size: int, tokens: int, step_tokens: float) -> float:
+    """Seconds of a token for what GPUs tell each other: gradients once a step, at stage 3 weights for each micro-batch."""
+    if world_size == 1:
+        return 0.0
+    speed = card.link if world_size <= GPUS_A_NODE else BETWEEN_NODES
+    others = (world_size - 1) / world_size
+    gradients_s = 2 * others * 2 * shape.num_trained(run.method) / speed / step_tokens
+    if run.deepspeed.zero_stage < 3:
+        return gradients_s
+    return (
+        gradients_s + HIDDEN_SHARE * 2 * others * shape.weight_bytes(run.method, run.train.precision) / speed / tokens
+    )

@@ -1,0 +1,361 @@
+"""What a run will need before it is started: memory by part, rows at once, steps, time, cost; and whether to start it.
+
+Memory is `train.memory`'s model over a base's shape, time `cards`' model. Needs neither Ray, nor torch, nor a GPU, nor the
+base's weights. How well it does against figures that were measured is in docs/benchmarks.md and in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ftray import config
+from ftray.config.compatible import impossible
+from ftray.console import duration
+from ftray.data.prepare import read_summary
+from ftray.data.sources import list_shards
+from ftray.errors import ConfigError, DataError, StorageError
+from ftray.observe.cards import ALIASES, CARDS, MEASURED, Card, tokens_per_s
+from ftray.observe.shape import Shape, shape_of
+from ftray.train.memory import GIB, RESERVE, Fit, Memory, best_fit, head_bytes, state_bytes
+
+BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
+SMALL = 0.8e9  # weights; smaller models were not measured
+START_S = 90.0  # for Ray, workers and the model
+OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
+    ("lora", 0, "adamw"),
+    ("qlora", 0, "adamw"),
+    ("lora", 3, "adamw"),
+    ("full", 0, "adamw-8bit"),
+    ("full", 0, "adamw"),
+    ("full", 1, "adamw"),
+    ("full", 2, "adamw"),
+    ("full", 3, "adamw"),
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on one GPU at the peak of a step. buffers: logits, what the update needs. working: one layer under way."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train on one card. fits: within the card, less what is kept free for fragments."""
+
+    card: str
+    method: str
+    zero_stage: int
+    optimizer: str
+    micro_batch_size: int
+    recomputed: int
+    num_layers: int
+    parts: Parts
+    fits: bool
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much is trained. tokens: of a row on average; from_index: counted, not guessed from the files' sizes."""
+
+    num_steps: int | None
+    rows_per_epoch: int | None
+    tokens: float
+    num_records: int | None
+    from_index: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. seconds, cost: None where steps, or a price, are not known."""
+
+    shape: Shape
+    num_trained: int
+    world_size: int
+    way: Way
+    others: list[Way]
+    length: Length
+    seconds: float | None
+    cost: float | None
+    advice: list[str]
+    together: list[str]
+    chose_card: bool
+
+
+def make_plan(run: config.Run, run_dir: str, card: str | None = None) -> Plan:
+    """Plan of a run. card: name in CARDS; scale.accelerator's if left out, else the smallest on which it fits.
+
+    Raises ConfigError for a card that isn't known, ModelError for a base whose shape isn't.
+    """
+    shape, size = shape_of(run.model), run.world_sizes[0]
+    name = card or run.scale.accelerator
+    ways = [way_of(run, shape, each, size) for each in _cards(name)]
+    way = next((each for each in ways if each.fits), ways[-1])
+    found = CARDS[way.card]
+    others = [way_of(other, shape, found, size) for other in _others(run)]
+    if name is None:
+        others = [each for each in ways if each is not way] + others
+    length = length_of(run, run_dir)
+    seconds = cost = None
+    if length.num_steps is not None:
+        tokens = length.num_steps * run.train.global_batch_size * length.tokens
+        seconds = START_S + tokens / (way.tokens_per_s * size)
+        if run.scale.price_per_hour is not None:
+            cost = seconds / 3600 * size * run.scale.price_per_hour
+    advice = advise(run, length, way)
+    number = shape.num_trained(run.method)
+    return Plan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None)
+
+
+def _cards(name: str | None) -> list[Card]:
+    if name is None:
+        return sorted(CARDS.values(), key=lambda card: card.gib)
+    name = ALIASES.get(name, name)
+    if name not in CARDS:
+        raise ConfigError(f"the card {name} is not in plan's table; give --card with one of {', '.join(CARDS)}")
+    return [CARDS[name]]
+
+
+def _others(run: config.Run) -> list[config.Run]:
+    """The same run by other methods, stages and optimizers, as far as these go together."""
+    found = []
+    for method, stage, optimizer in OTHERS:
+        if (method, stage, optimizer) == (run.method.type, run.deepspeed.zero_stage, run.train.optimizer):
+            continue
+        if stage and run.world_sizes[0] == 1:
+            continue  # nothing to share
+        plain = {"rank": run.method.rank, "alpha": run.method.alpha, "target_modules": run.method.target_modules}
+        changed = run.model_copy(
+            update={
+                "method": config.Method.model_validate({"type": method, **plain}),
+                "train": run.train.model_copy(update={"optimizer": optimizer}),
+                "deepspeed": run.deepspeed.model_copy(update={"zero_stage": stage, "offload": "none"}),
+            }
+        )
+        if impossible(changed.model_dump(include={"method", "train", "deepspeed"})) is None:
+            found.append(changed)
+    return found
+
+
+def way_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Way:
+    """Memory and speed of a run on a card, with the rows and recomputed layers that training would choose there."""
+    seq, per_rank = run.data.max_seq_len, run.train.global_batch_size // world_size
+    given = run.train.micro_batch_size
+    rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
+    wanted = {"none": [0], "selective": [shape.num_layers // 2], "full": [shape.num_layers]}
+    layers = wanted.get(run.train.recompute, list(range(shape.num_layers + 1)))
+    memory = memory_of(run, shape, card, world_size)
+    fit = best_fit(memory, rows, layers, seq)
+    parts = parts_of(run, shape, memory, fit, world_size)
+    tokens = fit.micro_batch_size * seq
+    speed = tokens_per_s(run, shape, card, world_size, tokens, fit.layers / shape.num_layers)
+    fits = parts.total <= memory.capacity * (1 - RESERVE)
+    chosen = (run.method.type, run.deepspeed.zero_stage, run.train.optimizer, fit.micro_batch_size, fit.layers)
+    return Way(card.name, *chosen, shape.num_layers, parts, fits, speed)
+
+
+def memory_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Memory:
+    """What `train.fit` measures on a GPU, by arithmetic."""
+    static = _static(run, shape, world_size)
+    precision = run.train.precision
+    capacity = card.gib * GIB * run.scale.gpus_per_worker
+    kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
+    return Memory(capacity, static.total, kept, recomputed, shape.num_layers)
+
+
+def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
+    """Everything but activations."""
+    number = shape.num_trained(run.method)
+    largest = shape.head if run.method.type == "full" else number
+    states = state_bytes(run, number, world_size, largest)
+    weights = shape.weight_bytes(run.method, run.train.precision)
+    buffers = head_bytes(shape.vocabulary, shape.hidden, run.method.type == "full") + states.update
+    if run.deepspeed.zero_stage == 3:
+        whole = shape.linears.values()
+        gathered = weights / shape.num_parameters * (2 * sum(a * b for a, b in whole) + shape.head)
+        weights, buffers = weights / world_size, buffers + gathered
+    if run.deepspeed.offload == "all":
+        weights = 0.0
+    optimizer = 0.0 if run.deepspeed.offload != "none" else states.optimizer
+    return Parts(weights, states.gradients, optimizer, buffers, 0.0, 0.0)
+
+
+def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size: int) -> Parts:
+    """The peak of a step, part by part. Without accumulation gradients appear only as activations go."""
+    static = _static(run, shape, world_size)
+    tokens = fit.micro_batch_size * run.data.max_seq_len
+    share = fit.layers / shape.num_layers
+    activations = tokens * (memory.kept * (1 - share) + memory.recomputed * share)
+    working = memory.peak(tokens, fit.layers) - memory.static - activations
+    gradients = static.gradients
+    if fit.micro_batch_size * world_size == run.train.global_batch_size:
+        gradients = max(0.0, gradients - activations)
+    return Parts(static.weights, gradients, static.optimizer, static.buffers, activations, working)
+
+
+def length_of(run: config.Run, run_dir: str) -> Length:
+    """Steps and rows from the index, else guessed from the files' sizes, else as far as train.max_steps says."""
+    train, seq = run.train, run.data.max_seq_len
+    try:
+        known = read_summary(run, run_dir)
+    except StorageError:  # a plan can be made without keys to the store
+        known = None
+    if known is not None:
+        rows, counts = known["rows_per_epoch"], known["train"]
+        tokens = counts["num_tokens"] / max(1, counts["num_rows"])
+        steps = train.max_steps or int(round(train.epochs * rows, 6)) // train.global_batch_size
+        return Length(steps, rows, tokens, counts["num_records"], True)
+    try:
+        size = sum(shard.size_bytes for source in run.data.train for shard in list_shards(source.path))
+    except (DataError, StorageError):
+        return Length(train.max_steps, None, seq, None, False)
+    rows = max(1, round(size / BYTES_A_TOKEN / seq))
+    steps = train.max_steps or max(1, int(train.epochs * rows) // train.global_batch_size)
+    return Length(steps, rows, seq, None, False)
+
+
+def advise(run: config.Run, length: Length, way: Way) -> list[str]:
+    """Whether to fine-tune at all, and what to try first, by the data's size and kind."""
+    said = []
+    records = length.num_records
+    if records is not None and records < 50:
+        said.append(f"{records} records: put the best of them into the prompt first (evaluate.few_shot compares that)")
+    elif records is not None and records < 500:
+        said.append(f"{records} records teach a form or a tone, hardly knowledge; compare with evaluate.few_shot: 3")
+    if run.data.labels is not None:
+        said.append("labels: a few examples of each in the prompt often come near; evaluate.few_shot compares that")
+    if records is not None and records < 5000 and run.method.type == "full":
+        said.append(f"all weights for {records} records: LoRA learns as much of so few, and forgets less")
+    if run.train.epochs > 3 and records is not None and records < 5000:
+        said.append(
+            f"{run.train.epochs:g} epochs over {records} records will be learned by heart; set evaluate.early_stopping"
+        )
+    if run.data.eval is None:
+        said.append("nothing is held out, so that nobody will see whether it helped; set data.eval: {fraction: 0.1}")
+    if not said:
+        said.append("facts that change, or must be quoted, are better looked up and put into the prompt than trained")
+    if not way.fits:
+        said.insert(0, f"this does not fit a {way.card}: see the ways below that do, or take more or larger GPUs")
+    return said
+
+
+def together(run: config.Run) -> list[str]:
+    """What goes with the run's precision: a line for each method, its possible stages, and why not the others."""
+    lines = []
+    for method in ("full", "lora", "qlora", "prompt"):
+        reasons: dict[str, list[str]] = {}
+        for stage in range(4):
+            tree = run.model_dump(include={"method", "train", "deepspeed"})
+            method_tree = config.Method.model_validate({"type": method}).model_dump()
+            tree["method"], tree["deepspeed"]["zero_stage"], tree["deepspeed"]["offload"] = method_tree, stage, "none"
+            tree["train"]["optimizer"] = "adamw"
+            reasons.setdefault(impossible(tree) or "", []).append(str(stage))
+        good = ", ".join(reasons.pop("", [])) or "none"
+        why = "".join(f"; not {', '.join(stages)}: {text.split(': ', 1)[1]}" for text, stages in reasons.items())
+        lines.append(f"{method} with {run.train.precision}: zero_stage {good}{why}")
+    return lines
+
+
+def as_tree(plan: Plan) -> dict[str, Any]:
+    """For `--json`. Bytes, seconds, tokens a second on each GPU."""
+    tree = asdict(plan)
+    for way, made in ((plan.way, tree["way"]), *zip(plan.others, tree["others"], strict=True)):
+        made["parts"]["total"] = way.parts.total
+    tree["shape"]["num_parameters"] = plan.shape.num_parameters
+    return tree
+
+
+def as_text(plan: Plan, run: config.Run) -> list[str]:
+    """For people."""
+    way, shape, length, card = plan.way, plan.shape, plan.length, CARDS[plan.way.card]
+    gpus = f"{plan.world_size} × {card.name}"
+    smallest = ", the smallest that it fits" if way.fits and plan.chose_card else ""
+    trained = f"{_number(plan.num_trained)} of them trained ({run.method.type}, {run.train.precision})"
+    lines = [
+        f"model      {run.model.base}: {_number(shape.num_parameters)} weights, {trained}",
+        f"on         {gpus} of {card.gib:g} GiB{smallest}",
+        f"memory     {way.parts.total / GIB:.1f} GiB of each GPU: {_parts(way.parts)}",
+        f"           {_chosen(way)}" + ("" if way.fits else "; THIS DOES NOT FIT"),
+        f"speed      {way.tokens_per_s:,.0f} tokens/s on each GPU"
+        + ("" if card.name == MEASURED else f", scaled from an {MEASURED} by data sheet: not measured"),
+    ]
+    size, seq = run.train.global_batch_size, run.data.max_seq_len
+    if length.num_steps is None:
+        lines.append("steps      not known: the data can't be listed from here; index it first: ftray data index")
+    else:
+        is_guess = length.rows_per_epoch is not None and not length.from_index
+        guessed = "; GUESSED from the files' sizes, `ftray data index` counts" if is_guess else ""
+        rows = f", {length.rows_per_epoch:,} rows an epoch" if length.rows_per_epoch else ""
+        most = "" if length.from_index else "at most "
+        lines.append(
+            f"steps      {length.num_steps:,} of {size} rows of {seq} tokens{rows}: "
+            f"{most}{_number(length.num_steps * size * length.tokens)} tokens{guessed}"
+        )
+    if shape.num_parameters < SMALL:
+        lines[4] += "; of a model this small launches decide, too: it will be slower"
+    if plan.seconds is not None:
+        lines.append(f"time       {duration(plan.seconds)}, without failures, evaluation and export")
+    if plan.cost is not None:
+        lines.append(
+            f"cost       {plan.cost:,.2f}, at {run.scale.price_per_hour:g} for a GPU's hour (scale.price_per_hour)"
+        )
+    lines += ["", "other ways", *_table(plan.others)]
+    lines += ["", "before you train", *[f"  - {text}" for text in plan.advice]]
+    return [
+        *lines,
+        "",
+        "what goes together (all of it: docs/compatibility.md)",
+        *[f"  {text}" for text in plan.together],
+    ]
+
+
+def _parts(parts: Parts) -> str:
+    told = {name: value for name, value in asdict(parts).items() if value >= 0.05 * GIB}
+    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in told.items())
+
+
+def _chosen(way: Way) -> str:
+    rows = f"{way.micro_batch_size} row{'s' if way.micro_batch_size > 1 else ''} at once"
+    if not way.recomputed:
+        return f"{rows}, no layer recomputed"
+    return f"{rows}, {way.recomputed} of {way.num_layers} layers recomputed, because more does not fit"
+
+
+def _table(ways: Sequence[Way]) -> list[str]:
+    rows = [["", "card", "method", "ZeRO", "optimizer", "rows", "recomputed", "GiB", "fits", "tokens/s"]]
+    for way in ways:
+        told: Mapping[bool, str] = {True: "yes", False: "no"}
+        recomputed = f"{way.recomputed}/{way.num_layers}"
+        chosen = [way.card, way.method, str(way.zero_stage), way.optimizer, str(way.micro_batch_size), recomputed]
+        rows.append(
+            [
+                "",
+                *chosen,
+                f"{way.parts.total / GIB:.1f}",
+                told[way.fits],
+                f"{way.tokens_per_s:,.0f}" if way.fits else "–",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _number(value: float) -> str:
+    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return f"{value:,.0f}"

@@ -1,0 +1,312 @@
+"""One page of all that is known of a run, `<run>/report.html`: what storage holds of it, whatever that is.
+
+Needs neither the data, nor the model, nor Ray: it can be written at any time, also of a run that still trains or failed.
+How a page looks and plots is in `page`; what the parts say is in the rooms that made them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray import config, storage
+from ftray.console import Console, duration
+from ftray.data.chunks import streams
+from ftray.data.index import Index, read_index, read_survey
+from ftray.data.page import render_parts
+from ftray.data.stats import Stats, collect, warn
+from ftray.errors import ConfigError, FtrayError
+from ftray.evaluate.report import counted, details, figure_rows, gate_lines
+from ftray.evaluate.results import Comparison, read_results
+from ftray.observe.history import History, as_rows, history_of
+from ftray.page import Curve, facts, items, lines, page, section, table
+from ftray.train.journal import read_events
+from ftray.train.timeline import Found, list_checkpoints, read_metrics
+from ftray.tune.page import render_sweep
+from ftray.tune.state import State, read_state
+
+MAX_POINTS = 200  # of a curve; more steps are averaged
+MAX_RECORDS = 500_000  # described one by one: their tables are read for it
+SAMPLES, SAMPLE_CHARS = 8, 1200  # answers shown, and how much of each
+SECRETS = (
+    (re.compile(r"(\w+://)[^/@\s\"'<]+@"), r"\1…@"),
+    (re.compile(r"((?:token|key|secret|signature|credential|password)[\w-]*=)[^&\s\"'<;]+", re.IGNORECASE), r"\1…"),
+)
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What storage holds of a run. newest: its last committed checkpoint; sweep: the state of one."""
+
+    run: config.Run
+    run_dir: str
+    identity: dict[str, Any]
+    newest: Found | None
+    metrics: list[dict[str, Any]]
+    history: History
+    comparison: Comparison | None
+    sweep: State | None
+
+
+def write_report(run: config.Run, run_dir: str) -> str:
+    """Writes `<run>/report.html`; returns its URI. Raises ConfigError where no run was started, StorageError."""
+    uri = storage.join(run_dir, "report.html")
+    storage.write_bytes(uri, render_report(read_known(run, run_dir)).encode())
+    return uri
+
+
+def try_report(run: config.Run, run_dir: str, console: Console) -> None:
+    """As `write_report`, where more than the report is at stake: what goes wrong is a warning."""
+    try:
+        with storage.brief(20.0):
+            write_report(run, run_dir)
+    except (FtrayError, OSError, ValueError, KeyError, TypeError) as err:
+        console.warn(f"report.html was not written ({type(err).__name__}: {err}); try: ftray report {run.directory}")
+
+
+def read_known(run: config.Run, run_dir: str) -> Known:
+    """Raises ConfigError where no run was started."""
+    uri = storage.join(run_dir, "run.json")
+    if not storage.exists(uri):
+        raise ConfigError(f"{run_dir} holds no run (it has no run.json); train first: ftray train <run file>")
+    found, metrics = list_checkpoints(run_dir), read_metrics(run_dir)
+    return Known(
+        run,
+        run_dir,
+        json.loads(storage.read_bytes(uri)),
+        found[0] if found else None,
+        metrics,
+        history_of(read_events(run_dir), metrics),
+        read_results(run_dir),
+        read_state(storage.join(run_dir, "tune")),
+    )
+
+
+def render_report(known: Known) -> str:
+    """The whole page. Passwords and keys in addresses are left out."""
+    body = "".join(
+        (
+            facts(_summary(known)),
+            section("Alarms", items(_alarms(known.history)), kind="warnings"),
+            section("Training", _curves(known)),
+            section("Evaluation", _evaluation(known), kind="long"),
+            section("Sweep", _sweep(known), kind="long"),
+            section("Data", _data(known), kind="long"),
+            section("What happened", _history(known.history), kind="long"),
+            section("Environment", facts(_environment(known))),
+            section("Settings", f"<pre>{escape(_settings(known.run))}</pre>", kind="long"),
+        )
+    )
+    return redacted(page(f"Run {known.run.name}", body))
+
+
+def redacted(text: str) -> str:
+    """Text without the passwords and keys that addresses hold."""
+    for pattern, instead in SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _summary(known: Known) -> list[tuple[str, str]]:
+    run, found, history = known.run, known.newest, known.history
+    told = [("state", _state(known)), ("model", f"{run.model.base}, {run.method.type}, {run.train.precision}")]
+    losses = [line["loss"] for line in known.metrics if line.get("loss") is not None]
+    if losses:
+        tokens = sum(line["num_tokens"] for line in known.metrics)
+        told.append(("training loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
+        told.append(("trained on", f"{tokens:,} tokens in {len(known.metrics):,} steps"))
+    if found is not None and found.progress.best:
+        best = found.progress.best
+        told.append(("held-out loss", f"best {best['loss']:.4f}, at step {best['step']:.0f}"))
+    if known.comparison is not None:
+        told += [("verdict", sentence) for sentence in known.comparison.verdict]
+        missed = len(known.comparison.missed)
+        told += [("gates", f"{missed} missed" if missed else "all passed")] if known.comparison.gates else []
+    if history.goodput is not None:
+        steps = f"{duration(history.productive_s)} ({history.goodput:.0%}, the goodput) in steps that count"
+        failures = f"{history.num_failures} failure{'s' if history.num_failures != 1 else ''}"
+        told.append(("time", f"{duration(history.running_s)}, of which {steps}; {failures}"))
+    if run.scale.price_per_hour is not None and history.sessions:
+        price = run.scale.price_per_hour
+        told.append(("cost", f"{history.cost(price):,.2f} for training, at {price:g} for a worker's hour"))
+    return told
+
+
+def _state(known: Known) -> str:
+    if known.newest is None:
+        return "a sweep" if known.sweep is not None else "started, without a checkpoint yet"
+    step, sessions = known.newest.step, known.history.sessions
+    if known.newest.progress.finished:
+        return f"trained to the end, {step} steps"
+    how = sessions[-1].how if sessions else ""
+    return f"{how or 'training, or killed'} at step {step}; the same command continues it"
+
+
+def _alarms(history: History) -> list[str]:
+    return [f"step {e.what.get('step')}: {e.what.get('text')}" for e in history.events if e.event == "alarm"]
+
+
+def _curves(known: Known) -> str:
+    """Losses and rates over the steps."""
+    metrics = known.metrics
+    if not metrics:
+        return ""
+    steps = max(1, metrics[-1]["step"] + 1)
+    places = [(share, f"{round(share * steps):,}") for share in (0.0, 0.5, 1.0)]
+
+    def curve(name: str, key: str, kind: str = "", dash: str = "", dotted: bool = False) -> Curve:
+        points = [((line["step"] + 1) / steps, line[key]) for line in metrics if line.get(key) is not None]
+        return Curve(name, points if dotted else thinned(points), kind, dash, dotted=dotted)
+
+    held_out = curve("held out", "heldout_loss", "second", "7 4", dotted=True)
+    loss = [curve("training", "loss"), *([held_out] if held_out.points else [])]
+    plots = section("Loss over steps", lines(loss, places, _told("loss", metrics, "loss"), legend=len(loss) > 1), 3)
+    for title, key in (
+        ("Learning rate", "learning_rate"),
+        ("Norm of the gradient", "grad_norm"),
+        ("Tokens per second", "tokens_per_s"),
+        ("Seconds of a step that waited for data", "data_wait_s"),
+        ("Peak memory of GPU 0, GiB", "peak_memory_gib"),
+    ):
+        plots += section(title, lines([curve(title, key)], places, _told(title.lower(), metrics, key)), 3)
+    skipped = [line["step"] for line in metrics if line.get("skipped")]
+    more = f"<p>{len(skipped)} steps were skipped, the first is {skipped[0]}: not finite.</p>" if skipped else ""
+    return f'<div class="grid">{plots}</div>{more}'
+
+
+def _told(name: str, metrics: Sequence[Line], key: str) -> str:
+    """A curve for those who don't see it."""
+    values = [line[key] for line in metrics if line.get(key) is not None]
+    if not values:
+        return name
+    ends = f"first {values[0]:.4g}, last {values[-1]:.4g}, from {min(values):.4g} to {max(values):.4g}"
+    return f"{name} over {len(values)} steps: {ends}"
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of its neighbours."""
+    size = -(-len(points) // most) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _evaluation(known: Known) -> str:
+    found = known.comparison
+    if found is None:
+        return ""
+    head, rows = figure_rows(found)
+    told = table("figures of base and tuned model", head, rows) + f"<p>{escape(counted(found))}</p>"
+    told += items(found.verdict) + items(gate_lines(found.gates))
+    directory = storage.join(known.run_dir, "evaluate")
+    speed_uri = storage.join(directory, "speed.json")
+    speed = json.loads(storage.read_bytes(speed_uri)) if storage.exists(speed_uri) else {}
+    more = "\n".join(details(found, speed)).strip("\n")
+    told += f"<pre>{escape(more)}</pre>" if more else ""
+    uri = storage.join(directory, "generations.jsonl")
+    answers = storage.read_bytes(uri).splitlines()[:SAMPLES] if storage.exists(uri) else []
+    samples = "".join(_sample(json.loads(line)) for line in answers)
+    return told + section(f"The first {len(answers)} answers, side by side", samples, 3, "long")
+
+
+def _sample(line: Line) -> str:
+    asked = facts([("question", _cut(line["question"])), ("reference", _cut(line["reference"]))])
+    names = [name for name in ("base", "few_shot", "tuned") if name in line]
+    said = "".join(facts([(name.replace("_", "-"), _cut(line[name]))]) for name in names)
+    return f'<div class="sample">{asked}<div class="grid">{said}</div></div>'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARS else f"{text[:SAMPLE_CHARS]}…"
+
+
+def _sweep(known: Known) -> str:
+    state = known.sweep
+    winner = state.winner() if state is not None else None
+    if state is None or winner is None:
+        return ""
+    uri = storage.join(known.run_dir, "tune", "results.json")
+    tree = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    found = tree.get("importance")
+    importance = (found["share_of_steps"], found["keys"]) if found else None
+    return render_sweep(state, winner, importance, tree.get("best", {}).get("command", ""), level=3)
+
+
+def _data(known: Known) -> str:
+    """Sources, counts, drops, lengths, from the index that the run was trained by."""
+    data_hash = known.newest.meta["data_hash"] if known.newest else known.sweep.data_hash if known.sweep else ""
+    directory = storage.join(known.run_dir, "data")
+    stream, heldout_stream = streams(known.run.data, dict)  # no tokenizer is loaded: nothing is read
+    indexes = [read_index(directory, each) for each in data_hash.split("-") if each]
+    if not indexes or indexes[0] is None:
+        return "<p>This directory holds no index of the data.</p>" if known.newest else ""
+    told = _sources(known.run, indexes[0])
+    parts = []
+    for name, each, index in zip(("train", "eval"), (stream, heldout_stream), indexes, strict=False):
+        if each is not None and index is not None and index.total("num_records") <= MAX_RECORDS:
+            parts.append(collect(each, index, read_survey(index, directory), name, known.run.data.labels))
+    if not parts or parts[0].name != "train":
+        return told + "<p>Lengths, labels and copies: ftray data stats.</p>"
+    heldout = parts[1] if len(parts) > 1 else None
+    warnings = warn(parts[0], heldout, known.run.train.global_batch_size)
+    return told + render_parts(Stats(parts[0], heldout, warnings), level=3)
+
+
+def _sources(run: config.Run, index: Index) -> str:
+    rows = []
+    for number, found in groupby(index.facts, key=lambda f: f.chunk.source):
+        chunks, source = list(found), run.data.train[number]
+        totals = [sum(getattr(f, name) for f in chunks) for name in ("num_records", "num_tokens", "num_rows")]
+        weight = "–" if source.weight is None else f"{source.weight:g}"
+        rows.append([source.path, f"{len({f.chunk.uri for f in chunks}):,}", weight, *(f"{n:,}" for n in totals)])
+    return table("training sources", ["source", "files", "weight", "records", "tokens", "rows"], rows)
+
+
+def _history(history: History) -> str:
+    rows = as_rows(history)
+    if not rows:
+        return ""
+    return table("what happened", ["time (UTC)", "what happened"], rows, texts=1)
+
+
+def _environment(known: Known) -> list[tuple[str, str]]:
+    identity = known.identity
+    told = [("config hash", identity.get("config_hash", "")), ("directory", known.run_dir)]
+    if known.newest is not None:
+        told.append(("data hash", known.newest.meta["data_hash"]))
+    if identity.get("parent"):
+        told.append(("started from", identity["parent"]))
+    if lineage := identity.get("lineage"):
+        where = lineage["environment"]
+        told.append(("lineage", lineage["id"]))
+        told.append(("ftray's code", where["code"]["commit"] or where["code"]["sha256"]))
+        told.append(("machine", ", ".join(filter(None, (where["cpu"], f"Python {where['python']}", where["image"])))))
+        told += [(f"from step {c['step']}", "; ".join(c["changes"])) for c in lineage.get("continued", [])]
+    devices = {f"{e.what.get('workers')} × {e.what.get('device')}" for e in known.history.events if e.event == "start"}
+    told += [("workers", ", ".join(sorted(devices)))] if devices else []
+    told.append(("versions", ", ".join(f"{name} {version}" for name, version in identity.get("versions", {}).items())))
+    return [(name, text) for name, text in told if text]
+
+
+def _settings(run: config.Run) -> str:
+    """The settings that are not the defaults, as a run file."""
+    text: str = yaml.safe_dump(run.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def report_to(run: config.Run, run_dir: str, console: Console, path: str | None) -> None:
+    """The verb: writes the report beside the run, or to a file; says where."""
+    if path is None:
+        where = write_report(run, run_dir)
+    else:
+        where = str(Path(path))
+        storage.write_bytes(storage.absolute(where), render_report(read_known(run, run_dir)).encode())
+    console.say(f"report: {where}")

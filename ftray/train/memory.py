@@ -1,0 +1,115 @@
+"""What training keeps in a GPU's memory, by arithmetic: states by optimizer and stage, activations by rows and layers.
+
+`fit` fills it in with what it measures on the GPU, `observe.plan` with what follows from a model's shape. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftray import config
+from ftray.train.zero import owns_optimizer
+
+EIGHT_BIT = "adamw-8bit"
+PAGED = "-paged"  # behind an optimizer's name: moments live in the host's memory
+PIECE_LOGITS = 2**29  # logits in memory at once
+RECOMPUTE_COST = 0.33  # of a step's time, for recomputing every layer: a forward pass of three
+SMALL_BATCH_TOKENS = 350  # a micro-batch costs as if it had this many tokens more
+RESERVE = 0.05  # of the memory, for fragments and what is not modelled
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states, the head's pieces.
+
+    kept, recomputed: a token's activations when all layers keep theirs, and when none does.
+    """
+
+    capacity: float
+    static: float
+    kept: float
+    recomputed: float
+    num_layers: int
+
+    def peak(self, tokens: int, layers: int) -> float:
+        """Bytes with `layers` of the layers recomputed: what is kept, and one layer at work."""
+        share = layers / max(1, self.num_layers)
+        token = self.kept * (1 - share) + self.recomputed * share
+        at_work = 2 * (self.kept - self.recomputed) / max(1, self.num_layers)
+        return self.static + tokens * (token + at_work)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen. layers: recomputed ones; peak: bytes expected, None where nothing was measured."""
+
+    micro_batch_size: int
+    layers: int
+    num_layers: int
+    peak: float | None = None
+
+
+def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, before: int | None = None) -> Fit:
+    """The fastest of rows × layers by a model of time; the smallest if none fits.
+
+    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row. before: the
+    rows that the run was begun with, which are kept if they fit: dropout's masks hang on them.
+    """
+
+    def cost(pair: tuple[int, int]) -> float:
+        share = pair[1] / max(1, memory.num_layers)
+        return (1 + RECOMPUTE_COST * share) * (1 + SMALL_BATCH_TOKENS / (pair[0] * seq))
+
+    pairs = [(n, k) for n in rows for k in layers]
+    limit = memory.capacity * (1 - RESERVE)
+    fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
+    kept = [pair for pair in fitting if pair[0] == before]
+    chosen = min(kept or fitting, key=cost) if fitting else (min(rows), max(layers))
+    return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one GPU besides weights and activations. optimizer: masters and moments; update: what a step needs more."""
+
+    gradients: float
+    optimizer: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.gradients + self.optimizer + self.update
+
+
+def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> States:
+    """Of `number` trained weights, with everything on the GPU but paged moments: these come for one parameter at a time.
+
+    largest: weights of the largest parameter.
+    """
+    own = 2 if run.train.precision == "bf16" else 4
+    if owns_optimizer(run.train, run.deepspeed):
+        moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
+        near = largest if run.train.optimizer.endswith(PAGED) else number
+        return States(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0)
+    gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
+    update = (own + 4) / world_size  # flat gradients, and the same in fp32
+    return States(number * gradients, number * 12 / world_size, number * update + min(2 * number * own, 2 * GIB))
+
+
+def gathered_bytes(run: config.Run, number: int) -> float:
+    """Weights that ZeRO-3 keeps whole on a GPU at once, and those under way, of a model of `number`."""
+    zero = run.deepspeed.overrides.get("zero_optimization", {})
+    most = float(zero.get("stage3_max_live_parameters", 1e9)) + float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    return min(number, most) * (4 if run.train.precision == "fp32" else 2)
+
+
+def head_bytes(vocabulary: int, width: int, is_trained: bool) -> float:
+    """Logits of a piece of the tokens with their gradient; of a head that is trained also its gradient's sum in fp32."""
+    return 2 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if is_trained else 0)
+
+
+def piece_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are in memory at once: 4096 of a vocabulary of 128,256."""
+    return max(256, PIECE_LOGITS // vocabulary // 256 * 256)

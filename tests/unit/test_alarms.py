@@ -1,0 +1,139 @@
+"""Each fault that is planted raises its alarm and no other; a run that is well raises none.
+
+The lines are made; those of a real model are in test_alarms_trained.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import pytest
+
+from ftray import config
+from ftray.train.alarms import RULES, Alarm, Watch
+
+
+def run_of(**train: Any) -> config.Run:
+    tree = {"name": "a", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
+    return config.parse_run({**tree, "train": {"global_batch_size": 4, **train}}, "test")
+
+
+def line(step: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "num_tokens": 1000, "tokens_per_s": 1000.0, "data_wait_s": 0.01, **more}
+
+
+def healthy(num_steps: int, seed: int, noise: float = 0.06) -> list[dict[str, Any]]:
+    """A loss that falls from 2.8 to 1.2 with noise, held-out losses with it, waits and workers as they are."""
+    rng = random.Random(seed)
+    lines = []
+    for n in range(num_steps):
+        level = 1.2 + 1.6 * math.exp(-3.0 * n / num_steps) - 0.15 * n / num_steps
+        slow = {"slowest_rank": rng.randrange(4), "slowest_by": 1 + rng.random() * 0.3}
+        lines.append(line(n, level * (1 + rng.gauss(0, noise)), data_wait_s=rng.random() * 0.05, **slow))
+        if n % 20 == 19:
+            lines[-1]["heldout_loss"] = level * 1.04 * (1 + rng.gauss(0, 0.002))
+    return lines
+
+
+def alarms(lines: Sequence[dict[str, Any]], num_steps: int = 0, **train: Any) -> list[Alarm]:
+    """What a run of these lines hears, each step when it comes."""
+    watch = Watch(run_of(**train), num_steps or len(lines))
+    found = watch.heard({"event": "start", "step": 0})
+    for each in lines:
+        plain = {name: value for name, value in each.items() if name != "heldout_loss"}
+        found += watch.heard({"event": "step", **plain})
+        if "heldout_loss" in each:
+            found += watch.heard({"event": "heldout", "step": each["step"] + 1, "heldout_loss": each["heldout_loss"]})
+    return found
+
+
+def kinds(lines: Sequence[dict[str, Any]], **how: Any) -> list[str]:
+    return [alarm.kind for alarm in alarms(lines, **how)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("num_steps", "noise"), [(60, 0.1), (400, 0.06), (2000, 0.15)])
+def test_a_run_that_is_well_raises_none_whatever_its_noise(seed: int, num_steps: int, noise: float) -> None:
+    assert kinds(healthy(num_steps, seed, noise)) == []
+
+
+def test_a_batch_that_gives_no_number_is_named_and_told_once() -> None:
+    lines = healthy(100, 0)
+    for step in (40, 41):
+        lines[step] = line(step, math.nan, skipped=True)
+    (alarm,) = alarms(lines)
+    assert (alarm.kind, alarm.step) == ("not finite", 40)
+    assert "--steps 40:41" in alarm.text
+    lines[40] = line(40, 1.5, skipped=True)  # a gradient
+    assert kinds(lines[:41]) == ["not finite"]
+    assert kinds([line(0, 3.0, skipped=True, loss_scale=65536.0), *healthy(100, 0)[1:]]) == [], (
+        "fp16 searches its scale"
+    )
+    lines[40] = line(40, None, skipped=True)  # type: ignore[arg-type] - as it is read again from metrics.jsonl
+    assert kinds(lines[:41]) == ["not finite"]
+
+
+def test_a_jump_that_comes_back_is_a_spike_and_one_that_stays_is_the_rate() -> None:
+    lines = healthy(200, 1)
+    lines[120]["loss"] = 9.0
+    (alarm,) = alarms(lines)
+    assert (alarm.kind, alarm.step) == ("spike", 125)
+    assert "at step 120 and came back" in alarm.text
+    for n in range(120, 200):
+        lines[n]["loss"] = 5.0 + 0.01 * (n % 7)
+    assert kinds(lines) == ["learning rate too high"]
+
+
+def test_a_loss_that_goes_nowhere_is_told_while_much_is_left() -> None:
+    lines = healthy(400, 2)
+    level = median(each["loss"] for each in lines[140:160])
+    rng = random.Random(5)
+    stuck = [*lines[:150], *(line(n, level * (1 + rng.gauss(0, 0.01))) for n in range(150, 400))]
+    (alarm,) = alarms(stuck)
+    assert alarm.kind == "plateau"
+    assert 200 < alarm.step < 300
+    assert "may bring nothing" in alarm.text
+    (never,) = alarms([line(n, 2.8 * (1 + rng.gauss(0, 0.01))) for n in range(400)])
+    assert "nothing is learned" in never.text
+    assert kinds(stuck[:330], num_steps=330) == ["plateau"]
+    late = [*healthy(400, 2)[:340], *(line(n, 1.1) for n in range(340, 400))]
+    assert kinds(late) == [], "at the end nothing is left to save"
+
+
+def test_data_that_is_waited_for_is_told_but_not_the_start_nor_one_long_wait() -> None:
+    lines = healthy(100, 3)
+    lines[0]["data_wait_s"] = lines[50]["data_wait_s"] = 30.0
+    assert kinds(lines) == []
+    for each in lines[50:]:
+        each["data_wait_s"] = 0.4
+    (alarm,) = alarms(lines)
+    assert alarm.kind == "starving"
+    assert "of the time for data" in alarm.text
+
+
+def test_one_slow_worker_is_named_but_not_now_this_one_now_that() -> None:
+    lines = healthy(100, 4)
+    for each in lines[30:]:
+        each |= {"slowest_rank": 2, "slowest_by": 2.2}
+    (alarm,) = alarms(lines)
+    assert alarm.kind == "straggler"
+    assert alarm.text.startswith("worker 2 takes 2.2 times as long")
+    for n, each in enumerate(lines):
+        each |= {"slowest_rank": n % 4, "slowest_by": 2.2}
+    assert kinds(lines) == []
+
+
+def test_steps_that_are_done_again_after_a_failure_count_once() -> None:
+    watch = Watch(run_of(), 200, before=healthy(200, 5)[:40])
+    assert watch.heard({"event": "start", "step": 30}) == []
+    found = [alarm for each in healthy(200, 5)[30:] for alarm in watch.heard({"event": "step", **each})]
+    assert found == []
+    assert [each["step"] for each in watch._lines] == list(range(200))
+
+
+def test_every_alarm_says_what_to_do() -> None:
+    assert set(RULES) == {"not finite", "learning rate too high", "spike", "overfitting", "starving", "straggler"}

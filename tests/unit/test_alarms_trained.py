@@ -1,0 +1,88 @@
+"""Alarms on a real model's curves: the tiny Llama, trained here on a language with a rule, well and badly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftray.train.loss import SummedLoss, flatten_rows
+from ftray.train.pace import Stopwatch, slowest
+from tests import tiny
+from tests.unit.test_alarms import alarms, kinds, line
+
+
+def batches(number: int, seed: int) -> Iterator[Any]:
+    """Rows of a language with a rule: each token is the one before it times three, plus one of two."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        ids = np.zeros((4, 48), np.int32)
+        ids[:, 0] = rng.integers(3, 200, 4)
+        for n in range(1, 48):
+            ids[:, n] = (ids[:, n - 1] * 3 + rng.integers(0, 2, 4)) % 200 + 3
+        positions = np.broadcast_to(np.arange(48), (4, 48)).astype(np.int32)
+        yield flatten_rows(ids, ids, positions, np.full(4, 48, np.int32))
+
+
+def trained(rate: float, num_steps: int, few: int = 0, every: int = 0) -> list[dict[str, Any]]:
+    """Lines of a real training by AdamW with warm-up and clipping. few: so many batches, again and again."""
+    torch.set_num_threads(1)
+    loss_of = SummedLoss(tiny.make_model()).train()
+    optimizer = torch.optim.AdamW(loss_of.parameters(), lr=rate, weight_decay=0.0)
+    data, held_out = list(batches(few or num_steps, 1)), list(batches(4, 2))
+    lines = []
+    for n in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (n + 1) / 5)
+        batch = data[n % len(data)]
+        number = float((batch.labels >= 0).sum())
+        loss = loss_of(*vars(batch).values()) / number
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), 1.0)
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite:
+            optimizer.step()
+        lines.append(line(n, float(loss.detach()), grad_norm=float(norm), **({} if is_finite else {"skipped": True})))
+        if every and n % every == every - 1:
+            with torch.no_grad():
+                sums = [(float(loss_of(*vars(b).values())), float((b.labels >= 0).sum())) for b in held_out]
+            lines[-1]["heldout_loss"] = sum(s for s, _ in sums) / sum(c for _, c in sums)
+    return lines
+
+
+RATE = 2e-3
+
+
+def test_a_real_run_that_is_well_raises_none() -> None:
+    lines = trained(RATE, 120, every=20)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"], "it must learn"
+    assert kinds(lines) == []
+
+
+def test_a_real_run_with_a_hundred_times_the_rate_raises_its_alarm_alone() -> None:
+    lines = trained(100 * RATE, 120, every=20)
+    (alarm,) = alarms(lines, learning_rate=100 * RATE)
+    assert alarm.kind == "learning rate too high"
+    assert "a third of 0.2 or less" in alarm.text
+    assert alarm.step < 60, "while there is something to save"
+
+
+def test_a_real_run_on_a_handful_of_rows_is_told_that_it_learns_by_heart() -> None:
+    lines = trained(RATE, 160, few=2, every=10)
+    (alarm,) = alarms(lines)
+    assert alarm.kind == "overfitting"
+    assert "evaluate.early_stopping" in alarm.text
+
+
+def test_the_slowest_rank_is_told_by_how_much() -> None:
+    assert slowest([1.0]) == {}
+    assert slowest([1.0, 3.0, 1.0, 2.0]) == {"slowest_rank": 1, "slowest_by": 3.0}
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch:
+            torch.ones(10).sum()
+    assert watch.take() > 0
+    assert watch.take() == 0

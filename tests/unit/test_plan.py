@@ -1,0 +1,260 @@
+"""What `ftray plan` says before a run is what was measured: memory within 10%, time within 15%, on one H200."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftray import cli, config
+from ftray.data.prepare import SUMMARY, _shape_of
+from ftray.errors import ConfigError, ModelError
+from ftray.observe.cards import CARDS, tokens_per_s
+from ftray.observe.plan import Length, Parts, advise, as_text, make_plan, memory_of, parts_of, together, way_of
+from ftray.observe.shape import KNOWN, Shape, read_shape, shape_of
+from ftray.train.memory import GIB, Fit
+from tests import tiny
+
+DOC = Path(__file__).parents[2] / "docs/benchmarks.md"
+H200 = CARDS["H200"]
+
+
+def run_of(base: str = "meta-llama/Llama-3.1-8B", **sections: Any) -> config.Run:
+    tree = {"name": "p", "model": {"base": base}, "data": {"train": [{"path": "nowhere"}], "max_seq_len": 4096}}
+    return config.parse_run({**tree, "deepspeed": {"zero_stage": 0}, **sections}, "test")
+
+
+def shape(name: str) -> Shape:
+    base = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}[name]
+    return shape_of(config.Model(base=f"meta-llama/{base}"))
+
+
+def predicted(
+    name: str, method: str, seq: int, rows: int, batch: int, recomputed: int = 0, stage: int = 0, workers: int = 1
+) -> tuple[float, float]:
+    """(GiB, tokens/s on each GPU) of one way to train."""
+    kind, _, optimizer = method.partition(", ")
+    run = run_of(
+        data={"train": [{"path": "nowhere"}], "max_seq_len": seq},
+        method={"type": kind},
+        train={"global_batch_size": batch, "optimizer": optimizer or "adamw"},
+        deepspeed={"zero_stage": stage},
+        scale={"num_workers": workers},
+    )
+    found = shape(name)
+    fit = Fit(rows, recomputed, found.num_layers)
+    parts = parts_of(run, found, memory_of(run, found, H200, workers), fit, workers)
+    speed = tokens_per_s(run, found, H200, workers, rows * seq, recomputed / found.num_layers)
+    return parts.total / GIB, speed
+
+
+def chosen_by_memory() -> list[Any]:
+    """The table of docs/benchmarks.md that `plain_loop` gave: eight rows of 4,096 tokens a step, or of 16,384."""
+    found = []
+    for line in DOC.read_text().splitlines():
+        cells = [cell.strip().replace("`", "").replace(",", "") for cell in line.strip("|").split("|")]
+        if len(cells) == 8 and re.fullmatch(r"\d+ of \d+", cells[4]):
+            name, method, seq, rows, recomputed, _, peak, speed = cells
+            method = method.replace("LoRA", "lora").replace("full adamw", "full, adamw")
+            case = (name, method, int(seq), int(rows), 8, int(recomputed.split()[0]))
+            found.append(pytest.param(case, float(peak), float(speed), id="-".join(cells[:4])))
+    return found
+
+
+# Through `ftray train`, and the step alone, of the other tables there.
+OTHERS = [
+    (("3B", "full", 4096, 4, 16), 84.3, 29_229),
+    (("8B", "full, adamw-8bit", 4096, 2, 16), 99.0, 13_038),
+    (("8B", "lora", 4096, 4, 8), 86.3, 16_959),
+    (("8B", "qlora", 4096, 4, 8), 76.6, 16_753),
+    (("8B", "lora", 4096, 4, 16, 0, 1), 88.0, 16_029),
+    (("8B", "lora", 4096, 4, 32, 0, 1, 2), 87.7, 16_080),
+    (("8B", "lora", 4096, 1, 16), 33.7, 16_292),
+    (("8B", "lora", 4096, 2, 16), 51.8, 16_737),
+]
+
+
+def test_the_table_is_read() -> None:
+    assert len(chosen_by_memory()) == 12
+
+
+@pytest.mark.parametrize(("case", "peak", "speed"), [*chosen_by_memory(), *OTHERS])
+def test_memory_and_time_are_near_what_was_measured(case: tuple[Any, ...], peak: float, speed: float) -> None:
+    gib, tokens = predicted(*case)
+    assert gib == pytest.approx(peak, rel=0.10)
+    assert tokens == pytest.approx(speed, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "rows", "layers"),
+    [
+        ("1B", "lora", 8, 0),
+        ("3B", "lora", 8, 0),
+        ("8B", "lora", 4, 0),
+        ("1B", "full", 8, 0),
+        ("3B", "full", 8, 0),
+    ],
+)
+def test_rows_and_recomputed_layers_are_those_that_training_chose(
+    name: str, method: str, rows: int, layers: int
+) -> None:
+    run = run_of(method={"type": method}, train={"global_batch_size": 8})
+    way = way_of(run, shape(name), H200, 1)
+    assert (way.micro_batch_size, way.recomputed) == (rows, layers)
+    assert way.fits
+
+
+def test_a_shape_counts_the_weights_of_the_real_model(tmp_path: Path) -> None:
+    tiny.write_tiny_model(tmp_path / "m")
+    found = shape_of(config.Model(base=str(tmp_path / "m")))
+    assert found.num_parameters == sum(p.numel() for p in tiny.make_model().parameters())
+    assert shape("8B").num_parameters == 8_030_261_248
+    assert shape("1B").num_parameters == 1_235_814_400
+    assert shape("8B").num_trained(config.Method(type="lora", rank=16)) == 41_943_040
+    assert (
+        shape("8B").num_trained(config.Method(type="lora", rank=16, target_modules=["q_proj", "v_proj"])) == 6_815_744
+    )
+    assert shape("8B").num_trained(config.Method(type="prompt", num_virtual_tokens=10)) == 40_960
+    assert set(KNOWN) == {"Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.3-70B"}
+
+
+def test_a_base_that_is_no_picture_of_this_is_refused() -> None:
+    tree = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    assert read_shape(tree, "b").query == 8
+    with pytest.raises(ModelError, match=r"plan knows no models of this kind \(num_local_experts\)"):
+        read_shape({**tree, "num_local_experts": 8}, "b")
+    with pytest.raises(ModelError, match=r"its config\.json"):
+        read_shape({"d_model": 8}, "b")
+    with pytest.raises(ModelError, match=r"download its config\.json"):
+        shape_of(config.Model(base="nobody/has-this"))
+
+
+def test_more_gpus_share_what_their_stage_shares() -> None:
+    def parts(stage: int, workers: int) -> Parts:
+        run = run_of(
+            method={"type": "full"},
+            train={"global_batch_size": 64, "micro_batch_size": 1},
+            deepspeed={"zero_stage": stage},
+            scale={"num_workers": workers},
+        )
+        return way_of(run, shape("8B"), H200, workers).parts
+
+    one = parts(1, 1)
+    assert parts(1, 8).optimizer == pytest.approx(one.optimizer / 8)
+    assert parts(1, 8).gradients == one.gradients
+    assert parts(2, 8).gradients == pytest.approx(one.gradients / 8)
+    assert parts(2, 8).weights == one.weights
+    assert parts(3, 8).weights == pytest.approx(one.weights / 8)
+
+
+@pytest.fixture
+def indexed(tmp_path: Path) -> tuple[config.Run, Path]:
+    run = run_of(
+        storage=str(tmp_path),
+        train={"global_batch_size": 10, "epochs": 2},
+        scale={"num_workers": 2, "accelerator": "H200", "price_per_hour": 4},
+    )
+    data = tmp_path / "p/data"
+    data.mkdir(parents=True)
+    counts = {"num_records": 300, "num_tokens": 400_000, "num_supervised": 1, "num_rows": 100}
+    tree = {"settings": _shape_of(run.data), "rows_per_epoch": 100, "train": counts, "eval": None}
+    (data / SUMMARY).write_text(json.dumps(tree))
+    return run, tmp_path / "p"
+
+
+def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.Run, Path]) -> None:
+    run, run_dir = indexed
+    plan = make_plan(run, str(run_dir))
+    assert plan.length == Length(20, 100, 4000.0, 300, True)
+    assert plan.seconds == pytest.approx(90 + 20 * 10 * 4000 / (2 * plan.way.tokens_per_s))
+    assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 4)
+    text = "\n".join(as_text(plan, run))
+    assert "20 of 10 rows of 4096 tokens, 100 rows an epoch: 800 thousand tokens\n" in text
+    assert "GUESSED" not in text
+    assert "not measured" not in text
+    other = run.model_copy(update={"data": run.data.model_copy(update={"max_seq_len": 2048})})
+    assert make_plan(other, str(run_dir)).length.num_steps is None, "that index is of other rows"
+
+
+def test_without_an_index_steps_are_guessed_and_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("x" * 4096 * 45)
+    run = run_of(data={"train": [{"path": str(tmp_path)}], "max_seq_len": 4096}, train={"global_batch_size": 2})
+    plan = make_plan(run, str(tmp_path / "p"), "A100")
+    assert (plan.length.rows_per_epoch, plan.length.num_steps, plan.length.from_index) == (10, 5, False)
+    text = "\n".join(as_text(plan, run))
+    assert "GUESSED from the files' sizes" in text
+    assert "1 × A100-40G of 39.4 GiB" in text
+    assert "scaled from an H200 by data sheet: not measured" in text
+
+
+def test_without_a_card_it_is_the_smallest_that_fits_and_the_others_are_shown() -> None:
+    train = {"global_batch_size": 8, "max_steps": 5, "optimizer": "adamw-8bit"}
+    run = run_of(method={"type": "full"}, train=train)
+    plan = make_plan(run, "nowhere")
+    assert plan.chose_card
+    assert plan.way.fits
+    same = [way for way in plan.others if (way.method, way.optimizer) == ("full", "adamw-8bit")]
+    smaller = [way for way in same if CARDS[way.card].gib < CARDS[plan.way.card].gib]
+    assert smaller
+    assert not any(way.fits for way in smaller)
+    assert {way.card for way in [*same, plan.way]} == set(CARDS)
+    text = "\n".join(as_text(plan, run))
+    assert ", the smallest that it fits" in text
+    assert "5 of 8 rows of 4096 tokens: at most 164 thousand tokens" in text
+    with pytest.raises(ConfigError, match="the card GTX is not in plan's table; give --card with one of L4, "):
+        make_plan(run_of(), "nowhere", "GTX")
+
+
+def test_what_does_not_fit_says_so_first_and_names_ways_that_do() -> None:
+    run = run_of(method={"type": "full"}, train={"global_batch_size": 8, "max_steps": 5})
+    plan = make_plan(run, "nowhere", "H100")
+    assert not plan.way.fits
+    assert plan.advice[0].startswith("this does not fit a H100")
+    fitting = {(way.method, way.optimizer) for way in plan.others if way.fits}
+    assert fitting == {("lora", "adamw"), ("qlora", "adamw"), ("full", "adamw-8bit")}
+    assert "THIS DOES NOT FIT" in "\n".join(as_text(plan, run))
+
+
+@pytest.mark.parametrize(
+    ("records", "sections", "words"),
+    [
+        (20, {}, "put the best of them into the prompt first"),
+        (300, {}, "hardly knowledge"),
+        (2000, {"method": {"type": "full"}}, "LoRA learns as much"),
+        (2000, {"train": {"epochs": 9}}, "learned by heart"),
+        (2000, {}, "nothing is held out"),
+    ],
+)
+def test_advice_follows_the_datas_size_and_kind(records: int, sections: dict[str, Any], words: str) -> None:
+    run = run_of(**sections)
+    way = make_plan(run, "nowhere", "B200").way
+    assert any(words in text for text in advise(run, Length(1, 1, 1.0, records, True), way))
+
+
+def test_what_goes_together_is_what_check_allows() -> None:
+    lines = together(run_of(train={"precision": "fp16", "global_batch_size": 8}, deepspeed={"zero_stage": 1}))
+    assert (
+        lines[0]
+        == "full with fp16: zero_stage 1, 2, 3; not 0: DeepSpeed doesn't scale the loss there; use zero_stage 1"
+    )
+    assert lines[2].startswith("qlora with fp16: zero_stage 1, 2; not 0: ")
+    assert "not 3: 4-bit weights can't be sharded; use zero_stage 2" in lines[2]
+
+
+def test_the_verb_prints_text_and_json(
+    indexed: tuple[config.Run, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(indexed[0].model_dump(mode="json", exclude_unset=True)))
+    assert cli.main(["plan", str(file), "--card", "H100", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["way"]["card"] == "H100"
+    assert tree["way"]["parts"]["total"] == pytest.approx(
+        sum(v for k, v in tree["way"]["parts"].items() if k != "total")
+    )
+    assert tree["length"]["num_steps"] == 20
+    assert cli.main(["plan", str(file)]) == 0
+    assert "before you train" in capsys.readouterr().out

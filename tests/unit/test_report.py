@@ -1,0 +1,204 @@
+"""A run's report says what storage holds of it, in figures that can be checked by hand, and asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ftray.console import Console
+from ftray.errors import ConfigError, Interrupted, RunError
+from ftray.observe.history import as_rows, history_of
+from ftray.observe.report import read_known, redacted, render_report, report_to, thinned, try_report, write_report
+from ftray.page import Axis, Curve, bars, columns, lines, table
+from ftray.train.group import Ended
+from ftray.train.journal import Journal, read_events
+from ftray.train.timeline import read_metrics
+from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; keeps tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+
+def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> None:
+    _, run_dir = with_two_kills(tmp_path)
+    found = history_of(read_events(str(run_dir)), read_metrics(str(run_dir)))
+    first, second = found.sessions
+    assert (first.how, second.how) == ("", "finished")
+    assert first.ended_s - first.began_s == 69, "the last step's line is its last sign of life"
+    assert second.ended_s - second.began_s == 40
+    assert found.productive_s == 40
+    assert found.goodput == pytest.approx(40 / 109)
+    assert found.num_failures == 2
+    assert found.cost(3.6) == pytest.approx(3.6 * (69 * 2 + 40 * 1) / 3600)
+    words = [text for _, text in as_rows(found)]
+    assert "failure: worker 1 on n2 was killed (SIGKILL); training went on 20 s later" in words
+    assert "last sign of this command; it was killed" in words
+    assert "nothing trained for 60 min" in words or "nothing trained for 1 h 0 min" in words
+    assert "alarm at step 18: the loss jumped and came back" in words
+    assert words[-1] == "finished"
+    assert as_rows(found)[0][0] == "2027-01-15 08:00:00"
+
+
+def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
+    run, run_dir = with_two_kills(tmp_path)
+    text = render_report(read_known(run, str(run_dir)))
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "a"} & {tag for tag, _ in page.tags}
+    assert not {"src", "href", "onload", "onclick"} & {name for _, attributes in page.tags for name in attributes}
+    assert not re.search(r"https?:|url\(|@import|\bnan\b", text)
+    for words in (
+        "trained to the end, 40 steps",
+        "3.0000 → 0.4058",
+        "40,000 tokens in 40 steps",
+        "best 0.4194, at step 40",
+        "the tuned model is better",
+        "1 min 49 s, of which 40 s (37%, the goodput) in steps that count; 2 failures",
+        "0.18 for training, at 3.6 for a worker's hour",
+        "step 18: the loss jumped and came back",
+        "<script>alert(1)</script>",
+        "held-out loss",
+        "-50.0%",
+        "1 × NVIDIA H200, 2 × NVIDIA H200",
+        "ftray 0.1.0, torch 2.13.0",
+        "num_workers: 2",
+    ):
+        assert words in page.text, words
+    parts = ["Alarms", "Training", "Evaluation", "What happened", "Environment", "Settings"]
+    assert [title for title in page.texts if title in parts] == parts
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5, "loss, rate, norm, throughput, waiting; no GPU's memory"
+    assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
+    assert text.count("<circle") == 4, "a mark for each held-out loss"
+
+
+def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
+    run, run_dir = with_two_kills(tmp_path)
+    text = render_report(read_known(run, str(run_dir)))
+    assert "hunter2" not in text
+    assert "s3://…@bucket/data" in text
+    assert redacted("at https://x.org/a?X-Amz-Signature=abc&y=1 with token=s3cr3t") == (
+        "at https://x.org/a?X-Amz-Signature=…&y=1 with token=…"
+    )
+
+
+def test_a_run_that_has_hardly_begun_and_one_that_was_stopped_have_their_page(tmp_path: Path) -> None:
+    run, run_dir = write_run(tmp_path, [line(n, 2.0, BEGAN_S + n) for n in range(3)])
+    write_session(run_dir, "1", [(0, "began", {"step": 0}), (5, "ended", {"how": "interrupted", "why": "Ctrl-C"})])
+    assert "interrupted at step 3; the same command continues it" in Page(write_and_read(run, run_dir)).text
+    (run_dir / "checkpoints").rename(run_dir / "gone")
+    assert "started, without a checkpoint yet" in Page(write_and_read(run, run_dir)).text
+    (run_dir / "run.json").unlink()
+    with pytest.raises(ConfigError, match="train first"):
+        write_report(run, str(run_dir))
+
+
+def write_and_read(run: object, run_dir: Path) -> str:
+    return Path(write_report(run, str(run_dir))).read_text()  # type: ignore[arg-type]
+
+
+def test_a_report_that_can_t_be_written_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, run_dir = with_two_kills(tmp_path)
+    (run_dir / "evaluate/generations.jsonl").write_text("{}\n")
+    try_report(run, str(run_dir), Console())
+    assert "warning: report.html was not written (KeyError" in capsys.readouterr().out
+    with pytest.raises(KeyError):
+        report_to(run, str(run_dir), Console(), str(tmp_path / "x.html"))
+
+
+def live_until_interrupted(journal: Journal) -> None:
+    with journal.session(7):
+        journal.heard({"event": "step", "step": 7, "loss": 1.0})
+        journal.heard({"event": "start", "step": 7, "num_steps": 9, "workers": 2, "device": "CPU", "x": 1})
+        journal.group_ended(Ended(False, failure="lost"))
+        journal.group_ended(Ended(False, no_room=True, failure="nothing free"))
+        journal.group_ended(Ended(False, wish="there is room for 4 workers"))
+        journal.group_ended(Ended(True))
+        raise Interrupted("interrupted; again")
+
+
+def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_overtaken(tmp_path: Path) -> None:
+    clock = iter(range(100, 200))
+    mine = [True]
+    journal = Journal(str(tmp_path), lambda: mine[0], lambda: float(next(clock)))
+    with pytest.raises(Interrupted):
+        live_until_interrupted(journal)
+    found = read_events(str(tmp_path))
+    assert [e.event for e in found] == ["began", "start", "failed", "no room", "left", "ended"]
+    assert found[1].what == {"step": 7, "num_steps": 9, "workers": 2, "device": "CPU"}
+    assert found[-1].what == {"how": "interrupted", "why": "interrupted; again"}
+    assert [e.unix_s for e in found] == sorted(e.unix_s for e in found)
+    mine[0] = False
+    with pytest.raises(RunError), journal.session(7):
+        raise RunError("no")
+    assert len(read_events(str(tmp_path))) == 6
+    (file,) = (tmp_path / "events").iterdir()
+    file.write_text(file.read_text() + "{torn\n")
+    assert len(read_events(str(tmp_path))) == 6
+
+
+def test_metrics_of_a_run_that_still_trains_are_its_committed_segments(tmp_path: Path) -> None:
+    _, run_dir = write_run(tmp_path, [line(n, 2.0, BEGAN_S) for n in range(3)])
+    assert [found["step"] for found in read_metrics(str(run_dir))] == [0, 1, 2]
+    assert not (run_dir / "metrics.jsonl").exists()
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line(0, 1.0, 0)) + "\n")
+    assert len(read_metrics(str(run_dir))) == 3
+
+
+def test_long_curves_are_averaged_and_keep_their_ends_in_order() -> None:
+    points = [(n / 1001, float(n)) for n in range(1001)]
+    found = thinned(points, 100)
+    assert len(found) == 91
+    assert found[0] == (pytest.approx(5 / 1001), 5.0)
+    assert [y for _, y in found] == sorted(y for _, y in found)
+    assert thinned(points[:7], 100) == points[:7]
+
+
+def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> None:
+    assert lines([Curve("a", [])], [], "x") == columns("t", [], "x") == bars("t", [], "{}") == ""
+    text = lines(
+        [Curve("a<b", [(0, 1.0), (1, 1.0)]), Curve("c", [(0.5, 1.0)], "second", "7 4", dotted=True)],
+        [(0, "0")],
+        "x",
+        True,
+    )
+    page = Page(text)
+    paths = [attributes for tag, attributes in page.tags if tag == "path"]
+    assert [p.get("stroke-dasharray") for p in paths] == [None, "7 4", None, "7 4"]
+    assert "a<b" in page.text
+    assert all(0 <= float(x) <= 480 for x in re.findall(r' (?:x|x1|x2|cx)="([^"]*)"', text))
+    assert Axis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
+    assert Axis([1.0, 3.0]).place(2.0) == 0.5
+    assert "&lt;i&gt;" in table("t", ["<i>"], [["<i>"]], best=0)
