@@ -17,7 +17,6 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,55 +26,14 @@ import psutil
 import ray
 from ray import serve
 
+from bench.fake_engine import TOKENS_PER_S, FakeEngine, start_fake
 from ftray import config
-from ftray.engine.protocol import Chunk, SamplingParams
-from ftray.serve.api import build_api
-from ftray.serve.app import QUIET
+from ftray.engine.protocol import SamplingParams
+from ftray.serve import edge
 from ftray.serve.catalog import Served
 from ftray.serve.run import start_endpoint
 
-TOKENS_PER_S = 30.0
 HUNG_S = 120.0
-
-
-class FakeTokenizer:
-    """Ids are characters."""
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
-
-
-class FakeEngine:
-    """Emits a token every 1/30 s on each stream, each with the time at which it was made."""
-
-    def __init__(self) -> None:
-        self.tokenizer, self.max_context = FakeTokenizer(), 1 << 20
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def health(self) -> None: ...
-
-    def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
-        return self._generate(len(prompt_ids), params.max_tokens)
-
-    async def _generate(self, num_prompt_tokens: int, num_tokens: int) -> AsyncIterator[Chunk]:
-        begin = time.monotonic()
-        for i in range(num_tokens):
-            await asyncio.sleep(begin + i / TOKENS_PER_S - time.monotonic())
-            last = "length" if i == num_tokens - 1 else None
-            yield Chunk(f"{time.time():.6f} ", [i], last, num_prompt_tokens, i + 1)  # type: ignore[arg-type]
-
-
-@serve.ingress()
-class FakeReplica:
-    """Our API around the fake engine, as ModelReplica is around a real one."""
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return build_api(FakeEngine(), Served("fake"), max_tokens=10_000)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -177,44 +135,47 @@ async def closed_loop(url: str, model: str, num_clients: int, seconds: float, to
     return seen.statuses[200] / seconds
 
 
-def start_fake(max_ongoing: int, max_queued: int) -> str:
-    """The fake engine behind Serve; returns the address."""
-    deployment = serve.deployment(
-        FakeReplica, max_ongoing_requests=max_ongoing, max_queued_requests=max_queued, logging_config=QUIET
-    )
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": 8123}, logging_config=QUIET)
-    serve.run(deployment.bind(), route_prefix="/")
-    return "http://127.0.0.1:8123/v1"
+def serving_processes() -> list[psutil.Process]:
+    """All replicas and proxies of this machine's Ray."""
+    titles = ("ray::Serve", "ray::Proxy")
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if any(title in " ".join(p.info["cmdline"] or []) for title in titles)]
 
 
-def replica_mb() -> float:
-    """Resident memory of all replicas and proxies of this machine's Ray."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if "ray::Serve" in " ".join(p.info["cmdline"] or [])]
-    found += [p for p in psutil.process_iter(["cmdline"]) if "ray::Proxy" in " ".join(p.info["cmdline"] or [])]
-    return sum(p.memory_info().rss for p in found) / 1e6
+def resident_mb() -> float:
+    """Their memory together."""
+    return sum(p.memory_info().rss for p in serving_processes()) / 1e6
+
+
+def cpu_s() -> float:
+    """Processor time that they have used: a figure that other work on the machine doesn't blur."""
+    return sum(sum(p.cpu_times()[:2]) for p in serving_processes())
+
+
+def _config(num_ongoing: int, num_queued: int) -> config.Serve:
+    return config.Serve(port=0, target_ongoing_requests=num_ongoing / 1.5, max_queued_requests=num_queued)
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
     """Capacity first, then several times as much."""
     tokens = (options.tokens // 2, options.tokens * 3 // 2)
     if options.model is None:
-        url, model, max_ongoing = start_fake(options.ongoing, options.queued), "fake", options.ongoing
+        url, model, max_ongoing = start_fake(_config(options.ongoing, options.queued)), "fake", options.ongoing
         capacity = max_ongoing / (options.tokens / TOKENS_PER_S)
     else:
-        target = max(1.0, options.ongoing / 1.5)
-        cfg = config.Serve(port=0, target_ongoing_requests=target, max_queued_requests=options.queued)
+        cfg = _config(options.ongoing, options.queued)
         url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus).url
         model, max_ongoing = "real", options.ongoing
         capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens))
     at = asyncio.run(open_loop(url, model, 0.8 * capacity, options.seconds, tokens))
-    before = replica_mb()
+    before = resident_mb()
     over = asyncio.run(open_loop(url, model, options.times * capacity, options.seconds, tokens))
     return {
         "capacity_per_s": round(capacity, 2),
         "at_0.8": at.figures(),
         f"at_{options.times:g}": over.figures(),
         "p99_ratio": round((_quantile(over.latencies_s, 0.99) or 0) / (_quantile(at.latencies_s, 0.99) or 1), 2),
-        "memory_mb": [round(before), round(replica_mb())],
+        "memory_mb": [round(before), round(resident_mb())],
     }
 
 
@@ -244,7 +205,10 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
                 )
         return seen
 
-    one, other = asyncio.run(bare()), asyncio.run(served(start_fake(options.streams, options.streams)))
+    url = start_fake(_config(options.streams, options.streams))
+    one, before_s = asyncio.run(bare()), cpu_s()
+    other = asyncio.run(served(url))
+    cpu_ms = 1000 * (cpu_s() - before_s) / (options.streams * (options.tokens + 1))
 
     def told(seen: Seen) -> dict[str, Any]:
         return {
@@ -254,7 +218,13 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
             "tokens": len(seen.late_s),
         }
 
-    return {"streams": options.streams, "bare": told(one), "served": told(other), "truncated": other.num_truncated}
+    return {
+        "streams": options.streams,
+        "bare": told(one),
+        "served": told(other),
+        "cpu_ms_per_token": round(cpu_ms, 3),
+        "truncated": other.num_truncated,
+    }
 
 
 def main() -> None:
@@ -270,6 +240,7 @@ def main() -> None:
     parser.add_argument("--queued", type=int, default=6, help="requests that may wait")
     parser.add_argument("--streams", type=int, default=32, help="at once (overhead)")
     options = parser.parse_args()
+    edge.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
     try:
         print(json.dumps({"load": load, "overhead": overhead}[options.what](options), indent=1))

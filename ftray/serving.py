@@ -93,6 +93,7 @@ def _base_of(run: config.Run) -> config.Model:
 def serve(arguments: argparse.Namespace, console: Console) -> int:
     """Serves a run, and other runs' adapters beside it, until Ctrl-C; or prints the Serve config."""
     from ftray import storage
+    from ftray.serve import edge
     from ftray.serve.keys import read_key_hashes
     from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
     from ftray.session import quiet, ray_session
@@ -108,7 +109,11 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.config:
         read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
     model_dir, served = _what_to_serve(run, more)
-    replica: dict[str, Any] = {"place": storage.absolute(run.directory), "dtype": _DTYPES[run.train.precision]}
+    replica: dict[str, Any] = {
+        "place": storage.absolute(run.directory),
+        "dtype": _DTYPES[run.train.precision],
+        "num_gpus": float(run.serve.tensor_parallel if run.scale.accelerator else 0),
+    }
     _check_shares(run.serve, served)
     if arguments.config:
         import yaml
@@ -116,6 +121,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
         console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
         return 0
     check_endpoint(model_dir, run.serve)
+    edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
         endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray.chat import ChatFormat, read_messages
-from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams
+from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
 from ftray.serve.answers import Answers, Tally
 from ftray.serve.asgi import Shield, Worked, on_http_error, on_request_error, read_body, unavailable
@@ -43,6 +43,7 @@ from ftray.serve.protocol import (
 )
 from ftray.serve.replies import ModelCard, ModelList, Reply
 from ftray.serve.routing import ALIAS, Router
+from ftray.serve.scaling import FirstTimes
 
 
 def build_api(
@@ -55,15 +56,16 @@ def build_api(
     limits: Limits | None = None,
     router: Router | None = None,
     place: str | None = None,
+    first_times: FirstTimes | None = None,
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
     served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
     that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
-    feedback is kept; None: it is refused.
+    feedback is kept; None: it is refused. first_times: told of each answer, for autoscaling.
     """
     catalog, router = Catalog(engine, served), router or Router({})
-    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place)
+    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place, first_times)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -109,11 +111,12 @@ class _Api:
         max_tokens: int,
         max_answer_s: float,
         place: str | None,
+        first_times: FirstTimes | None,
     ) -> None:
         self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
         self._created = int(time.time())
         self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
-        self._meters = Meters()
+        self._meters, self._first_times = Meters(), first_times or FirstTimes()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
         self._end_ids = frozenset(getattr(engine, "stop_token_ids", ()))
@@ -155,6 +158,8 @@ class _Api:
         tally, caller = self._admit(request)
         asked = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
         model_id = self._route(asked)
+        if asked.schema_text is not None:
+            await self._check_schema(asked.schema_text)
         if self._format is None:
             message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
@@ -175,6 +180,12 @@ class _Api:
             encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
             prompt = list(encoded["input_ids"])
         return await self._answer(asked, model_id, prompt, tally, caller)
+
+    async def _check_schema(self, schema: str) -> None:
+        try:  # in a thread, like tokenizing
+            await asyncio.to_thread(self._engine.check_schema, schema)
+        except SchemaError as err:
+            raise RequestError(400, str(err), param="response_format") from None
 
     async def _answer(
         self, asked: ChatRequest | CompletionRequest, model_id: str, prompt_ids: list[int], tally: Tally, caller: str
@@ -216,6 +227,7 @@ class _Api:
                 stop=asked.stops,
                 seed=None if asked.seed is None else asked.seed + index,
                 num_logprobs=asked.num_logprobs,
+                json_schema=asked.schema_text,
             )
             for index in range(asked.n or 1)
         ]
@@ -249,6 +261,7 @@ class _Api:
         meters.answer.labels(model_id).observe(time.monotonic() - tally.began_s)
         if tally.first_s is not None:
             meters.first_token.labels(model_id).observe(tally.first_s)
+            self._first_times.add(tally.first_s)
         if tally.status == 200 and not tally.has_text:
             meters.empty.labels(model_id).inc()
         if tally.status != 499:  # who left says nothing of the model
