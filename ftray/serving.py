@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
             f"{model_dir} does not hold the model of step {step}; write it first: ftray export {arguments.run}"
         )
     _check_gates(run_dir, step, arguments.run)
-    meta = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    meta |= {"reference": reference} if (reference := _reference(run_dir)) else {}
     found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
     said = (
         f"published {public}, version {found.version}: {found.uri}"
@@ -109,6 +111,10 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.config:
         read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
     model_dir, served = _what_to_serve(run, more)
+    dirs = {run.name: storage.absolute(run.directory)} | {
+        n: uri.rpartition("/")[0] for n, uri in served.adapters.items()
+    }
+    served = replace(served, references={n: found for n, place in dirs.items() if (found := _reference(place))})
     replica: dict[str, Any] = {
         "place": storage.absolute(run.directory),
         "dtype": _DTYPES[run.train.precision],
@@ -164,6 +170,14 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
     return resolve_base(run.model), Served(
         model_id, adapters, registry_of(run.storage, base.base), base.base, base.revision, run.serve.max_adapters
     )
+
+
+def _reference(run_dir: str) -> dict[str, Any]:
+    """Figures of what a run was trained on, for drift; none where it kept none."""
+    from ftray import storage
+
+    uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
+    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
 
 
 def _adapter_of(word: str, base: config.Model) -> tuple[str, str]:

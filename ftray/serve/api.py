@@ -27,6 +27,7 @@ from ftray.errors import DataError, StorageError
 from ftray.serve.answers import Answers, Tally
 from ftray.serve.asgi import Shield, Worked, on_http_error, on_request_error, read_body, unavailable
 from ftray.serve.catalog import Catalog, Served
+from ftray.serve.drift import Drift, Seen, scripts_of
 from ftray.serve.feedback import write_feedback
 from ftray.serve.keys import CALLER, KeyGuard
 from ftray.serve.limits import Limits, Meter
@@ -117,6 +118,7 @@ class _Api:
         self._created = int(time.time())
         self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
         self._meters, self._first_times = Meters(), first_times or FirstTimes()
+        self._drift = Drift()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
         self._end_ids = frozenset(getattr(engine, "stop_token_ids", ()))
@@ -130,6 +132,8 @@ class _Api:
 
     async def metrics(self, _: Request) -> Response:
         self._meters.models.set(len(self._model_ids()))
+        for model_id in self._drift.models():
+            self._meters.show_drift(model_id, self._drift.figures(model_id, self._catalog.reference(model_id)))
         return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
@@ -167,6 +171,7 @@ class _Api:
             messages = read_messages([message.turn() for message in asked.messages])
             # in a thread: a megabyte of text takes a second to tokenize, and streams must not wait for it
             prompt_ids = await asyncio.to_thread(self._format.encode_prompt, messages)
+            tally.scripts = await asyncio.to_thread(scripts_of, "\n".join(message.content for message in messages))
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
         return await self._answer(asked, model_id, prompt_ids, tally, caller)
@@ -178,7 +183,7 @@ class _Api:
         prompt = asked.prompt_or_ids
         if isinstance(prompt, str):
             encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
-            prompt = list(encoded["input_ids"])
+            tally.scripts, prompt = scripts_of(prompt), list(encoded["input_ids"])
         return await self._answer(asked, model_id, prompt, tally, caller)
 
     async def _check_schema(self, schema: str) -> None:
@@ -262,8 +267,9 @@ class _Api:
         if tally.first_s is not None:
             meters.first_token.labels(model_id).observe(tally.first_s)
             self._first_times.add(tally.first_s)
-        if tally.status == 200 and not tally.has_text:
-            meters.empty.labels(model_id).inc()
+        if tally.status == 200:
+            meters.empty.labels(model_id).inc(not tally.has_text)
+            self._drift.add(model_id, Seen(tally.num_prompt_tokens, tally.scripts, not tally.has_text))
         if tally.status != 499:  # who left says nothing of the model
             self._router.record(model_id, failed=tally.status >= 500, first_s=tally.first_s)
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftray.engine.protocol import Engine
 from ftray.errors import CheckpointError, FtrayError, ModelError
@@ -29,6 +30,7 @@ class Served:
 
     adapters: fixed ones, id → URI. registry: URI of what is published for this base, looked at again and again; base,
     revision: what published adapters must have been trained on. max_adapters: held in memory at a time.
+    references: what the model or fixed adapters were trained on, in figures, by id (`drift`).
     """
 
     model_id: str
@@ -37,6 +39,7 @@ class Served:
     base: str | None = None
     revision: str | None = None
     max_adapters: int = 0
+    references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Catalog:
@@ -71,6 +74,11 @@ class Catalog:
     def model_ids(self) -> list[str]:
         """All that may be asked for: the base or whole model, fixed adapters, published ones as `base:name`."""
         return [self._served.model_id, *self._served.adapters, *(self._public(name) for name in self._published)]
+
+    def reference(self, model_id: str) -> Mapping[str, Any] | None:
+        """Figures of a model's training data, where they are known."""
+        published = {self._public(name): one.meta.get("reference") for name, one in self._published.items()}
+        return self._served.references.get(model_id) or published.get(model_id)
 
     async def prepare(self, model_id: str) -> str | None:
         """The engine's name of the adapter that answers for `model_id`, loaded; None for the base.
