@@ -3,6 +3,7 @@
     python -m bench.serve_load load --seconds 180 --times 5       # a fake engine: 30 tokens/s on each stream
     python -m bench.serve_load load --model runs/x/model/merged   # a real one; its capacity is measured first
     python -m bench.serve_load overhead --streams 32              # the fake engine bare, and behind Serve, in one run
+    python -m bench.serve_load ratio --model … --engine vllm      # tokens a second of an engine bare, and behind Serve
 
 Half of the requests of `load` are streams, whose tokens are counted against the usage at their end; an answer that ends
 otherwise than with its usage and [DONE] is truncated, one that never ends is hung. Prints figures, and a line of JSON.
@@ -44,6 +45,7 @@ class Seen:
     latencies_s: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
     num_hung: int = 0
     num_truncated: int = 0
     num_without_retry_after: int = 0
@@ -80,6 +82,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, num_tokens: 
             if not stream:
                 usage = json.loads(await response.read())["usage"]
                 seen.num_truncated += usage["completion_tokens"] < 1
+                seen.num_tokens += usage["completion_tokens"]
             elif not await _read_stream(response, begin, seen):
                 seen.num_truncated += 1
             seen.latencies_s.append(time.monotonic() - begin)
@@ -94,6 +97,7 @@ async def _read_stream(response: aiohttp.ClientResponse, begin: float, seen: See
     num_chunks, usage = 0, None
     async for line in response.content:
         if line == b"data: [DONE]\n":
+            seen.num_tokens += usage["completion_tokens"] if usage else 0
             return usage is not None and 1 <= num_chunks <= usage["completion_tokens"]
         if not line.startswith(b"data: "):
             continue
@@ -122,8 +126,8 @@ async def open_loop(url: str, model: str, rate: float, seconds: float, tokens: t
     return seen
 
 
-async def closed_loop(url: str, model: str, num_clients: int, seconds: float, tokens: tuple[int, int]) -> float:
-    """Answers a second when each of so many clients asks again and again."""
+async def closed_loop(url: str, model: str, num_clients: int, seconds: float, tokens: tuple[int, int]) -> Seen:
+    """Each of so many clients asks again and again; those that have begun are read to their end."""
     seen, end, rng = Seen(), time.monotonic() + seconds, random.Random(1)
 
     async def client(session: aiohttp.ClientSession) -> None:
@@ -132,7 +136,7 @@ async def closed_loop(url: str, model: str, num_clients: int, seconds: float, to
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*[client(session) for _ in range(num_clients)])
-    return seen.statuses[200] / seconds
+    return seen
 
 
 def serving_processes() -> list[psutil.Process]:
@@ -166,7 +170,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         cfg = _config(options.ongoing, options.queued)
         url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus).url
         model, max_ongoing = "real", options.ongoing
-        capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens))
+        capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens)).statuses[200] / 20
     at = asyncio.run(open_loop(url, model, 0.8 * capacity, options.seconds, tokens))
     before = resident_mb()
     over = asyncio.run(open_loop(url, model, options.times * capacity, options.seconds, tokens))
@@ -227,11 +231,63 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def ratio(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second at 1 and at 8 requests at a time: of the engine in this process, then of an endpoint around it."""
+    from ftray.engine.offline import complete
+
+    tokens, levels = (options.tokens // 2, options.tokens * 3 // 2), (1, 8)
+
+    async def bare() -> list[float]:
+        engine = _engine(options)
+        await engine.start()
+        prompt = list(engine.tokenizer("hello", add_special_tokens=False)["input_ids"])
+        found = []
+        for level in levels:
+            rng, begin, num_tokens = random.Random(1), time.monotonic(), 0
+
+            async def client(name: str, rng: random.Random = rng, begin: float = begin) -> int:
+                num, asked = 0, 0
+                while time.monotonic() < begin + options.seconds:
+                    asked += 1
+                    params = SamplingParams(max_tokens=rng.randint(*tokens), temperature=1.0)
+                    num += len((await complete(engine, f"{name}-{asked}", prompt, params)).token_ids)
+                return num
+
+            num_tokens = sum(await asyncio.gather(*[client(f"{level}-{i}") for i in range(level)]))
+            found.append(num_tokens / (time.monotonic() - begin))
+        await engine.stop()
+        return found
+
+    alone = asyncio.run(bare())
+    cfg = _config(8, 8).model_copy(update={"engine": options.engine})
+    url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus, max_context=1024).url
+    behind = []
+    for level in levels:
+        begin = time.monotonic()
+        seen = asyncio.run(closed_loop(url, "real", level, options.seconds, tokens))
+        behind.append(seen.num_tokens / (time.monotonic() - begin))
+    return {
+        f"{level} at a time": {"bare": round(one, 1), "served": round(other, 1), "ratio": round(other / one, 3)}
+        for level, one, other in zip(levels, alone, behind, strict=True)
+    }
+
+
+def _engine(options: argparse.Namespace) -> Any:
+    if options.engine == "vllm":
+        from ftray.engine.vllm import VllmEngine
+
+        return VllmEngine(options.model, max_context=1024)
+    from ftray.engine.offline import load_engine
+
+    return load_engine(Path(options.model), num_threads=int(options.cpus), max_context=1024)
+
+
 def main() -> None:
     """Parses, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "overhead"])
-    parser.add_argument("--model", help="a model directory instead of the fake engine (load)")
+    parser.add_argument("what", choices=["load", "overhead", "ratio"])
+    parser.add_argument("--model", help="a model directory instead of the fake engine (load, ratio)")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="for ratio")
     parser.add_argument("--cpus", type=float, default=1.0, help="of the real model's replica")
     parser.add_argument("--seconds", type=float, default=180.0, help="of each of the two phases")
     parser.add_argument("--times", type=float, default=5.0, help="capacity in the second phase")
@@ -243,7 +299,7 @@ def main() -> None:
     edge.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
     try:
-        print(json.dumps({"load": load, "overhead": overhead}[options.what](options), indent=1))
+        print(json.dumps({"load": load, "overhead": overhead, "ratio": ratio}[options.what](options), indent=1))
     finally:
         serve.shutdown()
         ray.shutdown()
