@@ -33,7 +33,7 @@ class Schemas:
             json.loads(schema)
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
             if not (error := LLMatcher.validate_grammar(grammar, self._of_tokenizer())):
-                return Guide(LLMatcher(self._of_tokenizer(), grammar), self._vocab_size)
+                return Guide(LLMatcher(self._of_tokenizer(), grammar), self._end_ids)
         except (ValueError, TypeError, RecursionError) as err:
             error = str(err)
         raise SchemaError(f"the JSON schema can't be kept to: {' '.join(error.split())[:200]}")
@@ -49,20 +49,31 @@ class Schemas:
 
 
 class Guide:
-    """How far one answer is in its schema."""
+    """How far one answer is in its schema. error: why it can't be followed any further; the answer then has to end."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: Any, end_ids: tuple[int, ...]) -> None:
+        self._matcher, self._end_ids = matcher, end_ids
         self._num_seen: int | None = None  # tokens of prompt and answer that it knows
+        self.error: str | None = None
 
     def mask(self, logits: torch.Tensor, token_ids: list[int]) -> None:
-        """Sets logits [vocab] of tokens that can't come next to -inf. token_ids: of prompt and answer so far."""
+        """Sets logits [vocab] of tokens that can't come next to -inf. token_ids: of prompt and answer so far.
+
+        Raises nothing, or one request would end the engine: where the matcher gives up, only end tokens are left.
+        """
         if self._num_seen is None:
             self._num_seen = len(token_ids)
         new, self._num_seen = token_ids[self._num_seen :], len(token_ids)
-        self._matcher.consume_tokens(new)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
         keep = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        keep[: len(allowed)] = torch.from_numpy(allowed)
+        try:
+            if not self._matcher.consume_tokens(new):
+                raise ValueError(self._matcher.get_error())
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if self._matcher.is_error():
+                raise ValueError(self._matcher.get_error())
+            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
+            keep[: len(allowed)] = torch.from_numpy(allowed)
+        except (ValueError, RuntimeError) as err:
+            self.error = self.error or str(err)
+            keep[list(self._end_ids)] = True
         logits[~keep.to(logits.device)] = float("-inf")

@@ -136,6 +136,8 @@ class TransformersEngine:
             stream, num_seen = TextStream(self._decode, asked.params.stop), 0
             while not finished:
                 output = await self._receive(inbox)
+                if asked.guide is not None and asked.guide.error:
+                    raise EngineError(f"the JSON schema can't be followed any further: {asked.guide.error}")
                 new = output.generated_tokens[num_seen:]
                 num_seen += len(new)
                 finished = output.is_finished()

@@ -134,15 +134,15 @@ class VllmEngine:
         check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
         if params.json_schema is not None:
             self.check_schema(params.json_schema)
-        theirs = _params(params, self.stop_token_ids)
-        return self._generate(request_id, prompt_ids, params, theirs, self._loaded.get(adapter or ""))
+        theirs, lora = _params(params, self.stop_token_ids), self._loaded.get(adapter or "")
+        if lora is not None:  # at once: it may be unloaded before the first token is asked for
+            self._users[lora.lora_int_id] += 1
+        return self._generate(request_id, prompt_ids, params, theirs, lora)
 
     async def _generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, theirs: Any, lora: Any
     ) -> AsyncIterator[Chunk]:
         internal = self._running[request_id] = f"r{next(self._ids)}"
-        if lora is not None:
-            self._users[lora.lora_int_id] += 1
         stream, num_generated = TextStream(self._decode, params.stop), 0
         try:
             prompt = {"prompt_token_ids": prompt_ids}

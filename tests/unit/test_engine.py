@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from ftray.engine.offline import complete, generate_all, load_engine
 from ftray.engine.protocol import ContextLengthError, EngineError, SamplingParams, SchemaError
 from ftray.engine.sampling import sample_token
+from ftray.engine.schema import Guide
 from ftray.engine.text import TextStream
 from ftray.engine.transformers import TransformersEngine
 from ftray.errors import DataError, ModelError
@@ -537,3 +538,34 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(model: Any, tokenizer: Any, 
         assert (await complete(engine, "y", [1], GREEDY)).token_ids
 
     with_engine(model, tokenizer, body)
+
+
+def test_a_schema_that_gives_up_in_the_middle_ends_its_request_alone(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matcher has limits of its own, which a schema can reach only while an answer grows."""
+    mask = Guide.mask
+
+    class Tired:
+        def consume_tokens(self, tokens: list[int]) -> bool:
+            return False
+
+        def get_error(self) -> str:
+            return "too many items"
+
+    def tire(guide: Guide, logits: torch.Tensor, token_ids: list[int]) -> None:
+        if guide._num_seen is not None:
+            guide._matcher = Tired()
+        mask(guide, logits, token_ids)
+
+    monkeypatch.setattr(Guide, "mask", tire)
+    asked = [SamplingParams(max_tokens=60, json_schema=json.dumps(SCHEMA)), GREEDY]
+
+    async def body(engine: TransformersEngine) -> Any:
+        work = [complete(engine, str(i), make_prompts(2)[i], params) for i, params in enumerate(asked)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    failed, other = with_engine(model, tokenizer, body)
+    assert isinstance(failed, EngineError)
+    assert "too many items" in str(failed)
+    assert other.token_ids == by_generate(model, make_prompts(2)[1])
