@@ -3,6 +3,7 @@
     python -m bench.serve_load load --seconds 180 --times 5       # a fake engine: 30 tokens/s on each stream
     python -m bench.serve_load load --model runs/x/model/merged   # a real one; its capacity is measured first
     python -m bench.serve_load overhead --streams 32              # the fake engine bare, and behind Serve, in one run
+    python -m bench.serve_load ratio --model … --engine vllm      # tokens a second of an engine bare, and behind Serve
 
 Half of the requests of `load` are streams, whose tokens are counted against the usage at their end; an answer that ends
 otherwise than with its usage and [DONE] is truncated, one that never ends is hung. Prints figures, and a line of JSON.
@@ -17,7 +18,6 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,55 +27,14 @@ import psutil
 import ray
 from ray import serve
 
+from bench.fake_engine import TOKENS_PER_S, FakeEngine, start_fake
 from ftray import config
-from ftray.engine.protocol import Chunk, SamplingParams
-from ftray.serve.api import build_api
-from ftray.serve.app import QUIET
+from ftray.engine.protocol import SamplingParams
+from ftray.serve import edge
 from ftray.serve.catalog import Served
 from ftray.serve.run import start_endpoint
 
-TOKENS_PER_S = 30.0
 HUNG_S = 120.0
-
-
-class FakeTokenizer:
-    """Ids are characters."""
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
-
-
-class FakeEngine:
-    """Emits a token every 1/30 s on each stream, each with the time at which it was made."""
-
-    def __init__(self) -> None:
-        self.tokenizer, self.max_context = FakeTokenizer(), 1 << 20
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def health(self) -> None: ...
-
-    def generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
-        return self._generate(len(prompt_ids), params.max_tokens)
-
-    async def _generate(self, num_prompt_tokens: int, num_tokens: int) -> AsyncIterator[Chunk]:
-        begin = time.monotonic()
-        for i in range(num_tokens):
-            await asyncio.sleep(begin + i / TOKENS_PER_S - time.monotonic())
-            last = "length" if i == num_tokens - 1 else None
-            yield Chunk(f"{time.time():.6f} ", [i], last, num_prompt_tokens, i + 1)  # type: ignore[arg-type]
-
-
-@serve.ingress()
-class FakeReplica:
-    """Our API around the fake engine, as ModelReplica is around a real one."""
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return build_api(FakeEngine(), Served("fake"), max_tokens=10_000)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -86,6 +45,7 @@ class Seen:
     latencies_s: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
     num_hung: int = 0
     num_truncated: int = 0
     num_without_retry_after: int = 0
@@ -122,6 +82,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, num_tokens: 
             if not stream:
                 usage = json.loads(await response.read())["usage"]
                 seen.num_truncated += usage["completion_tokens"] < 1
+                seen.num_tokens += usage["completion_tokens"]
             elif not await _read_stream(response, begin, seen):
                 seen.num_truncated += 1
             seen.latencies_s.append(time.monotonic() - begin)
@@ -136,6 +97,7 @@ async def _read_stream(response: aiohttp.ClientResponse, begin: float, seen: See
     num_chunks, usage = 0, None
     async for line in response.content:
         if line == b"data: [DONE]\n":
+            seen.num_tokens += usage["completion_tokens"] if usage else 0
             return usage is not None and 1 <= num_chunks <= usage["completion_tokens"]
         if not line.startswith(b"data: "):
             continue
@@ -164,8 +126,8 @@ async def open_loop(url: str, model: str, rate: float, seconds: float, tokens: t
     return seen
 
 
-async def closed_loop(url: str, model: str, num_clients: int, seconds: float, tokens: tuple[int, int]) -> float:
-    """Answers a second when each of so many clients asks again and again."""
+async def closed_loop(url: str, model: str, num_clients: int, seconds: float, tokens: tuple[int, int]) -> Seen:
+    """Each of so many clients asks again and again; those that have begun are read to their end."""
     seen, end, rng = Seen(), time.monotonic() + seconds, random.Random(1)
 
     async def client(session: aiohttp.ClientSession) -> None:
@@ -174,47 +136,50 @@ async def closed_loop(url: str, model: str, num_clients: int, seconds: float, to
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*[client(session) for _ in range(num_clients)])
-    return seen.statuses[200] / seconds
+    return seen
 
 
-def start_fake(max_ongoing: int, max_queued: int) -> str:
-    """The fake engine behind Serve; returns the address."""
-    deployment = serve.deployment(
-        FakeReplica, max_ongoing_requests=max_ongoing, max_queued_requests=max_queued, logging_config=QUIET
-    )
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": 8123}, logging_config=QUIET)
-    serve.run(deployment.bind(), route_prefix="/")
-    return "http://127.0.0.1:8123/v1"
+def serving_processes() -> list[psutil.Process]:
+    """All replicas and proxies of this machine's Ray."""
+    titles = ("ray::Serve", "ray::Proxy")
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if any(title in " ".join(p.info["cmdline"] or []) for title in titles)]
 
 
-def replica_mb() -> float:
-    """Resident memory of all replicas and proxies of this machine's Ray."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if "ray::Serve" in " ".join(p.info["cmdline"] or [])]
-    found += [p for p in psutil.process_iter(["cmdline"]) if "ray::Proxy" in " ".join(p.info["cmdline"] or [])]
-    return sum(p.memory_info().rss for p in found) / 1e6
+def resident_mb() -> float:
+    """Their memory together."""
+    return sum(p.memory_info().rss for p in serving_processes()) / 1e6
+
+
+def cpu_s() -> float:
+    """Processor time that they have used: a figure that other work on the machine doesn't blur."""
+    return sum(sum(p.cpu_times()[:2]) for p in serving_processes())
+
+
+def _config(num_ongoing: int, num_queued: int) -> config.Serve:
+    return config.Serve(port=0, target_ongoing_requests=num_ongoing / 1.5, max_queued_requests=num_queued)
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
     """Capacity first, then several times as much."""
     tokens = (options.tokens // 2, options.tokens * 3 // 2)
     if options.model is None:
-        url, model, max_ongoing = start_fake(options.ongoing, options.queued), "fake", options.ongoing
+        url, model, max_ongoing = start_fake(_config(options.ongoing, options.queued)), "fake", options.ongoing
         capacity = max_ongoing / (options.tokens / TOKENS_PER_S)
     else:
-        target = max(1.0, options.ongoing / 1.5)
-        cfg = config.Serve(port=0, target_ongoing_requests=target, max_queued_requests=options.queued)
+        cfg = _config(options.ongoing, options.queued)
         url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus).url
         model, max_ongoing = "real", options.ongoing
-        capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens))
+        capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens)).statuses[200] / 20
     at = asyncio.run(open_loop(url, model, 0.8 * capacity, options.seconds, tokens))
-    before = replica_mb()
+    before = resident_mb()
     over = asyncio.run(open_loop(url, model, options.times * capacity, options.seconds, tokens))
     return {
         "capacity_per_s": round(capacity, 2),
         "at_0.8": at.figures(),
         f"at_{options.times:g}": over.figures(),
         "p99_ratio": round((_quantile(over.latencies_s, 0.99) or 0) / (_quantile(at.latencies_s, 0.99) or 1), 2),
-        "memory_mb": [round(before), round(replica_mb())],
+        "memory_mb": [round(before), round(resident_mb())],
     }
 
 
@@ -244,7 +209,10 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
                 )
         return seen
 
-    one, other = asyncio.run(bare()), asyncio.run(served(start_fake(options.streams, options.streams)))
+    url = start_fake(_config(options.streams, options.streams))
+    one, before_s = asyncio.run(bare()), cpu_s()
+    other = asyncio.run(served(url))
+    cpu_ms = 1000 * (cpu_s() - before_s) / (options.streams * (options.tokens + 1))
 
     def told(seen: Seen) -> dict[str, Any]:
         return {
@@ -254,14 +222,72 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
             "tokens": len(seen.late_s),
         }
 
-    return {"streams": options.streams, "bare": told(one), "served": told(other), "truncated": other.num_truncated}
+    return {
+        "streams": options.streams,
+        "bare": told(one),
+        "served": told(other),
+        "cpu_ms_per_token": round(cpu_ms, 3),
+        "truncated": other.num_truncated,
+    }
+
+
+def ratio(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second at 1 and at 8 requests at a time: of the engine in this process, then of an endpoint around it."""
+    from ftray.engine.offline import complete
+
+    tokens, levels = (options.tokens // 2, options.tokens * 3 // 2), (1, 8)
+
+    async def bare() -> list[float]:
+        engine = _engine(options)
+        await engine.start()
+        prompt = list(engine.tokenizer("hello", add_special_tokens=False)["input_ids"])
+        found = []
+        for level in levels:
+            rng, begin, num_tokens = random.Random(1), time.monotonic(), 0
+
+            async def client(name: str, rng: random.Random = rng, begin: float = begin) -> int:
+                num, asked = 0, 0
+                while time.monotonic() < begin + options.seconds:
+                    asked += 1
+                    params = SamplingParams(max_tokens=rng.randint(*tokens), temperature=1.0)
+                    num += len((await complete(engine, f"{name}-{asked}", prompt, params)).token_ids)
+                return num
+
+            num_tokens = sum(await asyncio.gather(*[client(f"{level}-{i}") for i in range(level)]))
+            found.append(num_tokens / (time.monotonic() - begin))
+        await engine.stop()
+        return found
+
+    alone = asyncio.run(bare())
+    cfg = _config(8, 8).model_copy(update={"engine": options.engine})
+    url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus, max_context=1024).url
+    behind = []
+    for level in levels:
+        begin = time.monotonic()
+        seen = asyncio.run(closed_loop(url, "real", level, options.seconds, tokens))
+        behind.append(seen.num_tokens / (time.monotonic() - begin))
+    return {
+        f"{level} at a time": {"bare": round(one, 1), "served": round(other, 1), "ratio": round(other / one, 3)}
+        for level, one, other in zip(levels, alone, behind, strict=True)
+    }
+
+
+def _engine(options: argparse.Namespace) -> Any:
+    if options.engine == "vllm":
+        from ftray.engine.vllm import VllmEngine
+
+        return VllmEngine(options.model, max_context=1024)
+    from ftray.engine.offline import load_engine
+
+    return load_engine(Path(options.model), num_threads=int(options.cpus), max_context=1024)
 
 
 def main() -> None:
     """Parses, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "overhead"])
-    parser.add_argument("--model", help="a model directory instead of the fake engine (load)")
+    parser.add_argument("what", choices=["load", "overhead", "ratio"])
+    parser.add_argument("--model", help="a model directory instead of the fake engine (load, ratio)")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="for ratio")
     parser.add_argument("--cpus", type=float, default=1.0, help="of the real model's replica")
     parser.add_argument("--seconds", type=float, default=180.0, help="of each of the two phases")
     parser.add_argument("--times", type=float, default=5.0, help="capacity in the second phase")
@@ -270,9 +296,10 @@ def main() -> None:
     parser.add_argument("--queued", type=int, default=6, help="requests that may wait")
     parser.add_argument("--streams", type=int, default=32, help="at once (overhead)")
     options = parser.parse_args()
+    edge.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
     try:
-        print(json.dumps({"load": load, "overhead": overhead}[options.what](options), indent=1))
+        print(json.dumps({"load": load, "overhead": overhead, "ratio": ratio}[options.what](options), indent=1))
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,9 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
             f"{model_dir} does not hold the model of step {step}; write it first: ftray export {arguments.run}"
         )
     _check_gates(run_dir, step, arguments.run)
-    meta = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
     meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
+    meta |= {"reference": reference} if (reference := _reference(run_dir)) else {}
     found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
     said = (
         f"published {public}, version {found.version}: {found.uri}"
@@ -94,6 +96,7 @@ def _base_of(run: config.Run) -> config.Model:
 def serve(arguments: argparse.Namespace, console: Console) -> int:
     """Serves a run, and other runs' adapters beside it, until Ctrl-C; or prints the Serve config."""
     from ftray import storage
+    from ftray.serve import edge
     from ftray.serve.keys import read_key_hashes
     from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
     from ftray.session import quiet, ray_session
@@ -109,7 +112,15 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.config:
         read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
     model_dir, served = _what_to_serve(run, more)
-    replica: dict[str, Any] = {"place": storage.absolute(run.directory), "dtype": _DTYPES[run.train.precision]}
+    dirs = {run.name: storage.absolute(run.directory)} | {
+        n: uri.rpartition("/")[0] for n, uri in served.adapters.items()
+    }
+    served = replace(served, references={n: found for n, place in dirs.items() if (found := _reference(place))})
+    replica: dict[str, Any] = {
+        "place": storage.absolute(run.directory),
+        "dtype": _DTYPES[run.train.precision],
+        "num_gpus": float(run.serve.tensor_parallel if run.scale.accelerator else 0),
+    }
     _check_shares(run.serve, served)
     if arguments.config:
         import yaml
@@ -117,6 +128,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
         console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
         return 0
     check_endpoint(model_dir, run.serve)
+    edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
         endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
@@ -156,7 +168,7 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
     if (model_id := base_name(base.base)) in adapters:
         model_id = f"{model_id}-base"
     place, most = registry_of(run.storage, base.base), run.serve.max_adapters
-    served = Served(model_id, adapters, place, base.base, base.revision, most, _lineages(adapters))
+    served = Served(model_id, adapters, place, base.base, base.revision, most, lineages=_lineages(adapters))
     return resolve_base(run.model), served
 
 
@@ -174,6 +186,14 @@ def _lineages(models: dict[str, str]) -> dict[str, str]:
         if manifest is not None and manifest["meta"].get("lineage"):
             found[name] = str(manifest["meta"]["lineage"])
     return found
+
+
+def _reference(run_dir: str) -> dict[str, Any]:
+    """Figures of what a run was trained on, for drift; none where it kept none."""
+    from ftray import storage
+
+    uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
+    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
 
 
 def _adapter_of(word: str, base: config.Model) -> tuple[str, str]:

@@ -137,7 +137,7 @@ def _training_workers(image: Image, layout: Layout, role: str, pods: int) -> Tre
 
 def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     least, most = run.serve.min_replicas, run.serve.max_replicas
-    replica = lay_out(run.model_copy(update={"scale": _one_replica(run.scale)}), layout.machine)
+    replica = lay_out(run.model_copy(update={"scale": _one_replica(run)}), layout.machine)
     group = worker_group(image, "serve", replica, (least, least, most))
     application = {
         "name": "ftray",
@@ -174,8 +174,8 @@ def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": _meta(run, image), "spec": spec}
 
 
-def _one_replica(scale: config.Scale) -> config.Scale:
-    return scale.model_copy(update={"num_workers": 1})
+def _one_replica(run: config.Run) -> config.Scale:
+    return run.scale.model_copy(update={"num_workers": run.serve.tensor_parallel})
 
 
 def _cluster(image: Image, head: Tree, workers: list[Tree]) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -100,16 +100,26 @@ class Canary(Section):
 class Serve(Section):
     """The OpenAI-compatible endpoint."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes the answers: transformers' continuous batching, or vLLM (`pip install ftray[vllm]`)."""
+    tensor_parallel: Positive = 1
+    """GPUs that a replica's weights are spread over, with vLLM."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs API keys: FTRAY_API_KEY or FTRAY_API_KEY_FILE in the environment."""
     port: Annotated[Int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
-    min_replicas: Positive = 1
-    """Replicas kept up."""
+    min_replicas: Annotated[Int, Field(ge=0)] = 1
+    """Replicas kept up. 0: all go when nobody asks; the next request waits until the model is loaded again."""
     max_replicas: Positive = 1
     """Replicas at most."""
     target_ongoing_requests: Annotated[Float, Field(gt=0)] = 8.0
     """Ongoing requests a replica that autoscaling aims for."""
+    target_first_token_s: Annotated[Float, Field(gt=0)] | None = None
+    """Seconds to the first text, in the median, beyond which replicas are added though fewer requests are ongoing."""
+    upscale_delay_s: Annotated[Float, Field(ge=0)] = 30.0
+    """Seconds for which more replicas must be wanted before they are added."""
+    downscale_delay_s: Annotated[Float, Field(ge=0)] = 600.0
+    """Seconds for which fewer must be wanted before some go, each after its last answer."""
     max_queued_requests: Positive = 64
     """Requests that may wait; more are answered 503."""
     max_tokens: Positive = 1024
@@ -140,6 +150,14 @@ class Serve(Section):
         if self.canary is not None and (self.canary.model not in self.ab or len(self.ab) < 2):
             raise ValueError(
                 f"canary.model ({self.canary.model}) must be one of at least two models in ab; add it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spread_needs_vllm(self) -> Serve:
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel ({self.tensor_parallel}) needs engine vllm; set serve.engine: vllm, or 1"
             )
         return self
 

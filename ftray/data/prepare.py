@@ -17,6 +17,7 @@ from ftray.data.chunks import Stream, streams
 from ftray.data.index import Index, build_index, check_index
 from ftray.data.pipeline import Plan, make_plan
 from ftray.data.proof import prove_sample
+from ftray.data.reference import write_reference
 from ftray.data.sources import other_files
 from ftray.errors import ConfigError, DataError
 
@@ -49,6 +50,7 @@ def prepare_data(
     heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
     _say_left_out(run.data, console)
     _keep_summary(run.data, index.mixture(stream).rows_per_epoch, index, heldout_index, directory)
+    write_reference(index, directory)
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
     return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
 

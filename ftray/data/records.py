@@ -12,12 +12,11 @@ import io
 import json
 import mmap
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ftray.chat import Message
+from ftray.chat.scripts import count_scripts
 from ftray.data.chunks import Stream, pack_chunk
 from ftray.data.clean import Example, Quarantined
 from ftray.data.duplicates import NUM_PERM, Signatures, record_keys, signature, spoken_text
@@ -35,7 +35,6 @@ LABEL_CHARS = 60  # a longer answer is no label
 # bits of `flags`: quality rules, then how the answer is written
 SHORT_ANSWER, REPEATED_LINES, UNPRINTABLE, CAPITAL, FINAL_MARK, MANY_LINES, JSON_LIKE = (1 << n for n in range(7))
 QUALITY = {"short_answer": SHORT_ANSWER, "repeated_lines": REPEATED_LINES, "unprintable": UNPRINTABLE}
-NO_LETTERS = bytes(n for n in range(256) if not (n < 128 and chr(n).isalpha()))
 MIN_LINES, REPEATED_SHARE, UNPRINTABLE_SHARE = 6, 0.5, 0.1
 
 SCHEMA = pa.schema(
@@ -170,21 +169,6 @@ def _flags(turns: Sequence[Message], answer: str, min_answer_chars: int) -> int:
         | MANY_LINES * ("\n" in answer)
         | JSON_LIKE * (answer[:1] in "{[" and answer[-1:] in "}]" and len(answer) > 1)
     )
-
-
-def count_scripts(text: str, into: Counter[str]) -> None:
-    """Counts letters by Unicode script (the first word of their name: LATIN, CYRILLIC, CJK, …)."""
-    plain = len(text.encode("ascii", "ignore").translate(None, delete=NO_LETTERS))
-    if plain:
-        into["LATIN"] += plain
-    if not text.isascii():
-        for letter, number in Counter(c for c in text if c > "\x7f" and c.isalpha()).items():
-            into[_script(letter)] += number
-
-
-@lru_cache(maxsize=1 << 14)
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0]
 
 
 @dataclass(frozen=True)

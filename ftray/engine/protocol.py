@@ -24,6 +24,10 @@ class ContextLengthError(DataError):
     """Prompt and requested tokens don't fit into the model's context."""
 
 
+class SchemaError(DataError):
+    """Answers can't be held to this JSON schema."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is answered. Raises DataError for values out of bounds.
@@ -39,6 +43,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     num_logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -110,6 +115,9 @@ class Engine(Protocol):
     ) -> AsyncIterator[Chunk]:
         """adapter: one that is loaded (ModelError if it isn't); None: the base. Unloading it ends no request."""
 
+    def check_schema(self, schema: str) -> None:
+        """Raises SchemaError for a JSON schema that answers can't be held to. May take a second; any thread."""
+
     async def abort(self, request_id: str) -> None: ...
 
     async def load_adapter(self, name: str, directory: str) -> None: ...
@@ -122,3 +130,16 @@ class Engine(Protocol):
         """Raises EngineError unless requests can be answered."""
 
     async def stop(self) -> None: ...
+
+
+def check_prompt(prompt_ids: list[int], max_tokens: int, vocab_size: int, max_context: int) -> None:
+    """Raises DataError for a prompt that is empty or holds strange ids, ContextLengthError for one that is too long."""
+    if not prompt_ids:
+        raise DataError("the prompt is empty")
+    if not all(0 <= token < vocab_size for token in prompt_ids):
+        raise DataError(f"the prompt holds token ids outside the model's vocabulary (0 to {vocab_size - 1})")
+    if len(prompt_ids) + max_tokens > max_context:
+        raise ContextLengthError(
+            f"the prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
+            f"{max_context} tokens; shorten one of them"
+        )

@@ -16,19 +16,21 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from ftray.engine.mixed_lora import Adapter
 from ftray.engine.protocol import SamplingParams, TokenLogprob
+from ftray.engine.schema import Guide
 
 _GREEDY_BELOW = 1e-5  # logits divided by less overflow, and the result is greedy anyway
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What continuous batching carries along with a request: its sampling, its adapter, and room for log probabilities.
+    """What continuous batching carries along with a request: its sampling, its adapter, its schema, log probabilities.
 
     logprobs: of all tokens so far, written by the engine's thread before their tokens are delivered.
     """
 
     params: SamplingParams
     adapter: Adapter | None = None
+    guide: Guide | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __deepcopy__(self, memo: Any) -> Asked:
@@ -36,13 +38,13 @@ class Asked:
 
 
 class RowSampler(ContinuousBatchingLogitsProcessor):
-    """Per-request temperature, top_p and seed. Requests carry an `Asked` as `logit_processor_kwargs`."""
+    """Per-request temperature, top_p, seed and schema. Requests carry an `Asked` as `logit_processor_kwargs`."""
 
     supported_kwargs: ClassVar[dict[str, type]] = {"asked": Asked}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, Asked, int]] = []
+        self._rows: list[tuple[int, Asked, int, list[int]]] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -53,20 +55,24 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
         nothing."""
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
-            asked = request.state.logit_processor_kwargs["asked"]
-            if asked.params.temperature >= _GREEDY_BELOW or asked.params.num_logprobs is not None:
-                # Counted from the prompt's beginning: it stays when a request is evicted and prefilled again.
-                position = len(request.state.initial_tokens) + len(request.state.generated_tokens)
-                self._rows.append((row, asked, position))
+            state, asked = request.state, request.state.logit_processor_kwargs["asked"]
+            if asked.params.temperature >= _GREEDY_BELOW or asked.params.num_logprobs is not None or asked.guide:
+                # From the prompt's beginning: it stays when a request is evicted and prefilled again.
+                position = len(state.initial_tokens) + len(state.generated_tokens)
+                known = [*state.initial_tokens, *state.generated_tokens] if asked.guide else []
+                self._rows.append((row, asked, position, known))
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """scores: float32 [num_rows, vocab]."""
-        for row, asked, position in self._rows:
+        for row, asked, position, known in self._rows:
+            own = scores[row].clone() if asked.guide and asked.params.num_logprobs is not None else scores[row]
+            if asked.guide:
+                asked.guide.mask(scores[row], known)
             sampled = asked.params.temperature >= _GREEDY_BELOW
             token = sample_token(scores[row], asked.params, position) if sampled else scores[row].argmax()
             if asked.params.num_logprobs is not None:
-                asked.logprobs.append(explain_token(scores[row], token, asked.params.num_logprobs))
+                asked.logprobs.append(explain_token(own, token, asked.params.num_logprobs))
             if sampled:
                 scores[row] = float("-inf")
                 scores[row, token] = 0.0

@@ -6,7 +6,9 @@ a stop string.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+from ftray.engine.protocol import FinishReason
 
 _HALF = "\ufffd"  # what decoders write for bytes that make no character (yet)
 
@@ -60,6 +62,27 @@ class TextStream:
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut]
+
+
+def read_tokens(
+    stream: TextStream, new: Sequence[int], end_ids: Collection[int], *, is_last: bool
+) -> tuple[str, int, FinishReason | None]:
+    """Text of an answer's next tokens, how many of them belong to it, and why it ended, if it did.
+
+    It ends with an end token (no text, but one of its tokens), a stop string, or where `is_last` says that no more come.
+    """
+    text, taken = "", 0
+    reason: FinishReason | None = "length" if is_last else None
+    for token in new:
+        taken += 1
+        if token in end_ids:
+            reason = "stop"
+            break
+        text += stream.push(token)
+        if stream.stopped:
+            reason = "stop"
+            break
+    return (text + stream.finish() if reason else text), taken, reason
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -29,9 +29,10 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat
 from ftray.engine.mixed_lora import MixedLora
-from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, FinishReason, SamplingParams
+from ftray.engine.protocol import Chunk, EngineError, SamplingParams, check_prompt
 from ftray.engine.sampling import Asked, RowSampler
-from ftray.engine.text import TextStream
+from ftray.engine.schema import Schemas
+from ftray.engine.text import TextStream, read_tokens
 from ftray.errors import DataError, ModelError
 
 MAX_CONTEXT = 8192  # where the model itself allows more: the cache is allocated whole at the start
@@ -71,6 +72,7 @@ class TransformersEngine:
         self.max_context = min(max_context or MAX_CONTEXT, _max_positions(self._model))
         self.stop_token_ids = find_stop_tokens(self._model, tokenizer) if stop_token_ids is None else stop_token_ids
         self._vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self._schemas = Schemas(tokenizer, self._vocab_size, self.stop_token_ids)
         self._lora = MixedLora(self._model) if adapters else None
         self._hooks: list[Any] = []
         self._manager: Any = None
@@ -115,10 +117,15 @@ class TransformersEngine:
         found = None if adapter is None else self._need_lora(adapter).find(adapter)
         if request_id in self._inboxes:
             raise DataError(f"request {request_id} is being answered already")
-        self._check_prompt(prompt_ids, params.max_tokens)
+        check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(62))
-        return self._generate(request_id, prompt_ids, Asked(params, found))
+        guide = None if params.json_schema is None else self._schemas.guide(params.json_schema)
+        return self._generate(request_id, prompt_ids, Asked(params, found, guide))
+
+    def check_schema(self, schema: str) -> None:
+        """See Engine.check_schema."""
+        self._schemas.guide(schema)
 
     async def _generate(self, request_id: str, prompt_ids: list[int], asked: Asked) -> AsyncIterator[Chunk]:
         internal_id, inbox = f"{next(self._ids)}", asyncio.Queue[Any]()
@@ -129,22 +136,12 @@ class TransformersEngine:
             stream, num_seen = TextStream(self._decode, asked.params.stop), 0
             while not finished:
                 output = await self._receive(inbox)
+                if asked.guide is not None and asked.guide.error:
+                    raise EngineError(f"the JSON schema can't be followed any further: {asked.guide.error}")
                 new = output.generated_tokens[num_seen:]
                 num_seen += len(new)
                 finished = output.is_finished()
-                reason: FinishReason | None = "length" if finished else None
-                text, taken = "", 0
-                for token in new:
-                    taken += 1
-                    if token in self.stop_token_ids:
-                        reason = "stop"
-                        break
-                    text += stream.push(token)
-                    if stream.stopped:
-                        reason = "stop"
-                        break
-                if reason:
-                    text += stream.finish()
+                text, taken, reason = read_tokens(stream, new, self.stop_token_ids, is_last=finished)
                 num_generated = num_seen - len(new) + taken
                 told = tuple(asked.logprobs[num_generated - taken : num_generated])
                 yield Chunk(text, new[:taken], reason, len(prompt_ids), num_generated, told)
@@ -252,17 +249,6 @@ class TransformersEngine:
                 self._manager.cancel_request(internal_id)
             self._manager.output_router.result_handlers.pop(internal_id, None)
 
-    def _check_prompt(self, prompt_ids: list[int], max_tokens: int) -> None:
-        if not prompt_ids:
-            raise DataError("the prompt is empty")
-        if not all(0 <= token < self._vocab_size for token in prompt_ids):
-            raise DataError(f"the prompt holds token ids outside the model's vocabulary (0 to {self._vocab_size - 1})")
-        if len(prompt_ids) + max_tokens > self.max_context:
-            raise ContextLengthError(
-                f"the prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
-                f"{self.max_context} tokens; shorten one of them"
-            )
-
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -322,8 +308,12 @@ def _keep_prefixes_apart(processor: Any) -> None:
 
 def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end an answer: the chat template's, the tokenizer's and the model's own."""
+    return stop_tokens(tokenizer, getattr(model.generation_config, "eos_token_id", None))
+
+
+def stop_tokens(tokenizer: Any, own: int | list[int] | None) -> tuple[int, ...]:
+    """The same, from what a model's generation config calls eos_token_id."""
     ids = list(ChatFormat(tokenizer).stop_token_ids) if getattr(tokenizer, "chat_template", None) else []
-    own = getattr(model.generation_config, "eos_token_id", None)
     for eos in (tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])):
         if eos is not None and eos >= 0:
             ids.append(int(eos))

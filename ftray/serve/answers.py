@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ from ftray.serve.replies import DONE, Reply, Usage, encode_event, usage_of
 
 @dataclass
 class Tally:
-    """What one request came to. status: HTTP's, or 499 where the client left before the end. first_s: to its first text."""
+    """What one request came to. status: HTTP's, or 499 where the client left before the end. first_s: to its first text.
+    scripts: letters of its prompt by script."""
 
     began_s: float = field(default_factory=time.monotonic)
     first_s: float | None = None
@@ -28,6 +29,7 @@ class Tally:
     num_prompt_tokens: int = 0
     num_tokens: dict[int, int] = field(default_factory=dict)  # by the answer's index
     has_text: bool = False
+    scripts: Mapping[str, int] = field(default_factory=dict)
 
     def see(self, index: int, chunk: Chunk) -> None:
         """Takes note of a chunk."""

@@ -22,11 +22,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray.chat import ChatFormat, read_messages
-from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams
+from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
 from ftray.serve.answers import Answers, Tally
 from ftray.serve.asgi import Shield, Worked, on_http_error, on_request_error, read_body, unavailable
 from ftray.serve.catalog import Catalog, Served
+from ftray.serve.drift import Drift, Seen, scripts_of
 from ftray.serve.feedback import write_feedback
 from ftray.serve.keys import CALLER, KeyGuard
 from ftray.serve.limits import Limits, Meter
@@ -43,6 +44,7 @@ from ftray.serve.protocol import (
 )
 from ftray.serve.replies import ModelCard, ModelList, Reply
 from ftray.serve.routing import ALIAS, Router
+from ftray.serve.scaling import FirstTimes
 
 
 def build_api(
@@ -55,15 +57,16 @@ def build_api(
     limits: Limits | None = None,
     router: Router | None = None,
     place: str | None = None,
+    first_times: FirstTimes | None = None,
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
     served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
     that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
-    feedback is kept; None: it is refused.
+    feedback is kept; None: it is refused. first_times: told of each answer, for autoscaling.
     """
     catalog, router = Catalog(engine, served), router or Router({})
-    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place)
+    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place, first_times)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -109,11 +112,13 @@ class _Api:
         max_tokens: int,
         max_answer_s: float,
         place: str | None,
+        first_times: FirstTimes | None,
     ) -> None:
         self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
         self._created = int(time.time())
         self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
-        self._meters = Meters()
+        self._meters, self._first_times = Meters(), first_times or FirstTimes()
+        self._drift = Drift()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
         self._end_ids = frozenset(getattr(engine, "stop_token_ids", ()))
@@ -127,6 +132,8 @@ class _Api:
 
     async def metrics(self, _: Request) -> Response:
         self._meters.models.set(len(self._model_ids()))
+        for model_id in self._drift.models():
+            self._meters.show_drift(model_id, self._drift.figures(model_id, self._catalog.reference(model_id)))
         return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
@@ -158,6 +165,8 @@ class _Api:
         tally, caller = self._admit(request)
         asked = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
         model_id = self._route(asked)
+        if asked.schema_text is not None:
+            await self._check_schema(asked.schema_text)
         if self._format is None:
             message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
@@ -165,6 +174,7 @@ class _Api:
             messages = read_messages([message.turn() for message in asked.messages])
             # in a thread: a megabyte of text takes a second to tokenize, and streams must not wait for it
             prompt_ids = await asyncio.to_thread(self._format.encode_prompt, messages)
+            tally.scripts = await asyncio.to_thread(scripts_of, "\n".join(message.content for message in messages))
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
         return await self._answer(asked, model_id, prompt_ids, tally, caller)
@@ -176,8 +186,14 @@ class _Api:
         prompt = asked.prompt_or_ids
         if isinstance(prompt, str):
             encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
-            prompt = list(encoded["input_ids"])
+            tally.scripts, prompt = scripts_of(prompt), list(encoded["input_ids"])
         return await self._answer(asked, model_id, prompt, tally, caller)
+
+    async def _check_schema(self, schema: str) -> None:
+        try:  # in a thread, like tokenizing
+            await asyncio.to_thread(self._engine.check_schema, schema)
+        except SchemaError as err:
+            raise RequestError(400, str(err), param="response_format") from None
 
     async def _answer(
         self, asked: ChatRequest | CompletionRequest, model_id: str, prompt_ids: list[int], tally: Tally, caller: str
@@ -219,6 +235,7 @@ class _Api:
                 stop=asked.stops,
                 seed=None if asked.seed is None else asked.seed + index,
                 num_logprobs=asked.num_logprobs,
+                json_schema=asked.schema_text,
             )
             for index in range(asked.n or 1)
         ]
@@ -252,8 +269,10 @@ class _Api:
         meters.answer.labels(model_id).observe(time.monotonic() - tally.began_s)
         if tally.first_s is not None:
             meters.first_token.labels(model_id).observe(tally.first_s)
-        if tally.status == 200 and not tally.has_text:
-            meters.empty.labels(model_id).inc()
+            self._first_times.add(tally.first_s)
+        if tally.status == 200:
+            meters.empty.labels(model_id).inc(not tally.has_text)
+            self._drift.add(model_id, Seen(tally.num_prompt_tokens, tally.scripts, not tally.has_text))
         if tally.status != 499:  # who left says nothing of the model
             self._router.record(model_id, failed=tally.status >= 500, first_s=tally.first_s)
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from ftray import config
+from ftray.engine.protocol import Engine
 from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
 from ftray.serve.models import is_hub_id
+from ftray.serve.scaling import METRIC, FirstTimes, FirstTokenPolicy
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _MORE_S = 30  # beyond the longest answer, for what else a replica that goes away has to end
@@ -43,20 +45,30 @@ class ModelReplica:
     """Loads the model, then builds its app around it: engines hold threads and can't be sent from the driver."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
-        from ftray.engine.offline import load_engine
         from ftray.serve.models import local_model
 
-        self._settings, served = settings, settings.served
-        self._engine = load_engine(
-            settings.model_dir if is_hub_id(settings.model_dir) else local_model(settings.model_dir),
-            name=served.model_id,
-            dtype=settings.dtype,
-            num_threads=settings.num_threads,
-            max_num_seqs=settings.max_num_seqs,
-            max_context=settings.max_context,
-            adapters=bool(served.adapters or served.registry),
-            revision=served.revision,
-        )
+        self._settings, served, cfg = settings, settings.served, settings.serve_cfg
+        self._first_times = FirstTimes()
+        options: dict[str, Any] = {
+            "name": served.model_id,
+            "dtype": settings.dtype,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_context": settings.max_context,
+            "revision": served.revision,
+        }
+        directory = settings.model_dir if is_hub_id(settings.model_dir) else local_model(settings.model_dir)
+        has_adapters = bool(served.adapters or served.registry)
+        self._engine: Engine
+        if cfg.engine == "vllm":
+            from ftray.engine.vllm import VllmEngine
+
+            most = max(1, served.max_adapters) if has_adapters else 0
+            options |= {"max_adapters": most, "tensor_parallel": cfg.tensor_parallel}
+            self._engine = VllmEngine(directory, **options)
+        else:
+            from ftray.engine.offline import load_engine
+
+            self._engine = load_engine(directory, num_threads=settings.num_threads, adapters=has_adapters, **options)
 
     def __serve_build_asgi_app__(self) -> Any:
         from ftray.serve.api import build_api
@@ -73,11 +85,54 @@ class ModelReplica:
             limits=Limits(cfg.requests_per_minute, cfg.tokens_per_minute, cfg.tokens_per_day),
             router=Router(cfg.ab, cfg.canary, settings.place),
             place=settings.place,
+            first_times=self._first_times,
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for policies."""
+        return {METRIC: self._first_times.median()}
 
     async def check_health(self) -> None:
         """Asked by Serve: a replica whose engine died is replaced."""
         self._engine.health()
+
+
+def deployment_options(serve_cfg: config.Serve, num_cpus: float = 1.0, num_gpus: float = 0.0) -> dict[str, Any]:
+    """What Serve is told of the replicas: how many there are, what they take on, how they go.
+
+    A replica answers up to 1.5 × target_ongoing_requests at once, so that autoscaling sees load above its target before
+    requests have to wait.
+    """
+    return {
+        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus},
+        "autoscaling_config": _autoscaling(serve_cfg),
+        "max_ongoing_requests": math.ceil(1.5 * serve_cfg.target_ongoing_requests),
+        "max_queued_requests": max(1, serve_cfg.max_queued_requests),  # Serve knows no 0
+        "backpressure_config": BackpressureConfig(retry_after_s=1),
+        "graceful_shutdown_timeout_s": serve_cfg.max_answer_s + _MORE_S,  # waits for its longest answer
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": 5,
+        "max_constructor_retry_count": 2,  # a model that doesn't load won't load the twentieth time
+        "logging_config": QUIET,
+    }
+
+
+def _autoscaling(serve_cfg: config.Serve) -> AutoscalingConfig:
+    options: dict[str, Any] = {}
+    if serve_cfg.target_first_token_s is not None:
+        kwargs = {"target_s": serve_cfg.target_first_token_s}
+        options["policy"] = AutoscalingPolicy(policy_function=FirstTokenPolicy, policy_kwargs=kwargs)
+    return AutoscalingConfig(
+        min_replicas=serve_cfg.min_replicas,
+        initial_replicas=max(1, serve_cfg.min_replicas),  # a start shows whether the model loads
+        max_replicas=serve_cfg.max_replicas,
+        target_ongoing_requests=serve_cfg.target_ongoing_requests,
+        upscale_delay_s=serve_cfg.upscale_delay_s,
+        downscale_delay_s=serve_cfg.downscale_delay_s,
+        # A mean over longer would delay more; Serve hears from replicas every 10 s.
+        look_back_period_s=min(30.0, max(11.0, serve_cfg.upscale_delay_s)),
+        **options,
+    )
 
 
 def build_app(
@@ -94,35 +149,16 @@ def build_app(
 ) -> serve.Application:
     """A Serve application for one model, or one base with its adapters.
 
-    num_cpus, num_gpus: a replica's; torch gets as many threads. place: URI below which feedback and events are kept. A
-    replica answers up to 1.5 × target_ongoing_requests at once, so that autoscaling sees load above its target before
-    requests have to wait.
+    num_cpus, num_gpus: a replica's; torch gets as many threads. place: URI below which feedback and events are kept.
     """
-    max_ongoing = math.ceil(1.5 * serve_cfg.target_ongoing_requests)
-    deployment = serve.deployment(
-        ModelReplica,
-        name="model",
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=serve_cfg.min_replicas,
-            max_replicas=serve_cfg.max_replicas,
-            target_ongoing_requests=serve_cfg.target_ongoing_requests,
-        ),
-        max_ongoing_requests=max_ongoing,
-        max_queued_requests=max(1, serve_cfg.max_queued_requests),  # Serve knows no 0
-        backpressure_config=BackpressureConfig(retry_after_s=1),
-        graceful_shutdown_timeout_s=serve_cfg.max_answer_s + _MORE_S,  # waits for its longest answer
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        max_constructor_retry_count=2,  # a model that doesn't load won't load the twentieth time
-        logging_config=QUIET,
-    )
+    options = deployment_options(serve_cfg, num_cpus, num_gpus)
+    deployment = serve.deployment(ModelReplica, name="model", **options)
     return deployment.bind(
         ReplicaSettings(
             model_dir=model_dir,
             served=served,
             serve_cfg=serve_cfg,
-            max_num_seqs=max_ongoing,
+            max_num_seqs=options["max_ongoing_requests"],
             max_context=max_context,
             dtype=dtype,
             num_threads=max(1, int(num_cpus)),

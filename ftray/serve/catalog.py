@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from ftray.engine.protocol import Engine
 from ftray.errors import CheckpointError, FtrayError, ModelError
@@ -29,7 +30,8 @@ class Served:
 
     adapters: fixed ones, id → URI. registry: URI of what is published for this base, looked at again and again; base,
     revision: what published adapters must have been trained on. max_adapters: held in memory at a time. lineages: of the
-    model or the fixed adapters, by id: what their runs' origin is known by.
+    model or the fixed adapters, by id: what their runs' origin is known by. references: what these were trained on, in
+    figures, by id (`drift`).
     """
 
     model_id: str
@@ -39,6 +41,7 @@ class Served:
     revision: str | None = None
     max_adapters: int = 0
     lineages: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Catalog:
@@ -78,6 +81,11 @@ class Catalog:
         """Id of the lineage of the run that a model comes from, where it is known."""
         published = {self._public(name): one.meta.get("lineage") for name, one in self._published.items()}
         return self._served.lineages.get(model_id) or published.get(model_id)
+
+    def reference(self, model_id: str) -> Mapping[str, Any] | None:
+        """Figures of a model's training data, where they are known."""
+        published = {self._public(name): one.meta.get("reference") for name, one in self._published.items()}
+        return self._served.references.get(model_id) or published.get(model_id)
 
     async def prepare(self, model_id: str) -> str | None:
         """The engine's name of the adapter that answers for `model_id`, loaded; None for the base.

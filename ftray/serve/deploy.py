@@ -23,5 +23,5 @@ def build(args: dict[str, str]) -> serve.Application:
         run.serve,
         key_hashes=read_key_hashes("0.0.0.0"),  # whatever the file says: a pod is reached from others
         num_cpus=run.scale.cpus_per_worker,
-        num_gpus=1.0 if run.scale.accelerator else 0.0,
+        num_gpus=float(run.serve.tensor_parallel if run.scale.accelerator else 0),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ftray.serve.drift import Figures
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKENS = (16, 64, 256, 1024, 4096, 16384)
@@ -38,6 +40,21 @@ class Meters:
         self.empty = Counter("ftray_empty_answers", "Answers without text", ["model"], registry=self._registry)
         self.feedback = Counter("ftray_feedback", "Opinions of users", ["model", "rating"], registry=self._registry)
         self.models = Gauge("ftray_models", "Models that may be asked for", registry=self._registry)
+
+        self._drift = {
+            field: Gauge(f"ftray_drift_{field}", text, ["model"], registry=self._registry)
+            for field, text in (
+                ("prompt_tokens", "Stability index of prompts' lengths against training (above 0.25: a shift)"),
+                ("scripts", "Share of letters in other scripts than in training"),
+                ("empty", "Share of the last answers without text"),
+            )
+        }
+
+    def show_drift(self, model: str, figures: Figures) -> None:
+        """Sets a model's gauges; what is unknown stays out."""
+        for field, gauge in self._drift.items():
+            if (value := getattr(figures, field)) is not None:
+                gauge.labels(model).set(value)
 
     def render(self) -> bytes:
         """In Prometheus' text format."""

@@ -20,6 +20,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_N = 8
 MAX_NAME_CHARS = 256
+MAX_SCHEMA_CHARS = 1 << 14
 
 
 class RequestError(Exception):
@@ -120,6 +121,40 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False  # padding against eavesdroppers; clients send it, none needs it
 
 
+class JsonSchema(_Strict):
+    """What an answer has to look like. name, description, strict: clients send them; the schema is always kept to."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(value)) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"must have at most {MAX_SCHEMA_CHARS} characters")
+        return value
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type json_schema, and only there")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema to keep to, as JSON; None for plain text."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return '{"type": "object"}' if self.type == "json_object" else None
+
+
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 
 
@@ -169,6 +204,11 @@ class _Request(_Strict):
         raise NotImplementedError
 
     @property
+    def schema_text(self) -> str | None:
+        """JSON schema that the answer keeps to."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -183,6 +223,11 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def schema_text(self) -> str | None:
+        return None if self.response_format is None else self.response_format.schema_text
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
@@ -278,10 +323,11 @@ def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
     """Reads a body. Raises RequestError (400) that names the field; `max_tokens` is the most that one may ask for."""
     raw = read_object(body)
     for field, empty in _NOT_CARRIED_OUT.items():
-        if field in raw and not any(_same(raw[field], value) for value in empty):
+        if field in raw and field not in kind.model_fields and not any(_same(raw[field], value) for value in empty):
             message = f"{field} is not supported by this endpoint; leave it out"
             raise RequestError(400, message, param=field, code="unsupported")
-    known = {key: value for key, value in raw.items() if key not in _NOT_CARRIED_OUT and key not in _HARMLESS}
+    passed_over = (_NOT_CARRIED_OUT.keys() | _HARMLESS) - kind.model_fields.keys()
+    known = {key: value for key, value in raw.items() if key not in passed_over}
     request = validate(known, kind)
     asked = request.num_tokens_asked
     if asked is not None and asked > max_tokens:
@@ -315,9 +361,18 @@ def _explain(err: ValidationError) -> RequestError:
 
 _FIELDS = frozenset(
     f
-    for m in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions, FeedbackRequest)
+    for m in (
+        ChatRequest,
+        CompletionRequest,
+        ChatMessage,
+        TextPart,
+        StreamOptions,
+        FeedbackRequest,
+        ResponseFormat,
+        JsonSchema,
+    )
     for f in m.model_fields
-)
+) | {"schema"}
 
 
 def encode_json(value: Any) -> bytes:

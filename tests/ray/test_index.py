@@ -327,6 +327,12 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     assert train.found == {"near_duplicate": 8, "duplicate": 6, "overlap": 5}
     assert train.left == {"near_duplicate": 8, "overlap": 5}
     assert train.num_rows == data.index.total("num_rows")
+    reference = json.loads(Path(run_dir, "data/reference.json").read_text())
+    deciles = reference["prompt_tokens"]
+    assert len(deciles) == 9
+    assert deciles == sorted(deciles)
+    assert 0 < deciles[4] < train.percentile(50)  # without the answers
+    assert reference["scripts"] == pytest.approx(train.scripts, abs=1e-6)
     assert "6 say the same as an earlier one (6 taken out)" in stream.getvalue()
     assert "only 114 training records" in stream.getvalue()
     assert (tmp_path / "stats.html").read_text().count("<svg") > 2

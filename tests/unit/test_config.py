@@ -227,6 +227,7 @@ TOGETHER = {
     ("evaluate.early_stopping=3",): (
         "evaluate: early_stopping needs evaluate.every, the steps between held-out losses"
     ),
+    ("serve.tensor_parallel=2",): "serve: tensor_parallel (2) needs engine vllm; set serve.engine: vllm, or 1",
     ("serve.min_replicas=3",): "serve: max_replicas (1) is below min_replicas (3); raise it",
 }
 
@@ -420,11 +421,16 @@ SAME: dict[str, dict[str, Any]] = {
         "judge": {"url": "http://x/v1", "model": "m"},
     },
     "serve": {
+        "engine": "vllm",
+        "tensor_parallel": 3,
         "host": "h",
         "port": 3,
-        "min_replicas": 1,
+        "min_replicas": 0,
         "max_replicas": 3,
         "target_ongoing_requests": 3.0,
+        "target_first_token_s": 3.0,
+        "upscale_delay_s": 3.0,
+        "downscale_delay_s": 3.0,
         "max_queued_requests": 3,
         "max_tokens": 3,
         "max_answer_s": 3,
@@ -452,6 +458,8 @@ def changed(section: str, key: str, value: object) -> config.Run:
         tree[section]["metrics"] = [metric]
     if key == "optimizer":
         tree["deepspeed"] = {"zero_stage": 0}
+    if key == "tensor_parallel":
+        tree[section]["engine"] = "vllm"
     return parse_run(tree, "f")
 
 

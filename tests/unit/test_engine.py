@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import json
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from ftray.engine.offline import complete, generate_all, load_engine
-from ftray.engine.protocol import ContextLengthError, EngineError, SamplingParams
+from ftray.engine.protocol import ContextLengthError, EngineError, SamplingParams, SchemaError
 from ftray.engine.sampling import sample_token
+from ftray.engine.schema import Guide
 from ftray.engine.text import TextStream
 from ftray.engine.transformers import TransformersEngine
 from ftray.errors import DataError, ModelError
@@ -142,12 +144,7 @@ def test_greedy_requests_are_untouched_by_sampled_ones_in_their_batch(model: Any
     assert all(sampled)
 
 
-def test_greedy_tokens_survive_shared_prefixes_long_prompts_and_eviction(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cache too small for four requests, and prefill in pieces of 32: requests are evicted and begun again."""
-    monkeypatch.setattr("ftray.engine.transformers._MAX_BATCH_TOKENS", 32)
-    monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
+def count_evictions(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     num_evictions = 0
     evict = OffloadingManager.offload_requests
 
@@ -157,11 +154,21 @@ def test_greedy_tokens_survive_shared_prefixes_long_prompts_and_eviction(
         return evict(manager)
 
     monkeypatch.setattr(OffloadingManager, "offload_requests", count)
+    return lambda: num_evictions
+
+
+def test_greedy_tokens_survive_shared_prefixes_long_prompts_and_eviction(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache too small for four requests, and prefill in pieces of 32: requests are evicted and begun again."""
+    monkeypatch.setattr("ftray.engine.transformers._MAX_BATCH_TOKENS", 32)
+    monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
+    num_evictions = count_evictions(monkeypatch)
     common = list(range(100))
     prompts = [common + p for p in make_prompts(4)]
     params = SamplingParams(max_tokens=90)
     answers = generate_all(model, tokenizer, prompts, params, max_num_seqs=4)
-    assert num_evictions
+    assert num_evictions()
     for prompt, answer in zip(prompts, answers, strict=True):
         assert_same_but_for_ties(model, prompt, by_generate(model, prompt, 90), answer.token_ids)
 
@@ -464,3 +471,101 @@ def test_this_engine_holds_no_adapters(model: Any, tokenizer: Any) -> None:
     engine = TransformersEngine(model, tokenizer)
     with pytest.raises(ModelError, match="ftray export"):
         asyncio.run(engine.load_adapter("a", "/a"))
+
+
+# JSON schemas
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"enum": ["small", "large"]}, "count": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "required": ["size", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_their_schema_and_others_of_the_batch_are_untouched(model: Any, tokenizer: Any) -> None:
+    prompts = make_prompts(4)
+    kept = {"max_tokens": 60, "json_schema": json.dumps(SCHEMA)}
+    asked = [
+        SamplingParams(**kept),
+        GREEDY,
+        SamplingParams(**kept, temperature=1.5, seed=1),
+        SamplingParams(**kept, temperature=1.5, seed=2, num_logprobs=1),
+    ]
+
+    async def body(engine: TransformersEngine) -> Any:
+        return await asyncio.gather(*[complete(engine, str(i), prompts[i], asked[i]) for i in range(4)])
+
+    answers = with_engine(model, tokenizer, body)
+    for answer in (answers[0], *answers[2:]):
+        found = json.loads(answer.text)
+        assert (set(found), found["size"] in ("small", "large"), found["count"] in range(1000)) == (
+            {"size", "count"},
+            True,
+            True,
+        )
+        assert answer.finish_reason == "stop"
+    assert answers[1].token_ids == by_generate(model, prompts[1])
+
+
+def test_a_schema_survives_eviction(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
+    num_evictions = count_evictions(monkeypatch)
+    numbers = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 10, "maximum": 99},
+        "minItems": 30,
+        "maxItems": 30,
+    }
+    params = SamplingParams(max_tokens=100, json_schema=json.dumps(numbers))
+    prompts = [list(range(100)) + prompt for prompt in make_prompts(4)]
+    for answer in generate_all(model, tokenizer, prompts, params, max_num_seqs=4):
+        assert len(json.loads(answer.text)) == 30
+    assert num_evictions()
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"type": "nonsense"}', '{"$ref": "https://example.org/x"}', "[1", '{"pattern": "("}']
+)
+def test_a_schema_that_cannot_be_kept_to_is_refused(model: Any, tokenizer: Any, schema: str) -> None:
+    async def body(engine: TransformersEngine) -> None:
+        for work in (
+            lambda: engine.check_schema(schema),
+            lambda: engine.generate("x", [1], SamplingParams(max_tokens=9, json_schema=schema)),
+        ):
+            with pytest.raises(SchemaError, match="schema can't be kept to"):
+                work()
+        assert (await complete(engine, "y", [1], GREEDY)).token_ids
+
+    with_engine(model, tokenizer, body)
+
+
+def test_a_schema_that_gives_up_in_the_middle_ends_its_request_alone(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matcher has limits of its own, which a schema can reach only while an answer grows."""
+    mask = Guide.mask
+
+    class Tired:
+        def consume_tokens(self, tokens: list[int]) -> bool:
+            return False
+
+        def get_error(self) -> str:
+            return "too many items"
+
+    def tire(guide: Guide, logits: torch.Tensor, token_ids: list[int]) -> None:
+        if guide._num_seen is not None:
+            guide._matcher = Tired()
+        mask(guide, logits, token_ids)
+
+    monkeypatch.setattr(Guide, "mask", tire)
+    asked = [SamplingParams(max_tokens=60, json_schema=json.dumps(SCHEMA)), GREEDY]
+
+    async def body(engine: TransformersEngine) -> Any:
+        work = [complete(engine, str(i), make_prompts(2)[i], params) for i, params in enumerate(asked)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    failed, other = with_engine(model, tokenizer, body)
+    assert isinstance(failed, EngineError)
+    assert "too many items" in str(failed)
+    assert other.token_ids == by_generate(model, make_prompts(2)[1])

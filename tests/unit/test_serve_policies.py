@@ -310,6 +310,34 @@ def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_pat
     asyncio.run(work())
 
 
+def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_fortieth_answer(tmp_path: Path) -> None:
+    class Failing(HoldingEngine):
+        num_asked = 0
+
+        async def _say(self, reply: str) -> AsyncIterator[Chunk]:
+            self.num_asked += reply == "new"
+            if reply == "new" and self.num_asked % 20 == 0:
+                raise EngineError("injected")
+            async for chunk in super()._say(reply):
+                yield chunk
+
+    put(tmp_path, "old")
+    put(tmp_path, "new")
+    router = Router({"small:old": 0.5, "small:new": 0.5}, config.Canary(model="small:new"), str(tmp_path))
+    engine = Failing()
+
+    async def work() -> None:
+        app = build_api(engine, served(tmp_path), max_tokens=5, router=router, place=str(tmp_path))
+        async with life(app):
+            for _ in range(150):
+                await call(app, "/v1/completions", {"model": "default", "prompt": "x"})
+        (event,) = storage.list_files(str(tmp_path / "serve/events"))
+        assert "max_error_rate 0.02" in json.loads(storage.read_bytes(event.uri))["why"]
+
+    asyncio.run(work())
+    assert 20 <= engine.num_asked <= 40
+
+
 # Feedback
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ftray.config import Serve
-from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, SamplingParams
+from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, SamplingParams, SchemaError
 from ftray.errors import ConfigError, ModelError
 from ftray.serve.api import build_api
 from ftray.serve.catalog import Served
@@ -62,6 +62,10 @@ class PaperEngine:
     def health(self) -> None:
         if self.dead:
             raise EngineError("secret path /home/x")
+
+    def check_schema(self, schema: str) -> None:
+        if "not" in json.loads(schema):
+            raise SchemaError("the JSON schema can't be kept to")
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
@@ -172,7 +176,17 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
         ({"user": 5}, "user"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 20000}}}},
+            "response_format.json_schema.schema",
+        ),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"top_k": 5}, "top_k"),
@@ -276,6 +290,24 @@ def test_sampling_reaches_the_engine_and_left_out_limits_are_filled() -> None:
         SamplingParams(50, temperature=1.0),
         SamplingParams(10, temperature=1.0),  # what is left of 100
     ]
+
+
+def test_a_schema_reaches_the_engine_and_one_that_cannot_be_kept_to_is_a_400() -> None:
+    def answer(form: Any) -> tuple[Answer, PaperEngine]:
+        engine = PaperEngine()
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "response_format": form}
+        return ask("/v1/chat/completions", body, engine), engine
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    _, engine = answer({"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}})
+    (asked,) = engine.asked
+    assert json.loads(asked[1].json_schema or "") == schema
+    _, engine = answer({"type": "json_object"})
+    assert json.loads(engine.asked[0][1].json_schema or "") == {"type": "object"}
+    _, engine = answer({"type": "text"})
+    assert engine.asked[0][1].json_schema is None
+    refused, engine = answer({"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}})
+    assert (refused.status, refused.error["param"], engine.asked) == (400, "response_format", [])
 
 
 def test_a_prompt_beyond_the_context_is_a_400_with_openais_code() -> None:

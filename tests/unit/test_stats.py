@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ftray.chat.scripts import count_scripts
 from ftray.data.page import render_page
 from ftray.data.records import (
     CAPITAL,
@@ -19,7 +20,6 @@ from ftray.data.records import (
     SHORT_ANSWER,
     UNPRINTABLE,
     _flags,
-    count_scripts,
 )
 from ftray.data.stats import Part, Stats, _labels, as_text, warn
 from tests.unit.test_duplicates import chat
