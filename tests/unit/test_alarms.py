@@ -104,6 +104,18 @@ def test_a_loss_that_goes_nowhere_is_told_while_much_is_left() -> None:
     assert kinds(late) == [], "at the end nothing is left to save"
 
 
+def test_a_held_out_loss_that_rises_while_the_other_falls_is_told() -> None:
+    lines = healthy(400, 6)
+    for each in lines[200:]:
+        each["loss"] *= 1 - 0.3 * (each["step"] - 200) / 200
+        if "heldout_loss" in each:
+            each["heldout_loss"] = lines[199]["heldout_loss"] * (1 + (each["step"] - 199) / 400)
+    (alarm,) = alarms(lines)
+    assert alarm.kind == "overfitting"
+    assert "(step 200)" in alarm.text
+    assert "evaluate.early_stopping" in alarm.text
+
+
 def test_data_that_is_waited_for_is_told_but_not_the_start_nor_one_long_wait() -> None:
     lines = healthy(100, 3)
     lines[0]["data_wait_s"] = lines[50]["data_wait_s"] = 30.0
