@@ -17,6 +17,7 @@ from ftray.data.packing import pack_examples
 from ftray.data.pipeline import Batch
 from ftray.errors import RunError
 from ftray.train.loop import Trainer
+from ftray.train.pace import Stopwatch
 from ftray.train.state import local_parts
 from ftray.train.timeline import Progress
 from tests import cluster, ranks, tiny
@@ -45,6 +46,7 @@ def trainer_of(run: Any, rank: int) -> Trainer:
     trainer._run, trainer._device = run, torch.device("cpu")
     trainer._rank, trainer._world_size = rank, 2
     trainer._engine, trainer._parameters = trainer._build_engine()
+    trainer._own_time = Stopwatch(trainer._device)
     trainer._shard, trainer._progress, trainer._lines, trainer._link = Shard, Progress(), [], None  # type: ignore[assignment]
     return trainer
 

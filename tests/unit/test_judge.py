@@ -19,7 +19,7 @@ from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.evaluate import judge as room
 from ftray.evaluate.intervals import wilson
-from ftray.evaluate.judge import judge, parse_verdict
+from ftray.evaluate.judge import NUM_AT_ONCE, judge, parse_verdict
 
 KEY = "sk-very-secret-0123456789"
 Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -190,9 +190,11 @@ def test_a_judge_that_stays_down_ends_the_command_and_the_next_one_continues(tmp
         assert kept >= 5
         longer.refuse, before = lambda _: None, len(longer.asked)
         judge(run, Console(io.StringIO()))
-        assert len(longer.asked) - before == 40 - 2 * kept
+        late = NUM_AT_ONCE  # asked by the first command at its end, and noticed here afterwards
+        assert 0 <= len(longer.asked) - before - (40 - 2 * kept) <= late
+        before = len(longer.asked)
         judge(run_of(tmp_path, url, model="judge-2"), Console(io.StringIO()))
-        assert len(longer.asked) - before == 80 - 2 * kept, "another judge's verdicts were taken"
+        assert len(longer.asked) - before == 40, "another judge's verdicts were taken"
 
 
 def test_nobody_at_the_address_is_one_sentence(tmp_path: Path, longer: Endpoint) -> None:
