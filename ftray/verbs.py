@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ftray import config
 from ftray.console import Console
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, Preempted
 
 if TYPE_CHECKING:
     from ftray.data.prepare import Data
@@ -153,14 +153,19 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
 
 @contextmanager
 def _reported(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Iterator[None]:
-    """Writes the run's report at the end, whatever the end is, while the run is this process's own."""
+    """Writes the run's report at the end, also of a failure, while the run is this process's own."""
     from ftray.observe.report import try_report
 
     try:
         yield
-    finally:
+    except (Preempted, KeyboardInterrupt):
+        raise  # little time is left: the lease is let go first
+    except BaseException:
         if not lease.overtaken:
             try_report(run, run_dir, console)
+        raise
+    if not lease.overtaken:
+        try_report(run, run_dir, console)
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> int:

@@ -19,7 +19,7 @@ from ftray.data.pipeline import Plan, make_plan
 from ftray.data.proof import prove_sample
 from ftray.data.reference import write_reference
 from ftray.data.sources import other_files
-from ftray.errors import ConfigError, DataError
+from ftray.errors import ConfigError, DataError, StorageError
 
 SUMMARY = "summary.json"
 COUNTS = ("num_records", "num_tokens", "num_supervised", "num_rows")
@@ -50,7 +50,10 @@ def prepare_data(
     heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
     _say_left_out(run.data, console)
     _keep_summary(run.data, index.mixture(stream).rows_per_epoch, index, heldout_index, directory)
-    write_reference(index, directory)
+    try:
+        write_reference(index, directory)
+    except StorageError as err:
+        console.warn(f"figures for endpoints' drift were not kept: {err}")
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
     return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
 

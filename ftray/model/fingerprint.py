@@ -13,25 +13,24 @@ SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
 
 def base_files(model: config.Model) -> dict[str, str]:
-    """Hash by file name of a base's directory, or of its snapshot in the hub's cache; {} where there is none.
+    """Hash by file name of a base's directory; of a base from the hub its commit; {} where that is not known here.
+
+    Workers download a hub's files when they need them, so that which of them are here says nothing.
 
     Raises ModelError as `resolve_base`.
     """
-    directory = _directory(model)
-    if directory is None:
-        return {}
+    directory = Path(resolve_base(model))
+    if not directory.is_dir():
+        return _commit(model)
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name.endswith(SUFFIXES))
     return {path.name: _hash(path) for path in files}
 
 
-def _directory(model: config.Model) -> Path | None:
-    place = Path(resolve_base(model))
-    if place.is_dir():
-        return place
+def _commit(model: config.Model) -> dict[str, str]:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(str(place), "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    found = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+    return {"commit": Path(found).parent.name} if isinstance(found, str) else {}
 
 
 def _hash(path: Path) -> str:

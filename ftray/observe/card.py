@@ -14,7 +14,7 @@ import yaml
 from ftray import config
 from ftray.evaluate.report import counted, figure_rows
 from ftray.evaluate.results import Comparison, read_results
-from ftray.observe.report import redacted
+from ftray.redact import redacted, redacted_tree
 from ftray.train.lineage import DECIDING, read_lineage
 from ftray.train.timeline import Found
 
@@ -36,7 +36,7 @@ def described(run: config.Run, run_dir: str, found: Found) -> dict[str, bytes]:
     files = {CARD: render_card(run, found, lineage, comparison).encode()}
     if lineage is not None:
         tree = {**lineage, "run": run.name, "step": found.step, "config": run.identity()}
-        files[LINEAGE] = redacted(json.dumps(tree, indent=1)).encode()
+        files[LINEAGE] = json.dumps(redacted_tree(tree), indent=1).encode()
     return files
 
 

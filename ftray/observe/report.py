@@ -7,7 +7,6 @@ How a page looks and plots is in `page`; what the parts say is in the rooms that
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,11 +22,13 @@ from ftray.data.chunks import streams
 from ftray.data.index import Index, read_index, read_survey
 from ftray.data.page import render_parts
 from ftray.data.stats import Stats, collect, warn
-from ftray.errors import ConfigError, FtrayError
+from ftray.errors import ConfigError, Interrupted, Preempted
 from ftray.evaluate.report import counted, details, figure_rows, gate_lines
 from ftray.evaluate.results import Comparison, read_results
 from ftray.observe.history import History, as_rows, history_of
 from ftray.page import Curve, facts, items, lines, page, section, table
+from ftray.redact import redacted
+from ftray.train.identity import check_identity
 from ftray.train.journal import read_events
 from ftray.train.timeline import Found, list_checkpoints, read_metrics
 from ftray.tune.page import render_sweep
@@ -36,10 +37,6 @@ from ftray.tune.state import State, read_state
 MAX_POINTS = 200  # of a curve; more steps are averaged
 MAX_RECORDS = 500_000  # described one by one: their tables are read for it
 SAMPLES, SAMPLE_CHARS = 8, 1200  # answers shown, and how much of each
-SECRETS = (
-    (re.compile(r"(\w+://)[^/@\s\"'<]+@"), r"\1…@"),
-    (re.compile(r"((?:token|key|secret|signature|credential|password)[\w-]*=)[^&\s\"'<;]+", re.IGNORECASE), r"\1…"),
-)
 Line = Mapping[str, Any]
 
 
@@ -69,15 +66,18 @@ def try_report(run: config.Run, run_dir: str, console: Console) -> None:
     try:
         with storage.brief(20.0):
             write_report(run, run_dir)
-    except (FtrayError, OSError, ValueError, KeyError, TypeError) as err:
+    except (Preempted, Interrupted):
+        raise
+    except Exception as err:  # noqa: BLE001 - the run's own outcome counts, whatever a page stumbles over
         console.warn(f"report.html was not written ({type(err).__name__}: {err}); try: ftray report {run.directory}")
 
 
 def read_known(run: config.Run, run_dir: str) -> Known:
-    """Raises ConfigError where no run was started."""
+    """Raises ConfigError where no run was started, or the run was trained with other settings than these."""
     uri = storage.join(run_dir, "run.json")
     if not storage.exists(uri):
         raise ConfigError(f"{run_dir} holds no run (it has no run.json); train first: ftray train <run file>")
+    check_identity(run, run_dir)
     found, metrics = list_checkpoints(run_dir), read_metrics(run_dir)
     return Known(
         run,
@@ -107,13 +107,6 @@ def render_report(known: Known) -> str:
         )
     )
     return redacted(page(f"Run {known.run.name}", body))
-
-
-def redacted(text: str) -> str:
-    """Text without the passwords and keys that addresses hold."""
-    for pattern, instead in SECRETS:
-        text = pattern.sub(instead, text)
-    return text
 
 
 def _summary(known: Known) -> list[tuple[str, str]]:

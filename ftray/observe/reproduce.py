@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -73,7 +74,8 @@ def compare_runs(old_dir: str, new_dir: str) -> str:
     at, sums, again = _last_common(old_dir, new_dir)
     if not apart and sums and sums == again:
         return f"the same once more: rows and losses of {len(steps)} steps, and the weights of step {at}, bit for bit ({sums[0]})"
-    most = max((abs(old[s]["loss"] - new[s]["loss"]) for s in apart), default=0.0)
+    gaps = [abs(old[s]["loss"] - new[s]["loss"]) for s in apart if None not in (old[s]["loss"], new[s]["loss"])]
+    most = max(gaps, default=0.0) if len(gaps) == len(apart) else math.nan  # one was not finite
     said = f"rows of {len(steps)} steps are the same; losses differ by at most {most:.3g}, first at step {min(apart, default=at)}"
     devices = {e.what.get("device") for each in (old_dir, new_dir) for e in read_events(each) if e.event == "start"}
     sizes = {e.what.get("workers") for each in (old_dir, new_dir) for e in read_events(each) if e.event == "start"}

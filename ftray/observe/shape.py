@@ -104,7 +104,10 @@ def shape_of(model: config.Model) -> Shape:
     if not place.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+        try:
+            found = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+        except ValueError:
+            raise ModelError(f"model.base {model.base} is neither a directory here nor a hub id; correct it") from None
         if not isinstance(found, str):
             if name in KNOWN:
                 return _known(name)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from ftray.errors import StorageError
+from ftray.errors import Interrupted, Preempted, StorageError
 from ftray.storage.address import MissingFile, bucket_and_key
 
 RETRY_S = 60.0  # how long passing S3 troubles are retried; FTRAY_STORAGE_RETRY_S overrides it
@@ -133,6 +133,8 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments:
         try:
             filesystem = _filesystem()
             return sync(filesystem.loop, _send, filesystem.s3, operation, arguments)
+        except (Interrupted, Preempted):  # a signal that came meanwhile
+            raise
         except Exception as error:
             code = _refusal(error)[0]
             if code in unless:

@@ -122,7 +122,7 @@ def overfitting(lines: Sequence[Line], _: config.Run) -> str | None:
         return None
     then = _losses([line for line in lines if step - WINDOW <= line["step"] < step])
     now = _losses(lines[-WINDOW:])
-    if not then or median(now) >= median(then):
+    if not then or not now or median(now) >= median(then):
         return None
     return (
         f"the held-out loss rose from {best:.3g} (step {step}) to {after[-1]:.3g} while the training loss fell from "

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from ftray import storage
 from ftray.errors import FtrayError, Interrupted, Preempted, RunHeldError, StorageError
+from ftray.redact import redacted_tree
 from ftray.train.group import Ended
 
 WRITE_S = 5.0  # that a store which is down may hold a driver up
@@ -33,7 +34,7 @@ class Journal:
 
     def tell(self, event: str, **what: Any) -> None:
         """Keeps an event."""
-        self._lines.append(json.dumps({"unix_s": round(self._now(), 3), "event": event, **what}) + "\n")
+        self._lines.append(json.dumps({"unix_s": round(self._now(), 3), "event": event, **redacted_tree(what)}) + "\n")
         if not self._may_write():
             return
         try:

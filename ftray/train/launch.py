@@ -26,9 +26,9 @@ from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
-from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, StorageError
+from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
-from ftray.train.alarms import Watch
+from ftray.train.alarms import Alarm, Watch
 from ftray.train.capacity import check_resources
 from ftray.train.causes import explain
 from ftray.train.group import Clock, Ended, run_group
@@ -86,6 +86,8 @@ def train(
     heldout = follower.heldout if follower else None
     if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
         heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
+    if lease is not None and not storage.holds(lease.token):
+        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
     lineage = record_lineage(
         run, run_dir, data, tokenizer_hash(tokenizer), template_hash(tokenizer), parent_of(run_dir)
     )
@@ -96,7 +98,7 @@ def train(
     job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
     journal = Journal(run_dir, lambda: lease is None or not lease.overtaken)
     step = newest.step if newest else 0
-    watch = Watch(run, data.plan.num_steps, read_metrics(run_dir))
+    watch = Watch(run, data.plan.num_steps, _lines_before(run_dir, console))
     with journal.session(step), console.progress("train: step", data.plan.num_steps, step) as bar:
 
         def start(world_size: int, wish: Wish) -> Ended:
@@ -111,7 +113,7 @@ def train(
         def show(event: dict[str, Any]) -> None:
             _show(event, bar, console)
             journal.heard(event)
-            for alarm in watch.heard(event):
+            for alarm in _alarms(watch, event, console):
                 console.warn(f"step {alarm.step}: {alarm.text}")
                 journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
             if follower is not None:
@@ -129,6 +131,26 @@ def train(
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
     merge_metrics(run_dir, last.progress)
     return last
+
+
+def _lines_before(run_dir: str, console: Console) -> list[dict[str, Any]]:
+    """Metrics that alarms go on from: the first, and the newest."""
+    try:
+        return read_metrics(run_dir, most=50)
+    except (StorageError, ValueError, KeyError) as err:
+        console.warn(f"alarms begin anew, earlier metrics can't be read: {err}")
+        return []
+
+
+def _alarms(watch: Watch, event: dict[str, Any], console: Console) -> list[Alarm]:
+    """What the watch says; it never ends a run."""
+    try:
+        return list(watch.heard(event))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
+        console.warn(
+            f"an alarm could not be decided ({type(err).__name__}: {err}); this is a fault of ftray, report it"
+        )
+        return []
 
 
 def _wait_for_resources(run: config.Run, run_dir: str, console: Console) -> bool:

@@ -29,6 +29,7 @@ DECIDING = (
     *("accelerate", "bitsandbytes", "deepspeed", "ftray", "liger-kernel", "numpy", "peft", "pyarrow", "ray"),
     *("safetensors", "tokenizers", "torch", "transformers", "triton"),
 )
+UNKNOWN = "kept from here on; what came before is not known"
 IMAGE, COMMIT = "FTRAY_IMAGE", "FTRAY_COMMIT"  # set where ftray comes as an image, or without its git history
 
 
@@ -53,10 +54,13 @@ def record_lineage(run: config.Run, run_dir: str, data: Data, tokenizer: str, te
             "environment": environment(),
         }
         tree["lineage"] = known = {"id": id_of(made), **made}
+        if found:  # begun by a version that kept no lineage
+            known["continued"] = [{"step": found[0].step, "changes": [UNKNOWN]}]
     else:
         changes = environment_changes(known["environment"], environment())
         continued = known.get("continued", [])
-        if changes == (continued[-1]["changes"] if continued else []):
+        told = continued[-1]["changes"] if continued else []
+        if changes == [change for change in told if change != UNKNOWN]:
             return str(known["id"])
         known["continued"] = [*continued, {"step": found[0].step, "changes": changes}]
     storage.write_bytes(uri, json.dumps(tree, indent=1).encode())
@@ -110,6 +114,8 @@ def changed_files(known: Mapping[str, Any], run: config.Run, data: Data | None =
 
 
 def _changed_base(then: Mapping[str, str], now: Mapping[str, str], base: str) -> list[str]:
+    if not then or not now:  # a hub's, which nobody has asked for here
+        return []
     said = [f"{name} of model.base {base} is gone" for name in sorted(then.keys() - now.keys())]
     return said + [f"{name} of model.base {base} changed" for name in sorted(now) if then.get(name) != now[name]]
 

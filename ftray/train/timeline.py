@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray import storage
@@ -127,11 +127,17 @@ def merge_metrics(run_dir: str, progress: Progress) -> int:
     return len(lines)
 
 
-def read_metrics(run_dir: str) -> list[dict[str, Any]]:
-    """A line for each committed step, in order, also of a run that still trains."""
+def read_metrics(run_dir: str, most: int | None = None) -> list[dict[str, Any]]:
+    """A line for each committed step, in order, also of a run that still trains.
+
+    most: segments that are read, the first and the newest of them; left out: all.
+    """
     found = list_checkpoints(run_dir)
     if found:
-        lines = _metric_lines(run_dir, found[0].progress)
+        progress = found[0].progress
+        if most is not None and len(progress.segments) > most:
+            progress = replace(progress, segments=[progress.segments[0], *progress.segments[1 - most :]])
+        lines = _metric_lines(run_dir, progress)
         return [json.loads(lines[step]) for step in sorted(lines)]
     uri = storage.join(run_dir, "metrics.jsonl")
     return [json.loads(line) for line in storage.read_bytes(uri).splitlines()] if storage.exists(uri) else []

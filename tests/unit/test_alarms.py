@@ -116,6 +116,15 @@ def test_a_held_out_loss_that_rises_while_the_other_falls_is_told() -> None:
     assert "evaluate.early_stopping" in alarm.text
 
 
+def test_a_held_out_loss_after_none_but_bad_steps_says_nothing_of_them() -> None:
+    lines = healthy(400, 6)
+    for each in lines[200:]:
+        each["loss"] = None
+        if each["step"] > 240 and "heldout_loss" in each:
+            each["heldout_loss"] = 9.0 + each["step"]
+    assert "overfitting" not in kinds(lines)
+
+
 def test_data_that_is_waited_for_is_told_but_not_the_start_nor_one_long_wait() -> None:
     lines = healthy(100, 3)
     lines[0]["data_wait_s"] = lines[50]["data_wait_s"] = 30.0

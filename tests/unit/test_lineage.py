@@ -110,6 +110,38 @@ def test_a_run_that_goes_on_keeps_its_id_and_tells_what_changed(
     assert since == {"step": 4, "changes": [f"torch is 9.9 instead of {environment()['packages']['torch']}"]}
 
 
+def test_a_run_begun_without_a_lineage_does_not_claim_one_for_all_its_steps(
+    tmp_path: Path, base: Path, shards: Path
+) -> None:
+    run, run_dir = begun(tmp_path, base, shards)
+    tree = json.loads(Path(run_dir, "run.json").read_text())
+    del tree["lineage"]
+    Path(run_dir, "run.json").write_text(json.dumps(tree))
+    for _ in range(2):
+        record_lineage(run, run_dir, data_of(shards), "tok", "tem", None)
+    found = read_lineage(run_dir)
+    assert found is not None
+    assert found["continued"] == [{"step": 4, "changes": ["kept from here on; what came before is not known"]}]
+
+
+def test_a_base_of_the_hub_is_known_by_its_commit_whatever_was_downloaded(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub/models--org--m/snapshots/abc123"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda _repo, name, **_: str(snapshot / name) if (snapshot / name).exists() else None,
+    )
+    model = config.Model(base="org/m")
+    assert base_files(model) == {}
+    (snapshot / "config.json").write_text("{}")
+    known = base_files(model)
+    assert known == {"commit": "abc123"}
+    (snapshot / "model.safetensors").write_bytes(b"x")
+    assert base_files(model) == known
+
+
 def test_what_changed_of_an_environment_is_told_in_words() -> None:
     then = environment()
     now = json.loads(json.dumps(then))
@@ -198,6 +230,8 @@ def test_two_runs_are_compared_by_rows_losses_and_weights(tmp_path: Path) -> Non
         compare_runs(one, made("other", [3.0, 2.5]))
     with pytest.raises(RunError, match="took other rows"):
         compare_runs(one, made("rows", [3.0, 2.0], rows="q"))
+    bad = made("bad", [3.0, None])  # type: ignore[list-item]
+    assert "at most nan, first at step 1" in compare_runs(made("g0", [3.0, 2.0], device="H200"), bad)
     assert "sums on GPUs" in compare_runs(made("g", [3.0, 2.0], device="H200"), made("h", [3.0, 2.1], device="H200"))
 
 

@@ -128,6 +128,8 @@ def test_a_base_that_is_no_picture_of_this_is_refused() -> None:
         read_shape({**tree, "num_local_experts": 8}, "b")
     with pytest.raises(ModelError, match=r"its config\.json"):
         read_shape({"d_model": 8}, "b")
+    with pytest.raises(ModelError, match=r"model\.base a/b/c is neither a directory here nor a hub id"):
+        shape_of(config.Model(base="a/b/c"))
     with pytest.raises(ModelError, match=r"download its config\.json"):
         shape_of(config.Model(base="nobody/has-this"))
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from ftray.console import Console
-from ftray.errors import ConfigError, Interrupted, RunError
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.observe.history import as_rows, history_of
-from ftray.observe.report import read_known, redacted, render_report, report_to, thinned, try_report, write_report
+from ftray.observe.report import read_known, render_report, report_to, thinned, try_report, write_report
 from ftray.page import Axis, Curve, bars, columns, lines, table
+from ftray.redact import redacted, redacted_tree
 from ftray.train.group import Ended
 from ftray.train.journal import Journal, read_events
 from ftray.train.timeline import read_metrics
@@ -109,9 +110,14 @@ def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
     text = render_report(read_known(run, str(run_dir)))
     assert "hunter2" not in text
     assert "s3://…@bucket/data" in text
-    assert redacted("at https://x.org/a?X-Amz-Signature=abc&y=1 with token=s3cr3t") == (
-        "at https://x.org/a?X-Amz-Signature=…&y=1 with token=…"
+    assert redacted("at https://x.org/a?X-Amz-Signature=abc&y=1&amp;token=s3cr3t") == (
+        "at https://x.org/a?X-Amz-Signature=…&y=1&amp;token=…"
     )
+    assert redacted("sorted(x, key=len) --set method.num_virtual_tokens=20") == (
+        "sorted(x, key=len) --set method.num_virtual_tokens=20"
+    )
+    kept = redacted_tree({"why": [f"Bearer {'a' * 20}", f"hf_{'b' * 30} AKIA{'C' * 16}", 'say key="x"', 3]})
+    assert kept == {"why": ["Bearer …", "… …", 'say key="x"', 3]}
 
 
 def test_a_run_that_has_hardly_begun_and_one_that_was_stopped_have_their_page(tmp_path: Path) -> None:
@@ -136,6 +142,24 @@ def test_a_report_that_can_t_be_written_is_a_warning(tmp_path: Path, capsys: pyt
     assert "warning: report.html was not written (KeyError" in capsys.readouterr().out
     with pytest.raises(KeyError):
         report_to(run, str(run_dir), Console(), str(tmp_path / "x.html"))
+
+
+def test_a_signal_while_the_report_is_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, run_dir = with_two_kills(tmp_path)
+
+    def preempt(*_: object) -> None:
+        raise Preempted("preempted")
+
+    monkeypatch.setattr("ftray.observe.report.render_report", preempt)
+    with pytest.raises(Preempted):
+        try_report(run, str(run_dir), Console())
+
+
+def test_other_settings_than_the_runs_are_not_shown_as_its_own(tmp_path: Path) -> None:
+    run, run_dir = with_two_kills(tmp_path)
+    other = run.model_copy(update={"train": run.train.model_copy(update={"learning_rate": 0.123})})
+    with pytest.raises(ConfigError, match=r"train\.learning_rate"):
+        write_report(other, str(run_dir))
 
 
 def live_until_interrupted(journal: Journal) -> None:
