@@ -130,6 +130,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     check_endpoint(model_dir, run.serve)
     edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
+        replica["num_gpus"] = _gpus_for(run, replica["num_gpus"], console)
         endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
         if served.registry:
@@ -138,6 +139,22 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
             )
         run_until_signal(endpoint, _events(run, console))
     return 0
+
+
+def _gpus_for(run: config.Run, wanted: float, console: Console) -> float:
+    """GPUs of a replica, none where there are none and it can do without. Raises ConfigError: Serve would only wait."""
+    import ray
+
+    there, needed = ray.cluster_resources().get("GPU", 0.0), wanted * max(1, run.serve.min_replicas)
+    if there >= needed:
+        return wanted
+    if there == 0 and run.serve.engine == "transformers":
+        console.warn(f"scale.accelerator is {run.scale.accelerator}, but there is no GPU here: the CPU answers")
+        return 0.0
+    raise ConfigError(
+        f"{max(1, run.serve.min_replicas)} replicas (serve.min_replicas) of {wanted:g} GPUs need {needed:g}, there are "
+        f"{there:g}; lower serve.min_replicas or serve.tensor_parallel, or serve where there are more"
+    )
 
 
 def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:

@@ -138,6 +138,11 @@ def _training_workers(image: Image, layout: Layout, role: str, pods: int) -> Tre
 def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     least, most = run.serve.min_replicas, run.serve.max_replicas
     replica = lay_out(run.model_copy(update={"scale": _one_replica(run)}), layout.machine)
+    if replica.pods != 1:
+        raise ConfigError(
+            f"serve.tensor_parallel is {run.serve.tensor_parallel}, more GPUs than one machine gives a replica "
+            f"({layout.machine.name}); lower it, or name a larger machine"
+        )
     group = worker_group(image, "serve", replica, (least, least, most))
     application = {
         "name": "ftray",
@@ -147,7 +152,7 @@ def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     }
     served = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "http_options": {"host": "0.0.0.0", "port": 8000, "request_timeout_s": run.serve.proxy_timeout_s},
         "applications": [application],
     }
     cluster = _cluster(image, head_group(image, "serve", has_autoscaler=most > least), [group])

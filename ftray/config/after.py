@@ -141,6 +141,11 @@ class Serve(Section):
     canary: Canary | None = None
     """A model of `ab` on trial."""
 
+    @property
+    def proxy_timeout_s(self) -> float:
+        """Seconds after which a request is ended that no replica came up for; an answer itself ends before."""
+        return self.max_answer_s + 600
+
     @model_validator(mode="after")
     def _shares_fit(self) -> Serve:
         if self.ab and not sum(self.ab.values()) > 0:

@@ -20,6 +20,10 @@ class EngineError(RunError):
     """The engine died, was stopped, or a request was aborted: nobody's input is to blame."""
 
 
+class StuckError(EngineError):
+    """One answer can't go on as its request wants it; the engine and all others are well."""
+
+
 class ContextLengthError(DataError):
     """Prompt and requested tokens don't fit into the model's context."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from ftray.engine.protocol import SchemaError
 
 _COMPACT = {"whitespace_flexible": False}
+_NUM_KEPT = 32  # compiled schemas
 
 
 class Schemas:
@@ -24,16 +26,31 @@ class Schemas:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, end_ids
         self._lock = threading.Lock()
         self._made: Any = None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their start, the latest last
 
     def guide(self, schema: str) -> Guide:
-        """For one answer. The first one costs a second. Raises SchemaError for a schema that can't be kept to."""
+        """For one answer. The first one costs a second, one of a schema seen lately next to nothing.
+
+        Raises SchemaError for a schema that can't be kept to.
+        """
         from llguidance import LLMatcher
 
+        with self._lock:
+            if (known := self._compiled.get(schema)) is not None:
+                self._compiled.move_to_end(schema)
+                return Guide(known.deep_copy(), self._end_ids)
         try:
             json.loads(schema)
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
             if not (error := LLMatcher.validate_grammar(grammar, self._of_tokenizer())):
-                return Guide(LLMatcher(self._of_tokenizer(), grammar), self._end_ids)
+                matcher = LLMatcher(self._of_tokenizer(), grammar)
+                (trial := matcher.deep_copy()).compute_bitmask()  # some give up at their first token only
+                if not (error := _first_line(trial.get_error() if trial.is_error() else "")):
+                    with self._lock:
+                        self._compiled[schema] = matcher
+                        while len(self._compiled) > _NUM_KEPT:
+                            self._compiled.popitem(last=False)
+                    return Guide(matcher.deep_copy(), self._end_ids)
         except (ValueError, TypeError, RecursionError) as err:
             error = str(err)
         raise SchemaError(f"the JSON schema can't be kept to: {' '.join(error.split())[:200]}")
@@ -46,6 +63,11 @@ class Schemas:
                 n_vocab = max(self._vocab_size, len(self._tokenizer))
                 self._made = from_tokenizer(self._tokenizer, n_vocab, list(self._end_ids) or None)
             return self._made
+
+
+def _first_line(error: str) -> str:
+    """The rest is a dump of the answer and the schema, which are a client's."""
+    return error.strip().split("\n", 1)[0][:200]
 
 
 class Guide:
@@ -74,6 +96,6 @@ class Guide:
             allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
             keep[: len(allowed)] = torch.from_numpy(allowed)
         except (ValueError, RuntimeError) as err:
-            self.error = self.error or str(err)
+            self.error = self.error or _first_line(str(err))
             keep[list(self._end_ids)] = True
         logits[~keep.to(logits.device)] = float("-inf")

@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat
 from ftray.engine.mixed_lora import MixedLora
-from ftray.engine.protocol import Chunk, EngineError, SamplingParams, check_prompt
+from ftray.engine.protocol import Chunk, EngineError, SamplingParams, StuckError, check_prompt
 from ftray.engine.sampling import Asked, RowSampler
 from ftray.engine.schema import Schemas
 from ftray.engine.text import TextStream, read_tokens
@@ -137,7 +137,7 @@ class TransformersEngine:
             while not finished:
                 output = await self._receive(inbox)
                 if asked.guide is not None and asked.guide.error:
-                    raise EngineError(f"the JSON schema can't be followed any further: {asked.guide.error}")
+                    raise StuckError(f"the JSON schema can't be followed any further: {asked.guide.error}")
                 new = output.generated_tokens[num_seen:]
                 num_seen += len(new)
                 finished = output.is_finished()

@@ -164,7 +164,7 @@ class VllmEngine:
         except (EngineError, GeneratorExit, asyncio.CancelledError):
             raise
         except Exception as err:
-            raise EngineError(f"vLLM failed: {type(err).__name__}: {err}") from err
+            raise EngineError(f"vLLM failed: {type(err).__name__}") from err  # its text may hold a client's
         finally:
             self._running.pop(request_id, None)
             if lora is not None:

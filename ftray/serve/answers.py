@@ -12,9 +12,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftray.engine.protocol import Chunk, EngineError, FinishReason, TokenLogprob
+from ftray.engine.protocol import Chunk, EngineError, FinishReason, StuckError, TokenLogprob
 from ftray.serve.asgi import EVENT_STREAM, Send, refuse, respond, unavailable
-from ftray.serve.protocol import encode_json
+from ftray.serve.protocol import RequestError, encode_json
 from ftray.serve.replies import DONE, Reply, Usage, encode_event, usage_of
 
 
@@ -75,6 +75,9 @@ class Answers:
             body = self.reply.whole([self._choice(i, c) for i, c in enumerate(choices)], self.tally.usage)
             self.tally.status = 200
             await respond(send, 200, encode_json(body))
+        except StuckError as err:
+            self.tally.status = 400
+            await refuse(send, RequestError(400, str(err), param="response_format"))
         except (EngineError, TimeoutError) as err:
             self.tally.status = 503
             await refuse(send, unavailable(err))
@@ -104,6 +107,8 @@ class Answers:
             if include_usage:
                 await event(self.reply.usage(self.tally.usage))
             last, self.tally.status = DONE, 200
+        except StuckError as err:
+            last, self.tally.status = encode_event(RequestError(400, str(err), param="response_format").body()), 400
         except (EngineError, TimeoutError) as err:
             # The status is out already: clients know an error in the stream by its shape, and by the missing [DONE].
             last, self.tally.status = encode_event(unavailable(err).body()), 503

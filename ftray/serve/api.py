@@ -186,7 +186,8 @@ class _Api:
         prompt = asked.prompt_or_ids
         if isinstance(prompt, str):
             encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
-            tally.scripts, prompt = scripts_of(prompt), list(encoded["input_ids"])
+            tally.scripts = await asyncio.to_thread(scripts_of, prompt)
+            prompt = list(encoded["input_ids"])
         return await self._answer(asked, model_id, prompt, tally, caller)
 
     async def _check_schema(self, schema: str) -> None:

@@ -79,13 +79,16 @@ class Catalog:
 
     def lineage(self, model_id: str) -> str | None:
         """Id of the lineage of the run that a model comes from, where it is known."""
-        published = {self._public(name): one.meta.get("lineage") for name, one in self._published.items()}
-        return self._served.lineages.get(model_id) or published.get(model_id)
+        return self._served.lineages.get(model_id) or self._meta_of(model_id).get("lineage")
 
     def reference(self, model_id: str) -> Mapping[str, Any] | None:
         """Figures of a model's training data, where they are known."""
-        published = {self._public(name): one.meta.get("reference") for name, one in self._published.items()}
-        return self._served.references.get(model_id) or published.get(model_id)
+        return self._served.references.get(model_id) or self._meta_of(model_id).get("reference")
+
+    def _meta_of(self, model_id: str) -> Mapping[str, Any]:
+        prefix = self._public("")
+        found = self._published.get(model_id.removeprefix(prefix)) if model_id.startswith(prefix) else None
+        return {} if found is None else found.meta
 
     async def prepare(self, model_id: str) -> str | None:
         """The engine's name of the adapter that answers for `model_id`, loaded; None for the base.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -21,6 +23,9 @@ MAX_STOP_CHARS = 256
 MAX_N = 8
 MAX_NAME_CHARS = 256
 MAX_SCHEMA_CHARS = 1 << 14
+MAX_SCHEMA_COUNTS = 10_000
+_COUNTING = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
+_REPEATS = re.compile(r"[{,]\s*(\d{1,9})(?=\s*[,}])")
 
 
 class RequestError(Exception):
@@ -134,7 +139,23 @@ class JsonSchema(_Strict):
     def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
         if len(json.dumps(value)) > MAX_SCHEMA_CHARS:
             raise ValueError(f"must have at most {MAX_SCHEMA_CHARS} characters")
+        if sum(_counts(value)) > MAX_SCHEMA_COUNTS:
+            raise ValueError(f"its lengths, sizes and repetitions must not add up to more than {MAX_SCHEMA_COUNTS}")
         return value
+
+
+def _counts(schema: Any) -> Iterator[int]:
+    """Numbers in a schema that its grammar is unrolled by: minItems and its like, {m,n} in patterns."""
+    todo = [schema]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield from (int(n) for key, n in part.items() if key in _COUNTING and isinstance(n, int | float) and n > 0)
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+        elif isinstance(part, str):
+            yield from map(int, _REPEATS.findall(part))
 
 
 class ResponseFormat(_Strict):

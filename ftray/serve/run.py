@@ -71,7 +71,7 @@ def start_endpoint(
     # replicas have another working directory
     directory = str(model_dir) if is_hub_id(str(model_dir)) else storage.absolute(str(model_dir))
     app = build_app(directory, served, serve_cfg, key_hashes=key_hashes, **replica)
-    serve.start(proxy_location="HeadOnly", http_options={"host": serve_cfg.host, "port": port}, logging_config=QUIET)
+    serve.start(proxy_location="HeadOnly", http_options=_http(serve_cfg, port), logging_config=QUIET)
     try:
         serve.run(app, name=_APP, route_prefix="/")
     except RuntimeError as err:
@@ -93,12 +93,16 @@ def serve_config(model_dir: str, served: Served, serve_cfg: config.Serve, **repl
     }
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": serve_cfg.host, "port": serve_cfg.port},
+        "http_options": _http(serve_cfg, serve_cfg.port),
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
             {"name": _APP, "route_prefix": "/", "import_path": "ftray.serve.app:build", "args": arguments}
         ],
     }
+
+
+def _http(serve_cfg: config.Serve, port: int) -> dict[str, Any]:
+    return {"host": serve_cfg.host, "port": port, "request_timeout_s": serve_cfg.proxy_timeout_s}
 
 
 def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None) -> None:

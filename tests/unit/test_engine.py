@@ -525,7 +525,14 @@ def test_a_schema_survives_eviction(model: Any, tokenizer: Any, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "schema", ['{"type": "nonsense"}', '{"$ref": "https://example.org/x"}', "[1", '{"pattern": "("}']
+    "schema",
+    [
+        '{"type": "nonsense"}',
+        '{"$ref": "https://example.org/x"}',
+        "[1",
+        '{"pattern": "("}',
+        '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}',
+    ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(model: Any, tokenizer: Any, schema: str) -> None:
     async def body(engine: TransformersEngine) -> None:

@@ -183,6 +183,17 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
         ),
+        *(
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+                "response_format.json_schema.schema",
+            )
+            for schema in (
+                {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000},
+                {"anyOf": [{"type": "string", "maxLength": 6000}] * 2},
+                {"type": "string", "pattern": "^(a{ 20, 30000 })$"},
+            )
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 20000}}}},
             "response_format.json_schema.schema",
