@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
         return Interrupted.exit_code
     finally:
-        if in_main:
+        if kept is not None:
             signal.signal(signal.SIGTERM, kept)
 
 
