@@ -16,6 +16,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby
@@ -187,16 +188,17 @@ def _survey(
     missing = [shard for shard in shards if not storage.exists(storage.join(directory, "shards", shard[2]))]
     items = [(number, chunk) for number, cut, _ in missing for chunk in cut]
     describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
-    results, done = map_in_order(describe, items), 0
-    for _, cut, name in missing:
-        with tempfile.NamedTemporaryFile(prefix="ftray-") as file:
-            with open_writer(file.name) as write:
-                for _ in cut:
-                    write(read_described(next(results))[0])
-                    done += 1
-                    if on_progress:
-                        on_progress(done, len(items))
-            storage.upload_file(file.name, storage.join(directory, "shards", name))
+    done = 0
+    with closing(map_in_order(describe, items)) as results:
+        for _, cut, name in missing:
+            with tempfile.NamedTemporaryFile(prefix="ftray-") as file:
+                with open_writer(file.name) as write:
+                    for _ in cut:
+                        write(read_described(next(results))[0])
+                        done += 1
+                        if on_progress:
+                            on_progress(done, len(items))
+                storage.upload_file(file.name, storage.join(directory, "shards", name))
     names = [tuple(name for number, _, name in shards if number == i) for i in range(len(both))]
     return names, [_open_survey(listed[i], names[i], directory) for i in range(len(both))]
 
@@ -238,8 +240,9 @@ def _assemble(
     summaries = dict(enumerate(survey.summaries))
     again = [i for i in range(len(chunks)) if chunks[i].dropped]
     describe = partial(_describe, (stream,), (NOTHING,))
-    for i, data in zip(again, map_in_order(describe, [(0, chunks[i]) for i in again]), strict=True):
-        summaries[i] = read_described(data)[0].summary
+    with closing(map_in_order(describe, [(0, chunks[i]) for i in again])) as results:
+        for i, data in zip(again, results, strict=True):
+            summaries[i] = read_described(data)[0].summary
     facts = tuple(ChunkFacts(chunk, *_numbers(summaries[i])) for i, chunk in enumerate(chunks))
     told = {(f.uri, f.position): f for f in found or () if f.dropped} if drops else {}
     bad, dropped = [], []

@@ -123,7 +123,7 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     assert "a-secret-key" not in said
     tree = yaml.safe_load(said)
     (application,) = tree["applications"]
-    assert tree["http_options"] == {"host": "0.0.0.0", "port": 8000}
+    assert tree["http_options"] == {"host": "0.0.0.0", "port": 8000, "request_timeout_s": 1200.0}
     from ray.serve.schema import ServeDeploySchema
 
     from ftray.serve import app
