@@ -15,6 +15,7 @@ from ftray.config.after import Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.compatible import impossible
 from ftray.config.data import Data
+from ftray.config.observe import Observe
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 from ftray.config.tune import Tune
 from ftray.errors import ConfigError
@@ -36,6 +37,7 @@ class Run(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+    observe: Observe = Observe()
     tune: Tune | None = None
 
     @field_validator("name")
