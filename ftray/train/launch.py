@@ -116,6 +116,13 @@ def train(
             return ended
 
         def show(event: dict[str, Any]) -> None:
+            if "step" in event:
+                console.step = event["step"]
+            for worker in event.get("places", ()):
+                console.event("worker", f"worker {worker['rank']} is up on {worker['host']}", **worker)
+            if event["event"] not in ("busy", "joined"):
+                what = {key: value for key, value in event.items() if key not in ("event", "step")}
+                console.event(event["event"], rank=0, **what)
             _show(event, bar, console)
             journal.heard(event)
             if event["event"] == "checkpoint":
