@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from ftray import serving, verbs
-from ftray.console import Console
-from ftray.errors import FtrayError, Interrupted, Preempted, innermost
+from ftray.console import Console, json_line
+from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
+from ftray.redact import redacted
+
+WORK = (verbs.run, verbs.train, verbs.tune, verbs.evaluate, verbs.export, verbs.reproduce, serving.serve)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,25 +29,48 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.overrides += rest  # key=value behind an option, where argparse doesn't look for it any more
-    console = Console()
+    try:
+        as_json = _logs_json(arguments)
+    except FtrayError as err:
+        print(f"ftray: {err}", file=sys.stderr)
+        return err.exit_code
+    console = Console(as_json=as_json)
+
+    def fail(text: str, before: str = "", **what: Any) -> None:
+        shown = json_line("failed", text, "error", console.run, None, console.step, **what)
+        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=sys.stderr)
+
     in_main = threading.current_thread() is threading.main_thread()
     kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
     try:
         code: int = arguments.verb(arguments, console)
         return code
-    except Exception as err:
+    except Exception as err:  # noqa: BLE001 - a fault of ftray's: its traceback is shown without secrets
         known = innermost(err)  # what a Ray task raised arrives wrapped
-        if not isinstance(known, FtrayError):
-            raise
-        print(f"ftray: {known}", file=sys.stderr)
-        return known.exit_code
+        if isinstance(known, FtrayError):
+            fail(str(known), exit_code=known.exit_code)
+            return known.exit_code
+        trace = "".join(traceback.format_exception(err))
+        if as_json:
+            fail(f"{type(known).__name__}: {known}", exit_code=1, traceback=trace)
+        else:
+            print(redacted(trace), file=sys.stderr, end="")
+        return 1
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
-        print(f"{start}ftray: interrupted; run the same command again to continue", file=sys.stderr)
+        fail("interrupted; run the same command again to continue", start, exit_code=Interrupted.exit_code)
         return Interrupted.exit_code
     finally:
         if kept is not None:
             signal.signal(signal.SIGTERM, kept)
+
+
+def _logs_json(arguments: argparse.Namespace) -> bool:
+    """Whether lines are to be JSON: FTRAY_LOG asks for it, and the verb works, instead of answering a question."""
+    wanted = os.environ.get("FTRAY_LOG", "text")
+    if wanted not in ("json", "text"):
+        raise ConfigError(f"FTRAY_LOG is {wanted}; use json, text, or unset it")
+    return wanted == "json" and arguments.verb in WORK
 
 
 def _preempted(*_: object) -> None:

@@ -1,48 +1,73 @@
-"""What the user sees: lines, warnings and progress on a terminal or in a log. Knows nothing of runs.
+"""What the user sees: lines, warnings and progress on a terminal, in a log, or as a JSON object a line. Knows nothing of runs.
+
+Nothing passes here with a password or key in it.
 
 `quiet_natives` sends everything that libraries print (Ray's processes too) to a file, and keeps the user's own stream.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from ftray.redact import redacted, redacted_tree
 
 PLAIN_EVERY_S = 10.0  # seconds between progress lines where there is no terminal
 
 
 class Console:
-    """The user's stream."""
+    """The user's stream. as_json: each line is a JSON object, for programs that gather logs.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        self._stream = stream or sys.stdout
+    run, step: what lines of JSON tell beside their text, as far as it is known.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, as_json: bool = False) -> None:
+        self._stream, self._as_json = stream or sys.stdout, as_json
         self._bar: Progress | Table | None = None
+        self.run: str | None = None
+        self.step: int | None = None
 
     @property
     def is_terminal(self) -> bool:
         """Whether a person is watching."""
-        return self._stream.isatty()
+        return self._stream.isatty() and not self._as_json
 
     def say(self, text: str = "") -> None:
         """Prints a line."""
+        if self._as_json:
+            if text.strip():
+                self.event("message", text)
+            return
         if self._bar is not None:
             self._bar.clear()
-        print(text, file=self._stream, flush=True)
+        print(redacted(text), file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
-        self.say(f"warning: {text}")
+        if self._as_json:
+            self.event("message", text, "warning")
+        else:
+            self.say(f"warning: {text}")
+
+    def event(self, event: str, message: str = "", level: str = "info", rank: int | None = None, **what: Any) -> None:
+        """A line of JSON, where lines are such; else nothing. rank: whose event it is; None: the command's own."""
+        if self._as_json:
+            line = json_line(event, message, level, self.run, rank, self.step, **what)
+            print(line, file=self._stream, flush=True)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Progress]:
         """A progress display over `total` units, `done` of them done before."""
-        self._bar = bar = Progress(self._stream, what, total, done)
+        self._bar = bar = Progress(self._stream, what, total, done, self.event if self._as_json else None)
         try:
             yield bar
         finally:
@@ -87,10 +112,12 @@ class Console:
 class Progress:
     """Done and total, with rate-based time left: one line that is rewritten on a terminal, a line now and then else."""
 
-    def __init__(self, stream: IO[str], what: str, total: int, done: int) -> None:
-        self._stream, self._what, self._total = stream, what, total
+    def __init__(
+        self, stream: IO[str], what: str, total: int, done: int, event: Callable[[str, str], None] | None = None
+    ) -> None:
+        self._stream, self._what, self._total, self._event = stream, what, total, event
         self._first, self._done, self._began_s = done, done, 0.0
-        self._shown_s, self._fields, self._is_terminal = 0.0, "", stream.isatty()
+        self._shown_s, self._fields, self._is_terminal = 0.0, "", stream.isatty() and event is None
 
     def update(self, done: int, fields: str = "") -> None:
         """Shows that `done` units are done; fields: what else to show, e.g. the loss."""
@@ -103,6 +130,9 @@ class Progress:
             self._stream.flush()
         elif now - self._shown_s >= PLAIN_EVERY_S or done >= self._total:
             self._shown_s = now
+            if self._event is not None:
+                self._event("progress", self._text())
+                return
             print(self._text(), file=self._stream, flush=True)
 
     def clear(self) -> None:
@@ -147,6 +177,23 @@ class Table:
         if self._is_terminal and self._shown:
             self._stream.write(f"\x1b[{len(self._shown)}F\x1b[J")
             self._shown = []
+
+
+def json_line(
+    event: str,
+    message: str,
+    level: str,
+    run: str | None = None,
+    rank: int | None = None,
+    step: int | None = None,
+    **what: Any,
+) -> str:
+    """An event as one line of JSON; docs/logs.md describes it. What is not finite becomes null."""
+    time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"time": time_utc, "level": level, "run": run, "rank": rank, "step": step, "event": event}
+    line |= {"message": message, **what}
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in redacted_tree(line).items()}
+    return json.dumps(plain, ensure_ascii=False, default=str)
 
 
 def duration(seconds: float) -> str:

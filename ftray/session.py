@@ -25,6 +25,7 @@ def quiet(name: str, console: Console) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console.run = name
     console.say(f"what Ray and other libraries print goes to {log}")
     with console.quiet_natives(log):
         yield

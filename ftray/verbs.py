@@ -47,10 +47,12 @@ def open_target(target: str, overrides: list[str]) -> config.Run:
 
 def check(arguments: argparse.Namespace, console: Console) -> int:
     """Reads a run file and prints what follows from it."""
+    from ftray.train.trackers import check_trackers
     from ftray.train.zero import deepspeed_config
 
     run = open_target(arguments.run, arguments.overrides)
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
+    check_trackers(run)
     sweep = None
     if run.tune is not None:
         from ftray.tune.space import check_tune, describe

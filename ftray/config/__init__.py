@@ -9,6 +9,7 @@ from ftray.config.after import Canary, Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.gates import FIGURES, Gate
+from ftray.config.observe import Observe
 from ftray.config.opinions import Human, Judge
 from ftray.config.run import Run, differing_keys, load_run, parse_run
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
@@ -27,6 +28,7 @@ __all__ = [
     "Judge",
     "Method",
     "Model",
+    "Observe",
     "Parameter",
     "Run",
     "Scale",

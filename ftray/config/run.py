@@ -15,9 +15,11 @@ from ftray.config.after import Evaluate, Serve
 from ftray.config.base import Section
 from ftray.config.compatible import impossible
 from ftray.config.data import Data
+from ftray.config.observe import Observe
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 from ftray.config.tune import Tune
 from ftray.errors import ConfigError
+from ftray.redact import without_shapes
 
 
 class Run(Section):
@@ -36,6 +38,7 @@ class Run(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
+    observe: Observe = Observe()
     tune: Tune | None = None
 
     @field_validator("name")
@@ -144,12 +147,27 @@ def parse_run(tree: dict[str, Any], origin: str) -> Run:
 def load_run(path: str | Path, overrides: list[str] | None = None) -> Run:
     """Reads a run file and applies `key.sub=value` overrides.
 
-    Raises ConfigError for a missing or malformed file, unknown keys (naming the closest), wrong values.
+    Raises ConfigError for a missing or malformed file, unknown keys (naming the closest), wrong values, a password or key.
     """
     tree = runfile.read_yaml(Path(path))
     for text in overrides or []:
         runfile.apply_override(tree, text)
-    return parse_run(tree, str(path))
+    run = parse_run(tree, str(path))
+    if (key := _key_with_secret(tree)) is not None:
+        raise ConfigError(
+            f"{path}: {key} holds a password or key, which would be kept with the run and its model; take it out: "
+            "credentials come from the environment"
+        )
+    return run
+
+
+def _key_with_secret(tree: Any, key: str = "") -> str | None:
+    """The dotted key of the first text in which there is a secret; None if there is none."""
+    if isinstance(tree, str):
+        return key if without_shapes(tree) != tree else None
+    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found = (_key_with_secret(value, f"{key}.{part}".lstrip(".")) for part, value in below)
+    return next((each for each in found if each is not None), None)
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -99,7 +99,8 @@ def run_group(
         places = ray.get(monitor.places.remote())
         if places and not joined:
             joined = True
-            show({"event": "joined"})
+            found = [{"rank": each.rank, "host": each.host, "pid": each.pid} for each in places]
+            show({"event": "joined", "places": found})
         if not asked and (asked := wish(places)):
             monitor.stop.remote()
             if asked == OVERTAKEN or (asked == LEAVE_AT_ONCE and not stepped):

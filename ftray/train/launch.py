@@ -38,6 +38,7 @@ from ftray.train.lineage import record_lineage
 from ftray.train.monitor import Monitor
 from ftray.train.supervise import Wish, supervise
 from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics, read_metrics
+from ftray.train.trackers import tracked
 from ftray.train.worker import Job, train_worker
 
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
@@ -99,7 +100,11 @@ def train(
     journal = Journal(run_dir, lambda: lease is None or not lease.overtaken)
     step = newest.step if newest else 0
     watch = Watch(run, data.plan.num_steps, _lines_before(run_dir, console))
-    with journal.session(step), console.progress("train: step", data.plan.num_steps, step) as bar:
+    with (
+        journal.session(step),
+        tracked(run, run_dir, console.warn) as committed_one,
+        console.progress("train: step", data.plan.num_steps, step) as bar,
+    ):
 
         def start(world_size: int, wish: Wish) -> Ended:
             try:
@@ -111,8 +116,17 @@ def train(
             return ended
 
         def show(event: dict[str, Any]) -> None:
+            if "step" in event:
+                console.step = event["step"]
+            for worker in event.get("places", ()):
+                console.event("worker", f"worker {worker['rank']} is up on {worker['host']}", **worker)
+            if event["event"] not in ("busy", "joined"):
+                what = {key: value for key, value in event.items() if key not in ("event", "step")}
+                console.event(event["event"], rank=0, **what)
             _show(event, bar, console)
             journal.heard(event)
+            if event["event"] == "checkpoint":
+                committed_one()
             for alarm in _alarms(watch, event, console):
                 console.warn(f"step {alarm.step}: {alarm.text}")
                 journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)

@@ -15,6 +15,8 @@ from typing import Any
 from ftray import storage
 from ftray.errors import CheckpointError, ConfigError
 
+Segment = list[dict[str, Any]]  # the lines of metrics that one checkpoint committed
+
 
 @dataclass
 class Progress:
@@ -141,6 +143,25 @@ def read_metrics(run_dir: str, most: int | None = None) -> list[dict[str, Any]]:
         return [json.loads(lines[step]) for step in sorted(lines)]
     uri = storage.join(run_dir, "metrics.jsonl")
     return [json.loads(line) for line in storage.read_bytes(uri).splitlines()] if storage.exists(uri) else []
+
+
+def read_segments(run_dir: str, kept: dict[str, Segment]) -> list[Segment]:
+    """The lines of the committed timeline by the checkpoint that committed them; none twice, none is empty.
+
+    kept: what earlier calls have read, by name and etag; only what is new is read again.
+    """
+    found = list_checkpoints(run_dir)
+    names = found[0].progress.segments if found else []
+    etags = {file.path: file.etag for file in storage.list_files(storage.join(run_dir, "metrics"))}
+    firsts = [int(name[:8]) for name in names]
+    segments = []
+    for name, end in zip(names, [*firsts[1:], math.inf], strict=True):
+        key = f"{name} {etags.get(name)}"
+        if key not in kept:
+            text = storage.read_bytes(storage.join(run_dir, "metrics", name)).decode()
+            kept[key] = [json.loads(line) for line in text.splitlines()]
+        segments.append([line for line in kept[key] if line["step"] < end])
+    return [lines for lines in segments if lines]
 
 
 def _metric_lines(run_dir: str, progress: Progress) -> dict[int, str]:

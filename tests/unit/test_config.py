@@ -387,6 +387,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "deepspeed": {"zero_stage": 1, "offload": "optimizer", "overrides": {"a": 1}},
 }
 SAME: dict[str, dict[str, Any]] = {
+    "observe": {"trackers": ["tensorboard"]},
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
     "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0, "recompute": "full"},
     "scale": {
