@@ -49,7 +49,7 @@ def convert(converter: Path, source: Path, target: Path, precision: str) -> int:
     if ended.returncode != 0 or not target.is_file():
         last = (ended.stderr.strip() or ended.stdout.strip() or "it said nothing").splitlines()[-1][:300]
         raise RunError(
-            f"the converter {converter} wrote no file and ended with {ended.returncode} ({last}); a newer one may know the model"
+            f"the converter {converter} wrote no file and ended with {ended.returncode} ({last}); mend that, or use a newer one"
         )
     layers = json.loads((source / "config.json").read_text()).get("num_hidden_layers")
     return _check(target, converter, layers)
