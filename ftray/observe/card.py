@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from ftray import config
 from ftray.evaluate.report import counted, figure_rows
 from ftray.evaluate.results import Comparison, read_results
+from ftray.model.quantize import KINDS, Quantized
 from ftray.redact import redacted, redacted_tree
 from ftray.train.lineage import DECIDING, read_lineage
 from ftray.train.timeline import Found
@@ -27,22 +29,33 @@ HOW = {
 }
 
 
-def described(run: config.Run, run_dir: str, found: Found) -> dict[str, bytes]:
-    """The files that go with an exported model."""
+def described(
+    run: config.Run, run_dir: str, found: Found, is_whole: bool = False, quantized: Quantized | None = None
+) -> dict[str, bytes]:
+    """The files that go with an exported model. is_whole: its weights are merged; quantized: what that cost."""
     lineage = read_lineage(run_dir)
     comparison = read_results(run_dir)
     if comparison is not None and comparison.step != found.step:
         comparison = None
-    files = {CARD: render_card(run, found, lineage, comparison).encode()}
+    is_whole = is_whole or run.method.type == "full"
+    files = {CARD: render_card(run, found, lineage, comparison, is_whole, quantized).encode()}
     if lineage is not None:
         tree = {**lineage, "run": run.name, "step": found.step, "config": run.identity()}
+        tree |= {"quantized": asdict(quantized)} if quantized is not None else {}
         files[LINEAGE] = json.dumps(redacted_tree(tree), indent=1).encode()
     return files
 
 
-def render_card(run: config.Run, found: Found, lineage: Mapping[str, Any] | None, comparison: Comparison | None) -> str:
+def render_card(
+    run: config.Run,
+    found: Found,
+    lineage: Mapping[str, Any] | None,
+    comparison: Comparison | None,
+    is_whole: bool,
+    quantized: Quantized | None = None,
+) -> str:
     """The whole card: YAML in front, Markdown below."""
-    front = yaml.safe_dump(_metadata(run, comparison), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_metadata(run, comparison, is_whole, quantized), sort_keys=False, allow_unicode=True)
     parts = [
         f"# {run.name}",
         f"`{run.model.base}`, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
@@ -55,13 +68,18 @@ def render_card(run: config.Run, found: Found, lineage: Mapping[str, Any] | None
     if comparison is not None:
         head, rows = figure_rows(comparison)
         parts += ["## Evaluation", _table(head, rows), counted(comparison), *comparison.verdict]
+    if quantized is not None:
+        what = f"The weights are {KINDS[quantized.kind][2]}; the figures above are of the weights before."
+        parts += ["## Quantization", what if comparison is not None else what.partition(";")[0] + ".", f"{quantized}."]
     if lineage is not None:
         parts += ["## Origin", _table(["", ""], _origin(lineage)), f"All of it, file by file: `{LINEAGE}`."]
     return redacted(f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def _metadata(run: config.Run, comparison: Comparison | None) -> dict[str, Any]:
-    is_adapter = run.method.type != "full"
+def _metadata(
+    run: config.Run, comparison: Comparison | None, is_whole: bool, quantized: Quantized | None
+) -> dict[str, Any]:
+    is_adapter = not is_whole
     base = run.model.base
     on_hub = "/" in base and not base.startswith((".", "/", "~", "embedded:"))
     data = [s.path.removeprefix("hf:").split(":")[0].split("@")[0] for s in run.data.train if s.path.startswith("hf:")]
@@ -69,7 +87,7 @@ def _metadata(run: config.Run, comparison: Comparison | None) -> dict[str, Any]:
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["ftray", run.method.type],
+        "tags": ["ftray", run.method.type, *([quantized.kind] if quantized else [])],
     }
     if names := ["/".join(name.split("/")[:2]) for name in data if not name.startswith((".", "/", "~"))]:
         found["datasets"] = names

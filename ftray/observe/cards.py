@@ -6,6 +6,7 @@ has not been measured.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ftray import config
@@ -51,6 +52,37 @@ CARDS = {
     )
 }
 ALIASES = {"A100": "A100-40G"}
+_DEVICES = (  # what drivers call them, the first that fits; other makes of a card have other rates
+    (r"\bB200\b", "B200"),
+    (r"\bH200\b(?! NVL)", "H200"),
+    (r"\bH100\b(?! (NVL|PCIe))", "H100"),
+    (r"\bA100\b.*80GB", "A100-80G"),
+    (r"\bA100\b.*40GB", "A100-40G"),
+    (r"\bL40S\b", "L40S"),
+    (r"\bA10G\b", "A10G"),
+    (r"\bL4\b", "L4"),
+)
+
+
+def card_of(device: str) -> Card | None:
+    """The card that a driver's name for it means; None for one that isn't in the table."""
+    return next((CARDS[name] for pattern, name in _DEVICES if re.search(pattern, device)), None)
+
+
+def flops_a_token(shape: Shape, method: config.Method) -> float:
+    """What a token's training takes in products: 2 for each weight forward, 2 for the input's gradient, 2 for its own.
+
+    Of a frozen weight the last are left out. Neither what is computed twice (recompute) counts, nor attention's scores.
+    """
+    weights = shape.in_layers + shape.head
+    if method.type == "full":
+        return 6.0 * weights
+    return 4.0 * weights + (6.0 * shape.num_trained(method) if method.type in ("lora", "qlora") else 0.0)
+
+
+def mfu(shape: Shape, method: config.Method, card: Card, num_gpus: float, speed: float) -> float:
+    """Model FLOPs utilization: `flops_a_token` × tokens a second, over the cards' dense 16-bit rate by their data sheet."""
+    return flops_a_token(shape, method) * speed / (num_gpus * card.tflops * 1e12)
 
 
 def tokens_per_s(run: config.Run, shape: Shape, card: Card, world_size: int, tokens: int, share: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -22,10 +23,12 @@ from ftray.data.chunks import streams
 from ftray.data.index import Index, read_index, read_survey
 from ftray.data.page import render_parts
 from ftray.data.stats import Stats, collect, warn
-from ftray.errors import ConfigError, Interrupted, Preempted
+from ftray.errors import ConfigError, Interrupted, ModelError, Preempted
 from ftray.evaluate.report import counted, details, figure_rows, gate_lines
 from ftray.evaluate.results import Comparison, read_results
+from ftray.observe.cards import card_of, flops_a_token, mfu
 from ftray.observe.history import History, as_rows, history_of
+from ftray.observe.shape import shape_of
 from ftray.page import Curve, facts, items, lines, page, section, table
 from ftray.redact import redacted
 from ftray.train.identity import check_identity
@@ -124,6 +127,7 @@ def _summary(known: Known) -> list[tuple[str, str]]:
         told += [("verdict", sentence) for sentence in known.comparison.verdict]
         missed = len(known.comparison.missed)
         told += [("gates", f"{missed} missed" if missed else "all passed")] if known.comparison.gates else []
+    told += [("MFU", text) for text in [_mfu(known)] if text]
     if history.goodput is not None:
         steps = f"{duration(history.productive_s)} ({history.goodput:.0%}, the goodput) in steps that count"
         failures = f"{history.num_failures} failure{'s' if history.num_failures != 1 else ''}"
@@ -132,6 +136,25 @@ def _summary(known: Known) -> list[tuple[str, str]]:
         price = run.scale.price_per_hour
         told.append(("cost", f"{history.cost(price):,.2f} for training, at {price:g} for a worker's hour"))
     return told
+
+
+def _mfu(known: Known) -> str:
+    """The median step's share of what the cards could do; "" where cards or the base's shape are not known."""
+    starts = [event for event in known.history.events if event.event == "start"]
+    speeds = [line["tokens_per_s"] for line in known.metrics if line.get("tokens_per_s")]
+    kinds = {(str(event.what.get("device")), int(event.what.get("workers", 1))) for event in starts}
+    card = card_of(starts[-1].what["device"]) if starts and len(kinds) == 1 else None  # else the steps are not alike
+    if card is None or not speeds:
+        return ""
+    try:
+        shape = shape_of(known.run.model)
+    except ModelError:
+        return ""
+    (_, workers), *_ = kinds
+    num_gpus, method = workers * known.run.scale.gpus_per_worker, known.run.method
+    share, speed = mfu(shape, method, card, num_gpus, median(speeds)), median(speeds)
+    sum_of = f"{speed:,.0f} tokens/s × {flops_a_token(shape, method) / 1e9:,.2f} GFLOP"
+    return f"{share:.1%}: {sum_of} over {num_gpus:g} × {card.tflops:g} TFLOP/s ({card.name}, 16 bits, dense)"
 
 
 def _state(known: Known) -> str:

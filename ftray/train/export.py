@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +14,14 @@ from ftray.model.export import write_adapter, write_whole
 from ftray.train.restore import load_tuned
 from ftray.train.timeline import Found, best_checkpoint
 
-Describe = Callable[[Found], Mapping[str, bytes]]
+Describe = Callable[[Found, bool], Mapping[str, bytes]]
 
 
 def export(run: config.Run, run_dir: str, console: Console, describe: Describe | None = None) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
     Of a prompt-tuned model, which can't be merged, that of the adapter. describe: files that tell where the model comes
-    from, by name, beside the weights.
+    from, by name, beside the weights; told whether those are whole.
 
     Raises ConfigError without a checkpoint.
     """
@@ -32,10 +33,10 @@ def export(run: config.Run, run_dir: str, console: Console, describe: Describe |
         console.say(f"export: writing the model of step {found.step} to {target}")
         with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
             _write(run, found, Path(scratch))
-            for name, text in (describe(found) if describe else {}).items():
-                for place in (Path(scratch), Path(scratch, "merged")):
-                    if place.is_dir():
-                        (place / name).write_bytes(text)
+            for place in (Path(scratch), Path(scratch, "merged")):
+                is_whole = run.method.type == "full" or place.name == "merged"
+                for name, text in (describe(found, is_whole) if describe and place.is_dir() else {}).items():
+                    (place / name).write_bytes(text)
             storage.delete_tree(target)
             meta = {"step": found.step, "run": run.name, "base": run.model.base, **found.meta}
             if not storage.commit_directory(scratch, target, meta):
@@ -47,6 +48,20 @@ def whole_weights(run: config.Run, run_dir: str) -> str:
     """URI of a run's whole weights, there or not."""
     parts = ("model",) if run.method.type in ("full", "prompt") else ("model", "merged")
     return storage.join(run_dir, *parts)
+
+
+def fetch_part(uri: str, scratch: Path, alone: bool = False) -> Path:
+    """A local copy, below `scratch`, of the committed directory at `uri`, or of `merged/` in one.
+
+    alone: an adapter's comes without its `merged/`. Raises CheckpointError, StorageError.
+    """
+    copy = scratch / "copy"
+    storage.fetch_directory(uri.removesuffix("/merged"), copy)
+    if uri.endswith("/merged"):
+        return copy / "merged"
+    if alone:
+        shutil.rmtree(copy / "merged", ignore_errors=True)
+    return copy
 
 
 def _holds(target: str, found: Found) -> bool:

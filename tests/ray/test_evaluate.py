@@ -273,3 +273,33 @@ def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(
     assert known is not None
     assert [g.passed for g in known.gates] == [False, True]
     assert best_checkpoint(bad.run.directory).step == 12
+
+
+def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_card(
+    good: Trained, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
+    assert cli.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
+    said = capfd.readouterr().out
+    place = Path(good.run.directory, "quantized/nf4")
+    found = json.loads((place / "lineage.json").read_text())["quantized"]
+    tuned = good.comparison.tuned
+    assert found["loss_before"] == pytest.approx(tuned.loss, abs=1e-4), "the merged model's is the adapter's"
+    assert found["num_supervised"] == tuned.num_supervised
+    assert 0 < abs(found["loss_after"] - found["loss_before"]) < 0.25
+    sentence = f"nf4: held-out loss {found['loss_before']:.4f} → {found['loss_after']:.4f} ("
+    assert sentence in said
+    card = ModelCard((place / "MODEL_CARD.md").read_text())
+    assert sentence in card.text
+    assert "the figures above are of the weights before" in card.text
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["ftray", "lora", "nf4"])
+    parts = {
+        part: ModelCard(Path(good.run.directory, "model", part, "MODEL_CARD.md").read_text()) for part in ("", "merged")
+    }
+    assert [parts[part].data.library_name for part in ("", "merged")] == ["peft", "transformers"]
+    assert cli.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
+    said = capfd.readouterr().out
+    assert f"step {good.comparison.step} in nf4 is there already" in said
+    assert sentence in said

@@ -6,11 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ftray.console import Console
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+from ftray.observe.cards import card_of
 from ftray.observe.history import as_rows, history_of
 from ftray.observe.report import read_known, render_report, report_to, thinned, try_report, write_report
 from ftray.page import Axis, Curve, bars, columns, lines, table
@@ -226,3 +228,47 @@ def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> Non
     assert Axis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
     assert Axis([1.0, 3.0]).place(2.0) == 0.5
     assert "&lt;i&gt;" in table("t", ["<i>"], [["<i>"]], best=0)
+
+
+def begun_on(storage_dir: Path, *devices: tuple[str, int], **sections: Any) -> str:
+    """The page of a run of 3 steps at 40,000 tokens a second, its groups on these (device, workers)."""
+    lines_of = [line(n, 2.0, BEGAN_S + n, tokens_per_s=40_000.0 + (n == 0) * 9e9) for n in range(3)]
+    run, run_dir = write_run(storage_dir, lines_of, **sections)
+    starts = [(n, "start", {"step": 0, "workers": size, "device": name}) for n, (name, size) in enumerate(devices)]
+    write_session(run_dir, "1-a", [(0, "began", {"step": 0, "host": "n1", "pid": 1}), *starts])
+    return render_report(read_known(run, str(run_dir)))
+
+
+def test_mfu_is_by_the_formula_of_the_docs(tmp_path: Path) -> None:
+    """Llama-3.2-1B by hand: 973,078,528 weights in layers, 262,668,288 in the head, 11,272,192 in a LoRA of rank 16."""
+    model = {"model": {"base": "meta-llama/Llama-3.2-1B"}, "train": {"global_batch_size": 4, "max_steps": 3}}
+    lora = begun_on(tmp_path / "lora", ("NVIDIA H200", 2), **model)
+    share = (4 * 1_235_746_816 + 6 * 11_272_192) * 40_000 / (2 * 989e12)
+    assert f"{share:.1%}: 40,000 tokens/s × 5.01 GFLOP over 2 × 989 TFLOP/s (H200, 16 bits, dense)" in lora
+    full = begun_on(tmp_path / "full", ("NVIDIA H100 80GB HBM3", 2), method={"type": "full"}, **model)
+    assert f"{6 * 1_235_746_816 * 40_000 / (2 * 989e12):.1%}: 40,000 tokens/s × 7.41 GFLOP" in full
+    for name, devices in (("cpu", [("a CPU", 2)]), ("fewer", [("NVIDIA H200", 2), ("NVIDIA H200", 1)])):
+        assert "MFU" not in begun_on(tmp_path / name, *devices, **model), name
+    assert "MFU" not in begun_on(tmp_path / "unknown", ("NVIDIA H200", 2)), "nobody knows the shape of org/base"
+
+
+def test_cards_are_known_by_what_drivers_call_them() -> None:
+    names = {
+        "NVIDIA H200": "H200",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA A100-SXM4-80GB": "A100-80G",
+        "NVIDIA A100 80GB PCIe": "A100-80G",
+        "NVIDIA A100-SXM4-40GB": "A100-40G",
+        "NVIDIA A10G": "A10G",
+        "NVIDIA L4": "L4",
+        "NVIDIA L40S": "L40S",
+        "NVIDIA B200": "B200",
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA H100 NVL": None,
+        "NVIDIA A10": None,
+        "NVIDIA L40": None,
+        "NVIDIA GeForce RTX 4090": None,
+        "cpu": None,
+    }
+    found = {name: card_of(name) for name in names}
+    assert {name: card and card.name for name, card in found.items()} == names

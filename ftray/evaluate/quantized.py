@@ -1,0 +1,113 @@
+"""From a run's exported model to `<run>/quantized/<kind>/`: fewer bits, and what they cost on the held-out data.
+
+The losses before and after are taken from the two directories as they lie there, over the same records, by the same code
+as `ftray evaluate`'s. One Ray task does the work, on a GPU where the cluster has one. Knows runs, models, the held-out
+records; nothing of cards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import ray
+import torch
+
+from ftray import config, storage
+from ftray.console import Console
+from ftray.data.heldout import Document
+from ftray.errors import RunError
+from ftray.evaluate.plan import make_plan
+from ftray.evaluate.score import score_documents
+from ftray.model.load import absolute_base
+from ftray.model.quantize import Quantized, load_saved, quantize
+from ftray.train.export import fetch_part, whole_weights
+from ftray.train.loss import SummedLoss
+from ftray.train.timeline import Found, best_checkpoint
+
+Describe = Callable[[Found, bool, Quantized], Mapping[str, bytes]]
+
+
+def export_quantized(run: config.Run, run_dir: str, kind: str, console: Console, describe: Describe) -> str:
+    """Writes the exported model's quantized form unless it is there already; returns its URI. Needs a started Ray.
+
+    describe: files that tell where the model comes from, by name.
+    """
+    found = best_checkpoint(run_dir)
+    target = storage.join(run_dir, "quantized", kind)
+    known = None if storage.verify_directory(target) else storage.read_manifest(target)
+    if known is not None and known["meta"].get("step") == found.step:
+        console.say(f"step {found.step} in {kind} is there already: {target}")
+        console.say(str(Quantized(**known["meta"]["quantized"])))
+        return target
+    examples = _heldout(run, run_dir)
+    console.say(f"quantize: writing step {found.step} in {kind} to {target}")
+    num_gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    task = ray.remote(_quantize).options(num_cpus=run.scale.cpus_per_worker, num_gpus=num_gpus, max_retries=0)
+    done = ray.get(task.remote(run, found, whole_weights(run, run_dir), target, kind, examples, describe))
+    console.say(str(done))
+    return target
+
+
+def _heldout(run: config.Run, run_dir: str) -> list[list[Document]]:
+    """The held-out records that `ftray evaluate` takes the loss over."""
+    if run.data.eval is None:
+        return []
+    only_loss = run.evaluate.model_copy(update={"metrics": ["loss"], "few_shot": 0, "slices": None, "pairs": None})
+    there = run.model_copy(update={"model": absolute_base(run.model), "evaluate": only_loss})
+    return make_plan(there, run_dir).works["tuned"].examples
+
+
+def _quantize(
+    run: config.Run,
+    found: Found,
+    source: str,
+    target: str,
+    kind: str,
+    examples: Sequence[Sequence[Document]],
+    describe: Describe,
+) -> Quantized:
+    """The whole of it, in one process, since a directory of one machine is not seen from another."""
+    torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
+    with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
+        before, after = fetch_part(source, Path(scratch)), Path(scratch, "after")
+        done = quantize_scored(
+            before, after, kind, run.train.precision, examples, run.data.max_seq_len, run.micro_batch_size
+        )
+        for name, text in describe(found, True, done).items():
+            (after / name).write_bytes(text)
+        storage.delete_tree(target)
+        meta = {"step": found.step, "run": run.name, "base": run.model.base, **found.meta, "quantized": asdict(done)}
+        if not storage.commit_directory(after, target, meta):
+            raise RunError(f"{target} was written by another process; run the command again")
+    return done
+
+
+def quantize_scored(
+    before: Path,
+    after: Path,
+    kind: str,
+    precision: str,
+    examples: Sequence[Sequence[Document]],
+    max_seq_len: int,
+    rows_at_once: int,
+) -> Quantized:
+    """Quantizes the model of one local directory into another and takes the loss of both over the examples."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+    def costs(directory: Path) -> tuple[float | None, int]:
+        if not examples:
+            return None, 0
+        model = SummedLoss(load_saved(directory, precision, device)).eval()
+        sums = score_documents(model, examples, max_seq_len, rows_at_once, 0, device).sum(0)
+        return float(sums[0] / sums[2]), int(sums[2])
+
+    (loss_before, num_supervised) = costs(before)
+    quantize(before, after, kind, precision, device)
+    return Quantized(kind, loss_before, costs(after)[0], num_supervised, _weight_bytes(before), _weight_bytes(after))
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

@@ -1,0 +1,122 @@
+"""Whole weights in 4 or 8 bits, as a directory that transformers and vLLM load. Knows models; nothing of runs.
+
+nf4 and int8 are bitsandbytes' (4-bit NormalFloat with double quantization; LLM.int8). fp8 is compressed-tensors': e4m3
+weights with a scale for each row, activations with a scale for each token, taken as they come, so that no data is needed.
+The output head and the embeddings stay as they are. All three are made on a CPU as well as on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftray.errors import ConfigError, ModelError
+from ftray.model.lora import dtype_of
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = {  # kind → the module that it needs, what brings it, what it is called
+    "nf4": ("bitsandbytes", "bitsandbytes", "4-bit NormalFloat (bitsandbytes)"),
+    "int8": ("bitsandbytes", "bitsandbytes", "8-bit integers (bitsandbytes)"),
+    "fp8": ("compressed_tensors", "'ftray[quantize]'", "8-bit floats, e4m3 (compressed-tensors)"),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came of it. Losses in nats a supervised held-out token, None where the run holds no data out; sizes in bytes."""
+
+    kind: str
+    loss_before: float | None
+    loss_after: float | None
+    num_supervised: int
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        sizes = f"weights {self.bytes_before / 1e6:,.1f} → {self.bytes_after / 1e6:,.1f} MB"
+        if self.loss_before is None or self.loss_after is None:
+            return f"{self.kind}: {sizes}; what it costs is not known, the run has no held-out data (data.eval)"
+        change = self.loss_after - self.loss_before
+        return (
+            f"{self.kind}: held-out loss {self.loss_before:.4f} → {self.loss_after:.4f} ({change:+.4f}, over "
+            f"{self.num_supervised} supervised tokens); {sizes}"
+        )
+
+
+def check_quantize(kind: str) -> None:
+    """Raises ConfigError where the library that a kind needs is missing."""
+    module, package, _ = KINDS[kind]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"--quantize {kind} needs the library {module}, which is missing: pip install {package}")
+
+
+def quantize(source: Path, target: Path, kind: str, precision: str, device: torch.device) -> None:
+    """Writes the model of directory `source`, with its tokenizer, to `target`, quantized.
+
+    precision: of what is not quantized. Raises ModelError for a model without a linear layer that takes it.
+    """
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+
+    if kind == "fp8":
+        _write_fp8(load_saved(source, precision, device), target)
+    else:
+        settings = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if kind == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype_of(precision),
+            )
+        )
+        load_saved(source, precision, device, settings).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+def load_saved(directory: Path, precision: str, device: torch.device, quantization: Any = None) -> Any:
+    """The causal language model of a directory, quantized or not, on the device and in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ftray.model.attention import choose_attention
+
+    asked = {} if quantization is None else {"quantization_config": quantization}  # None would hide the directory's own
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype_of(precision),
+        use_safetensors=True,
+        attn_implementation=choose_attention(AutoConfig.from_pretrained(directory)),
+        device_map={"": device},
+        **asked,
+    )
+    if hasattr(model, "ct_decompress_hook"):  # else its first call as a whole would do it, and losses call its parts
+        model.hf_quantizer.compressor.decompress_model(model=model)
+    return model.eval()
+
+
+def _write_fp8(model: Any, target: Path) -> None:
+    import torch
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    head = model.get_output_embeddings()
+    ignored = [name for name, module in model.named_modules() if module is head]
+    scheme = preset_name_to_scheme("FP8_DYNAMIC", ["Linear"])
+    apply_quantization_config(model, QuantizationConfig(config_groups={"linear": scheme}, ignore=ignored))
+    layers = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+    if not layers:
+        raise ModelError("the model has no linear layer besides its head, so that --quantize fp8 has nothing to do")
+    with torch.no_grad():
+        for layer in layers:
+            low, high = layer.weight.amin(1, keepdim=True), layer.weight.amax(1, keepdim=True)
+            scale, _ = calculate_qparams(low, high, layer.quantization_scheme.weights)
+            layer.weight_scale.copy_(scale)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(target)
+    compressor.update_config(target)
