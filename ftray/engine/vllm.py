@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, check_adapter, layers_of, read_settings
+from ftray.engine.adapter import CONFIG_FILE, VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_settings
 from ftray.engine.directory import check_model_directory
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, TokenLogprob, check_prompt
 from ftray.engine.schema import Schemas
@@ -31,7 +31,6 @@ from ftray.engine.text import TextStream, read_tokens
 from ftray.engine.transformers import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
 
-MAX_RANK = 64  # of adapters: vLLM reserves memory for this rank in each of its places
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model
 
 
@@ -95,7 +94,7 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": self._max_adapters,
                 "max_cpu_loras": most,
-                "max_lora_rank": MAX_RANK,
+                "max_lora_rank": VLLM_MAX_RANK,
             }
             if not on_gpu:
                 lora["worker_extension_cls"] = "ftray.engine.vllm_cpu.BaseRowsStayBase"
@@ -253,9 +252,9 @@ class VllmEngine:
             raise ModelError(
                 f"{where} uses DoRA, which vLLM doesn't serve; use serve.engine: transformers, or merge it"
             )
-        if settings.rank > MAX_RANK:
+        if settings.rank > VLLM_MAX_RANK:
             raise ModelError(
-                f"{where} has rank {settings.rank}; with serve.engine: vllm it is at most {MAX_RANK}; use transformers"
+                f"{where} has rank {settings.rank}; with serve.engine: vllm it is at most {VLLM_MAX_RANK}; use transformers"
             )
 
     def _base_shapes(self) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """`ftray publish` and `ftray serve --config` as typed, on a run made by hand: what must hold before, what is said."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,16 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     assert dict(settings.served.adapters) == {"polite": str(tmp_path / "runs/polite/model")}
     assert settings.served.registry == str(tmp_path / "runs/published/base")
     assert (settings.served.max_adapters, settings.dtype, settings.model_dir) == (3, "float32", str(tmp_path / "base"))
+
+
+def test_a_serve_config_for_elsewhere_needs_no_engine_here(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    code, said = typed(capsys, "serve", run_file, "--config", "serve.engine=vllm")
+    assert (code, yaml.safe_load(said)["applications"][0]["args"]["serve"]["engine"]) == (0, "vllm")
+    code, said = typed(capsys, "serve", run_file, "--config", "serve.engine=vllm", "method.rank=128")
+    assert (code, "up to rank 64" in said) == (2, True)
 
 
 @pytest.mark.parametrize(
