@@ -119,6 +119,11 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FTRAY_API_KEY", "a-secret-key")
+    reference = {"prompt_tokens": list(range(9)), "scripts": {"Latin": 1.0}}
+    storage.write_bytes(str(tmp_path / "runs/polite/data/reference.json"), json.dumps(reference).encode())
+    (tmp_path / "runs/polite/model/manifest.json").unlink()
+    model = str(tmp_path / "runs/polite/model")
+    assert storage.commit_directory(Path(model), model, {"step": 3, "lineage": "0123456789abcdef"})
     code, said = typed(capsys, "serve", run_file, "--config", "serve.host=0.0.0.0", "serve.max_adapters=3")
     assert code == 0
     assert "a-secret-key" not in said
@@ -139,6 +144,8 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     assert settings.served.model_id == "base"
     assert dict(settings.served.adapters) == {"polite": str(tmp_path / "runs/polite/model")}
     assert settings.served.registry == str(tmp_path / "runs/published/base")
+    assert settings.served.lineages == {"polite": "0123456789abcdef"}
+    assert settings.served.references == {"polite": reference}
     assert (settings.served.max_adapters, settings.dtype, settings.model_dir) == (3, "float32", str(tmp_path / "base"))
 
 
