@@ -26,6 +26,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     """Makes a run's adapter servable beside its base, or takes it away."""
     from ftray import storage
     from ftray.serve import registry
+    from ftray.serve.origin import reference_of
     from ftray.train.identity import finished_checkpoint
     from ftray.train.timeline import best_checkpoint
 
@@ -57,7 +58,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     _check_gates(run_dir, step, arguments.run)
     meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
     meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
-    meta |= {"reference": reference} if (reference := _reference(run_dir)) else {}
+    meta |= {"reference": reference} if (reference := reference_of(run_dir)) else {}
     found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
     said = (
         f"published {public}, version {found.version}: {found.uri}"
@@ -98,6 +99,8 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     from ftray import storage
     from ftray.serve import edge
     from ftray.serve.keys import read_key_hashes
+    from ftray.serve.origin import reference_of
+    from ftray.serve.ready import check_holds, check_installed
     from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
     from ftray.session import quiet, ray_session
 
@@ -109,13 +112,15 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
             f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
         )
     more = [word for word in arguments.overrides if "=" not in word]
+    check_holds(run)
     if not arguments.config:
+        check_installed(run.serve)
         read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
     model_dir, served = _what_to_serve(run, more)
     dirs = {run.name: storage.absolute(run.directory)} | {
         n: uri.rpartition("/")[0] for n, uri in served.adapters.items()
     }
-    served = replace(served, references={n: found for n, place in dirs.items() if (found := _reference(place))})
+    served = replace(served, references={n: found for n, place in dirs.items() if (found := reference_of(place))})
     replica: dict[str, Any] = {
         "place": storage.absolute(run.directory),
         "dtype": _DTYPES[run.train.precision],
@@ -163,6 +168,7 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
     from ftray.model.load import resolve_base
     from ftray.serve.catalog import Served
     from ftray.serve.models import check_model
+    from ftray.serve.origin import lineages_of
     from ftray.serve.registry import base_name, registry_of
 
     run_dir = storage.absolute(run.directory)
@@ -172,7 +178,7 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
         if more:
             reason = "serve.max_adapters is 0" if run.method.type != "full" else "its method.type is full"
             raise ConfigError(f"{more[0]} can't be served beside '{run.name}': {reason}; serve runs that are adapters")
-        return whole, Served(run.name, lineages=_lineages({run.name: storage.join(run_dir, "model")}))
+        return whole, Served(run.name, lineages=lineages_of({run.name: storage.join(run_dir, "model")}))
     base = _base_of(run)
     adapters = {run.name: storage.join(run_dir, "model")}
     for word in more:
@@ -185,32 +191,8 @@ def _what_to_serve(run: config.Run, more: list[str]) -> tuple[str, Served]:
     if (model_id := base_name(base.base)) in adapters:
         model_id = f"{model_id}-base"
     place, most = registry_of(run.storage, base.base), run.serve.max_adapters
-    served = Served(model_id, adapters, place, base.base, base.revision, most, lineages=_lineages(adapters))
+    served = Served(model_id, adapters, place, base.base, base.revision, most, lineages=lineages_of(adapters))
     return resolve_base(run.model), served
-
-
-def _lineages(models: dict[str, str]) -> dict[str, str]:
-    """Ids of the lineages that exported models were committed with."""
-    from ftray import storage
-    from ftray.errors import CheckpointError
-
-    found = {}
-    for name, uri in models.items():
-        try:
-            manifest = storage.read_manifest(uri)
-        except CheckpointError:  # told where it is loaded
-            continue
-        if manifest is not None and manifest["meta"].get("lineage"):
-            found[name] = str(manifest["meta"]["lineage"])
-    return found
-
-
-def _reference(run_dir: str) -> dict[str, Any]:
-    """Figures of what a run was trained on, for drift; none where it kept none."""
-    from ftray import storage
-
-    uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
-    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
 
 
 def _adapter_of(word: str, base: config.Model) -> tuple[str, str]:

@@ -47,12 +47,14 @@ def open_target(target: str, overrides: list[str]) -> config.Run:
 
 def check(arguments: argparse.Namespace, console: Console) -> int:
     """Reads a run file and prints what follows from it."""
+    from ftray import storage
     from ftray.train.trackers import check_trackers
     from ftray.train.zero import deepspeed_config
 
     run = open_target(arguments.run, arguments.overrides)
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
     check_trackers(run)
+    _check_serving(run, is_here=not storage.is_remote(run.storage))  # pods share no disk: a bucket may be an image's
     sweep = None
     if run.tune is not None:
         from ftray.tune.space import check_tune, describe
@@ -95,6 +97,17 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     ):
         console.say(f"{name:<11}{text}")
     return 0
+
+
+def _check_serving(run: config.Run, *, is_here: bool) -> None:
+    """Raises ConfigError for an endpoint that could not start. is_here: it would on this machine."""
+    from ftray.serve.ready import check_holds, check_installed
+
+    if run.method.type == "prompt":  # not served
+        return
+    check_holds(run)
+    if is_here:
+        check_installed(run.serve)
 
 
 def _parts(run: config.Run) -> str:
@@ -376,6 +389,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.serve.trial import known_answer
 
     if run.tune is not None:
+        _check_serving(run, is_here=True)
         run = _sweep(run, arguments.run, console)
         arguments.run = run.directory  # the winner is a run like any other: what follows is done to it
     done = _finished(run)
@@ -383,6 +397,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     is_served = run.method.type != "prompt"  # its adapter is for PEFT
     comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
     if done is None or answer is None or (run.evaluate.gates and comparison is None):
+        _check_serving(run, is_here=True)  # the endpoint comes last
         with owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.observe.card import described

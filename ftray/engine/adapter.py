@@ -17,6 +17,7 @@ from ftray.errors import ModelError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
+VLLM_MAX_RANK = 64  # with vLLM, which reserves memory for this rank in each of its places
 _PREFIX = "base_model.model."
 _PARTS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 # Options that would change what the adapter computes, with the values under which they change nothing.

@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, check_adapter, layers_of, read_settings
+from ftray.engine.adapter import CONFIG_FILE, VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_settings
 from ftray.engine.directory import check_model_directory
+from ftray.engine.hold import HeldChunks, Hold, Holds
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, TokenLogprob, check_prompt
 from ftray.engine.schema import Schemas
 from ftray.engine.text import TextStream, read_tokens
 from ftray.engine.transformers import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
 
-MAX_RANK = 64  # of adapters: vLLM reserves memory for this rank in each of its places
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model
 
 
@@ -74,8 +73,7 @@ class VllmEngine:
         self._llm: Any = None
         self._ids = itertools.count(1)
         self._loaded: dict[str, Any] = {}  # name → LoRARequest
-        self._users: Counter[int] = Counter()  # requests under way, by the id of their adapter
-        self._leaving: set[int] = set()  # unloaded, but used yet
+        self._holds = Holds(self._free)
         self._running: dict[str, str] = {}  # request id → vLLM's
 
     async def start(self) -> None:
@@ -95,7 +93,7 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": self._max_adapters,
                 "max_cpu_loras": most,
-                "max_lora_rank": MAX_RANK,
+                "max_lora_rank": VLLM_MAX_RANK,
             }
             if not on_gpu:
                 lora["worker_extension_cls"] = "ftray.engine.vllm_cpu.BaseRowsStayBase"
@@ -135,13 +133,20 @@ class VllmEngine:
         if params.json_schema is not None:
             self.check_schema(params.json_schema)
         theirs, lora = _params(params, self.stop_token_ids), self._loaded.get(adapter or "")
-        if lora is not None:  # at once: it may be unloaded before the first token is asked for
-            self._users[lora.lora_int_id] += 1
-        return self._generate(request_id, prompt_ids, params, theirs, lora)
+        if lora is None:
+            return self._generate(request_id, prompt_ids, params, theirs)
+        hold = self._holds.take(lora.lora_int_id)  # at once: it may be unloaded before the first token is asked for
+        return HeldChunks(self._generate(request_id, prompt_ids, params, theirs, lora, hold), hold)
 
     async def _generate(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, theirs: Any, lora: Any
-    ) -> AsyncIterator[Chunk]:
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        theirs: Any,
+        lora: Any = None,
+        hold: Hold | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
         internal = self._running[request_id] = f"r{next(self._ids)}"
         stream, num_generated = TextStream(self._decode, params.stop), 0
         try:
@@ -167,8 +172,8 @@ class VllmEngine:
             raise EngineError(f"vLLM failed: {type(err).__name__}") from err  # its text may hold a client's
         finally:
             self._running.pop(request_id, None)
-            if lora is not None:
-                await self._release(lora.lora_int_id)
+            if hold is not None:
+                await hold.end()
 
     def check_schema(self, schema: str) -> None:
         """See Engine.check_schema."""
@@ -199,20 +204,11 @@ class VllmEngine:
         """Takes an adapter away from new requests; those that run with it end as they would have."""
         request = self._loaded.pop(name, None)
         if request is not None:
-            self._leaving.add(request.lora_int_id)
-            await self._drop(request.lora_int_id)
+            await self._holds.retire(request.lora_int_id)
 
-    async def _release(self, lora_id: int) -> None:
-        self._users[lora_id] -= 1
-        await self._drop(lora_id)
-
-    async def _drop(self, lora_id: int) -> None:
-        """Frees an adapter that was unloaded and that nobody uses any more."""
-        if self._users[lora_id] <= 0:
-            del self._users[lora_id]
-            if lora_id in self._leaving and self._llm is not None and not self._llm.errored:
-                self._leaving.discard(lora_id)
-                await self._llm.remove_lora(lora_id)
+    async def _free(self, lora_id: int) -> None:
+        if self._llm is not None and not self._llm.errored:
+            await self._llm.remove_lora(lora_id)
 
     def list_models(self) -> list[str]:
         """The base, then the adapters that are loaded."""
@@ -253,9 +249,9 @@ class VllmEngine:
             raise ModelError(
                 f"{where} uses DoRA, which vLLM doesn't serve; use serve.engine: transformers, or merge it"
             )
-        if settings.rank > MAX_RANK:
+        if settings.rank > VLLM_MAX_RANK:
             raise ModelError(
-                f"{where} has rank {settings.rank}; with serve.engine: vllm it is at most {MAX_RANK}; use transformers"
+                f"{where} has rank {settings.rank}; with serve.engine: vllm it is at most {VLLM_MAX_RANK}; use transformers"
             )
 
     def _base_shapes(self) -> dict[str, list[int]]:

@@ -31,12 +31,14 @@ class Tally:
     has_text: bool = False
     scripts: Mapping[str, int] = field(default_factory=dict)
 
-    def see(self, index: int, chunk: Chunk) -> None:
-        """Takes note of a chunk."""
+    def see(self, index: int, chunk: Chunk) -> bool:
+        """Takes note of a chunk; returns whether it has the request's first text."""
         self.num_prompt_tokens = chunk.num_prompt_tokens
         self.num_tokens[index] = chunk.num_generated_tokens
-        if chunk.text and not self.has_text:
-            self.has_text, self.first_s = True, time.monotonic() - self.began_s
+        if not chunk.text or self.has_text:
+            return False
+        self.has_text, self.first_s = True, time.monotonic() - self.began_s
+        return True
 
     @property
     def usage(self) -> Usage:
@@ -52,7 +54,8 @@ class _Choice:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one request: one iterator of chunks for each. end_ids: tokens that end an answer and are no text."""
+    """The answers of one request: one iterator of chunks for each. end_ids: tokens that end an answer and are no text.
+    on_first: called when the first text of any comes, on_end: when all have ended."""
 
     streams: Sequence[AsyncIterator[Chunk]]
     reply: Reply
@@ -60,6 +63,7 @@ class Answers:
     max_answer_s: float
     has_logprobs: bool
     end_ids: frozenset[int]
+    on_first: Callable[[Tally], None]
     on_end: Callable[[Tally], None]
 
     async def whole(self, send: Send) -> None:
@@ -68,7 +72,7 @@ class Answers:
         try:
             async with asyncio.timeout(self.max_answer_s), aclosing(_merged(self.streams)) as merged:
                 async for index, chunk in merged:
-                    self.tally.see(index, chunk)
+                    self._see(index, chunk)
                     choices[index].texts.append(chunk.text)
                     choices[index].logprobs += self._logprobs(chunk) or ()
                     choices[index].finish_reason = chunk.finish_reason
@@ -100,7 +104,7 @@ class Answers:
                     if first := self.reply.first(index):
                         await event(first)
                 async for index, chunk in merged:
-                    self.tally.see(index, chunk)
+                    self._see(index, chunk)
                     logprobs = self._logprobs(chunk)
                     if chunk.text or chunk.finish_reason or logprobs:
                         await event(self.reply.delta(chunk.text, chunk.finish_reason, index, logprobs))
@@ -118,6 +122,10 @@ class Answers:
         finally:
             self.on_end(self.tally)
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _see(self, index: int, chunk: Chunk) -> None:
+        if self.tally.see(index, chunk):
+            self.on_first(self.tally)
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         assert choice.finish_reason is not None

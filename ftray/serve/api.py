@@ -200,7 +200,7 @@ class _Api:
         self, asked: ChatRequest | CompletionRequest, model_id: str, prompt_ids: list[int], tally: Tally, caller: str
     ) -> Response:
         chat = isinstance(asked, ChatRequest)
-        on_end = partial(self._end, model_id, caller)
+        on_first, on_end = partial(self._first, model_id), partial(self._end, model_id, caller)
         try:
             adapter = await self._catalog.prepare(model_id)
             # Nothing is awaited from here to the engine: the adapter is there now.
@@ -221,7 +221,7 @@ class _Api:
         self._meters.running.inc()
         reply = Reply.begin(chat=chat, model=model_id, spell=self._spell)
         has_logprobs = asked.num_logprobs is not None
-        answers = Answers(streams, reply, tally, self._max_answer_s, has_logprobs, self._end_ids, on_end)
+        answers = Answers(streams, reply, tally, self._max_answer_s, has_logprobs, self._end_ids, on_first, on_end)
         return Worked(partial(answers.stream, asked.include_usage) if asked.stream else answers.whole)
 
     def _sampling(self, asked: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
@@ -256,6 +256,13 @@ class _Api:
             raise RequestError(503, "no model of `default` is available at the moment", code="model_unavailable")
         return chosen
 
+    def _first(self, model_id: str, tally: Tally) -> None:
+        """At once, not at the answer's end: a long stream would hide that it began late."""
+        if tally.first_s is not None:
+            self._meters.first_token.labels(model_id).observe(tally.first_s)
+            self._first_times.add(tally.first_s)
+            self._router.see_first(model_id, tally.first_s)
+
     def _end(self, model_id: str, caller: str, tally: Tally) -> None:
         self._meters.running.dec()
         self._meter.charge(caller, tally.usage.total_tokens)
@@ -268,14 +275,11 @@ class _Api:
         meters.tokens.labels(model_id, "completion").inc(tally.usage.completion_tokens)
         meters.prompt.labels(model_id).observe(tally.num_prompt_tokens)
         meters.answer.labels(model_id).observe(time.monotonic() - tally.began_s)
-        if tally.first_s is not None:
-            meters.first_token.labels(model_id).observe(tally.first_s)
-            self._first_times.add(tally.first_s)
         if tally.status == 200:
             meters.empty.labels(model_id).inc(not tally.has_text)
             self._drift.add(model_id, Seen(tally.num_prompt_tokens, tally.scripts, not tally.has_text))
         if tally.status != 499:  # who left says nothing of the model
-            self._router.record(model_id, failed=tally.status >= 500, first_s=tally.first_s)
+            self._router.record(model_id, failed=tally.status >= 500)
 
     def _model_ids(self) -> list[str]:
         return [*([ALIAS] if self._router.is_on else []), *self._catalog.model_ids()]

@@ -1,27 +1,47 @@
 """What Ray Serve imports where a configuration file deploys the endpoint (a KubeRay RayService): app from run file.
 
-Knows the run file and the place of its exported model; nothing of clusters.
+Knows the run file and the place of its exported model; nothing of clusters. Which model answers, its lineage, its drift's
+references and where feedback is kept are as with `ftray serve` and `serve.max_adapters: 0`.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 from ray import serve
 
 from ftray import config, storage
+from ftray.errors import StorageError
 from ftray.serve.app import build_app
 from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
+from ftray.serve.origin import lineages_of, reference_of
+
+logger = logging.getLogger(__name__)
 
 
 def build(args: dict[str, str]) -> serve.Application:
     """The application of the run file `args["run"]`; keys come from FTRAY_API_KEY. Raises ConfigError without one."""
     run = config.load_run(args["run"])
-    parts = ("model",) if run.method.type == "full" else ("model", "merged")
+    run_dir = storage.absolute(run.directory)
+    model_dir = storage.join(run_dir, "model")
+    served = Served(run.name)
+    try:
+        reference = reference_of(run_dir)
+        served = replace(
+            served, lineages=lineages_of({run.name: model_dir}), references={run.name: reference} if reference else {}
+        )
+    except (
+        StorageError
+    ) as err:  # an endpoint is worth more than figures about it; replicas need the bucket, and ask again
+        logger.warning("%s: served without its lineage and drift: %s", run.name, err)
     return build_app(
-        storage.join(storage.absolute(run.directory), *parts),
-        Served(run.name),
+        model_dir if run.method.type == "full" else storage.join(model_dir, "merged"),
+        served,
         run.serve,
         key_hashes=read_key_hashes("0.0.0.0"),  # whatever the file says: a pod is reached from others
         num_cpus=run.scale.cpus_per_worker,
         num_gpus=float(run.serve.tensor_parallel if run.scale.accelerator else 0),
+        place=run_dir,
     )

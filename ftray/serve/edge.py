@@ -2,7 +2,7 @@
 
 Serve refuses with text/plain, and where a replica dies it says nothing more. Here a refusal becomes OpenAI's error body,
 an answer that never began a 503, and a stream that broke off ends with an error event, without [DONE]. Serve takes this
-in by the environment variable ENV, which has to be set where Ray's nodes start. Knows nothing of models or replicas.
+in by the environment, which has to be set where Ray's nodes start. Knows nothing of models or replicas.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from ftray.serve.asgi import Send, refuse
 from ftray.serve.protocol import RequestError
 from ftray.serve.replies import encode_event
 
-ENV = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Of Ray's nodes. Proxies talk to replicas by gRPC, where a token costs about half of the processor time that it takes as an
+# object of Ray's; a whole answer with log probabilities may have more than the 4 MiB that gRPC allows by itself.
+SETTINGS = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ftray.serve.edge:middlewares",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+}
 _GONE = "the model went away while it answered; try again"
 
 
 def announce() -> None:
-    """Makes a Ray that this process starts take it in. A variable that is set already stays."""
-    os.environ.setdefault(ENV, "ftray.serve.edge:middlewares")
+    """Makes a Ray that this process starts take it in. Variables that are set already stay."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 def middlewares() -> list[Middleware]:

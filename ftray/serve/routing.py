@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -23,7 +24,9 @@ from ftray import config, storage
 from ftray.errors import StorageError
 
 ALIAS = "default"
-MIN_ANSWERS, LAST_ANSWERS = 20, 200
+MIN_ANSWERS, LAST_ANSWERS = 20, 200  # MIN_ANSWERS: of times
+LAST_OTHERS = 1000  # answers of each other model that the canary's failures are held against
+MIN_FAILED, CHANCE = 3, 0.01
 POLL_S = 2.0
 logger = logging.getLogger(__name__)
 
@@ -71,13 +74,21 @@ class Router:
         except ValueError:
             return None
 
-    def record(self, model: str, *, failed: bool, first_s: float | None) -> None:
-        """How an answer went. first_s: seconds to its first text."""
-        if self._canary is None or model not in self._weights:
-            return
-        self._failed.setdefault(model, deque(maxlen=LAST_ANSWERS)).append(failed)
-        if first_s is not None:
+    def see_first(self, model: str, first_s: float) -> None:
+        """An answer's first text came, so many seconds after its request."""
+        if self._canary is not None and model in self._weights:
             self._first.setdefault(model, deque(maxlen=LAST_ANSWERS)).append(first_s)
+            self._judge()
+
+    def record(self, model: str, *, failed: bool) -> None:
+        """How an answer ended."""
+        if self._canary is not None and model in self._weights:
+            most = LAST_ANSWERS if model == self._canary.model else LAST_OTHERS
+            self._failed.setdefault(model, deque(maxlen=most)).append(failed)
+            self._judge()
+
+    def _judge(self) -> None:
+        assert self._canary is not None
         if self.event is None and (reason := self._reason()):
             self.event = {
                 "event": "canary_returned",
@@ -92,10 +103,16 @@ class Router:
         assert self._canary is not None
         name = self._canary.model
         failed = self._failed.get(name, ())
+        others_failed = [one for model, ends in self._failed.items() if model != name for one in ends]
         rate = sum(failed) / max(1, len(failed))
-        if len(failed) >= MIN_ANSWERS and rate > self._canary.max_error_rate:
+        if rate > self._canary.max_error_rate and exceeds(
+            sum(failed), len(failed), sum(others_failed), len(others_failed)
+        ):
             bound = f"max_error_rate {self._canary.max_error_rate:g}"
-            return f"{sum(failed)} of its last {len(failed)} answers failed ({rate:.1%}; {bound})"
+            return (
+                f"{sum(failed)} of its last {len(failed)} answers failed ({rate:.1%}; {bound}), of the others' "
+                f"{sum(others_failed)} of {len(others_failed)}"
+            )
         own = self._first.get(name, ())
         others = [s for model, times in self._first.items() if model != name for s in times]
         if min(len(own), len(others)) >= MIN_ANSWERS and median(own) > self._canary.max_latency_ratio * median(others):
@@ -133,6 +150,27 @@ class Router:
         if mine is not None:
             storage.create_bytes(uri, json.dumps(mine, indent=1).encode())
         return json.loads(storage.read_bytes(uri)) if mine is not None or storage.exists(uri) else None
+
+
+def exceeds(failed: int, total: int, others_failed: int, others_total: int) -> bool:
+    """Whether so many failures are more than chance, had the model the others' rate: MIN_FAILED at least, of a probability
+    below CHANCE.
+
+    The others' rate is not known, but seen: what follows from it is beta-binomial, with half a failure in 50 answers as what
+    is believed before their first.
+    """
+    if failed < MIN_FAILED:
+        return False
+    a, b = others_failed + 0.5, others_total - others_failed + 49.5
+    fewer, term = 0.0, math.exp(_log_beta(a, b + total) - _log_beta(a, b))
+    for k in range(failed):
+        fewer += term
+        term *= (total - k) / (k + 1) * (a + k) / (total - k - 1 + b)
+    return 1 - fewer < CHANCE
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def event_uri(place: str, weights: Mapping[str, float], canary: config.Canary | None) -> str:

@@ -10,6 +10,7 @@ import gzip
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -328,6 +329,14 @@ CASES = [
     Case("export-first", ("runs/tiny has no checkpoint", "ftray train"), verb="export"),
     Case("serve-first", ("runs/tiny/model/merged", "ftray export"), verb="serve"),
     Case("no-key", ("serve.host is 0.0.0.0", "FTRAY_API_KEY"), ("serve.host=0.0.0.0",), verb="serve"),
+    Case("no-vllm", ("serve.engine is vllm", "pip install 'ftray[vllm]'", "transformers"), ("serve.engine=vllm",)),
+    Case("no-vllm-checked", ("serve.engine is vllm", "not installed"), ("serve.engine=vllm",), verb="check"),
+    Case(
+        "no-vllm-to-sweep",
+        ("serve.engine is vllm", "not installed"),
+        ("serve.engine=vllm", "tune={space: {train.learning_rate: {type: choice, values: [0.1, 0.2]}}, num_trials: 2}"),
+    ),
+    Case("no-vllm-to-serve", ("serve.engine is vllm", "not installed"), ("serve.engine=vllm",), verb="serve"),
     Case("no-host", ("serve.host 203.0.113.7", "can't be listened on"), ("serve.host=203.0.113.7",), verb="serve"),
 ]
 
@@ -339,6 +348,8 @@ def test_a_sentence_before_ray_starts(
     case.prepare(desk.directory)
     if case.name == "no-library":
         monkeypatch.setattr("ftray.evaluate.inputs.LIBRARIES", {"bleu": ("no_such_module", "evaluate")})
+    if case.name.startswith("no-vllm"):
+        monkeypatch.setitem(sys.modules, "vllm", None)
     if case.name == "no-host":
         monkeypatch.setenv("FTRAY_API_KEY", "a key")
         shutil.copytree(desk.directory / "model", desk.directory / "runs/tiny/model/merged")

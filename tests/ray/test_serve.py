@@ -20,6 +20,7 @@ from ftray.config import Serve
 from ftray.engine.offline import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
+from ftray.serve import edge
 from ftray.serve.catalog import Served
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
@@ -42,6 +43,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     byte_tokenizer().save_pretrained(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTRAY_API_KEY", "key one,key two")
+        for name, value in edge.SETTINGS.items():
+            patch.setenv(name, value)
         ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
         try:
             # two at once (1.5 × 1, rounded up) and two that wait

@@ -37,12 +37,14 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
         patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-        patch.delenv(edge.ENV, raising=False)
+        for name in edge.SETTINGS:
+            patch.delenv(name, raising=False)
         edge.announce()
         with local_ray():
             yield
             serve.shutdown()
-        del os.environ[edge.ENV]
+        for name in edge.SETTINGS:
+            del os.environ[name]
 
 
 def settings(**change: Any) -> config.Serve:

@@ -240,8 +240,28 @@ def test_an_adapter_that_is_unloaded_and_deleted_under_a_request_still_ends_it(
     with pytest.raises(ModelError, match="not loaded"):
         engine.generate("3", prompts[2], GREEDY, adapter="spare")
     assert engine.list_models() == ["base", "a", "b"]
-    assert not engine._users
-    assert not engine._leaving
+    assert engine._holds.num_held() == 0
+
+
+def test_requests_that_are_never_read_let_go_of_their_adapter(
+    adapters: dict[str | None, Path], engine: Any, loop: Loop, prompts: list[list[int]]
+) -> None:
+    async def work() -> set[int]:
+        await engine.load_adapter("spare", str(adapters["spare"]))
+        unread = engine.generate("1", prompts[2], GREEDY, adapter="spare")
+        closed = engine.generate("2", prompts[2], GREEDY, adapter="spare")
+        assert engine._holds.num_held() == 2
+        await engine.unload_adapter("spare")
+        await closed.aclose()
+        there = await engine._llm.list_loras()
+        del unread
+        async with asyncio.timeout(60):
+            while len(await engine._llm.list_loras()) == len(there):
+                await asyncio.sleep(0.05)
+        assert engine._holds.num_held() == 0
+        return there - await engine._llm.list_loras()
+
+    assert len(loop.run(work())) == 1
 
 
 def test_what_does_not_fit_is_refused(

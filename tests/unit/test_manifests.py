@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray import cli, config
+from ftray import cli, config, storage
 from ftray.cluster.nodes import find_machine, lay_out
 from ftray.cluster.render import PARTS, kubernetes_name, render
 from ftray.errors import ConfigError
@@ -269,18 +269,41 @@ def test_an_endpoint_is_deployed_from_the_run_file_and_not_without_keys(
     service = render(config.load_run(ROOT / "jobs/lora-8b.yaml"), parts=("rayservice",))["rayservice"]
     (app,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     assert app["import_path"] == f"{build.__module__}:{build.__name__}"
-    args = {"run": str(ROOT / "jobs/lora-8b.yaml")}
+    run = yaml.safe_load((ROOT / "jobs/lora-8b.yaml").read_text()) | {"storage": str(tmp_path / "runs")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    args = {"run": str(tmp_path / "run.yaml")}
     monkeypatch.delenv("FTRAY_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="FTRAY_API_KEY"):
         build(args)
     monkeypatch.setenv("FTRAY_API_KEY", "one,two")
     deployment = build(args)._bound_deployment
     (settings,) = deployment.init_args
-    assert settings.model_dir == "s3://acme-ml/runs/lora-8b/model/merged"
+    assert settings.model_dir == str(tmp_path / "runs/lora-8b/model/merged")
+    assert settings.place == str(tmp_path / "runs/lora-8b")  # of feedback and events
+    assert (settings.served.lineages, settings.served.references) == ({}, {})
     assert len(settings.key_hashes) == 2
     assert deployment.ray_actor_options["num_gpus"] == 1.0
     assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > deployment._deployment_config.graceful_shutdown_timeout_s
+
+
+def test_a_deployed_endpoint_knows_its_lineage_and_what_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTRAY_API_KEY", "one")
+    run_dir, reference = (
+        tmp_path / "runs/lora-8b",
+        {"prompt_tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9], "scripts": {"Latin": 1}},
+    )
+    (run_dir / "model/merged").mkdir(parents=True)
+    (run_dir / "model/merged/config.json").write_text("{}")
+    storage.commit_directory(run_dir / "model", str(run_dir / "model"), {"step": 3, "lineage": "0123456789abcdef"})
+    storage.write_bytes(str(run_dir / "data/reference.json"), json.dumps(reference).encode())
+    run = yaml.safe_load((ROOT / "jobs/lora-8b.yaml").read_text()) | {"storage": str(tmp_path / "runs")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (settings,) = build({"run": str(tmp_path / "run.yaml")})._bound_deployment.init_args
+    assert settings.served.lineages == {"lora-8b": "0123456789abcdef"}
+    assert settings.served.references == {"lora-8b": reference}
 
 
 def test_names_fit_kubernetes_and_differ_where_runs_differ() -> None:

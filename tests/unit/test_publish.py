@@ -1,6 +1,7 @@
 """`ftray publish` and `ftray serve --config` as typed, on a run made by hand: what must hold before, what is said."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FTRAY_API_KEY", "a-secret-key")
+    reference = {"prompt_tokens": list(range(9)), "scripts": {"Latin": 1.0}}
+    storage.write_bytes(str(tmp_path / "runs/polite/data/reference.json"), json.dumps(reference).encode())
+    (tmp_path / "runs/polite/model/manifest.json").unlink()
+    model = str(tmp_path / "runs/polite/model")
+    assert storage.commit_directory(Path(model), model, {"step": 3, "lineage": "0123456789abcdef"})
     code, said = typed(capsys, "serve", run_file, "--config", "serve.host=0.0.0.0", "serve.max_adapters=3")
     assert code == 0
     assert "a-secret-key" not in said
@@ -138,7 +144,19 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     assert settings.served.model_id == "base"
     assert dict(settings.served.adapters) == {"polite": str(tmp_path / "runs/polite/model")}
     assert settings.served.registry == str(tmp_path / "runs/published/base")
+    assert settings.served.lineages == {"polite": "0123456789abcdef"}
+    assert settings.served.references == {"polite": reference}
     assert (settings.served.max_adapters, settings.dtype, settings.model_dir) == (3, "float32", str(tmp_path / "base"))
+
+
+def test_a_serve_config_for_elsewhere_needs_no_engine_here(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    code, said = typed(capsys, "serve", run_file, "--config", "serve.engine=vllm")
+    assert (code, yaml.safe_load(said)["applications"][0]["args"]["serve"]["engine"]) == (0, "vllm")
+    code, said = typed(capsys, "serve", run_file, "--config", "serve.engine=vllm", "method.rank=128")
+    assert (code, "up to rank 64" in said) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What the proxy says where replicas can't, and how many replicas late first texts ask for. No Ray runs here."""
 
 import asyncio
+import importlib.util
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,13 +100,41 @@ def test_serves_own_paths_stay_as_they_are() -> None:
 
 
 def test_a_ray_that_is_started_takes_the_edge_in_unless_another_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(edge.ENV, raising=False)
+    path = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+    for name in edge.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     edge.announce()
-    module, _, name = os.environ.pop(edge.ENV).partition(":")
-    assert (module, name) == (edge.__name__, edge.middlewares.__name__)
-    monkeypatch.setenv(edge.ENV, "mine:own")
+    found = {name: os.environ.pop(name) for name in edge.SETTINGS}
+    module, _, function = found[path].partition(":")
+    assert (module, function) == (edge.__name__, edge.middlewares.__name__)
+    assert found == edge.SETTINGS
+    for name in edge.SETTINGS:
+        monkeypatch.setenv(name, "mine:own")
     edge.announce()
-    assert os.environ[edge.ENV] == "mine:own"
+    assert {os.environ[name] for name in edge.SETTINGS} == {"mine:own"}
+
+
+def test_images_and_instructions_set_what_ray_has_to_know() -> None:
+    root = Path(__file__).parents[2]
+    for page in ("cluster/Dockerfile", "docs/clusters.md"):
+        text = (root / page).read_text()
+        assert [name for name, value in edge.SETTINGS.items() if f"{name}={value}" not in text] == [], page
+
+
+def test_serve_knows_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes no notice of a variable that it doesn't know, and would quietly serve at twice the cost."""
+    from ray.serve._private import constants
+
+    for name, value in edge.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("constants_again", constants.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.RAY_SERVE_PROXY_USE_GRPC is True
+    assert again.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH == 2**31 - 1
+    assert again.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH == "ftray.serve.edge:middlewares"
 
 
 def wanted(running: int, requests: float, **first_s: float) -> float:

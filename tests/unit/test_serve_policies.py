@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -22,7 +23,8 @@ from ftray.serve.keys import hash_key, read_key_hashes
 from ftray.serve.limits import Limits, Meter
 from ftray.serve.pages import openapi
 from ftray.serve.protocol import RequestError
-from ftray.serve.routing import Router, event_uri, pick
+from ftray.serve.routing import Router, event_uri, exceeds, pick
+from ftray.serve.scaling import FirstTimes
 from tests.unit.test_published import HoldingEngine, life, put, served
 from tests.unit.test_serve_protocol import CHAT, HI, TEXT, PaperEngine, PaperTokenizer, ask, call
 
@@ -226,25 +228,81 @@ def canary(**bounds: Any) -> config.Canary:
 def test_a_canary_goes_on_errors_and_only_then() -> None:
     router = Router({"a": 0.5, "b": 0.5}, canary())
     for i in range(200):
-        router.record("a", failed=i % 5 == 0, first_s=0.1)  # the others' errors are not its own
-        router.record("b", failed=False, first_s=0.1)
+        router.record("a", failed=i % 100 == 0)  # the others' errors are not its own
+        router.record("b", failed=False)
     assert router.event is None
-    for i in range(100):
-        router.record("b", failed=i % 20 == 0, first_s=0.1)
+    for i in range(200):
+        router.record("b", failed=i % 20 == 0)
     assert router.event is not None
-    assert re.fullmatch(r"\d+ of its last 200 answers failed \(2\.5%; max_error_rate 0\.02\)", router.event["why"])
+    why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\), of the others' 2 of 200"
+    found = re.fullmatch(why, router.event["why"])
+    assert found is not None
+    assert (6, 2.5) < (int(found[1]), float(found[2])) < (11, 5.1)
     assert {router.choose(str(i), ["a", "b"]) for i in range(100)} == {"a"}
     assert router.choose("x", ["b"]) is None
+
+
+def answers_until_return(seed: int, rate: float, others: float, share: float, most: int) -> int | None:
+    """So many answers of both models it took; None: `most` were not enough. Failures are drawn."""
+    rng, router = random.Random(seed), Router({"a": 1 - share, "b": share}, canary())
+    for i in range(most):
+        model = "b" if rng.random() < share else "a"
+        router.record(model, failed=rng.random() < (rate if model == "b" else others))
+        if router.event is not None:
+            return i + 1
+    return None
+
+
+def test_a_canary_with_5_percent_errors_goes_within_30_seconds() -> None:
+    """At 20 answers a second in all, half of them its own."""
+    took = [answers_until_return(seed, 0.05, 0.0, share=0.5, most=600) for seed in range(200)]
+    assert sum(one is None for one in took) <= 4
+    slow = [answers_until_return(seed, 0.05, 0.0, share=0.1, most=3000) for seed in range(50)]
+    assert None not in slow
+
+
+def test_a_canary_that_fails_as_its_others_do_stays() -> None:
+    took = [answers_until_return(seed, 0.005, 0.005, share=0.5, most=2000) for seed in range(100)]
+    assert sum(one is not None for one in took) <= 8
+    router = Router({"a": 0.5, "b": 0.5}, canary())
+    for i in range(1000):  # far above its bound, but so are they
+        for model in "ab":
+            router.record(model, failed=i % 10 == 9)
+    assert router.event is None
+
+
+@pytest.mark.parametrize("num_others", [0, 5, 100, 5000])
+def test_one_or_two_failures_among_few_answers_are_no_reason(num_others: int) -> None:
+    router = Router({"a": 0.9, "b": 0.1}, canary())
+    for _ in range(num_others):
+        router.record("a", failed=False)
+    for failed in (True, False, False, False, True, False):
+        router.record("b", failed=failed)
+    assert router.event is None
+    for _ in range(3):  # what is broken goes at once, without twenty users' errors
+        router.record("b", failed=True)
+    assert router.event is not None
+    assert router.event["why"].startswith("3 of its last 7")
+
+
+def test_the_bound_is_the_tail_of_a_beta_binomial() -> None:
+    """scipy's betabinom.sf(2, n, 0.5, 89.5): 0.01002 of 40, 0.00946 of 39; sf(2, n, 1.5, 146.5): 0.0092 of 30, 0.0135 of 35."""
+    assert not exceeds(3, 40, 0, 40)
+    assert exceeds(3, 39, 0, 40)
+    assert not exceeds(3, 35, 1, 98)
+    assert exceeds(3, 30, 1, 98)
+    assert not exceeds(2, 2, 0, 100_000)
+    assert not exceeds(20, 20, 1000, 1000)
 
 
 def test_a_canary_goes_when_it_is_slow() -> None:
     router = Router({"a": 0.5, "b": 0.5}, canary(max_latency_ratio=1.5))
     for _ in range(30):
-        router.record("a", failed=False, first_s=0.1)
-        router.record("b", failed=False, first_s=0.14)
+        router.see_first("a", 0.1)
+        router.see_first("b", 0.14)
     assert router.event is None
     for _ in range(60):
-        router.record("b", failed=False, first_s=0.2)
+        router.see_first("b", 0.2)
     assert router.event is not None
     assert router.event["why"].startswith("its median time to first text is 0.170 s, the others' 0.100 s")
 
@@ -256,7 +314,7 @@ def test_replicas_agree_on_a_return_and_other_shares_begin_anew(tmp_path: Path) 
         await first.start()
         await second.start()
         for _ in range(20):
-            first.record("b", failed=True, first_s=None)
+            first.record("b", failed=True)
         await first.stop()  # writes what it knows
         await second.stop()
         assert second.event == first.event is not None
@@ -296,21 +354,21 @@ def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_pat
                 seen[answer.status] += 1
                 if answer.status == 200:
                     assert answer.json["model"] == "small:old"
-            assert seen[503] == 20  # its first twenty, and no more
+            assert seen[503] == 3  # its first three, and no more
             direct = await call(app, "/v1/completions", {"model": "small:new", "prompt": "x"})
             assert direct.status == 503
             figures = b"".join((await call(app, "/metrics")).pieces).decode()
-            assert 'ftray_answers_total{model="small:new",status="503"} 21.0' in figures
-            assert 'ftray_answers_total{model="small:old",status="200"} 280.0' in figures
-            assert 'ftray_tokens_total{kind="completion",model="small:old"} 280.0' in figures
+            assert 'ftray_answers_total{model="small:new",status="503"} 4.0' in figures
+            assert 'ftray_answers_total{model="small:old",status="200"} 297.0' in figures
+            assert 'ftray_tokens_total{kind="completion",model="small:old"} 297.0' in figures
             assert "ftray_answers_running 0.0" in figures
         (event,) = storage.list_files(str(tmp_path / "serve/events"))
-        assert "20 of its last 20 answers failed" in json.loads(storage.read_bytes(event.uri))["why"]
+        assert "3 of its last 3 answers failed" in json.loads(storage.read_bytes(event.uri))["why"]
 
     asyncio.run(work())
 
 
-def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_fortieth_answer(tmp_path: Path) -> None:
+def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(tmp_path: Path) -> None:
     class Failing(HoldingEngine):
         num_asked = 0
 
@@ -329,13 +387,42 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_fortieth_answer(tm
     async def work() -> None:
         app = build_api(engine, served(tmp_path), max_tokens=5, router=router, place=str(tmp_path))
         async with life(app):
-            for _ in range(150):
+            for _ in range(300):
                 await call(app, "/v1/completions", {"model": "default", "prompt": "x"})
         (event,) = storage.list_files(str(tmp_path / "serve/events"))
         assert "max_error_rate 0.02" in json.loads(storage.read_bytes(event.uri))["why"]
 
     asyncio.run(work())
-    assert 20 <= engine.num_asked <= 40
+    assert 60 <= engine.num_asked <= 100
+
+
+# Figures
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_first_text_counts_when_it_comes_not_when_its_answer_ends(stream: bool) -> None:
+    engine, times = PaperEngine(), FirstTimes()
+    router = Router({"m": 0.5, "other": 0.5}, config.Canary(model="m"))
+
+    async def work() -> None:
+        engine.hold = asyncio.Event()
+        app = build_api(engine, Served("m"), max_tokens=50, first_times=times, router=router)
+        async with life(app):
+            body = {**TEXT, "model": "m", "stream": stream, "n": 2}
+            answer = asyncio.create_task(call(app, "/v1/completions", body))
+            async with asyncio.timeout(30):
+                while times.median() == 0:
+                    await asyncio.sleep(0.001)
+            assert not answer.done()
+            running = b"".join((await call(app, "/metrics")).pieces).decode()
+            assert 'ftray_first_token_seconds_count{model="m"} 1.0' in running
+            assert "ftray_answers_total{" not in running
+            engine.hold.set()
+            assert (await answer).status == 200
+            ended = b"".join((await call(app, "/metrics")).pieces).decode()
+            assert 'ftray_first_token_seconds_count{model="m"} 1.0' in ended  # once, of two texts
+
+    asyncio.run(work())
 
 
 # Feedback

@@ -1,0 +1,32 @@
+"""Where a served model comes from, as its run's directory tells: the id of its lineage, and what it was trained on.
+
+Reads two small files; knows nothing of training, and what is not there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ftray import storage
+from ftray.errors import CheckpointError
+
+
+def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
+    """Ids of the lineages that exported models, id → URI of what was committed, came with."""
+    found = {}
+    for name, uri in models.items():
+        try:
+            manifest = storage.read_manifest(uri)
+        except CheckpointError:  # told where it is loaded
+            continue
+        if manifest is not None and manifest["meta"].get("lineage"):
+            found[name] = str(manifest["meta"]["lineage"])
+    return found
+
+
+def reference_of(run_dir: str) -> dict[str, Any]:
+    """Figures of what a run was trained on, for drift; none where it kept none."""
+    uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
+    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
