@@ -87,11 +87,17 @@ def _score_all(run: config.Run, found: Found, works: Mapping[str, Work], console
     num_gpus = 1.0 if resources.get("GPU", 0) else 0.0
     room = resources["GPU"] if num_gpus else resources["CPU"] // run.scale.cpus_per_worker
     remote = ray.remote(score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=num_gpus)
-    tasks = {
-        name: [remote.remote(run, found if name == "tuned" else None, work.share(i, num), monitor) for i in range(num)]
-        for name, work in works.items()
-        if (num := _num_shares(work, int(room) // len(works)))
-    }
+    weights = {name: work.weight(run.evaluate.max_new_tokens) for name, work in works.items()}
+    pieces = max(
+        int(room), 2 * len(works)
+    )  # with little room more than fit at once, so that nothing waits for one of them
+    tasks = {}
+    for name in sorted(works, key=lambda name: -weights[name]):
+        num = _num_shares(works[name], round(pieces * weights[name] / max(1, sum(weights.values()))))
+        tasks[name] = [
+            remote.remote(run, found if name == "tuned" else None, works[name].share(i, num), monitor)
+            for i in range(num)
+        ]
     waiting, done = [task for each in tasks.values() for task in each], 0
     with console.progress("evaluate: answer", sum(len(work.prompts) for work in works.values())) as bar:
         while waiting:
@@ -102,8 +108,8 @@ def _score_all(run: config.Run, found: Found, works: Mapping[str, Work], console
     return {name: merge(ray.get(each), works[name]) for name, each in tasks.items()}
 
 
-def _num_shares(work: Work, room: int) -> int:
-    return max(1, min(room, max(len(work.examples), len(work.prompts)) // MIN_SHARE))
+def _num_shares(work: Work, most: int) -> int:
+    return max(1, min(most, max(len(work.examples), len(work.prompts)) // MIN_SHARE))
 
 
 def _assemble(

@@ -43,6 +43,11 @@ class Work:
             [self.prompts[i] for i in _dealt([len(p) for p in self.prompts], part, num_parts)],
         )
 
+    def weight(self, num_new: int) -> int:
+        """Tokens that go through the model when each prompt is answered with num_new."""
+        read = sum(map(_size, self.examples)) + sum(map(_size, self.general)) + sum(map(len, self.prompts))
+        return read + num_new * len(self.prompts)
+
 
 @dataclass(frozen=True)
 class Scored:
