@@ -93,6 +93,31 @@ def test_a_quantized_directory_loads_and_its_loss_is_what_was_said(
     assert f"{kind}: held-out loss {done.loss_before:.4f} → {done.loss_after:.4f}" in str(done)
 
 
+def test_the_quantized_directory_is_committed_with_its_figures(run_file: Path, examples: list[Any]) -> None:
+    """What the Ray task does, in this process."""
+    from functools import partial
+
+    from huggingface_hub import ModelCard
+
+    from ftray import config
+    from ftray.evaluate.quantized import _quantize
+    from ftray.observe.card import described
+    from ftray.train.timeline import best_checkpoint
+
+    run = config.load_run(str(run_file), [])
+    run_dir = storage.absolute(run.directory)
+    found, target = best_checkpoint(run_dir), storage.join(run_dir, "quantized", "nf4")
+    describe = partial(described, run, run_dir)
+    done = _quantize(run, found, storage.join(run_dir, "model"), target, "nf4", examples, describe)
+    assert storage.verify_directory(target) == []
+    manifest = storage.read_manifest(target)
+    assert manifest is not None
+    assert (manifest["meta"]["step"], quantize.Quantized(**manifest["meta"]["quantized"])) == (3, done)
+    card = ModelCard(Path(target, "MODEL_CARD.md").read_text())
+    assert f"{done}." in card.text
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["ftray", "full", "nf4"])
+
+
 def test_without_held_out_data_a_cost_is_not_claimed(model: Path, tmp_path: Path) -> None:
     from ftray.evaluate.quantized import quantize_scored
 
