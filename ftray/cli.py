@@ -92,8 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
-    plan = verb("plan", verbs.plan, "say whether a run fits, how long it takes and what it costs; no Ray, no GPU")
+    plan = verb(
+        "plan",
+        verbs.plan,
+        "say whether a run fits, how long it takes and what it costs; no Ray, no GPU, but for --probe",
+    )
     plan.add_argument("--card", help="GPU to plan for, e.g. H100 or A100-80G; scale.accelerator if left out")
+    plan.add_argument(
+        "--probe", action="store_true", help="train a few steps on the cluster, thrown away, for its speed"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     train = verb("train", verbs.train, "train, or continue a run")
     train.add_argument(

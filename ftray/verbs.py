@@ -19,6 +19,7 @@ from ftray.errors import ConfigError, Preempted
 if TYPE_CHECKING:
     from ftray.data.prepare import Data
     from ftray.evaluate.results import Comparison
+    from ftray.observe.plan import Probed
     from ftray.storage import Lease
     from ftray.train.timeline import Found
 
@@ -189,13 +190,34 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.observe.plan import as_text, as_tree, make_plan
 
     run = open_target(arguments.run, arguments.overrides)
-    found = make_plan(run, storage.absolute(run.directory), arguments.card)
+    run_dir = storage.absolute(run.directory)
+    told = Console(sys.stderr) if arguments.json else console
+    found = make_plan(run, run_dir, arguments.card, _probe(run, told) if arguments.probe else None)
     if arguments.json:
         console.say(json.dumps(as_tree(found), indent=1))
         return 0
     for line in as_text(found, run):
         console.say(line)
     return 0
+
+
+def _probe(run: config.Run, console: Console) -> Probed:
+    """Trains a few steps on the cluster, as a run that is deleted whatever comes of it."""
+    from ftray import storage
+    from ftray.observe.probe import STEPS, probe_of, probed
+    from ftray.train.journal import read_events
+    from ftray.train.timeline import read_metrics
+
+    trial = probe_of(run)
+    console.say(f"probe: {STEPS} steps of the run, as '{trial.name}', which is deleted afterwards")
+    try:
+        with owned(trial, console) as (run_dir, lease):
+            from ftray.train.launch import train as launch
+
+            launch(trial, run_dir, console, lease)
+            return probed(read_metrics(run_dir), read_events(run_dir))
+    finally:
+        storage.delete_tree(storage.absolute(trial.directory))
 
 
 def report(arguments: argparse.Namespace, console: Console) -> int:

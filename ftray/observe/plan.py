@@ -80,8 +80,18 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What a probe measured: tokens a second of each of its workers, the median of so many steps."""
+
+    tokens_per_s: float
+    workers: int
+    device: str
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All of it. seconds, cost: None where steps, or a price, are not known."""
+    """All of it. seconds, cost: None where steps, or a price, are not known; by the probe's speed where there was one."""
 
     shape: Shape
     num_trained: int
@@ -94,9 +104,10 @@ class Plan:
     advice: list[str]
     together: list[str]
     chose_card: bool
+    probed: Probed | None = None
 
 
-def make_plan(run: config.Run, run_dir: str, card: str | None = None) -> Plan:
+def make_plan(run: config.Run, run_dir: str, card: str | None = None, probed: Probed | None = None) -> Plan:
     """Plan of a run. card: name in CARDS; scale.accelerator's if left out, else the smallest on which it fits.
 
     Raises ConfigError for a card that isn't known, ModelError for a base whose shape isn't.
@@ -113,12 +124,13 @@ def make_plan(run: config.Run, run_dir: str, card: str | None = None) -> Plan:
     seconds = cost = None
     if length.num_steps is not None:
         tokens = length.num_steps * run.train.global_batch_size * length.tokens
-        seconds = START_S + tokens / (way.tokens_per_s * size)
+        speed = probed.tokens_per_s * probed.workers if probed else way.tokens_per_s * size
+        seconds = START_S + tokens / speed
         if run.scale.price_per_hour is not None:
             cost = seconds / 3600 * size * run.scale.price_per_hour
     advice = advise(run, length, way)
     number = shape.num_trained(run.method)
-    return Plan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None)
+    return Plan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None, probed)
 
 
 def _cards(name: str | None) -> list[Card]:
@@ -307,6 +319,13 @@ def as_text(plan: Plan, run: config.Run) -> list[str]:
         )
     if shape.num_parameters < SMALL:
         lines[4] += "; of a model this small launches decide, too: it will be slower"
+    if plan.probed is not None:
+        found = plan.probed
+        lines.insert(
+            5,
+            f"measured   {found.tokens_per_s:,.0f} tokens/s on each of {found.workers} × {found.device}, over "
+            f"{found.num_steps} steps of a probe; time and cost are by this",
+        )
     if plan.seconds is not None:
         lines.append(f"time       {duration(plan.seconds)}, without failures, evaluation and export")
     if plan.cost is not None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from ftray import console, serving, storage
+from ftray import cli, console, serving, session, storage
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
+from ftray.observe.plan import START_S
 from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed, same_data
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
@@ -214,6 +218,26 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     found = same_data(third, third.directory, shown)
     with pytest.raises(DataError, match=r"part-001\.jsonl gives other rows than it did; restore it"):
         check_data(known, third, found)
+
+
+def test_a_probe_measures_steps_of_the_run_itself_and_leaves_nothing(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    run = run_of(parts, tmp_path / "runs", evaluate__every=1, data__eval=[{"path": str(parts["heldout"])}])
+    file.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_unset=True)))
+    monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
+    assert cli.main(["plan", str(file), "--card", "H200", "--probe", "--json"]) == 0
+    said = capfd.readouterr()
+    assert "probe: 10 steps of the run, as 'tiny-probe-" in said.err
+    assert "step 10/10" in said.err
+    tree = json.loads(said.out)
+    found, length = tree["probed"], tree["length"]
+    assert (found["workers"], found["num_steps"]) == (2, 6)
+    assert 0 < found["tokens_per_s"] < 1e5, "a CPU's speed, not the card's"
+    tokens = length["num_steps"] * 4 * length["tokens"]
+    assert tree["seconds"] == pytest.approx(START_S + tokens / (2 * found["tokens_per_s"]))
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.long

@@ -11,10 +11,12 @@ import pytest
 
 from ftray import cli, config
 from ftray.data.prepare import SUMMARY, _shape_of
-from ftray.errors import ConfigError, ModelError
+from ftray.errors import ConfigError, ModelError, RunError
 from ftray.observe.cards import CARDS, tokens_per_s
-from ftray.observe.plan import Length, Parts, advise, as_text, make_plan, memory_of, parts_of, together, way_of
+from ftray.observe.plan import Length, Parts, Probed, advise, as_text, make_plan, memory_of, parts_of, together, way_of
+from ftray.observe.probe import STEPS, WARM_UP, probe_of, probed
 from ftray.observe.shape import KNOWN, Shape, read_shape, shape_of
+from ftray.train.journal import Event
 from ftray.train.memory import GIB, Fit
 from tests import tiny
 
@@ -260,3 +262,40 @@ def test_the_verb_prints_text_and_json(
     assert tree["length"]["num_steps"] == 20
     assert cli.main(["plan", str(file)]) == 0
     assert "before you train" in capsys.readouterr().out
+
+
+def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path) -> None:
+    lines = [{"step": n, "tokens_per_s": 1e6 if n < WARM_UP else 3000.0 + n} for n in range(STEPS)]
+    start = Event("1-a", 0.0, "start", {"workers": 2, "device": "NVIDIA H200"})
+    found = probed(lines, [start])
+    assert found == Probed(3006.5 / 2, 2, "NVIDIA H200", 6), "the first steps are left out"
+    run = run_of(train={"max_steps": 100, "global_batch_size": 4}, scale={"num_workers": 2, "price_per_hour": 3.6})
+    plan = make_plan(run, str(tmp_path), "H200", found)
+    assert plan.seconds == pytest.approx(90 + 100 * 4 * 4096 / 3006.5)
+    assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 3.6)
+    said = "\n".join(as_text(plan, run))
+    assert (
+        "measured   1,503 tokens/s on each of 2 × NVIDIA H200, over 6 steps of a probe; time and cost are by this"
+        in said
+    )
+    assert "measured " not in "\n".join(as_text(make_plan(run, str(tmp_path), "H200"), run))
+    with pytest.raises(RunError, match="the probe left 2 of 10 steps, too few to measure"):
+        probed(lines[:2], [start])
+
+
+def test_a_probe_is_the_run_itself_under_a_name_of_its_own(tmp_path: Path) -> None:
+    run = run_of(
+        train={"max_steps": 100}, data={"train": [{"path": "x"}], "eval": {"fraction": 0.1}}, evaluate={"every": 5}
+    )
+    one, other = probe_of(run), probe_of(run)
+    assert one.name.startswith("p-probe-")
+    assert one.name != other.name
+    assert (one.train.max_steps, one.evaluate.every, one.tune) == (STEPS, None, None)
+    assert (one.model, one.method, one.data, one.deepspeed, one.scale) == (
+        run.model,
+        run.method,
+        run.data,
+        run.deepspeed,
+        run.scale,
+    )
+    config.parse_run(one.model_dump(mode="json"), "test")
