@@ -19,14 +19,15 @@ STEPS, WARM_UP = 10, 4  # taken; the first are slower: memory is found, kernels 
 
 
 def probe_of(run: config.Run) -> config.Run:
-    """The run that is trained for the probe, under a name that no other has: no evaluation, no sweep."""
+    """The run that is trained for the probe, under a name that no other has: no evaluation, sweep or tracker."""
     return run.model_copy(
         update={
-            "name": f"{run.name}-probe-{uuid.uuid4().hex[:8]}",
+            "name": f"{run.name[:48]}-probe-{uuid.uuid4().hex[:8]}",
             "train": run.train.model_copy(update={"max_steps": STEPS}),
             "evaluate": run.evaluate.model_copy(update={"every": None, "early_stopping": None}),
             "checkpoint": run.checkpoint.model_copy(update={"every": STEPS}),
             "tune": None,
+            "observe": config.Observe(),
         }
     )
 

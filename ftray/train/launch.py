@@ -97,12 +97,16 @@ def train(
     there = run.model_copy(update={"model": absolute_base(run.model)})
     held = lease.token if lease is not None else None
     job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
-    journal = Journal(run_dir, lambda: lease is None or not lease.overtaken)
+
+    def is_ours() -> bool:
+        return lease is None or not lease.overtaken
+
+    journal = Journal(run_dir, is_ours)
     step = newest.step if newest else 0
     watch = Watch(run, data.plan.num_steps, _lines_before(run_dir, console))
     with (
         journal.session(step),
-        tracked(run, run_dir, console.warn) as committed_one,
+        tracked(run, run_dir, console.warn, is_ours) as committed_one,
         console.progress("train: step", data.plan.num_steps, step) as bar,
     ):
 
@@ -116,7 +120,7 @@ def train(
             return ended
 
         def show(event: dict[str, Any]) -> None:
-            if "step" in event:
+            if event["event"] == "step":
                 console.step = event["step"]
             for worker in event.get("places", ()):
                 console.event("worker", f"worker {worker['rank']} is up on {worker['host']}", **worker)

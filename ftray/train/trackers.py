@@ -7,22 +7,27 @@ Knows what storage says of a run; nothing of Ray, workers or models.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ftray import config, storage
-from ftray.errors import ConfigError, Preempted
+from ftray.errors import ConfigError, Interrupted, Preempted
 from ftray.redact import redacted
 from ftray.train.timeline import Segment, read_segments
 
@@ -34,13 +39,16 @@ MLFLOW_BATCH = 1000  # figures that a call may hold
 
 
 class Tracker(Protocol):
-    """One of them. Both methods may raise anything."""
+    """One of them. Its methods may raise anything."""
 
     def tell(self, segments: list[Segment]) -> None:
         """Brings the tracker up to the committed timeline, which is told whole each time."""
 
-    def close(self) -> None:
-        """Nothing more comes from this process."""
+    def close(self, state: str) -> None:
+        """Nothing more comes from this command, which ended as FINISHED, KILLED (to be continued) or FAILED."""
+
+    def abandon(self) -> None:
+        """Called by another thread when there is no more time: nothing may outlive the command."""
 
 
 def check_trackers(run: config.Run) -> None:
@@ -58,12 +66,17 @@ def check_trackers(run: config.Run) -> None:
 
 
 @contextmanager
-def tracked(run: config.Run, run_dir: str, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Tells the run's trackers while it trains, and at the end; gives what is to be called at each committed checkpoint."""
-    tellers = [_Teller(name, run, run_dir, warn) for name in run.observe.trackers]
+def tracked(
+    run: config.Run, run_dir: str, warn: Callable[[str], None], is_ours: Callable[[], bool] = lambda: True
+) -> Iterator[Callable[[], None]]:
+    """Tells the run's trackers while it trains, and at the end; gives what is to be called at each committed checkpoint.
+
+    is_ours: whether the run is still this process's; if another has taken it over, nothing more is told.
+    """
+    tellers = [_Teller(name, run, run_dir, warn, is_ours) for name in run.observe.trackers]
     for teller in tellers:
         teller.start()
-    limit_s = END_S
+    limit_s, state = END_S, "FAILED"
 
     def tell_news() -> None:
         for teller in tellers:
@@ -71,50 +84,68 @@ def tracked(run: config.Run, run_dir: str, warn: Callable[[str], None]) -> Itera
 
     try:
         yield tell_news
-    except (Preempted, KeyboardInterrupt):
-        limit_s = HASTE_S
+        state = "FINISHED"
+    except (Preempted, Interrupted, KeyboardInterrupt):
+        limit_s, state = HASTE_S, "KILLED"
         raise
     finally:
         end_s = time.monotonic() + limit_s
         for teller in tellers:
+            teller.state = state
             teller.ended.set()
         tell_news()
         for teller in tellers:
             teller.join(max(0.0, end_s - time.monotonic()))
             if teller.is_alive():
                 warn(f"{teller.name} is not done after {limit_s:.0f} s; its curve may lack the last steps")
-                teller.warn = None
+                teller.leave()
 
 
 class _Teller(threading.Thread):
-    """Tells one tracker when there is news; after a failure says so once, and tells it no more."""
+    """Tells one tracker when there is news. A failure is told once; the next checkpoint is another try."""
 
-    def __init__(self, name: str, run: config.Run, run_dir: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, run: config.Run, run_dir: str, warn: Callable[[str], None], is_ours: Callable[[], bool]
+    ) -> None:
         super().__init__(name=name, daemon=True)
-        self._run, self._run_dir = run, run_dir
-        self.warn: Callable[[str], None] | None = warn
-        self.news, self.ended = threading.Event(), threading.Event()
+        self._run, self._run_dir, self._is_ours = run, run_dir, is_ours
+        self._warn: Callable[[str], None] | None = warn
+        self._tracker: Tracker | None = None
+        self.news, self.ended, self.state = threading.Event(), threading.Event(), ""
+
+    def leave(self) -> None:
+        """There is no more time."""
+        self._warn = None
+        if self._tracker is not None:
+            self._tracker.abandon()
 
     def run(self) -> None:
         """Until the end."""
         kept: dict[str, Segment] = {}
-        try:
-            tracker = TRACKERS[self.name](self._run, self._run_dir)
-            while True:
-                self.news.wait()
-                self.news.clear()
-                last = self.ended.wait(SETTLE_S)
-                tracker.tell(read_segments(self._run_dir, kept))
+        last = False
+        while not last:
+            self.news.wait()
+            self.news.clear()
+            last = self.ended.wait(SETTLE_S)
+            if not self._is_ours():
+                return
+            try:
+                if self._tracker is None:
+                    self._tracker = TRACKERS[self.name](self._run, self._run_dir)
+                self._tracker.tell(read_segments(self._run_dir, kept))
                 if last:
-                    tracker.close()
-                    return
-        except Exception as err:  # noqa: BLE001 - whatever a library raises, the run goes on
-            if self.warn is not None:
-                text = redacted(" ".join(str(err).split())[:200])
-                self.warn(
-                    f"{self.name} is told no more ({type(err).__name__}: {text}); the run goes on, metrics.jsonl has all "
-                    "of it, and the tracker what it lacks when the run is continued"
-                )
+                    self._tracker.close(self.state)
+            except Exception as err:  # noqa: BLE001 - whatever a library raises, the run goes on
+                if self._tracker is not None:
+                    self._tracker.abandon()
+                self._tracker = None
+                if self._warn is not None:
+                    text = redacted(" ".join(str(err).split())[:200])
+                    self._warn(
+                        f"{self.name} can't be told ({type(err).__name__}: {text}); the run goes on, metrics.jsonl has all of "
+                        "it, and the tracker gets what it lacks at a later checkpoint, or when the run is continued"
+                    )
+                    self._warn = None
 
 
 class TensorBoard:
@@ -126,7 +157,8 @@ class TensorBoard:
 
     def __init__(self, _: config.Run, run_dir: str) -> None:
         self._place = storage.join(run_dir, "tensorboard")
-        self._there = {file.path: file.uri for file in storage.list_files(self._place)}
+        found = storage.list_files(self._place)
+        self._there = {file.path: file.uri for file in found if _EVENTS.fullmatch(file.path)}  # others are a user's
 
     def tell(self, segments: list[Segment]) -> None:
         wanted = {}
@@ -140,8 +172,14 @@ class TensorBoard:
             storage.write_bytes(uri, _events(wanted[name]))
             self._there[name] = uri
 
-    def close(self) -> None:
+    def close(self, state: str) -> None:
         pass
+
+    def abandon(self) -> None:
+        pass
+
+
+_EVENTS = re.compile(r"events\.out\.tfevents\.\d{8}-\d{8}-[0-9a-f]{8}")
 
 
 def _events(lines: Segment) -> bytes:
@@ -175,17 +213,29 @@ class MLflow:
 
         self._client = MlflowClient(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ftray")
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
-        runs = self._client.search_runs([experiment], f"tags.`ftray.run` = '{_id(run_dir)}'")
+        experiment, mark = self._experiment(name), _id(run_dir)
+        runs = self._client.search_runs([experiment], f"tags.`ftray.run` = '{mark}'")
         if runs:
             self._run_id = runs[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
         else:
-            tags = {"ftray.run": _id(run_dir), "mlflow.runName": run.name, "ftray.config_hash": run.config_hash}
+            tags = {"ftray.run": mark, "mlflow.runName": run.name, "ftray.config_hash": run.config_hash}
             self._run_id = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
         # By figure: a command that was killed may have told a part of a step.
         self._last = {key: self._newest(key) for key in self._client.get_run(self._run_id).data.metrics}
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:  # another trial of a sweep was faster
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def _newest(self, key: str) -> int:
         return max(metric.step for metric in self._client.get_metric_history(self._run_id, key))
@@ -204,70 +254,101 @@ class MLflow:
             self._client.log_batch(self._run_id, metrics=new[first : first + MLFLOW_BATCH])
         self._last = told | {metric.key: metric.step for metric in new}
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id, "FINISHED")
+    def close(self, state: str) -> None:
+        self._client.set_terminated(self._run_id, state)
+
+    def abandon(self) -> None:
+        pass
 
 
 class Wandb:
     """A run of Weights & Biases, named by ftray's: online where WANDB_MODE or a WANDB_API_KEY says so, else offline.
 
-    Offline it is written as a command ends: what W&B has not flushed is lost in a kill, and nobody watches. The files lie
-    in WANDB_DIR, else in `<run>/wandb/` (of a run in S3: in ftray's cache on the driver's machine), and how far they are
-    in `<run>/trackers/wandb.json`; online, W&B says it.
+    A process of its own talks to W&B (`wandb_process`): its library keeps a process alive that can't be told what it still
+    has to send. Offline it is written as a command ends: what W&B has not flushed is lost in a kill, and nobody watches. The
+    files lie in WANDB_DIR, else in `<run>/wandb/` (of a run in S3: in ftray's cache on the driver's machine), once they are
+    whole; how far they are is in `<run>/trackers/wandb.json`. Online, W&B says it.
     """
 
     def __init__(self, run: config.Run, run_dir: str) -> None:
-        self._name, self._id, self._hash = run.name, _id(run_dir), run.config_hash
         self._told = storage.join(run_dir, "trackers", "wandb.json")
         local = storage.cache_directory() / "wandb" / run.name if storage.is_remote(run_dir) else Path(run_dir)
         self._place = Path(os.environ.get("WANDB_DIR") or local)
-        self._mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self._is_online = mode == "online"
+        self._settings = {"name": run.name, "id": _id(run_dir), "config_hash": run.config_hash, "mode": mode}
         self._lines: list[dict[str, Any]] = []
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self._run = self._open() if self._mode == "online" else None
-        if self._run is not None:
-            self._last = int(self._run.starting_step) - 1
-        else:
-            self._last = json.loads(storage.read_bytes(self._told))["step"] if storage.exists(self._told) else -1
+        self._process: subprocess.Popen[str] | None = None
+        known = not self._is_online and storage.exists(self._told)
+        self._last = json.loads(storage.read_bytes(self._told))["step"] if known else -1
 
-    def _open(self) -> Any:
-        import wandb
-
-        self._place.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "ftray"),
-            name=self._name,
-            id=self._id,
-            resume="allow" if self._mode == "online" else None,
-            dir=str(self._place),
-            mode=self._mode,
-            reinit="create_new",  # trials of a sweep are told side by side
-            config={"config_hash": self._hash},
-            settings=wandb.Settings(
-                console="off", disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True
-            ),
+    def _open(self, place: Path) -> int:
+        """Starts the process; returns the last step that W&B has."""
+        place.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ftray.train.wandb_process", json.dumps({**self._settings, "dir": str(place)})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C is for ftray
         )
+        return int(self._answer()["last"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline() or '{"error": "its process ended"}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
 
     def tell(self, segments: list[Segment]) -> None:
+        if self._is_online and self._process is None:
+            self._last = self._open(self._place)
         self._lines = [line for line in itertools.chain.from_iterable(segments) if line["step"] > self._last]
-        if self._run is not None:
-            self._log(self._run)
+        if self._is_online:
+            self._log()
 
-    def _log(self, run: Any) -> None:
+    def _log(self) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
         for line in self._lines:
-            run.log(figures(line) | {"unix_s": line["unix_s"]}, step=int(line["step"]), commit=True)
+            told = {"step": line["step"], "figures": figures(line) | {"unix_s": line["unix_s"]}}
+            self._process.stdin.write(json.dumps(told) + "\n")
             self._last = int(line["step"])
+        self._process.stdin.flush()
 
-    def close(self) -> None:
-        if self._run is None and not self._lines:
-            return
-        run = self._run or self._open()
-        if self._run is None:
-            self._log(run)
-        run.finish()
-        if self._run is None:
+    def close(self, state: str) -> None:
+        if self._is_online:
+            self._end(state)
+        elif self._lines:
+            unfinished = self._place / ".unfinished-wandb"  # of a command that was killed, if it is there
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._open(unfinished)
+            self._log()
+            self._end(state)
+            (self._place / "wandb").mkdir(exist_ok=True)
+            for made in (unfinished / "wandb").glob("offline-run-*"):
+                made.rename(self._place / "wandb" / made.name)
             storage.write_bytes(self._told, json.dumps({"step": self._last}).encode())
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _end(self, state: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"state": state}) + "\n")
+        self._process.stdin.close()
+        self._answer()
+        self._process.wait()
+        self._process = None
+
+    def abandon(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 TRACKERS: dict[str, Callable[[config.Run, str], Tracker]] = {
@@ -287,5 +368,8 @@ def figures(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _id(run_dir: str) -> str:
-    """Names a run for trackers, wherever it is continued."""
-    return hashlib.sha256(run_dir.encode()).hexdigest()[:16]
+    """Names a run for trackers, wherever it is continued; one that is deleted and begun anew has another name."""
+    place = storage.join(run_dir, "trackers", "id")
+    if not storage.exists(place):
+        storage.create_bytes(place, uuid.uuid4().hex[:16].encode())
+    return storage.read_bytes(place).decode()

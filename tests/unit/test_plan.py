@@ -285,9 +285,14 @@ def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path)
 
 def test_a_probe_is_the_run_itself_under_a_name_of_its_own(tmp_path: Path) -> None:
     run = run_of(
-        train={"max_steps": 100}, data={"train": [{"path": "x"}], "eval": {"fraction": 0.1}}, evaluate={"every": 5}
+        train={"max_steps": 100},
+        data={"train": [{"path": "x"}], "eval": {"fraction": 0.1}},
+        evaluate={"every": 5},
+        observe={"trackers": ["tensorboard"]},
     )
     one, other = probe_of(run), probe_of(run)
+    assert one.observe.trackers == []
+    assert len(probe_of(run.model_copy(update={"name": "n" * 63})).name) == 63
     assert one.name.startswith("p-probe-")
     assert one.name != other.name
     assert (one.train.max_steps, one.evaluate.every, one.tune) == (STEPS, None, None)

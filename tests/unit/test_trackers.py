@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -25,10 +27,23 @@ KILLED = """
 import os, signal, sys
 from ftray import config
 from ftray.train.timeline import read_segments
-from ftray.train.trackers import TRACKERS
+from ftray.train.trackers import TRACKERS, Wandb
 run = config.load_run(sys.argv[1])
-TRACKERS[run.observe.trackers[0]](run, sys.argv[2]).tell(read_segments(sys.argv[2], {}))
-os.kill(os.getpid(), signal.SIGKILL)
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Wandb._end = die  # all is written, nothing finished
+tracker = TRACKERS[run.observe.trackers[0]](run, sys.argv[2])
+tracker.tell(read_segments(sys.argv[2], {}))
+if isinstance(tracker, Wandb):
+    tracker.close("KILLED")
+die()
+"""
+DEAF = """
+import sys
+from ftray import config
+from ftray.train import trackers
+trackers.SETTLE_S, trackers.END_S = 0.0, 3.0
+with trackers.tracked(config.load_run(sys.argv[1]), sys.argv[2], print) as committed:
+    committed()
 """
 
 
@@ -137,11 +152,56 @@ def test_the_curve_is_that_of_the_metrics_also_after_a_kill(name: str, tmp_path:
     assert READERS[name](run_dir, "loss") == curve_of_the_run(run_dir, "loss", name)
 
 
+def test_a_run_that_is_deleted_and_begun_anew_is_another_one_in_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    run, run_dir = make(tmp_path, "mlflow")
+    store = (tmp_path / "server").as_uri()
+    for factor in (1.0, 2.0):
+        commit(run_dir, [], lines_of(0, 5, factor))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", store)
+            with trackers.tracked(run, str(run_dir), pytest.fail):
+                pass
+        shutil.rmtree(run_dir)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    runs = client.search_runs([client.get_experiment_by_name("ftray").experiment_id], order_by=["start_time"])
+    curves = [[m.value for m in client.get_metric_history(each.info.run_id, "loss")] for each in runs]
+    assert curves == [[each["loss"] for each in lines_of(0, 5, factor)] for factor in (1.0, 2.0)]
+    assert [each.info.status for each in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_run_that_another_process_took_over_is_left_to_that_one(tmp_path: Path) -> None:
+    run, run_dir = make(tmp_path, "tensorboard")
+    commit(run_dir, [], lines_of(0, 10))
+    with trackers.tracked(run, str(run_dir), pytest.fail, lambda: False) as committed:
+        committed()
+    assert not (run_dir / "tensorboard").exists()
+
+
+def test_a_server_of_wandb_that_never_answers_does_not_hold_the_command_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    _, run_dir = make(tmp_path, "wandb")
+    commit(run_dir, [], lines_of(0, 10))
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        words = [sys.executable, "-c", DEAF, str(tmp_path / "run.yaml"), str(run_dir)]
+        ended = subprocess.run(words, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "wandb is not done after 3 s; its curve may lack the last steps\n"
+
+
 def test_tensorboard_leaves_what_the_timeline_has_left(tmp_path: Path) -> None:
     run, run_dir = make(tmp_path, "tensorboard")
     board = trackers.TensorBoard(run, str(run_dir))
     first = commit(run_dir, [], lines_of(0, 10))
     other = commit(run_dir, first.segments, lines_of(10, 20, factor=2.0))
+    (run_dir / "tensorboard").mkdir()
+    (run_dir / "tensorboard/notes").write_text("a user's own")
     board.tell(trackers.read_segments(str(run_dir), {}))
     assert len(read_tensorboard(run_dir, "loss")) == 19
     (run_dir / f"checkpoints/step-{other.step:06d}/manifest.json").unlink()  # damaged, say
@@ -149,6 +209,7 @@ def test_tensorboard_leaves_what_the_timeline_has_left(tmp_path: Path) -> None:
     trackers.TensorBoard(run, str(run_dir)).tell(trackers.read_segments(str(run_dir), {}))
     merge_metrics(str(run_dir), last)
     assert read_tensorboard(run_dir, "loss") == curve_of_the_run(run_dir, "loss", "tensorboard")
+    assert (run_dir / "tensorboard/notes").exists()
 
 
 def test_a_tracker_that_fails_or_hangs_is_told_once_and_ends_nothing(
@@ -163,7 +224,7 @@ def test_a_tracker_that_fails_or_hangs_is_told_once_and_ends_nothing(
         for _ in range(3):
             committed()
     assert len(told) == 1
-    assert told[0].startswith("mlflow is told no more (")
+    assert told[0].startswith("mlflow can't be told (")
     assert len(read_tensorboard(run_dir, "loss")) == 9
     released = threading.Event()
 
