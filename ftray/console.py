@@ -77,7 +77,7 @@ class Console:
     @contextmanager
     def table(self) -> Iterator[Table]:
         """Lines that are rewritten in place below all others; nothing in a log."""
-        self._bar = table = Table(self._stream)
+        self._bar = table = Table(self._stream, self.is_terminal)
         try:
             yield table
         finally:
@@ -133,7 +133,7 @@ class Progress:
             if self._event is not None:
                 self._event("progress", self._text())
                 return
-            print(self._text(), file=self._stream, flush=True)
+            print(redacted(self._text()), file=self._stream, flush=True)
 
     def clear(self) -> None:
         """Makes room for a line."""
@@ -157,8 +157,8 @@ class Progress:
 class Table:
     """Lines below all others that are rewritten on a terminal, as many and as long as fit on it."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream, self._is_terminal, self._shown = stream, stream.isatty(), list[str]()
+    def __init__(self, stream: IO[str], is_terminal: bool) -> None:
+        self._stream, self._is_terminal, self._shown = stream, is_terminal, list[str]()
 
     def update(self, lines: list[str]) -> None:
         """Shows these lines in place of those before."""
@@ -192,8 +192,18 @@ def json_line(
     time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": time_utc, "level": level, "run": run, "rank": rank, "step": step, "event": event}
     line |= {"message": message, **what}
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in redacted_tree(line).items()}
-    return json.dumps(plain, ensure_ascii=False, default=str)
+    return json.dumps(redacted_tree(_plain(line)), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say, floats that it can't as None, all else as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(below) for below in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
 
 
 def duration(seconds: float) -> str:

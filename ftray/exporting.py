@@ -24,6 +24,10 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.model.quantize import check_quantize
     from ftray.train.timeline import best_checkpoint
 
+    if arguments.merged and not arguments.push:
+        raise ConfigError("--merged says what --push uploads; add --push hub:org/name, or leave it out")
+    if arguments.converter and arguments.to != "gguf":
+        raise ConfigError("--converter is for --to gguf; add that, or leave it out")
     run = open_target(arguments.run, arguments.overrides)
     best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
     kind = arguments.quantize

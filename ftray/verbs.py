@@ -54,13 +54,17 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 
     run = open_target(arguments.run, arguments.overrides)
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
-    check_trackers(run)
-    _check_serving(run, is_here=not storage.is_remote(run.storage))  # pods share no disk: a bucket may be an image's
+    is_here = (
+        not storage.is_remote(run.storage) and "RAY_ADDRESS" not in os.environ
+    )  # else this may be no machine of the run's
+    if is_here:
+        check_trackers(run)
     sweep = None
     if run.tune is not None:
         from ftray.tune.space import check_tune, describe
 
         sweep = describe(check_tune(run))
+    _check_serving(run, is_here=is_here)
     if arguments.json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
@@ -106,9 +110,22 @@ def _check_serving(run: config.Run, *, is_here: bool) -> None:
 
     if run.method.type == "prompt":  # not served
         return
-    check_holds(run)
+    made = [run]
+    if run.tune is not None:
+        from ftray.tune.space import corners, trial_run
+
+        made = [trial_run(run, params, "trial", run.storage) for params in corners(run.tune)]
+    for each in made:
+        check_holds(each)
     if is_here:
         check_installed(run.serve)
+
+
+def _check_trackers(run: config.Run) -> None:
+    """Raises ConfigError for a tracker that could not be told from here, where the command runs."""
+    from ftray.train.trackers import check_trackers
+
+    check_trackers(run)
 
 
 def _parts(run: config.Run) -> str:
@@ -155,6 +172,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
         from ftray.train.restore import open_parent
 
         parent = open_parent(arguments.parent).uri
+    _check_trackers(run)
     with owned(run, console, parent=parent) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
@@ -239,6 +257,7 @@ def reproduce(arguments: argparse.Namespace, console: Console) -> int:
     old_dir = storage.absolute(old.directory)
     run = renamed(old, arguments.name)
     known = check_before(old, old_dir, arguments.other_environment, console)
+    _check_trackers(run)
     with owned(run, console, parent=known.get("parent")) as (run_dir, lease):
         from ftray.train.launch import train as launch
 
@@ -260,6 +279,7 @@ def _sweep(run: config.Run, target: str, console: Console) -> config.Run:
     from ftray.tune.space import check_tune
 
     trials = check_tune(run).max_concurrent or 1
+    _check_trackers(run)
     with owned(run, console, with_ray=False) as (run_dir, lease):
         from ftray.session import ray_session
         from ftray.tune.sweep import preflight_trials, sweep, winning_run
@@ -411,7 +431,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.serve.trial import known_answer
 
     if run.tune is not None:
-        _check_serving(run, is_here=True)
+        from ftray.tune.space import check_tune
+
+        check_tune(run)
+        _check_serving(run, is_here="RAY_ADDRESS" not in os.environ)
         run = _sweep(run, arguments.run, console)
         arguments.run = run.directory  # the winner is a run like any other: what follows is done to it
     done = _finished(run)
@@ -419,7 +442,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     is_served = run.method.type != "prompt"  # its adapter is for PEFT
     comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
     if done is None or answer is None or (run.evaluate.gates and comparison is None):
-        _check_serving(run, is_here=True)  # the endpoint comes last
+        _check_serving(run, is_here="RAY_ADDRESS" not in os.environ)  # the endpoint comes last
+        _check_trackers(run)
         with owned(run, console) as (run_dir, lease):
             from ftray.evaluate.compare import compare
             from ftray.observe.card import described

@@ -77,6 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             self._answer(200, {"name": "ann", "type": "user"})
             return
+        found = re.match(r"/api/models/(\w+/[\w.-]+)/tree/main", self.path)
+        if found and found[1] in self.server.repos:
+            files = self.server.repos[found[1]]["files"]
+            tree = [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files.items()]
+            self._answer(200, tree)
+            return
         found = re.match(r"/api/models/(\w+/[\w.-]+)", self.path)
         if found and found[1] in self.server.repos:
             self._answer(200, {"id": found[1], "sha": "0" * 40})
@@ -134,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repo["files"][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repo["files"][value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del repo["files"][value["path"]]
 
 
 def _is_large(path: str) -> bool:

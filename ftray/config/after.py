@@ -93,7 +93,7 @@ class Canary(Section):
     """Its name in `ab`."""
     max_error_rate: Annotated[Float, Field(ge=0, lt=1)] = 0.02
     """Share of its last 200 answers that may fail. It is returned when more fail, at least three, and no chance explains why the
-    others' answers fail less (beta-binomial test at 1%)."""
+    others' answers of the same time fail less (beta-binomial test, at 1% each time it is looked at)."""
     max_latency_ratio: Annotated[Float, Field(gt=1)] = 2.0
     """Its median time to first text over the other models' together, both over at least 20 answers."""
 

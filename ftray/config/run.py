@@ -19,7 +19,7 @@ from ftray.config.observe import Observe
 from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
 from ftray.config.tune import Tune
 from ftray.errors import ConfigError
-from ftray.redact import without_shapes
+from ftray.redact import holds_secret
 
 
 class Run(Section):
@@ -164,7 +164,7 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> Run:
 def _key_with_secret(tree: Any, key: str = "") -> str | None:
     """The dotted key of the first text in which there is a secret; None if there is none."""
     if isinstance(tree, str):
-        return key if without_shapes(tree) != tree else None
+        return key if holds_secret(tree) else None
     below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     found = (_key_with_secret(value, f"{key}.{part}".lstrip(".")) for part, value in below)
     return next((each for each in found if each is not None), None)

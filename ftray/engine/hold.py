@@ -7,11 +7,14 @@ is read; so a request that is never read at all has to let go, too. Plain asynci
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from ftray.engine.protocol import Chunk
+
+logger = logging.getLogger(__name__)
 
 
 class Holds:
@@ -21,6 +24,7 @@ class Holds:
         self._free = free
         self._users: Counter[int] = Counter()
         self._retired: set[int] = set()
+        self._freeing: set[asyncio.Future[None]] = set()
 
     def take(self, adapter: int) -> Hold:
         """One more request's. In the event loop that `free` belongs to."""
@@ -38,7 +42,10 @@ class Holds:
 
     async def _let_go(self, adapter: int) -> None:
         self._users[adapter] -= 1
-        await self._look(adapter)
+        try:
+            await self._look(adapter)
+        except Exception as err:  # noqa: BLE001 - whatever an engine raises: the answer is whole
+            logger.error("the adapter %s can't be freed: %s", adapter, err)
 
     async def _look(self, adapter: int) -> None:
         if self._users[adapter] > 0:
@@ -46,7 +53,10 @@ class Holds:
         del self._users[adapter]
         if adapter in self._retired:
             self._retired.discard(adapter)
-            await self._free(adapter)
+            freeing = asyncio.ensure_future(self._free(adapter))
+            self._freeing.add(freeing)
+            freeing.add_done_callback(self._freeing.discard)
+            await asyncio.shield(freeing)  # it goes on where the request that waits for it is cancelled
 
 
 class Hold:

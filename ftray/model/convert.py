@@ -43,7 +43,9 @@ def convert(converter: Path, source: Path, target: Path, precision: str) -> int:
     how = [sys.executable, str(converter)] if converter.suffix == ".py" else [str(converter)]
     words = [*how, str(source), "--outfile", str(target), "--outtype", _TYPES[precision]]
     try:
-        ended = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        ended = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+        )
     except OSError as err:
         raise RunError(f"the converter {converter} can't be run ({err.strerror}); correct it") from None
     if ended.returncode != 0 or not target.is_file():

@@ -14,6 +14,8 @@ from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.redact import redacted
 
 PREFIX = "hub:"
+# Of what was there before, goes: an adapter beside whole weights, or old shards, would be loaded with the new ones.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja")
 
 
 def check_push(address: str) -> str:
@@ -50,7 +52,10 @@ def push(directory: Path, name: str, message: str) -> str:
     with _explained(PREFIX + name):
         if not api.repo_exists(name):
             api.create_repo(name, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=directory, commit_message=message).commit_url)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=directory, commit_message=message, delete_patterns=list(_MODEL_FILES)
+        )
+        return str(commit.commit_url)
 
 
 @contextmanager
@@ -76,6 +81,9 @@ def _explain(address: str, err: BaseException) -> FtrayError:
         return ConfigError(
             f"--push {address}: the token may not write there; give it that right, or choose another name"
         )
+    if status in (400, 404, 422):
+        reason = redacted(" ".join(str(err).split())).replace(get_token() or "\0", "…")[:300]
+        return ConfigError(f"--push {address}: {constants.ENDPOINT} refuses it ({reason}); correct what it names")
     if constants.is_offline_mode():
         return ConfigError(f"--push {address}: HF_HUB_OFFLINE is set; unset it")
     reason = redacted(" ".join(str(err).split())).replace(get_token() or "\0", "…")[:200] or type(err).__name__

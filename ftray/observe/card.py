@@ -6,8 +6,10 @@ Says what was trained from what, how it compares with its base, and nothing that
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -81,7 +83,7 @@ def _metadata(
 ) -> dict[str, Any]:
     is_adapter = not is_whole
     base = run.model.base
-    on_hub = "/" in base and not base.startswith((".", "/", "~", "embedded:"))
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
     data = [s.path.removeprefix("hf:").split(":")[0].split("@")[0] for s in run.data.train if s.path.startswith("hf:")]
     found: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),

@@ -109,7 +109,7 @@ def render_report(known: Known) -> str:
             section("Settings", f"<pre>{escape(_settings(known.run))}</pre>", kind="long"),
         )
     )
-    return redacted(page(f"Run {known.run.name}", body))
+    return page(f"Run {known.run.name}", redacted(body))
 
 
 def _summary(known: Known) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ class Tally:
     num_prompt_tokens: int = 0
     num_tokens: dict[int, int] = field(default_factory=dict)  # by the answer's index
     has_text: bool = False
+    is_late: bool = False  # there was no time for the rest
     scripts: Mapping[str, int] = field(default_factory=dict)
 
     def see(self, index: int, chunk: Chunk) -> bool:
@@ -83,7 +84,7 @@ class Answers:
             self.tally.status = 400
             await refuse(send, RequestError(400, str(err), param="response_format"))
         except (EngineError, TimeoutError) as err:
-            self.tally.status = 503
+            self.tally.status, self.tally.is_late = 503, isinstance(err, TimeoutError)
             await refuse(send, unavailable(err))
         except Exception:
             self.tally.status = 500
@@ -116,6 +117,7 @@ class Answers:
         except (EngineError, TimeoutError) as err:
             # The status is out already: clients know an error in the stream by its shape, and by the missing [DONE].
             last, self.tally.status = encode_event(unavailable(err).body()), 503
+            self.tally.is_late = isinstance(err, TimeoutError)
         except Exception:
             self.tally.status = 500
             raise

@@ -278,7 +278,8 @@ class _Api:
         if tally.status == 200:
             meters.empty.labels(model_id).inc(not tally.has_text)
             self._drift.add(model_id, Seen(tally.num_prompt_tokens, tally.scripts, not tally.has_text))
-        if tally.status != 499:  # who left says nothing of the model
+        # Who left, or read too slowly for the time there is, says nothing of the model; one that never began does.
+        if tally.status != 499 and not (tally.is_late and tally.has_text):
             self._router.record(model_id, failed=tally.status >= 500)
 
     def _model_ids(self) -> list[str]:

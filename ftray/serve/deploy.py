@@ -32,9 +32,7 @@ def build(args: dict[str, str]) -> serve.Application:
         served = replace(
             served, lineages=lineages_of({run.name: model_dir}), references={run.name: reference} if reference else {}
         )
-    except (
-        StorageError
-    ) as err:  # an endpoint is worth more than figures about it; replicas need the bucket, and ask again
+    except StorageError as err:  # an endpoint is worth more than figures about it
         logger.warning("%s: served without its lineage and drift: %s", run.name, err)
     return build_app(
         model_dir if run.method.type == "full" else storage.join(model_dir, "merged"),

@@ -33,7 +33,9 @@ def announce() -> None:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls in each proxy."""
+    """What Serve calls in each proxy, before the first request."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):  # gRPC would ask these for the way to replicas
+        os.environ.pop(name, None)
     return [Middleware(Edge)]
 
 

@@ -6,11 +6,14 @@ Reads two small files; knows nothing of training, and what is not there is left 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ftray import storage
 from ftray.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
@@ -27,6 +30,12 @@ def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
 
 
 def reference_of(run_dir: str) -> dict[str, Any]:
-    """Figures of what a run was trained on, for drift; none where it kept none."""
+    """Figures of what a run was trained on, for drift; none where it kept none, or where they are damaged."""
     uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
-    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else {}
+    if not storage.exists(uri):
+        return {}
+    try:
+        return dict(json.loads(storage.read_bytes(uri)))
+    except (ValueError, TypeError) as err:
+        logger.warning("%s is damaged, so that no drift is told: %s", uri, err)
+        return {}

@@ -25,7 +25,7 @@ from ftray.errors import StorageError
 
 ALIAS = "default"
 MIN_ANSWERS, LAST_ANSWERS = 20, 200  # MIN_ANSWERS: of times
-LAST_OTHERS = 1000  # answers of each other model that the canary's failures are held against
+LAST_OTHERS, MIN_OTHERS = 1000, 50  # answers of each other model that the canary's failures are held against
 MIN_FAILED, CHANCE = 3, 0.01
 POLL_S = 2.0
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class Router:
         self, weights: Mapping[str, float], canary: config.Canary | None = None, place: str | None = None
     ) -> None:
         self._weights, self._canary, self._place = dict(weights), canary, place
-        self._failed: dict[str, deque[bool]] = {}
+        self._failed: dict[str, deque[tuple[int, bool]]] = {}  # with its number among all answers
+        self._number = 0
         self._first: dict[str, deque[float]] = {}
         self.event: dict[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -84,7 +85,8 @@ class Router:
         """How an answer ended."""
         if self._canary is not None and model in self._weights:
             most = LAST_ANSWERS if model == self._canary.model else LAST_OTHERS
-            self._failed.setdefault(model, deque(maxlen=most)).append(failed)
+            self._number += 1
+            self._failed.setdefault(model, deque(maxlen=most)).append((self._number, failed))
             self._judge()
 
     def _judge(self) -> None:
@@ -102,11 +104,21 @@ class Router:
     def _reason(self) -> str | None:
         assert self._canary is not None
         name = self._canary.model
-        failed = self._failed.get(name, ())
-        others_failed = [one for model, ends in self._failed.items() if model != name for one in ends]
+        ends = self._failed.get(name, ())
+        failed = [one for _, one in ends]
+        since = ends[0][0] if ends else 0
+        others_failed = [
+            one
+            for model, theirs in self._failed.items()
+            if model != name
+            for i, (number, one) in enumerate(reversed(theirs))
+            if number >= since or i < MIN_OTHERS
+        ]
         rate = sum(failed) / max(1, len(failed))
-        if rate > self._canary.max_error_rate and exceeds(
-            sum(failed), len(failed), sum(others_failed), len(others_failed)
+        if (
+            rate > self._canary.max_error_rate
+            and exceeds(sum(failed), len(failed), sum(others_failed), len(others_failed))
+            and not self._all_fail(name)
         ):
             bound = f"max_error_rate {self._canary.max_error_rate:g}"
             return (
@@ -119,6 +131,15 @@ class Router:
             bound = f"max_latency_ratio {self._canary.max_latency_ratio:g}"
             return f"its median time to first text is {median(own):.3f} s, the others' {median(others):.3f} s ({bound})"
         return None
+
+    def _all_fail(self, name: str) -> bool:
+        """Whether the others fail half as often, or more, since the first failure that is held against a model."""
+        since = next(number for number, one in self._failed[name] if one)
+        own = [one for number, one in self._failed[name] if number >= since]
+        others = [
+            one for model, theirs in self._failed.items() if model != name for number, one in theirs if number >= since
+        ]
+        return bool(others) and sum(others) / len(others) >= sum(own) / len(own) / 2
 
     async def start(self) -> None:
         """Looks for an event of another replica or of before, and goes on doing so."""
@@ -159,7 +180,7 @@ def exceeds(failed: int, total: int, others_failed: int, others_total: int) -> b
     The others' rate is not known, but seen: what follows from it is beta-binomial, with half a failure in 50 answers as what
     is believed before their first.
     """
-    if failed < MIN_FAILED:
+    if failed < MIN_FAILED or (others_total and others_failed / others_total >= failed / total):
         return False
     a, b = others_failed + 0.5, others_total - others_failed + 49.5
     fewer, term = 0.0, math.exp(_log_beta(a, b + total) - _log_beta(a, b))

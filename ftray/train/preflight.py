@@ -8,14 +8,12 @@ from ftray.errors import ConfigError
 from ftray.model.load import check_base
 from ftray.model.lora import check_targets
 from ftray.train.timeline import Found, best_checkpoint
-from ftray.train.trackers import check_trackers
 from ftray.train.zero import deepspeed_config
 
 
 def preflight(run: config.Run) -> None:
     """Raises ConfigError, ModelError or DataError for what is wrong already now."""
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
-    check_trackers(run)
     held_out = run.data.eval if isinstance(run.data.eval, list) else []
     for source in [*run.data.train, *held_out]:
         list_shards(source.path)

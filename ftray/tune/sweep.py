@@ -35,6 +35,7 @@ from ftray.errors import (
     StorageError,
 )
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+from ftray.redact import redacted
 from ftray.train.capacity import check_resources, fitting, usable_nodes
 from ftray.train.identity import open_run
 from ftray.train.launch import Follower, train
@@ -354,7 +355,7 @@ class _TrialConsole(Console):
 
     def say(self, text: str = "") -> None:
         """Prints a line into the log."""
-        print(f"{self._name}: {text}", flush=True)
+        print(redacted(f"{self._name}: {text}"), flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning for the user."""

@@ -62,6 +62,28 @@ def test_words_of_the_environment_that_only_sound_like_secrets_stay(monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgres://ann:p@ss/w@host/db", "postgres://…@host/db"),
+        ("http://127.0.0.1:9000/a@b", "http://127.0.0.1:9000/a@b"),
+        ("https://x.org/a?keyword=banking&tokenizer=llama", "https://x.org/a?keyword=banking&tokenizer=llama"),
+        ("https://x.org/a?sig=abc%3D&AWSAccessKeyId=AB1", "https://x.org/a?sig=…&AWSAccessKeyId=…"),
+        ("sk-learn-classifier-of-topics", "sk-learn-classifier-of-topics"),
+        ("use Bearer authentication", "use Bearer authentication"),
+        ("correct horse staple", "…"),
+        ("<a&b> 0123, &lt;a&amp;b&gt; 0123", "…, …"),
+        ("sort by position", "sort by position"),
+    ],
+)
+def test_what_is_secret_goes_and_what_only_looks_like_it_stays(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PGPASSWORD", "correct horse staple"), ("X_TOKEN", "<a&b> 0123"), ("SORT_KEY", "position")):
+        monkeypatch.setenv(name, value)
+    assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
     ("override", "key"),
     [
         ("storage=s3://ann:hunter2@bucket/runs", "storage"),

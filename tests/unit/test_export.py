@@ -227,9 +227,14 @@ def typed(tmp_path: Path, *words: str, **env: str) -> tuple[int, str]:
 def test_the_model_its_card_and_its_lineage_arrive_at_the_hub(model: Path, run_file: Path, tmp_path: Path) -> None:
     with hub.serve_hub() as there:
         env = {"HF_ENDPOINT": there.endpoint, "HF_TOKEN": hub.WRITES}
+        before = {"adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b"", "notes.txt": b"kept"}
+        there.repos["acme/seen-1.1"] = {"private": False, "files": before, "commits": []}
         code, said = typed(tmp_path, str(run_file), "--push", "hub:acme/seen-1.0", **env)
         assert code == 0, said
         repo = there.repos["acme/seen-1.0"]
+        assert typed(tmp_path, str(run_file), "--push", "hub:acme/seen-1.1", **env)[0] == 0
+    assert there.repos["acme/seen-1.1"]["private"] is False
+    assert there.repos["acme/seen-1.1"]["files"].keys() == repo["files"].keys() | {"notes.txt"}
     assert repo["private"] is True
     assert repo["commits"] == ["seen, fine-tuned with ftray"]
     assert repo["files"]["README.md"].startswith(b"---\ntags: [ftray]")
@@ -260,6 +265,17 @@ def test_a_token_that_will_not_do_is_one_sentence(
     assert words in sentence
     assert "Traceback" not in said
     assert not token or token not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--merged",), "--merged says what --push uploads"), (("--converter", "x.py"), "--converter is for --to gguf")],
+)
+def test_an_option_without_the_one_that_it_is_for_is_refused(
+    run_file: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(run_file), *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_hub_that_is_not_there_fails_the_command(run_file: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_canary_goes_on_errors_and_only_then() -> None:
     for i in range(200):
         router.record("b", failed=i % 20 == 0)
     assert router.event is not None
-    why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\), of the others' 2 of 200"
+    why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\), of the others' 0 of \d+"
     found = re.fullmatch(why, router.event["why"])
     assert found is not None
     assert (6, 2.5) < (int(found[1]), float(found[2])) < (11, 5.1)
@@ -269,6 +269,22 @@ def test_a_canary_that_fails_as_its_others_do_stays() -> None:
         for model in "ab":
             router.record(model, failed=i % 10 == 9)
     assert router.event is None
+
+
+def test_what_hits_all_models_at_once_returns_no_canary() -> None:
+    returned = 0
+    for seed in range(50):
+        rng, router = random.Random(seed), Router({"a": 0.5, "b": 0.5}, canary())
+        for i in range(4600):
+            router.record(rng.choice("ab"), failed=4000 <= i < 4300)
+        returned += router.event is not None
+    assert returned <= 2
+    router = Router({"a": 0.5, "b": 0.5}, canary())
+    for _ in range(500):  # nothing works, from the first answer on
+        for model in "ab":
+            router.record(model, failed=True)
+    assert router.event is None
+    assert not exceeds(100, 100, 1000, 1000)
 
 
 @pytest.mark.parametrize("num_others", [0, 5, 100, 5000])
