@@ -58,3 +58,29 @@ def test_check_tells_what_an_engine_can_not_do(
     assert code == (2 if fragments else 0), err
     assert all(fragment in err for fragment in fragments), err
     assert err.count("\n") == bool(fragments)
+
+
+@pytest.mark.parametrize(("ranks", "rank", "code"), [([16, 128], 16, 2), ([16, 64], 128, 0)])
+def test_a_sweep_is_asked_by_what_it_will_train(
+    run_file: Path,
+    ranks: list[int],
+    rank: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_vllm(monkeypatch, is_there=True)
+    tree = yaml.safe_load(run_file.read_text())
+    tree["method"]["rank"], tree["data"]["eval"] = rank, {"fraction": 0.1}
+    tree["tune"] = {"space": {"method.rank": {"type": "choice", "values": ranks}}, "num_trials": 2}
+    run_file.write_text(yaml.safe_dump(tree))
+    assert cli.main(["check", str(run_file)]) == code
+    assert ("method.rank is 128" in capsys.readouterr().err) == (code == 2)
+
+
+def test_where_a_cluster_is_asked_it_may_have_what_this_machine_has_not(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vllm(monkeypatch, is_there=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cli.main(["check", str(run_file)]) == 0
