@@ -81,9 +81,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe measured: tokens a second of each of its workers, the median of so many steps."""
+    """What a probe measured: tokens a second of each of its workers, and seconds a step, the medians of so many steps."""
 
     tokens_per_s: float
+    step_s: float
     workers: int
     device: str
     num_steps: int
@@ -123,11 +124,11 @@ def make_plan(run: config.Run, run_dir: str, card: str | None = None, probed: Pr
     length = length_of(run, run_dir)
     seconds = cost = None
     if length.num_steps is not None:
-        tokens = length.num_steps * run.train.global_batch_size * length.tokens
-        speed = probed.tokens_per_s * probed.workers if probed else way.tokens_per_s * size
-        seconds = START_S + tokens / speed
+        tokens = run.train.global_batch_size * length.tokens
+        step_s = probed.step_s if probed else tokens / (way.tokens_per_s * size)
+        seconds = START_S + length.num_steps * step_s
         if run.scale.price_per_hour is not None:
-            cost = seconds / 3600 * size * run.scale.price_per_hour
+            cost = seconds / 3600 * (probed.workers if probed else size) * run.scale.price_per_hour
     advice = advise(run, length, way)
     number = shape.num_trained(run.method)
     return Plan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None, probed)

@@ -34,9 +34,14 @@ def probe_of(run: config.Run) -> config.Run:
 
 def probed(metrics: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> Probed:
     """What its steps were measured at. Raises RunError where too few of them are left."""
-    speeds = [line["tokens_per_s"] for line in metrics[WARM_UP:] if line.get("tokens_per_s")]
+    steps = [line for line in metrics[WARM_UP:] if line.get("tokens_per_s")]
     start = next((event for event in reversed(events) if event.event == "start"), None)
-    if not speeds or start is None:
+    if not steps or start is None:
         raise RunError(f"the probe left {len(metrics)} of {STEPS} steps, too few to measure; plan without --probe")
     workers = int(start.what.get("workers", 1))
-    return Probed(median(speeds) / workers, workers, str(start.what.get("device", "")), len(speeds))
+    speed, step_s = (median(each) for each in zip(*map(_speed, steps), strict=True))
+    return Probed(speed / workers, step_s, workers, str(start.what.get("device", "")), len(steps))
+
+
+def _speed(line: Mapping[str, Any]) -> tuple[float, float]:
+    return line["tokens_per_s"], line["num_tokens"] / line["tokens_per_s"]

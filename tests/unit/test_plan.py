@@ -265,13 +265,17 @@ def test_the_verb_prints_text_and_json(
 
 
 def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path) -> None:
-    lines = [{"step": n, "tokens_per_s": 1e6 if n < WARM_UP else 3000.0 + n} for n in range(STEPS)]
+    lines = [
+        {"step": n, "num_tokens": 9000, "tokens_per_s": 1e6 if n < WARM_UP else 3000.0 + n} for n in range(STEPS)
+    ]  # rows far from full
     start = Event("1-a", 0.0, "start", {"workers": 2, "device": "NVIDIA H200"})
     found = probed(lines, [start])
-    assert found == Probed(3006.5 / 2, 2, "NVIDIA H200", 6), "the first steps are left out"
+    assert found == Probed(3006.5 / 2, pytest.approx(9000 / 3006.5), 2, "NVIDIA H200", 6), (
+        "the first steps are left out"
+    )
     run = run_of(train={"max_steps": 100, "global_batch_size": 4}, scale={"num_workers": 2, "price_per_hour": 3.6})
     plan = make_plan(run, str(tmp_path), "H200", found)
-    assert plan.seconds == pytest.approx(90 + 100 * 4 * 4096 / 3006.5)
+    assert plan.seconds == pytest.approx(90 + 100 * 9000 / 3006.5)
     assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 3.6)
     said = "\n".join(as_text(plan, run))
     assert (
