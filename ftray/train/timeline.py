@@ -155,7 +155,8 @@ def read_segments(run_dir: str, kept: dict[str, Segment]) -> list[Segment]:
     etags = {file.path: file.etag for file in storage.list_files(storage.join(run_dir, "metrics"))}
     firsts = [int(name[:8]) for name in names]
     segments = []
-    for name, end in zip(names, [*firsts[1:], math.inf], strict=True):
+    for i, name in enumerate(names):
+        end = firsts[i + 1] if i + 1 < len(firsts) else math.inf
         key = f"{name} {etags.get(name)}"
         if key not in kept:
             text = storage.read_bytes(storage.join(run_dir, "metrics", name)).decode()

@@ -26,7 +26,11 @@ ENVIRONMENT = {
 }
 IN_ADDRESSES = ("canary-password", "canarySignature0123")
 CANARIES = [part for value in ENVIRONMENT.values() for part in value.split(",")] + list(IN_ADDRESSES)
-NO_NETWORK = {"WANDB_MODE": "offline", "AWS_ENDPOINT_URL": f"http://ann:{IN_ADDRESSES[0]}@127.0.0.1:1"}
+NO_NETWORK = {
+    "FTRAY_STORAGE_RETRY_S": "1",
+    "WANDB_MODE": "offline",
+    "AWS_ENDPOINT_URL": f"http://ann:{IN_ADDRESSES[0]}@127.0.0.1:1",
+}
 
 
 def found_in(text: bytes) -> list[str]:
@@ -64,8 +68,11 @@ def test_no_secret_is_in_anything_that_commands_leave(place: Place) -> None:
     assert [line["step"] for line in lines if line["event"] == "step"] == [0, 1, 2, 3]
     assert {line["rank"] for line in lines if line["event"] == "worker"} == {0, 1}
     assert {line["run"] for line in lines[1:]} == {"tiny"}
-    failed = place.ftray("train", "run.yaml", "name=failed", "train.learning_rate=1e38", "train.max_bad_steps=0")
+    failed = place.ftray(
+        "train", "run.yaml", "name=failed", "train.learning_rate=1e38", "train.max_bad_steps=0", "scale.max_failures=0"
+    )
     assert_clean(failed, 1)
+    assert "can't be told" not in failed.out
     assert json.loads(failed.err)["level"] == "error"
     del place.env["FTRAY_LOG"]
     assert_clean(place.ftray("report", "runs/failed"), 0)

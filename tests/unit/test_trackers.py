@@ -172,6 +172,15 @@ def test_a_run_that_is_deleted_and_begun_anew_is_another_one_in_mlflow(tmp_path:
     assert [each.info.status for each in runs] == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
+def test_of_a_run_without_a_checkpoint_there_is_nothing_to_tell(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(trackers.LIBRARIES[name])
+    run, run_dir = make(tmp_path, name)
+    with trackers.tracked(run, str(run_dir), pytest.fail) as committed:
+        committed()
+    assert not list(run_dir.glob("wandb/offline-run-*"))
+
+
 def test_a_run_that_another_process_took_over_is_left_to_that_one(tmp_path: Path) -> None:
     run, run_dir = make(tmp_path, "tensorboard")
     commit(run_dir, [], lines_of(0, 10))
