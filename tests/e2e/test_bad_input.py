@@ -334,7 +334,11 @@ CASES = [
     Case(
         "no-vllm-to-sweep",
         ("serve.engine is vllm", "not installed"),
-        ("serve.engine=vllm", "tune={space: {train.learning_rate: {type: choice, values: [0.1, 0.2]}}, num_trials: 2}"),
+        (
+            "data.eval={fraction: 0.1}",
+            "serve.engine=vllm",
+            "tune={space: {train.learning_rate: {type: choice, values: [0.1, 0.2]}}, num_trials: 2}",
+        ),
     ),
     Case("no-vllm-to-serve", ("serve.engine is vllm", "not installed"), ("serve.engine=vllm",), verb="serve"),
     Case("no-host", ("serve.host 203.0.113.7", "can't be listened on"), ("serve.host=203.0.113.7",), verb="serve"),
