@@ -32,6 +32,26 @@ def quiet(name: str, console: Console) -> Iterator[None]:
 
 
 @contextmanager
+def signals_later() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block: a compiled module that is being imported may swallow what a handler
+    raises, and the command would go on as if nobody had asked. Outside of the main thread it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    kept = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:  # one that Python did not install can't be put back
+                signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+@contextmanager
 def ray_session(num_cpus: float) -> Iterator[None]:
     """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
 

@@ -139,7 +139,7 @@ def owned(
 ) -> Iterator[tuple[str, Lease]]:
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
-    from ftray.session import quiet, ray_session
+    from ftray.session import quiet, ray_session, signals_later
     from ftray.train.identity import check_identity, open_run
 
     run_dir = storage.absolute(run.directory)
@@ -148,8 +148,10 @@ def owned(
         storage.acquire_lease(run_dir) as lease,
         quiet(run.name, console),
     ):  # the lease first: run.json may be written anew
-        from ftray.evaluate.inputs import check_inputs
-        from ftray.train.preflight import preflight
+        with signals_later():
+            import ftray.train.launch  # noqa: F401 - what takes seconds to import, all at once
+            from ftray.evaluate.inputs import check_inputs
+            from ftray.train.preflight import preflight
 
         preflight(run)
         if with_ray:  # else nothing is evaluated
@@ -320,13 +322,15 @@ def _finished(run: config.Run, verify: bool = False) -> Found | None:
 def _data_of(run: config.Run, console: Console) -> Iterator[tuple[str, Data]]:
     """A run's directory and its data, indexed, with Ray up. Binds no name to settings and takes no lease."""
     from ftray import storage
-    from ftray.session import quiet, ray_session
+    from ftray.session import quiet, ray_session, signals_later
 
     run_dir = storage.absolute(run.directory)
     storage.check_writable(run_dir)
     with quiet(run.name, console):
-        from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
-        from ftray.train.preflight import preflight
+        with signals_later():
+            import ftray.data.prepare  # noqa: F401 - as in `owned`
+            from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+            from ftray.train.preflight import preflight
 
         preflight(run)
         with ray_session(run.scale.min_workers):
