@@ -37,7 +37,10 @@ OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one GPU at the peak of a step. buffers: logits, what the update needs. working: one layer under way."""
+    """Bytes on one GPU at the peak of a step. buffers: what the update needs, and ZeRO-3's weights that are whole.
+
+    working: the head's logits or a layer under way, whichever is more.
+    """
 
     weights: float
     gradients: float
@@ -187,7 +190,9 @@ def memory_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Mem
     precision = run.train.precision
     capacity = card.gib * GIB * run.scale.gpus_per_worker
     kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
-    return Memory(capacity, static.total, kept, recomputed, shape.num_layers)
+    hidden = shape.hidden * (4 if precision == "fp32" else 2)
+    head = head_bytes(shape.vocabulary, shape.hidden, run.method.type == "full")
+    return Memory(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head)
 
 
 def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
@@ -196,7 +201,7 @@ def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
     largest = shape.head if run.method.type == "full" else number
     states = state_bytes(run, number, world_size, largest)
     weights = shape.weight_bytes(run.method, run.train.precision)
-    buffers = head_bytes(shape.vocabulary, shape.hidden, run.method.type == "full") + states.update
+    buffers = states.update
     if run.deepspeed.zero_stage == 3:
         whole = shape.linears.values()
         gathered = weights / shape.num_parameters * (2 * sum(a * b for a, b in whole) + shape.head)
@@ -211,9 +216,8 @@ def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size
     """The peak of a step, part by part. Without accumulation gradients appear only as activations go."""
     static = _static(run, shape, world_size)
     tokens = fit.micro_batch_size * run.data.max_seq_len
-    share = fit.layers / shape.num_layers
-    activations = tokens * (memory.kept * (1 - share) + memory.recomputed * share)
-    working = memory.peak(tokens, fit.layers) - memory.static - activations
+    activations = memory.activations(tokens, fit.layers)
+    working = memory.working(tokens, fit.layers)
     gradients = static.gradients
     if fit.micro_batch_size * world_size == run.train.global_batch_size:
         gradients = max(0.0, gradients - activations)

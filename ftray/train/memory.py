@@ -13,6 +13,9 @@ from ftray.train.zero import owns_optimizer
 EIGHT_BIT = "adamw-8bit"
 PAGED = "-paged"  # behind an optimizer's name: moments live in the host's memory
 PIECE_LOGITS = 2**29  # logits in memory at once
+HIDDEN_AT_HEAD = 2.6  # hidden states under way while the head is at work: their gradient, the last norm's (measured)
+LAYER_AT_WORK = 1.2  # a recomputed layer's activations and gradients under way, as shares of what one keeps (measured)
+LAYER_IN_BACKWARD = 0.2  # the same of a layer that kept its activations: only the gradients come on top
 RECOMPUTE_COST = 0.33  # of a step's time, for recomputing every layer: a forward pass of three
 SMALL_BATCH_TOKENS = 350  # a micro-batch costs as if it had this many tokens more
 RESERVE = 0.05  # of the memory, for fragments and what is not modelled
@@ -21,9 +24,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states, the head's pieces.
+    """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states.
 
-    kept, recomputed: a token's activations when all layers keep theirs, and when none does.
+    kept, recomputed: a token's activations when all layers keep theirs, and when none does; hidden: a token's hidden
+    state; head: `head_bytes`.
     """
 
     capacity: float
@@ -31,13 +35,23 @@ class Memory:
     kept: float
     recomputed: float
     num_layers: int
+    hidden: float = 0.0
+    head: float = 0.0
+
+    def activations(self, tokens: int, layers: int) -> float:
+        """Bytes that are kept for backward with `layers` of the layers recomputed."""
+        share = layers / max(1, self.num_layers)
+        return tokens * (self.kept * (1 - share) + self.recomputed * share)
+
+    def working(self, tokens: int, layers: int) -> float:
+        """Bytes besides at the peak, which is at the head or in the last layer's backward: nothing is freed by then."""
+        layer = (self.kept - self.recomputed) / max(1, self.num_layers)
+        under_way = tokens * layer * (LAYER_AT_WORK if layers else LAYER_IN_BACKWARD)
+        return max(self.head + tokens * self.hidden * HIDDEN_AT_HEAD, under_way)
 
     def peak(self, tokens: int, layers: int) -> float:
-        """Bytes with `layers` of the layers recomputed: what is kept, and one layer at work."""
-        share = layers / max(1, self.num_layers)
-        token = self.kept * (1 - share) + self.recomputed * share
-        at_work = 2 * (self.kept - self.recomputed) / max(1, self.num_layers)
-        return self.static + tokens * (token + at_work)
+        """Bytes of a step with `layers` of the layers recomputed."""
+        return self.static + self.activations(tokens, layers) + self.working(tokens, layers)
 
 
 @dataclass(frozen=True)
@@ -106,8 +120,8 @@ def gathered_bytes(run: config.Run, number: int) -> float:
 
 
 def head_bytes(vocabulary: int, width: int, is_trained: bool) -> float:
-    """Logits of a piece of the tokens with their gradient; of a head that is trained also its gradient's sum in fp32."""
-    return 2 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if is_trained else 0)
+    """Logits of a piece of the tokens and their gradient; of a head that is trained also its gradient's sum in fp32."""
+    return 4 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if is_trained else 0)
 
 
 def piece_tokens(vocabulary: int) -> int:

@@ -54,15 +54,18 @@ def predicted(
 
 
 def chosen_by_memory() -> list[Any]:
-    """The table of docs/benchmarks.md that `plain_loop` gave: eight rows of 4,096 tokens a step, or of 16,384."""
+    """The table of docs/benchmarks.md that `bench.fit_trial` gave: what was chosen, and the same with all recomputed."""
     found = []
     for line in DOC.read_text().splitlines():
         cells = [cell.strip().replace("`", "").replace(",", "") for cell in line.strip("|").split("|")]
-        if len(cells) == 8 and re.fullmatch(r"\d+ of \d+", cells[4]):
-            name, method, seq, rows, recomputed, _, peak, speed = cells
-            method = method.replace("LoRA", "lora").replace("full adamw", "full, adamw")
-            case = (name, method, int(seq), int(rows), 8, int(recomputed.split()[0]))
-            found.append(pytest.param(case, float(peak), float(speed), id="-".join(cells[:4])))
+        if len(cells) == 10 and re.fullmatch(r"\d+ of \d+", cells[4]):
+            name, method, seq, rows, recomputed, peak, speed, _, other_peak, other_speed = cells
+            method = method.replace("QLoRA", "qlora").replace("LoRA", "lora").replace("full adamw", "full, adamw")
+            some, layers = (int(n) for n in recomputed.split(" of "))
+            for count, gib, tokens in ((some, peak, speed), (layers, other_peak, other_speed)):
+                if gib:
+                    case = (name, method, int(seq), int(rows), 8, count)
+                    found.append(pytest.param(case, float(gib), float(tokens), id=f"{'-'.join(cells[:4])}-{count}"))
     return found
 
 
@@ -76,18 +79,26 @@ OTHERS = [
     (("8B", "lora", 4096, 4, 32, 0, 1, 2), 87.7, 16_080),
     (("8B", "lora", 4096, 1, 16), 33.7, 16_292),
     (("8B", "lora", 4096, 2, 16), 51.8, 16_737),
+    # Settings by hand of `bench.fit_trial`: half of the layers recomputed, or all of them with more rows.
+    (("1B", "lora", 16384, 8, 8, 8), 92.2, None),
+    (("3B", "lora", 16384, 4, 8, 14), 95.4, None),
+    (("8B", "lora", 16384, 2, 8, 16), 92.9, None),
+    (("8B", "full, adamw-8bit", 16384, 2, 8, 16), 138.1, None),
+    (("3B", "lora", 16384, 8, 8, 28), 40.4, None),
+    (("8B", "lora", 16384, 4, 8, 32), 41.9, 12_128),
+    (("8B", "full, adamw-8bit", 16384, 4, 8, 32), 87.2, 10_962),
 ]
 
 
 def test_the_table_is_read() -> None:
-    assert len(chosen_by_memory()) == 12
+    assert len(chosen_by_memory()) == 28
 
 
 @pytest.mark.parametrize(("case", "peak", "speed"), [*chosen_by_memory(), *OTHERS])
-def test_memory_and_time_are_near_what_was_measured(case: tuple[Any, ...], peak: float, speed: float) -> None:
+def test_memory_and_time_are_near_what_was_measured(case: tuple[Any, ...], peak: float, speed: float | None) -> None:
     gib, tokens = predicted(*case)
-    assert gib == pytest.approx(peak, rel=0.10)
-    assert tokens == pytest.approx(speed, rel=0.15)
+    assert gib == pytest.approx(peak, rel=0.05)
+    assert speed is None or tokens == pytest.approx(speed, rel=0.15)
 
 
 @pytest.mark.parametrize(
