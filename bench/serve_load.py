@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,26 +190,31 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     async def bare() -> Seen:
         seen, engine = Seen(), FakeEngine()
 
-        async def one() -> None:
+        async def one(place: int) -> None:
+            await asyncio.sleep(place * apart_s)
             begin = time.monotonic()
             async for chunk in engine.generate("", [1], SamplingParams(max_tokens=options.tokens)):
                 if chunk.num_generated_tokens == 1:
                     seen.first_s.append(time.monotonic() - begin)
                 seen.late_s.append(time.time() - float(chunk.text))
 
-        await asyncio.gather(*[one() for _ in range(options.streams)])
+        await asyncio.gather(*[one(place) for place in range(options.streams)])
         return seen
+
+    async def later(place: int, what: Coroutine[Any, Any, None]) -> None:
+        await asyncio.sleep(place * apart_s)
+        await what
 
     async def served(url: str) -> Seen:
         seen = Seen()
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             for num_tokens in (1, options.tokens):  # connections and code are warm in the second
                 seen = Seen()
-                await asyncio.gather(
-                    *[ask(session, url, "fake", num_tokens, True, seen) for _ in range(options.streams)]
-                )
+                asked = [ask(session, url, "fake", num_tokens, True, seen) for _ in range(options.streams)]
+                await asyncio.gather(*[later(place, what) for place, what in enumerate(asked)])
         return seen
 
+    apart_s = options.spread / options.streams
     url = start_fake(_config(options.streams, options.streams))
     one, before_s = asyncio.run(bare()), cpu_s()
     other = asyncio.run(served(url))
@@ -224,6 +230,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "streams": options.streams,
+        "spread_s": options.spread,
         "bare": told(one),
         "served": told(other),
         "cpu_ms_per_token": round(cpu_ms, 3),
@@ -295,6 +302,7 @@ def main() -> None:
     parser.add_argument("--ongoing", type=int, default=12, help="answers at a time")
     parser.add_argument("--queued", type=int, default=6, help="requests that may wait")
     parser.add_argument("--streams", type=int, default=32, help="at once (overhead)")
+    parser.add_argument("--spread", type=float, default=1.0, help="seconds over which the streams begin; 0: at once")
     options = parser.parse_args()
     edge.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")

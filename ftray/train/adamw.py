@@ -16,6 +16,7 @@ from ftray.train.memory import EIGHT_BIT, PAGED
 
 GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
 FULL = "adamw"
+SMALL = 2**22  # elements of a parameter whose update is shorter than its launch: adapters' go in one launch together
 
 
 class AdamW(torch.optim.Optimizer):
@@ -64,11 +65,21 @@ class AdamW(torch.optim.Optimizer):
         self.num_updates += 1
         clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
+            given = [p for p in group["params"] if p.grad is not None]
+            together = [p for p in given if self._is_small(p)]
+            if together:
+                from ftray.train.adamw_kernels import update_many
+
+                states = [(p, p.grad, self.state[p] or self._fresh(p)) for p in together]
+                update_many(states, group, clip, self.num_updates)
+            for p in given:
+                if not self._is_small(p):
                     self._update(p, p.grad.contiguous(), group, clip)
         if self.paged and grads and grads[0].is_cuda:
             torch.cuda.current_stream(grads[0].device).synchronize()  # moments are back: a checkpoint may read them
+
+    def _is_small(self, p: torch.nn.Parameter) -> bool:
+        return p.is_cuda and p.numel() <= SMALL and not (self.eight_bit or self.paged)
 
     def _update(self, p: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], clip: float) -> None:
         state = self.state[p] or self._fresh(p)

@@ -1,4 +1,6 @@
-"""AdamW's update as one kernel a parameter, so that each state crosses memory once. GPUs only; `adamw.py` is the text.
+"""AdamW's update as one kernel, so that each state crosses memory once; small parameters share a launch.
+
+GPUs only; `adamw.py` is the text.
 
 The same arithmetic as `adamw.py`, by element in fp32; equal to it within float32 rounding (`tests/gpu`).
 """
@@ -25,14 +27,12 @@ def update(
     size: int | None,
 ) -> None:
     """One parameter's update in place. size: elements that share a scale where moments have 8 bits, else None."""
-    (beta1, beta2), n = group["betas"], p.numel()
-    rate = group["lr"] / (1 - beta1**step)
-    keep = 1 - group["lr"] * group["weight_decay"]
-    root = (1 - beta2**step) ** -0.5
+    n = p.numel()
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     rest = state.get("rest", p)
-    numbers = (n, clip, rate, keep, root, group["eps"])
-    options = {"BETA1": beta1, "BETA2": beta2, "SPLIT": "rest" in state}
+    factors, options = _factors(group, step)
+    numbers = (n, clip, *factors)
+    options["SPLIT"] = "rest" in state
     with torch.cuda.device(p.device):
         if size is None:
             _update[(triton.cdiv(n, BLOCK),)](p, rest, grad, mean, square, *numbers, **options, BLOCK=BLOCK)
@@ -43,6 +43,40 @@ def update(
             _update_8bit[(triton.cdiv(n, BLOCK),)](
                 p, rest, grad, mean, square, *scales, salt, *numbers, **options, SIZE=size, ROWS=BLOCK // size
             )
+
+
+def update_many(
+    given: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+    group: dict[str, Any],
+    clip: float,
+    step: int,
+) -> None:
+    """Updates of (parameter, gradient, state) in place, moments in fp32: a launch for all that are of one dtype."""
+    for dtype in (torch.bfloat16, torch.float32):
+        chosen = [(p, g.contiguous(), s) for p, g, s in given if p.dtype == dtype]
+        if not chosen:
+            continue
+        device, blocks = chosen[0][0].device, [triton.cdiv(p.numel(), BLOCK) for p, _, _ in chosen]
+        first, table = 0, []
+        for (p, g, s), count in zip(chosen, blocks, strict=True):
+            tensors = (p, s.get("rest", p), g, s["exp_avg"], s["exp_avg_sq"])
+            table.append([*(t.data_ptr() for t in tensors), p.numel(), first])
+            first += count
+        owners = torch.repeat_interleave(torch.arange(len(chosen), dtype=torch.int32), torch.tensor(blocks))
+        places = torch.tensor(table, dtype=torch.int64).to(device)
+        factors, options = _factors(group, step)
+        split = dtype == torch.bfloat16
+        with torch.cuda.device(device):
+            _update_many[(first,)](places, owners.to(device), clip, *factors, **options, SPLIT=split, BLOCK=BLOCK)
+
+
+def _factors(group: dict[str, Any], step: int) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Numbers of a step, and what is compiled in."""
+    beta1, beta2 = group["betas"]
+    rate = group["lr"] / (1 - beta1**step)
+    keep = 1 - group["lr"] * group["weight_decay"]
+    root = (1 - beta2**step) ** -0.5
+    return (rate, keep, root, group["eps"]), {"BETA1": beta1, "BETA2": beta2}
 
 
 @triton.jit
@@ -64,12 +98,10 @@ def _apply(p, rest, at, inside, mean, square, rate, keep, root, eps, SPLIT: tl.c
 
 
 @triton.jit
-def _update(
-    p, rest, grad, mean_at, square_at, n, clip, rate, keep, root, eps,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+def _one(
+    p, rest, grad, mean_at, square_at, at, inside, clip, rate, keep, root, eps,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * clip
     mean = tl.load(mean_at + at, mask=inside, other=0.0)
     square = tl.load(square_at + at, mask=inside, other=0.0)
@@ -78,6 +110,34 @@ def _update(
     tl.store(mean_at + at, mean, mask=inside)
     tl.store(square_at + at, square, mask=inside)
     _apply(p, rest, at, inside, mean, square, rate, keep, root, eps, SPLIT)
+
+
+@triton.jit
+def _update(
+    p, rest, grad, mean_at, square_at, n, clip, rate, keep, root, eps,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _one(p, rest, grad, mean_at, square_at, at, at < n, clip, rate, keep, root, eps, BETA1, BETA2, SPLIT)
+
+
+@triton.jit
+def _update_many(
+    places, owners, clip, rate, keep, root, eps,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # places: for each parameter the addresses of its five tensors, its size, its first block
+    place = places + tl.load(owners + tl.program_id(0)) * 7
+    own = tl.bfloat16 if SPLIT else tl.float32
+    low = tl.int16 if SPLIT else tl.float32
+    p = tl.load(place).to(tl.pointer_type(own))
+    rest = tl.load(place + 1).to(tl.pointer_type(low))
+    grad = tl.load(place + 2).to(tl.pointer_type(own))
+    mean_at = tl.load(place + 3).to(tl.pointer_type(tl.float32))
+    square_at = tl.load(place + 4).to(tl.pointer_type(tl.float32))
+    at = (tl.program_id(0) - tl.load(place + 6)) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.load(place + 5)
+    _one(p, rest, grad, mean_at, square_at, at, inside, clip, rate, keep, root, eps, BETA1, BETA2, SPLIT)
 
 
 @triton.jit

@@ -44,7 +44,10 @@ def test_an_input_changed_in_place_is_scaled_anew() -> None:
 def test_only_the_base_of_adapters_is_replaced_and_nothing_of_it_is_trained_or_saved() -> None:
     model = add_adapters(tiny.make_model(), config.Method(rank=4), seed=0)
     before = set(trainable(model))
-    assert quantize_base(model, torch.device("cpu")) == 7  # linear layers of the first of two blocks
+    assert quantize_base(model, torch.device("cpu")) == 3
+    names = [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
+    mlp = "base_model.model.model.layers.0.mlp"  # attention, and all of the last of two blocks, stay as they are
+    assert names == [f"{mlp}.{kind}_proj.base_layer" for kind in ("gate", "up", "down")]
     assert set(trainable(model)) == before
     assert all("lora_" in name for name in before)
     assert type(model.get_base_model().lm_head) is torch.nn.Linear

@@ -101,6 +101,14 @@ def test_memory_and_time_are_near_what_was_measured(case: tuple[Any, ...], peak:
     assert speed is None or tokens == pytest.approx(speed, rel=0.15)
 
 
+def test_an_fp8_base_is_as_fast_as_was_measured() -> None:
+    method = {"type": "lora", "base_precision": "fp8"}
+    run = run_of(method=method, train={"global_batch_size": 8, "micro_batch_size": 4})
+    way = way_of(run, shape("8B"), H200, 1)
+    assert way.tokens_per_s == pytest.approx(22_422, rel=0.15)
+    assert way.parts.total / GIB == pytest.approx(86.4, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "method", "rows", "layers"),
     [
