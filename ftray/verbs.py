@@ -176,15 +176,21 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
         parent = open_parent(arguments.parent).uri
     _check_trackers(run)
     with owned(run, console, parent=parent) as (run_dir, lease):
-        from ftray.train.launch import train as launch
-
         with _reported(run, run_dir, console, lease):
-            found = launch(run, run_dir, console, lease)
+            found = _launch(run, run_dir, console, lease)
         console.say(
             f"done: {found.step} steps, checkpoint {found.uri}\nreport: {run_dir}/report.html\n"
             f"next: ftray evaluate {arguments.run}"
         )
     return 0
+
+
+def _launch(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Found:
+    """Training itself, with its figures told to Ray's metrics."""
+    from ftray.observe.gauges import Gauges
+    from ftray.train.launch import train as launch
+
+    return launch(run, run_dir, console, lease, tell=Gauges(run).heard)
 
 
 @contextmanager
@@ -232,9 +238,7 @@ def _probe(run: config.Run, console: Console) -> Probed:
     console.say(f"probe: {STEPS} steps of the run, as '{trial.name}', which is deleted afterwards")
     try:
         with owned(trial, console) as (run_dir, lease):
-            from ftray.train.launch import train as launch
-
-            launch(trial, run_dir, console, lease)
+            _launch(trial, run_dir, console, lease)
             return probed(read_metrics(run_dir), read_events(run_dir))
     finally:
         storage.delete_tree(storage.absolute(trial.directory))
@@ -261,11 +265,9 @@ def reproduce(arguments: argparse.Namespace, console: Console) -> int:
     known = check_before(old, old_dir, arguments.other_environment, console)
     _check_trackers(run)
     with owned(run, console, parent=known.get("parent")) as (run_dir, lease):
-        from ftray.train.launch import train as launch
-
         check_data(known, run, same_data(run, run_dir, console))
         with _reported(run, run_dir, console, lease):
-            launch(run, run_dir, console, lease)
+            _launch(run, run_dir, console, lease)
     console.say(compare_runs(old_dir, run_dir))
     return 0
 
@@ -453,10 +455,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             from ftray.observe.card import described
             from ftray.serve.trial import try_endpoint
             from ftray.train.export import export as write
-            from ftray.train.launch import train as launch
 
             with _reported(run, run_dir, console, lease):
-                done = launch(run, run_dir, console, lease)
+                done = _launch(run, run_dir, console, lease)
                 question = "Hello"
                 if run.data.eval is not None:
                     comparison, question = compare(run, run_dir, console)

@@ -5,10 +5,12 @@ python k8s/make.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ftray import config
+from ftray.cluster.dashboards import dashboards
 from ftray.cluster.render import PARTS, as_yaml, render
 
 HERE = Path(__file__).parent
@@ -24,6 +26,12 @@ def made() -> dict[Path, str]:
         files[HERE / "overlays" / "gpu-a100" / f"{part}.yaml"] = as_yaml(_patch(part, tree))
     job = render(demo, parts=("rayjob",))["rayjob"]
     files[HERE / "overlays" / "retrain" / "raycronjob.yaml"] = as_yaml(_cron(job))
+    charts = {f"{name}.json": json.dumps(tree, indent=1) + "\n" for name, tree in dashboards().items()}
+    files |= {HERE / "grafana" / name: text for name, text in charts.items()}
+    labels = {"app.kubernetes.io/part-of": "ftray", "grafana_dashboard": "1"}  # by which Grafana's sidecar finds them
+    meta = {"name": "ftray-dashboards", "labels": labels}
+    tree = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": charts}
+    files[HERE / "base" / "dashboards.yaml"] = as_yaml(tree)
     return files
 
 

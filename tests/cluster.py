@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from ftray import config, console, storage
 from ftray.train.identity import open_run
@@ -74,16 +76,18 @@ class Watched(io.StringIO):
         return written
 
 
-def run_training(run: config.Run, *script: Any, parent: str | None = None) -> tuple[Found, str]:
+def run_training(
+    run: config.Run, *script: Any, parent: str | None = None, tell: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[Found, str]:
     """Trains in this process; returns the last checkpoint and what the user saw.
 
-    script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from.
+    script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from. tell: as in `train`.
     """
     stream = script[0] if script and isinstance(script[0], Watched) else Watched(*([script] if script else []))
     run_dir = open_run(run, parent)
     kept, console.PLAIN_EVERY_S = console.PLAIN_EVERY_S, 0.0
     try:
-        found = train(run, run_dir, console.Console(stream))
+        found = train(run, run_dir, console.Console(stream), tell=tell)
     finally:
         console.PLAIN_EVERY_S = kept
     return found, stream.getvalue()
@@ -142,3 +146,21 @@ def restart_ray(num_cpus: int = 4) -> None:
     """A new Ray in place of this process's own; it takes over the environment as it is now."""
     ray.shutdown()
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+
+def ray_metrics() -> dict[tuple[str, ...], float]:
+    """What Ray tells Prometheus on this node: (name, "label=value" in order …) → value."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, *sorted(f"{key}={value}" for key, value in sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def ray_metric(name: str, *labels: str) -> float | None:
+    """The first series of that name with those labels ("run=tiny"); None: not told yet."""
+    found = (value for (told, *has), value in ray_metrics().items() if told == name and set(labels) <= set(has))
+    return next(found, None)

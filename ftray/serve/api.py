@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,8 @@ from ftray.serve.replies import ModelCard, ModelList, Reply
 from ftray.serve.routing import ALIAS, Router
 from ftray.serve.scaling import FirstTimes
 
+SHORT = 2000  # characters that are tokenized sooner than a thread takes them up
+
 
 def build_api(
     engine: Engine,
@@ -58,15 +60,16 @@ def build_api(
     router: Router | None = None,
     place: str | None = None,
     first_times: FirstTimes | None = None,
+    meters: Meters | None = None,
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
     served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
     that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
-    feedback is kept; None: it is refused. first_times: told of each answer, for autoscaling.
+    feedback is kept; None: it is refused. first_times: told of each answer, for autoscaling. meters: what is counted.
     """
     catalog, router = Catalog(engine, served), router or Router({})
-    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place, first_times)
+    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place, first_times, meters)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -102,6 +105,11 @@ def build_api(
     return KeyGuard(app, key_hashes)
 
 
+async def _beside(text: str, work: Callable[..., Any], *given: Any) -> Any:
+    """work(*given), whose time goes with a text's length: in a thread, so that streams don't wait, unless it is short."""
+    return work(*given) if len(text) < SHORT else await asyncio.to_thread(work, *given)
+
+
 class _Api:
     def __init__(
         self,
@@ -113,11 +121,13 @@ class _Api:
         max_answer_s: float,
         place: str | None,
         first_times: FirstTimes | None,
+        meters: Meters | None,
     ) -> None:
         self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
         self._created = int(time.time())
         self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
-        self._meters, self._first_times = Meters(), first_times or FirstTimes()
+        self._meters, self._first_times = meters or Meters(), first_times or FirstTimes()
+        self._meters.refresh = self._show_figures
         self._drift = Drift()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
@@ -130,10 +140,12 @@ class _Api:
             raise unavailable(err) from err
         return JSONResponse({"status": "ok"})
 
-    async def metrics(self, _: Request) -> Response:
+    def _show_figures(self) -> None:
         self._meters.models.set(len(self._model_ids()))
         for model_id in self._drift.models():
             self._meters.show_drift(model_id, self._drift.figures(model_id, self._catalog.reference(model_id)))
+
+    async def metrics(self, _: Request) -> Response:
         return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
@@ -172,9 +184,9 @@ class _Api:
             raise RequestError(400, message, param="model")
         try:
             messages = read_messages([message.turn() for message in asked.messages])
-            # in a thread: a megabyte of text takes a second to tokenize, and streams must not wait for it
-            prompt_ids = await asyncio.to_thread(self._format.encode_prompt, messages)
-            tally.scripts = await asyncio.to_thread(scripts_of, "\n".join(message.content for message in messages))
+            text = "\n".join(message.content for message in messages)
+            prompt_ids = await _beside(text, self._format.encode_prompt, messages)
+            tally.scripts = await _beside(text, scripts_of, text)
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
         return await self._answer(asked, model_id, prompt_ids, tally, caller)
@@ -185,8 +197,8 @@ class _Api:
         model_id = self._route(asked)
         prompt = asked.prompt_or_ids
         if isinstance(prompt, str):
-            encoded = await asyncio.to_thread(self._engine.tokenizer, prompt, add_special_tokens=False)
-            tally.scripts = await asyncio.to_thread(scripts_of, prompt)
+            encoded = await _beside(prompt, partial(self._engine.tokenizer, add_special_tokens=False), prompt)
+            tally.scripts = await _beside(prompt, scripts_of, prompt)
             prompt = list(encoded["input_ids"])
         return await self._answer(asked, model_id, prompt, tally, caller)
 

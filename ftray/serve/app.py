@@ -18,6 +18,8 @@ from ftray import config
 from ftray.engine.protocol import Engine
 from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
+from ftray.serve.meters import Meters
+from ftray.serve.mirror import Mirror
 from ftray.serve.models import is_hub_id
 from ftray.serve.scaling import METRIC, FirstTimes, FirstTokenPolicy
 
@@ -48,7 +50,8 @@ class ModelReplica:
         from ftray.serve.models import local_model
 
         self._settings, served, cfg = settings, settings.served, settings.serve_cfg
-        self._first_times = FirstTimes()
+        self._first_times, self._meters = FirstTimes(), Meters()
+        self._mirror = Mirror(self._meters, serve.get_replica_context().replica_id.unique_id)
         options: dict[str, Any] = {
             "name": served.model_id,
             "dtype": settings.dtype,
@@ -86,6 +89,7 @@ class ModelReplica:
             router=Router(cfg.ab, cfg.canary, settings.place),
             place=settings.place,
             first_times=self._first_times,
+            meters=self._meters,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -93,7 +97,8 @@ class ModelReplica:
         return {METRIC: self._first_times.median()}
 
     async def check_health(self) -> None:
-        """Asked by Serve: a replica whose engine died is replaced."""
+        """Asked by Serve every few seconds: a replica whose engine died is replaced."""
+        self._mirror.copy()
         self._engine.health()
 
 

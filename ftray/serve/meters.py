@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from ftray.serve.drift import Figures
 
@@ -12,9 +14,10 @@ _TOKENS = (16, 64, 256, 1024, 4096, 16384)
 
 
 class Meters:
-    """One replica's figures."""
+    """One replica's figures. refresh: called before they are read, for what isn't counted as it happens."""
 
     def __init__(self) -> None:
+        self.refresh: Callable[[], None] = lambda: None
         self._registry = CollectorRegistry()
         self.answers = Counter(
             "ftray_answers",
@@ -58,4 +61,10 @@ class Meters:
 
     def render(self) -> bytes:
         """In Prometheus' text format."""
+        self.refresh()
         return bytes(generate_latest(self._registry))
+
+    def collect(self) -> Iterable[Metric]:
+        """The same, as objects."""
+        self.refresh()
+        return self._registry.collect()

@@ -65,8 +65,11 @@ def train(
     console: Console,
     lease: storage.Lease | None = None,
     follower: Follower | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
+
+    tell: told each event of rank 0, and alarms, for figures that others read.
 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
@@ -134,6 +137,10 @@ def train(
             for alarm in _alarms(watch, event, console):
                 console.warn(f"step {alarm.step}: {alarm.text}")
                 journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
+                if tell is not None:
+                    tell({"event": "alarm", "kind": alarm.kind})
+            if tell is not None:
+                tell(event)
             if follower is not None:
                 follower.heard(event)
 

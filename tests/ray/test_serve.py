@@ -23,6 +23,7 @@ from ftray.errors import ConfigError
 from ftray.serve import edge
 from ftray.serve.catalog import Served
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
+from tests.cluster import ray_metric, ray_metrics, wait_for
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
 
 HI: Any = [{"role": "user", "content": "Grüß dich 🐦"}]
@@ -180,6 +181,20 @@ def test_beyond_its_queue_the_endpoint_answers_503_at_once(client: openai.OpenAI
         outcomes = list(pool.map(ask, range(16)))
     assert {status for status, _ in outcomes} == {200, 503}
     assert all(told for _, told in outcomes)
+
+
+def test_each_replicas_figures_are_among_rays_metrics(client: openai.OpenAI) -> None:
+    def answers() -> float:
+        return ray_metric("ray_ftray_answers_total", "model=tiny", "status=200") or 0
+
+    wait_for(lambda: answers() > 0, "a replica's figures")
+    before = answers()
+    client.completions.create(model="tiny", prompt="x", max_tokens=3)
+    wait_for(lambda: answers() == before + 1, "one more answer")
+    series = next(labels for labels in ray_metrics() if labels[0] == "ray_ftray_first_token_seconds_bucket")
+    assert any(label.startswith("replica=") and len(label) > len("replica=") for label in series)
+    assert any(label.startswith("le=") for label in series)
+    assert ray_metric("ray_ftray_models") == 1
 
 
 def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tmp_path: Path) -> None:

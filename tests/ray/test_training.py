@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,12 +19,13 @@ import yaml
 from ftray import cli, console, serving, session, storage
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
+from ftray.observe.gauges import Gauges
 from ftray.observe.plan import START_S
 from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed, same_data
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
 from ftray.train.shards import Part
-from ftray.train.timeline import Found, list_checkpoints
+from ftray.train.timeline import Found, list_checkpoints, read_metrics
 from tests import cluster, tiny
 from tests.s3 import FaultyProxy, S3Server
 
@@ -151,13 +153,27 @@ def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
         evaluate__early_stopping=2,
         checkpoint__keep=1,
     )
-    found, text = cluster.run_training(run)
+    began_s = time.time()
+    found, text = cluster.run_training(run, tell=Gauges(run).heard)
     assert found.progress.finished
     assert found.progress.best is not None
     best = int(found.progress.best["step"])
     assert found.step == best + 2 < 12
     assert {f.step for f in list_checkpoints(str(tmp_path / "tiny"))} == {best, found.step}
     assert text.count("held-out loss at step") == found.step
+    cluster.wait_for(lambda: cluster.ray_metric("ray_ftray_step", "run=tiny") == found.step, "Ray's metrics")
+    told = {name: cluster.ray_metric(f"ray_ftray_{name}", "run=tiny") for name in (
+        "loss", "heldout_loss", "workers", "restarts", "planned_steps", "checkpoint_step", "goodput",
+    )}  # fmt: skip
+    *_, last = read_metrics(str(tmp_path / "tiny"))
+    assert told.pop("loss") == pytest.approx(last["loss"])
+    assert told.pop("heldout_loss") == pytest.approx(last["heldout_loss"])
+    assert 0 < (told.pop("goodput") or 0) < 1
+    assert told == {"workers": 2, "restarts": 0, "planned_steps": 12, "checkpoint_step": found.step}
+    real, padded = (cluster.ray_metric(f"ray_ftray_{kind}tokens_per_second", "run=tiny") for kind in ("", "padded_"))
+    assert real == pytest.approx(last["tokens_per_s"])
+    assert padded == pytest.approx(last["tokens_per_s"] * 4 * 128 / last["num_tokens"])
+    assert began_s < (cluster.ray_metric("ray_ftray_checkpoint_unix_seconds", "run=tiny") or 0) < time.time()
 
 
 def test_a_finished_run_does_nothing_again(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_requests_that_are_never_read_let_go_of_their_adapter(
             while len(await engine._llm.list_loras()) == len(there):
                 await asyncio.sleep(0.05)
         assert engine._holds.num_held() == 0
-        return there - await engine._llm.list_loras()
+        return set(there) - set(await engine._llm.list_loras())
 
     assert len(loop.run(work())) == 1
 

@@ -1,0 +1,95 @@
+"""What a run's gauges say of steps done again, of cards that are known, and of alarms."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from ftray import config
+from ftray.observe import gauges
+from ftray.observe.cards import CARDS, mfu
+from ftray.observe.gauges import Gauges
+from ftray.observe.shape import shape_of
+
+
+class Recorded:
+    """Ray's gauge, of which it has a name, a description and the labels' names."""
+
+    values: ClassVar[dict[tuple[str, ...], float]] = {}
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert description
+        self._name, self._keys = name, tag_keys
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self._keys)
+        self.values[(self._name, *tags.values())] = value
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
+    monkeypatch.setattr(gauges, "Gauge", Recorded)
+    Recorded.values.clear()
+    return Recorded.values
+
+
+def run_of() -> config.Run:
+    data = {"train": [{"path": "nowhere"}], "max_seq_len": 1000}
+    tree = {"name": "g", "model": {"base": "meta-llama/Llama-3.1-8B"}, "data": data}
+    return config.parse_run({**tree, "train": {"global_batch_size": 4}, "scale": {"num_workers": 2}}, "test")
+
+
+def step(number: int, **more: Any) -> dict[str, Any]:
+    line = {"loss": 1.5, "num_tokens": 3000, "tokens_per_s": 300.0, "data_wait_s": 0.5, "learning_rate": 1e-4}
+    return {"event": "step", "step": number, **line, **more}
+
+
+def test_steps_done_again_are_no_goodput(told: dict[tuple[str, ...], float]) -> None:
+    clock = [0.0]
+    found = Gauges(run_of(), lambda: clock[0])
+    for number, now in ((0, 10.0), (1, 20.0), (2, 30.0)):
+        clock[0] = now
+        found.heard(step(number))
+    assert told["ftray_goodput", "g"] == pytest.approx(1.0)
+    clock[0] = 60.0
+    found.heard(step(1))  # a failure: from the last checkpoint, which was after the first step
+    found.heard(step(2))
+    assert told["ftray_goodput", "g"] == pytest.approx(30 / 60)
+    found.heard(step(3))
+    assert told["ftray_goodput", "g"] == pytest.approx(40 / 60)
+    assert told["ftray_step", "g"] == 4
+    assert told["ftray_data_wait_share", "g"] == pytest.approx(0.05)
+    assert told["ftray_padded_tokens_per_second", "g"] == pytest.approx(400)
+
+
+def test_groups_that_start_again_are_counted_and_mfu_is_that_of_the_report(
+    told: dict[tuple[str, ...], float],
+) -> None:
+    run = run_of()
+    found = Gauges(run)
+    start = {"event": "start", "step": 0, "num_steps": 9, "workers": 2, "device": "NVIDIA H200"}
+    found.heard(start)
+    found.heard(step(0, tokens_per_s=30_000.0, grad_norm=None))
+    assert told["ftray_mfu", "g"] == mfu(shape_of(run.model), run.method, CARDS["H200"], 2, 30_000)
+    assert ("ftray_grad_norm", "g") not in told
+    assert told["ftray_restarts", "g"] == 0
+    found.heard({**start, "workers": 1})
+    assert (told["ftray_restarts", "g"], told["ftray_workers", "g"]) == (1, 1)
+
+
+def test_what_nobody_knows_is_left_out(told: dict[tuple[str, ...], float]) -> None:
+    found = Gauges(run_of())
+    found.heard({"event": "start", "step": 0, "num_steps": 9, "workers": 2, "device": "CPU"})
+    found.heard(step(0, tokens_per_s=0.0))
+    for event in ("busy", "joined", "fit", "rewind"):
+        found.heard({"event": event})
+    assert {name for name, *_ in told}.isdisjoint({"ftray_mfu", "ftray_goodput"})
+
+
+def test_alarms_are_counted_by_kind(told: dict[tuple[str, ...], float]) -> None:
+    found = Gauges(run_of())
+    for kind in ("spike", "plateau", "spike"):
+        found.heard({"event": "alarm", "kind": kind})
+    assert told["ftray_alarms", "g", "spike"] == 2
+    assert told["ftray_alarms", "g", "plateau"] == 1
