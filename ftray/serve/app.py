@@ -6,6 +6,7 @@ transformers are imported in the replica only.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,9 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Asked by Serve every few seconds: a replica whose engine died is replaced."""
-        self._mirror.copy()
         self._engine.health()
+        self._meters.refresh()
+        await asyncio.to_thread(self._mirror.copy)  # thousands of series take longer than a token may
 
 
 def deployment_options(serve_cfg: config.Serve, num_cpus: float = 1.0, num_gpus: float = 0.0) -> dict[str, Any]:

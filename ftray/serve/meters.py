@@ -65,6 +65,5 @@ class Meters:
         return bytes(generate_latest(self._registry))
 
     def collect(self) -> Iterable[Metric]:
-        """The same, as objects."""
-        self.refresh()
+        """The same as objects, as of the last refresh; in any thread."""
         return self._registry.collect()

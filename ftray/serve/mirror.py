@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.util.metrics import Gauge
 from ftray.serve.meters import Meters
 
 EVERY_S = 5.0
+_log = logging.getLogger("ray.serve")
 SKIPPED = ("_created",)  # when a series began: of no use behind a gauge
 
 
@@ -25,10 +27,19 @@ class Mirror:
         self._copied_s = -EVERY_S
 
     def copy(self) -> None:
-        """Copies all of them, at most once in EVERY_S. Counters stay sums, histograms their buckets: `rate` works."""
+        """Copies all of them, at most once in EVERY_S. Counters stay sums, histograms their buckets: `rate` works.
+
+        Raises nothing: a replica is not ill because its figures can't be told.
+        """
         if time.monotonic() - self._copied_s < EVERY_S:
             return
         self._copied_s = time.monotonic()
+        try:
+            self._copy()
+        except Exception:  # noqa: BLE001 - whatever it is, answers go on
+            _log.exception("the replica's figures could not be told to Ray's metrics")
+
+    def _copy(self) -> None:
         for family in self._meters.collect():
             for sample in family.samples:
                 if sample.name.endswith(SKIPPED):
