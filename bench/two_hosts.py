@@ -12,11 +12,12 @@ smooth   undisturbed: what the others are held against
 blip     the link of h1 is cut for 20 s: every loss and every step's rows as undisturbed, to the last bit
 fewer    h1 is cut off for good, one to two workers are allowed: the run goes on with one; rows as undisturbed, losses within
          1e-5 relative over the 50 steps after the change, 1e-3 at the end
-waits    h1 is cut off for good, two workers are needed: exit code 75 after scale.wait_s; then h1 is back, the same command
-         continues, and losses and rows are as undisturbed, to the last bit
+waits    h1 is cut off for good, two workers are needed: exit code 75 after scale.wait_s, what is committed as undisturbed
+again    after `waits`: h1 is back, the same command continues, and losses and rows are as undisturbed, to the last bit
 
-Prints one JSON line a case; still_s is the longest time without a step from the cut on. Exit code 1 if a case is not as it
-should be. What was started is gone when the command ends, however it ends.
+Prints one JSON line a case; still_s: the longest time without a step from the cut on; apart: how far a loss is at most from
+the undisturbed one, relatively. Exit code 1 if a case is not as it should be. What was started is gone when the command
+ends, however it ends.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from tests.s3 import S3Server  # noqa: E402
 
 ADDRESSES = {"h0": "10.77.0.1", "h1": "10.77.0.2", "s3": "10.77.0.3"}
 GATEWAY, HOME, GCS = "10.77.0.254", "/tmp/home", f"{ADDRESSES['h0']}:6379"
-CASES = ("blip", "fewer", "waits")
-LACKS = "ftray: the cluster has room for 1 of at least 2 workers (scale.num_workers) since 30 s. The checkpoint of step"
+CASES = ("blip", "fewer", "waits", "again")
+LACKS = "ftray: the cluster has room for 1 of at least 2 workers (scale.num_workers) since 10 s. The checkpoint of step"
 ALONE = f"""set -e; mount -t tmpfs tmp /tmp; mount -t tmpfs shm /dev/shm; mkdir {HOME}; hostname $0
 printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' $0 >/tmp/hosts; mount --bind /tmp/hosts /etc/hosts
 mount -o remount,ro,bind /; echo up; exec sleep infinity"""
@@ -59,7 +60,7 @@ DATA = """from pathlib import Path; from ftray import storage; from tests import
 for shard in tiny.write_records(Path('data'), 200).iterdir(): storage.upload_file(str(shard), f's3://data/rows/{shard.name}')"""
 TELL = "import sys; from ftray import storage; print(storage.read_bytes(sys.argv[1]).decode())"
 ENV = {
-    **{key: value for key, value in os.environ.items() if key.startswith(("GLOO_", "RAY_worker", "LANG"))},
+    **{key: value for key, value in os.environ.items() if key.startswith(("GLOO_", "RAY_", "LANG"))},
     "HF_HUB_OFFLINE": "1",
     "HOME": HOME,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -69,6 +70,7 @@ ENV = {
     "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+Line = tuple[int, float, str]
 
 
 def _die_with_parent() -> None:
@@ -130,7 +132,7 @@ class Site:
     """The hosts on their bridge, the S3 server, and Ray on both."""
 
     def __init__(self, stack: ExitStack) -> None:
-        env = ENV | S3Server().env
+        env, self._cut = ENV | S3Server().env, False
         self._switch = stack.enter_context(Host("switch", "echo up; exec sleep infinity", env))
         for words in ("link add br0 type bridge", f"addr add {GATEWAY}/24 dev br0", "link set br0 up"):
             self._switch.ip(words)
@@ -162,13 +164,15 @@ class Site:
 
     def link(self, state: str) -> None:
         """h1's cable: `down`, `up`."""
+        self._cut = state == "down"
         self._switch.ip(f"link set h1 {state}")
 
     def come_back(self) -> None:
-        """h1 is one of the cluster again. Ray ends by itself where it lost its head, and is then started anew."""
-        wait_for(lambda: self._node.poll() is not None, "the end of Ray on h1")
-        self.link("up")
-        self.join()
+        """Makes h1 one of the cluster again. Ray there learns that it was given up, ends by itself, and is started anew."""
+        if self._cut:
+            self.link("up")
+            wait_for(lambda: self._node.poll() is not None, "the end of Ray on h1")
+            self.join()
 
 
 class Driver:
@@ -182,8 +186,8 @@ class Driver:
             "method": {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
             "data": {"max_seq_len": 128, "chunk_mb": 0.02, "train": [{"path": "s3://data/rows"}]},
             "train": {"max_steps": max_steps, "global_batch_size": 8, "learning_rate": 5e-3, "precision": "fp32"},
-            "scale": {"num_workers": num_workers, "cpus_per_worker": 1.6, "wait_s": 30},  # 1.6: one on each host
-            "checkpoint": {"every": 25},
+            "scale": {"num_workers": num_workers, "cpus_per_worker": 1.6, "wait_s": 10},  # 1.6: one on each host
+            "checkpoint": {"every": 10},
         }
         self.steps: list[tuple[float, int]] = []
         self.said: list[str] = []
@@ -217,65 +221,59 @@ class Trial:
 
     def __init__(self, site: Site, max_steps: int) -> None:
         self._site, self._max_steps = site, max_steps
-        self._undisturbed: list[tuple[int, float, str]] = []
+        self._undisturbed: list[Line] = []
 
     def run(self, case: str) -> dict[str, Any]:
         """What a case was like; `fine`: as it should be."""
+        self._site.come_back()
         began_s, cut_s = time.monotonic(), float("inf")
-        workers = {"min": 1, "max": 2} if case == "fewer" else 2
-        driver = Driver(self._site, case, workers, self._max_steps)
-        if case != "smooth":
+        place = "waits" if case == "again" else case
+        driver = Driver(self._site, place, {"min": 1, "max": 2} if case == "fewer" else 2, self._max_steps)
+        if case in ("blip", "fewer", "waits"):
             driver.reach(self._max_steps // 3)
             self._site.link("down")
             cut_s = time.monotonic()
         if case == "blip":
             time.sleep(20)
             self._site.link("up")
-        code = driver.end()
-        told = self._lines(case)
-        found = {
+        code, told = driver.end(), self._lines(place)
+        if case == "smooth":
+            self._undisturbed = told
+        about = re.compile(r"warning:|ftray:|train: (going|there|continuing)")
+        return {
             "case": case,
+            "fine": self._is_fine(case, code, told, driver.said),
             "exit_code": code,
             "committed": len(told),
             "cut_after_step": max((n for when, n in driver.steps if when <= cut_s), default=0),
             "still_s": round(max((b - a for a, b in pairwise(w for w, _ in driver.steps) if b > cut_s), default=0), 1),
-            "restarts": sum("starting anew from step" in line for line in driver.said),
-            "said": [line for line in driver.said if re.match(r"warning:|ftray:|train: (going|there)", line)],
+            "apart": max(self._apart(told), default=0.0),
+            "said": [line for line in driver.said if about.match(line)],
+            "seconds": round(time.monotonic() - began_s, 1),
         }
-        if case == "smooth":
-            self._undisturbed = told
-        even = code == 0 and len(told) == self._max_steps and told == self._undisturbed
-        more = {"fewer": self._judge_fewer, "waits": self._judge_waits}
-        found |= more[case](found) if case in more else {"fine": even}
-        return found | {"seconds": round(time.monotonic() - began_s, 1)}
 
-    def _lines(self, case: str) -> list[tuple[int, float, str]]:
+    def _is_fine(self, case: str, code: int, told: list[Line], said: list[str]) -> bool:
+        even = [step for step, *_ in told] == list(range(self._max_steps)) and told == self._undisturbed
+        if case == "fewer":
+            apart, rows = self._apart(told), [each[::2] for each in told]
+            change = next((number for number, each in enumerate(apart) if each), 0)
+            close = max(apart[change : change + 50], default=1) <= 1e-5 and apart[-1] <= 1e-3
+            says = "train: going on with 1 workers instead of 2" in said
+            return code == 0 and says and close and rows == [each[::2] for each in self._undisturbed]
+        if case == "waits":
+            begun = len(told) > 0 and told == self._undisturbed[: len(told)]
+            return code == 75 and begun and said[-1].startswith(LACKS)
+        return code == 0 and even and (case != "again" or any(x.startswith("train: continuing at") for x in said))
+
+    def _apart(self, told: list[Line]) -> list[float]:
+        """How far each loss is from the undisturbed one, relatively."""
+        return [abs(a[1] - b[1]) / abs(a[1]) for a, b in zip(self._undisturbed, told, strict=False)]
+
+    def _lines(self, case: str) -> list[Line]:
         """(step, loss, digest of its rows) of each committed step."""
         text = self._site.h0.python("-c", TELL, f"s3://data/{case}/tiny/metrics.jsonl")
         lines = [json.loads(line) for line in text.splitlines() if line]
         return [(line["step"], line["loss"], line["rows"]) for line in lines]
-
-    def _judge_fewer(self, found: dict[str, Any]) -> dict[str, Any]:
-        self._site.come_back()
-        told = self._lines("fewer")
-        apart = [abs(a[1] - b[1]) / abs(a[1]) for a, b in zip(self._undisturbed, told, strict=False)]
-        change = next((number for number, each in enumerate(apart) if each), 0)
-        near, end = max(apart[change : change + 50]), apart[-1]
-        same = [each[::2] for each in told] == [each[::2] for each in self._undisturbed]
-        says = "train: going on with 1 workers instead of 2" in found["said"]
-        fine = found["exit_code"] == 0 and same and says and near <= 1e-5 and end <= 1e-3
-        return {"fine": fine, "same_rows": same, "apart_within_50_steps": near, "apart_at_the_end": end}
-
-    def _judge_waits(self, found: dict[str, Any]) -> dict[str, Any]:
-        self._site.come_back()
-        told = self._lines("waits")
-        says = found["said"][-1].startswith(LACKS)
-        stopped = found["exit_code"] == 75 and told == self._undisturbed[: len(told)] and says
-        again = Driver(self._site, "waits", 2, self._max_steps)
-        code, equal = again.end(), self._lines("waits") == self._undisturbed
-        continued = [line for line in again.said if line.startswith("train: continuing at step")]
-        fine = stopped and code == 0 and equal and bool(continued)
-        return {"fine": fine, "again": {"exit_code": code, "equal": equal, "said": continued}}
 
 
 def main() -> int:

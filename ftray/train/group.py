@@ -82,8 +82,7 @@ def run_group(
         try:
             trainer.fit()
         except BaseException as err:  # noqa: BLE001 - handed to the main thread, which waits for this one
-            # Its frames hold Ray Train's controller, and that the room of a group which never came up.
-            raised.append(err.with_traceback(None))
+            raised.append(err)
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()

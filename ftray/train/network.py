@@ -23,6 +23,11 @@ class Ranks(TorchConfig):
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Tells each worker its network, and brings them together."""
-        first = worker_group.execute_single(0, ray.util.get_node_ip_address)
-        worker_group.execute(use_network_of, first)
-        super().on_start(worker_group, backend_config)
+        try:
+            first = worker_group.execute_single(0, ray.util.get_node_ip_address)
+            worker_group.execute(use_network_of, first)
+            super().on_start(worker_group, backend_config)
+        except Exception:
+            # Ray Train would keep the placement group until the driver ends, and the next group would get no room.
+            worker_group.get_worker_group_state().shutdown()
+            raise

@@ -15,6 +15,25 @@ from ftray.train.network import Ranks
 NAME = "GLOO_SOCKET_IFNAME"
 
 
+class Group:
+    """What Ray Train hands to a backend, as far as it is used here. done: what was asked of it, in its order."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+
+    def execute_single(self, rank: int, act: Any) -> str:
+        return "10.77.0.1" if rank == 0 else ""
+
+    def execute(self, act: Any, *arguments: Any) -> None:
+        self.done.append((act, arguments))
+
+    def get_worker_group_state(self) -> Group:
+        return self
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable is not set, and will be as it was."""
@@ -40,16 +59,20 @@ def test_a_host_that_nothing_leads_to_changes_nothing(untold: None) -> None:
 
 
 def test_each_worker_is_told_before_the_ranks_look_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Any] = []
+    monkeypatch.setattr(
+        _TorchBackend, "on_start", lambda _, group, config: group.done.append(f"{config.backend} ranks meet")
+    )
+    group, config = Group(), Ranks(backend="gloo")
+    config.backend_cls().on_start(group, config)
+    assert group.done == [(use_network_of, ("10.77.0.1",)), "gloo ranks meet"]
 
-    class Group:
-        def execute_single(self, rank: int, act: Any) -> str:
-            return "10.77.0.1" if rank == 0 else ""
 
-        def execute(self, act: Any, *arguments: Any) -> None:
-            done.append((act, arguments))
+def test_ranks_that_do_not_find_each_other_leave_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed")
 
-    monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: done.append("ranks meet"))
-    config = Ranks(backend="gloo")
-    config.backend_cls().on_start(Group(), config)
-    assert done == [(use_network_of, ("10.77.0.1",)), "ranks meet"]
+    monkeypatch.setattr(_TorchBackend, "on_start", fails)
+    group, config = Group(), Ranks(backend="gloo")
+    with pytest.raises(RuntimeError, match="connectFullMesh"):
+        config.backend_cls().on_start(group, config)
+    assert group.done[-1] == "shutdown"
