@@ -42,10 +42,13 @@ def free_ports(count: int) -> list[int]:
 
 
 class S3Server:
-    """`weed mini` with one bucket. Raises RuntimeError with the end of its log if it is not up within `deadline_s`."""
+    """`weed mini` with one bucket. Raises RuntimeError with the end of its log if it is not up within `deadline_s`.
 
-    def __init__(self, bucket: str = "data", deadline_s: float = 60.0) -> None:
-        self.bucket, self.deadline_s = bucket, deadline_s
+    host: the address of this machine that it listens at.
+    """
+
+    def __init__(self, bucket: str = "data", deadline_s: float = 60.0, host: str = "127.0.0.1") -> None:
+        self.bucket, self.deadline_s, self.host = bucket, deadline_s, host
         self.access_key, self.secret_key = "ftray-tests", "not-a-secret-of-anybody"
         self.endpoint = ""
         self._folder = Path()
@@ -93,9 +96,10 @@ class S3Server:
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ftray-s3-"))
         ports = free_ports(2 * len(SERVICES))
-        self.endpoint = f"http://127.0.0.1:{ports[2 * SERVICES.index('s3')]}"
-        command = [weed(), "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false"]
-        command += [f"-bucket={self.bucket}", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        self.endpoint = f"http://{self.host}:{ports[2 * SERVICES.index('s3')]}"
+        command = [weed(), "mini", f"-dir={self._folder}", f"-ip={self.host}", f"-ip.bind={self.host}"]
+        command += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-bucket={self.bucket}"]
         command += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
         command += [f"-{name}.localSocket={self._folder}/{name}.sock" for name in ("s3", "filer")]
         for number, name in enumerate(SERVICES):

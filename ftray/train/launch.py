@@ -19,7 +19,7 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray import config, storage
@@ -36,6 +36,7 @@ from ftray.train.identity import parent_of, versions
 from ftray.train.journal import Journal
 from ftray.train.lineage import record_lineage
 from ftray.train.monitor import Monitor
+from ftray.train.network import Ranks
 from ftray.train.supervise import Wish, supervise
 from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.trackers import tracked
@@ -241,7 +242,7 @@ def _start(
                 | ({"GPU": run.scale.gpus_per_worker} if use_gpu else {}),
                 accelerator_type=run.scale.accelerator,
             ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=Ranks(backend="nccl" if use_gpu else "gloo"),
             # Ray's own bookkeeping only: our checkpoints go to the run's storage, by our own hand, and so `supervise`
             # decides when to start anew, where from, and with how many.
             run_config=RunConfig(

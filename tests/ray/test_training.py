@@ -300,7 +300,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
 def test_a_store_that_is_down_for_longer_than_its_deadline_costs_a_run_nothing_but_time(
     parts: dict[str, Path], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last test of its module: Ray's workers take the environment that Ray was started in."""
+    """One of the last two: Ray's workers take the environment that Ray was started in."""
     settings: dict[str, Any] = {"train__max_steps": 24, "checkpoint__every": 2}
     smooth, _ = cluster.run_training(run_of(parts, tmp_path, **settings))
     monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "2")  # the minute of DESIGN's promise, shortened
@@ -320,3 +320,17 @@ def test_a_store_that_is_down_for_longer_than_its_deadline_costs_a_run_nothing_b
         assert cluster.losses(run.directory) == cluster.losses(str(tmp_path / "tiny"))
         assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
         assert {one.step for one in list_checkpoints(run.directory)} == set(range(8, 25, 2))  # the last nine
+
+
+@pytest.mark.long
+def test_ranks_that_do_not_find_each_other_leave_their_room_to_the_next_group(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of its module, as the one before. Two groups at once have no room."""
+    from ftray.errors import RunError
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    cluster.restart_ray()
+    run = run_of(parts, tmp_path, scale__max_failures=1, scale__cpus_per_worker=1.5, scale__wait_s=1)
+    with pytest.raises(RunError, match=r"training failed 2 times in a row without a new checkpoint .*nowhere"):
+        cluster.run_training(run)
