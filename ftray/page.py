@@ -13,16 +13,16 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT = 480, 200  # of a plot, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 22, 22  # of a plot of lines: room for numbers and names
+LEFT, RIGHT, TOP, BOTTOM = 62, 28, 22, 22  # of a plot of lines: room for numbers and names
 COLUMNS_HEIGHT, ROOM = 150, 24  # of a plot of columns; room: under it, for numbers
 FEW = 4  # numbers that are all named on their axis
 MAX_BARS, BAR_FROM, BAR_WIDTH, NAME_CHARS = 40, 205, 215, 30
 DASHES = ("", "7 4", "2 3", "10 3 2 3")  # of the lines of a plot, in order
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --bar: #2f6feb; --paper: #ffffff;
-  --second: #b35900; }
+  --second: #b35900; --tone: 36%; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --dim: #9198a1; --line: #3d444d; --bar: #6ea8fe; --paper: #0d1117; --second: #f0a35e; }
+  :root { --ink: #e6edf3; --dim: #9198a1; --line: #3d444d; --bar: #6ea8fe; --paper: #0d1117; --second: #f0a35e; --tone: 55%; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 56rem;
   padding: 1rem; overflow-wrap: anywhere; }
@@ -47,7 +47,7 @@ pre { white-space: pre-wrap; font-size: .85rem; } code { overflow-wrap: anywhere
 .sample { border-left: 2px solid var(--line); padding-left: 1rem; margin: 1rem 0; } .sample dd { white-space: pre-wrap; }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 @media print {
-  :root { --ink: #000; --dim: #333; --line: #999; --bar: #555; --second: #000; --paper: #fff; }
+  :root { --ink: #000; --dim: #333; --line: #999; --bar: #555; --second: #000; --paper: #fff; --tone: 30%; }
   section, .sample { break-inside: avoid; } section.long { break-inside: auto; } div.wide { overflow: visible; }
 }
 """
@@ -205,7 +205,8 @@ def _number(value: Any) -> float | None:
 class Curve:
     """A line. points: places from 0 to 1, and values, finite ones. color: of its own, else by `kind`: "", `second`, `best`.
 
-    dotted: each point is marked, too.
+    dotted: each point is marked, too. tag: stands at its end, where no other does. A color may use var(--tone): how light
+    what is drawn on this paper should be.
     """
 
     name: str
@@ -214,6 +215,7 @@ class Curve:
     dash: str = ""
     color: str = ""
     dotted: bool = False
+    tag: str = ""
 
 
 def lines(curves: Sequence[Curve], places: Sequence[tuple[float, str]], label: str, legend: bool = False) -> str:
@@ -237,13 +239,24 @@ def lines(curves: Sequence[Curve], places: Sequence[tuple[float, str]], label: s
         points = [(_x(at), _y(axis.place(value))) for at, value in curve.points]
         last = points[-1:] if not curve.dotted else points
         drawn += path(points, curve)
-        fill = f' fill="{curve.color}" style="fill:{curve.color}"' if curve.color else ""
+        fill = f' style="fill:{curve.color}"' if curve.color else ""
         drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"{fill}/>' for x, y in last if curve.dotted or fill)
+    drawn += _tags([(curve.tag, _x(curve.points[-1][0]), _y(axis.place(curve.points[-1][1]))) for curve in curves])
     if legend:
         for number, curve in enumerate(curves):
             x = LEFT + number * (WIDTH - LEFT - RIGHT) / len(curves)
             drawn += path([(x, 8), (x + 28, 8)], curve) + f'<text x="{x + 34:.1f}" y="12">{escape(curve.name)}</text>'
     return svg(drawn, label)
+
+
+def _tags(ends: Sequence[tuple[str, float, float]]) -> str:
+    """Names at the ends of lines, the last line's first; those that would stand on another are left out."""
+    drawn, taken = "", list[tuple[float, float]]()
+    for tag, x, y in reversed(ends):
+        if tag and all(abs(x - left) > 8 * len(tag) + 8 or abs(y - top) > 12 for left, top in taken):
+            taken.append((x, y))
+            drawn += f'<text x="{x + 6:.1f}" y="{y + 4:.1f}">{escape(tag)}</text>'
+    return drawn
 
 
 def path(points: Sequence[tuple[float, float]], curve: Curve) -> str:

@@ -67,7 +67,9 @@ class Journal:
         why = ended.failure or ended.wish or (str(ended.error) if ended.error else "")
         if not ended.finished:
             done = {} if self._done is None else {"step": self._done}
-            self.tell("no room" if ended.no_room else "failed" if ended.failure or ended.error else "left", why=why, **done)
+            self.tell(
+                "no room" if ended.no_room else "failed" if ended.failure or ended.error else "left", why=why, **done
+            )
         self._done = None
 
 

@@ -231,6 +231,9 @@ def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> Non
     assert Axis([1.0, 3.0]).place(2.0) == 0.5
     assert "log scale" in lines([Curve("a", [(0, 1.0), (1, 1000.0)])], [(0, "0")], "x")
     assert "log scale" not in text
+    near = [Curve(name, [(0, 9.0), (1, at)], tag=name) for name, at in (("a", 0.0), ("b", 0.1), ("c", 5.0))]
+    ends = [words for words in Page(lines(near, [], "x")).texts if words in "abc"]
+    assert ends[-2:] == ["c", "b"], "what would stand on another's tag is left out"
     numbers = {
         v: Axis([v, 0.0]).ticks()[v > 0][1] for v in (2.08e-6, 1.02e-4, 2e-4, 0.00102, 13_497.0, 1_234_567.0, 1e10)
     }
