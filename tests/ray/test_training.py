@@ -287,6 +287,15 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
 
 
 @pytest.mark.long
+def test_a_worker_that_is_held_up_is_told_and_nothing_else(parts: dict[str, Path], tmp_path: Path) -> None:
+    run = run_of(parts, tmp_path, train__max_steps=40, train__global_batch_size=16)
+    with cluster.slowed_worker() as slow:
+        _, text = cluster.run_training(run, "step 3/40", slow)
+    assert alarms_of(str(tmp_path / "tiny")) == ["straggler"]
+    assert re.search(r"warning: step \d+: worker \d takes [\d.]+ times as long as the others", text)
+
+
+@pytest.mark.long
 def test_a_store_that_is_down_for_longer_than_its_deadline_costs_a_run_nothing_but_time(
     parts: dict[str, Path], tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
