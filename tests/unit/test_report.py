@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ftray import cli
 from ftray.console import Console
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.observe.cards import card_of
@@ -121,6 +122,31 @@ def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
     )
     kept = redacted_tree({"why": [f"Bearer {'a' * 20}", f"hf_{'b' * 30} AKIA{'C' * 16}", 'say key="x"', 3]})
     assert kept == {"why": ["Bearer …", "… …", 'say key="x"', 3]}
+
+
+def test_no_secret_is_in_a_traceback_an_error_or_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run_dir = with_two_kills(tmp_path)
+    secrets = {"MY_TOKEN": "canary of one's own 0123", "HF_TOKEN": f"hf_{'canary' * 6}"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    text = f"at s3://ann:canary-word@b/x with {' and '.join(secrets.values())}"
+    for fault, code in ((RuntimeError(text), 1), (RunError(text), 1), (ConfigError(text), 2)):
+        monkeypatch.setattr("ftray.observe.report.report_to", lambda *_, fault=fault: raise_(fault))
+        assert cli.main(["report", str(run_dir)]) == code
+        said = "".join(capsys.readouterr())
+        assert "at s3://…@b/x with … and …" in said
+        assert "canary" not in said
+        assert ("Traceback" in said) == isinstance(fault, RuntimeError)
+    with pytest.raises(RunError), Journal(str(tmp_path / "told"), lambda: True).session(0):
+        raise RunError(text)
+    (file,) = (tmp_path / "told/events").iterdir()
+    assert "canary" not in file.read_text()
+
+
+def raise_(fault: Exception) -> None:
+    raise fault
 
 
 def test_a_run_that_has_hardly_begun_and_one_that_was_stopped_have_their_page(tmp_path: Path) -> None:
