@@ -84,7 +84,7 @@ def test_a_real_run_with_a_batch_that_is_no_number_raises_its_alarm_alone() -> N
 
 
 def test_a_real_run_on_very_little_data_raises_its_alarm_alone() -> None:
-    lines = trained(RATE, 90, few=2, every=10, taught=60)
+    lines = trained(2.5 * RATE, 200, few=1, every=10, taught=60)
     (alarm,) = alarms(lines)
     assert alarm.kind == "overfitting"
     assert lines[-1]["loss"] < lines[10]["loss"], "by heart"
