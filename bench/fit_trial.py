@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.plain_loop import OPTIMIZERS
+from bench.plain_loop import OPTIMIZERS, batch_of, take_step, wait
 from ftray import config
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import AdamW
 from ftray.train.fit import fit_memory
-from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
+from ftray.train.loss import MicroBatch, SummedLoss
 from ftray.train.memory import Fit
 
 
@@ -36,34 +36,18 @@ def run_of(given: Any, rows: int | str, recompute: str) -> config.Run:
     return config.parse_run({**tree, "method": method, "data": data, "deepspeed": {"zero_stage": 0}}, "bench")
 
 
-def batch_of(given: Any, rows: int, vocabulary: int, device: torch.device) -> MicroBatch:
-    """Full rows of random tokens, documents of one length."""
-    shape = (rows, given.seq)
-    ids = np.random.default_rng(0).integers(2, min(250, vocabulary), shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(given.seq) % given.document, shape).astype(np.int32)
-    return flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
-
-
 def measure(given: Any, fit: Fit, model: SummedLoss, optimizer: AdamW, batch: MicroBatch) -> dict[str, Any]:
     """Tokens/s and GiB of a setting; what was wrong where memory ran out."""
     on_gpu, accumulate = batch.input_ids.is_cuda, given.batch // fit.micro_batch_size
     told: dict[str, Any] = {"rows": fit.micro_batch_size, "recomputed": f"{fit.layers}/{fit.num_layers}"}
-
-    def step() -> None:
-        for _ in range(accumulate):
-            (model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if on_gpu:
-            torch.cuda.synchronize()
-
     times = []
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(given.warmup + given.steps):
             began_s = time.perf_counter()
-            step()
+            take_step(model, optimizer, batch, accumulate)
+            wait(batch.input_ids.device)
             times.append(time.perf_counter() - began_s)
     except torch.OutOfMemoryError:
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ftray.model.fp8 import quantize_base
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import FULL, AdamW
 from ftray.train.fit import fit_memory
-from ftray.train.loss import SummedLoss, flatten_rows
+from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.memory import EIGHT_BIT, PAGED
 
 OPTIMIZERS = (FULL, EIGHT_BIT, FULL + PAGED, EIGHT_BIT + PAGED)
@@ -37,6 +38,28 @@ def run_of(given: Any) -> config.Run:
     return config.parse_run(
         {**tree, "method": method, "data": {"max_seq_len": given.seq, "train": [{"path": "-"}]}}, "bench"
     )
+
+
+def batch_of(given: Any, rows: int, vocabulary: int, device: torch.device) -> MicroBatch:
+    """Full rows of random tokens, documents of one length."""
+    shape = (rows, given.seq)
+    ids = np.random.default_rng(0).integers(2, min(250, vocabulary), shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(given.seq) % given.document, shape).astype(np.int32)
+    return flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
+
+
+def take_step(model: SummedLoss, optimizer: AdamW, batch: MicroBatch, accumulate: int) -> None:
+    """What is timed: the gradients of so many micro-batches, and the optimizer. A GPU may still be at it: see `wait`."""
+    for _ in range(accumulate):
+        (model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -68,31 +91,16 @@ def main() -> None:
     rows = fit.micro_batch_size
     accumulate = run.train.global_batch_size // rows
     optimizer = AdamW(list(trainable(built).values()), 1e-4, 0.0, 1.0, given.optimizer)
-    rng = np.random.default_rng(0)
-    shape = (rows, given.seq)
-    ids = rng.integers(2, min(250, built.config.vocab_size), shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(given.seq) % given.document, shape).astype(np.int32)
-    batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
-
-    def step() -> None:
-        for _ in range(accumulate):
-            loss = model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
+    batch = batch_of(given, rows, built.config.vocab_size, device)
+    step = partial(take_step, model, optimizer, batch, accumulate)
     for _ in range(given.warmup):
         step()
-    wait()
+    wait(device)
     began_s = time.perf_counter()
     for _ in range(given.steps):
         step()
-    wait()
-    speed = given.steps * accumulate * ids.size / (time.perf_counter() - began_s)
+    wait(device)
+    speed = given.steps * accumulate * batch.input_ids.numel() / (time.perf_counter() - began_s)
     told = {
         "plain_loop": Path(given.model).name,
         "method": given.method,
@@ -109,7 +117,7 @@ def main() -> None:
     if given.profile:
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             step()
-            wait()
+            wait(device)
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=80))
 
 

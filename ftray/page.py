@@ -13,16 +13,16 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT = 480, 200  # of a plot, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 22, 22  # of a plot of lines: room for numbers and names
+LEFT, RIGHT, TOP, BOTTOM = 62, 28, 22, 22  # of a plot of lines: room for numbers and names
 COLUMNS_HEIGHT, ROOM = 150, 24  # of a plot of columns; room: under it, for numbers
 FEW = 4  # numbers that are all named on their axis
 MAX_BARS, BAR_FROM, BAR_WIDTH, NAME_CHARS = 40, 205, 215, 30
 DASHES = ("", "7 4", "2 3", "10 3 2 3")  # of the lines of a plot, in order
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d1d9e0; --bar: #2f6feb; --paper: #ffffff;
-  --second: #b35900; }
+  --second: #b35900; --tone: 36%; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --dim: #9198a1; --line: #3d444d; --bar: #6ea8fe; --paper: #0d1117; --second: #f0a35e; }
+  :root { --ink: #e6edf3; --dim: #9198a1; --line: #3d444d; --bar: #6ea8fe; --paper: #0d1117; --second: #f0a35e; --tone: 55%; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 56rem;
   padding: 1rem; overflow-wrap: anywhere; }
@@ -47,7 +47,7 @@ pre { white-space: pre-wrap; font-size: .85rem; } code { overflow-wrap: anywhere
 .sample { border-left: 2px solid var(--line); padding-left: 1rem; margin: 1rem 0; } .sample dd { white-space: pre-wrap; }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 @media print {
-  :root { --ink: #000; --dim: #333; --line: #999; --bar: #555; --second: #000; --paper: #fff; }
+  :root { --ink: #000; --dim: #333; --line: #999; --bar: #555; --second: #000; --paper: #fff; --tone: 30%; }
   section, .sample { break-inside: avoid; } section.long { break-inside: auto; } div.wide { overflow: visible; }
 }
 """
@@ -92,7 +92,7 @@ def wide(body: str, label: str) -> str:
 
 def table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]], best: int = -1, texts: int = -1) -> str:
     """A table. best: the row that is set off; texts: the column whose texts wrap."""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    names = "".join(f'<th scope="col">{escape(name)}</th>' if name else "<td></td>" for name in head)
     body = ""
     for number, row in enumerate(rows):
         cells = "".join(
@@ -153,7 +153,7 @@ def _short(name: str) -> str:
 class Axis:
     """Places of values on a line from 0 to 1: numbers by size (by magnitude where they span much), others side by side.
 
-    word: a value that is no number, as it is named.
+    word: a value that is no number, as it is named. is_log: by magnitude.
     """
 
     def __init__(self, values: Sequence[Any], word: Callable[[Any], str] = str) -> None:
@@ -162,14 +162,14 @@ class Axis:
         self._names = sorted(set(map(word, values)))
         self._low, self._high = (min(numbers), max(numbers)) if self._is_number else (0.0, 1.0)
         self._few = sorted(set(numbers))[: FEW + 1]
-        self._is_log = self._is_number and self._low > 0 and self._high / self._low >= 10
+        self.is_log = self._is_number and self._low > 0 and self._high / self._low >= 10
 
     def place(self, value: Any) -> float:
         """Where a value stands."""
         number = _number(value)
         if not self._is_number or number is None:
             return (self._names.index(self._word(value)) + 0.5) / len(self._names)
-        if self._is_log:
+        if self.is_log:
             return math.log(number / self._low) / math.log(self._high / self._low)
         return (number - self._low) / (self._high - self._low)
 
@@ -179,12 +179,16 @@ class Axis:
             return [((i + 0.5) / len(self._names), name) for i, name in enumerate(self._names)]
         if len(self._few) <= FEW:
             return [(self.place(value), _brief(value)) for value in self._few]
-        middle = math.sqrt(self._low * self._high) if self._is_log else (self._low + self._high) / 2
+        middle = math.sqrt(self._low * self._high) if self.is_log else (self._low + self._high) / 2
         return [(place, _brief(value)) for place, value in ((0.0, self._low), (0.5, middle), (1.0, self._high))]
 
 
 def _brief(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    """At most eight characters, which is what fits beside a plot."""
+    if 1000 <= abs(value) < 999_999.5:
+        return f"{value:,.0f}"
+    digits, e, power = (f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.2e}").partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if e else digits
 
 
 def _number(value: Any) -> float | None:
@@ -201,7 +205,8 @@ def _number(value: Any) -> float | None:
 class Curve:
     """A line. points: places from 0 to 1, and values, finite ones. color: of its own, else by `kind`: "", `second`, `best`.
 
-    dotted: each point is marked, too.
+    dotted: each point is marked, too. tag: stands at its end, where no other does. A color may use var(--tone): how light
+    what is drawn on this paper should be.
     """
 
     name: str
@@ -210,6 +215,7 @@ class Curve:
     dash: str = ""
     color: str = ""
     dotted: bool = False
+    tag: str = ""
 
 
 def lines(curves: Sequence[Curve], places: Sequence[tuple[float, str]], label: str, legend: bool = False) -> str:
@@ -218,7 +224,8 @@ def lines(curves: Sequence[Curve], places: Sequence[tuple[float, str]], label: s
     if not curves:
         return ""
     axis = Axis([value for curve in curves for _, value in curve.points], _brief)
-    drawn = "".join(
+    drawn = f'<text x="{WIDTH - RIGHT}" y="12" text-anchor="end">log scale</text>' if axis.is_log else ""
+    drawn += "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{_y(at):.1f}" y2="{_y(at):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{_y(at) + 4:.1f}" text-anchor="end">{escape(name)}</text>'
         for at, name in axis.ticks()
@@ -232,13 +239,24 @@ def lines(curves: Sequence[Curve], places: Sequence[tuple[float, str]], label: s
         points = [(_x(at), _y(axis.place(value))) for at, value in curve.points]
         last = points[-1:] if not curve.dotted else points
         drawn += path(points, curve)
-        fill = f' fill="{curve.color}" style="fill:{curve.color}"' if curve.color else ""
+        fill = f' style="fill:{curve.color}"' if curve.color else ""
         drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"{fill}/>' for x, y in last if curve.dotted or fill)
+    drawn += _tags([(curve.tag, _x(curve.points[-1][0]), _y(axis.place(curve.points[-1][1]))) for curve in curves])
     if legend:
         for number, curve in enumerate(curves):
             x = LEFT + number * (WIDTH - LEFT - RIGHT) / len(curves)
             drawn += path([(x, 8), (x + 28, 8)], curve) + f'<text x="{x + 34:.1f}" y="12">{escape(curve.name)}</text>'
     return svg(drawn, label)
+
+
+def _tags(ends: Sequence[tuple[str, float, float]]) -> str:
+    """Names at the ends of lines, the last line's first; those that would stand on another are left out."""
+    drawn, taken = "", list[tuple[float, float]]()
+    for tag, x, y in reversed(ends):
+        if tag and all(abs(x - left) > 8 * len(tag) + 8 or abs(y - top) > 12 for left, top in taken):
+            taken.append((x, y))
+            drawn += f'<text x="{x + 6:.1f}" y="{y + 4:.1f}">{escape(tag)}</text>'
+    return drawn
 
 
 def path(points: Sequence[tuple[float, float]], curve: Curve) -> str:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,26 @@ def kill_a_worker() -> None:
     workers = [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p)]
     assert workers, "no training worker is running"
     workers[-1].kill()
+
+
+@contextmanager
+def slowed_worker() -> Iterator[Callable[[], None]]:
+    """Gives what starts to hold one training worker up, most of the time, as other work on its machine would; to the end."""
+    over = threading.Event()
+
+    def slow() -> None:
+        worker = [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p)][-1]
+        with suppress(psutil.NoSuchProcess):
+            while not over.is_set():
+                worker.suspend()
+                over.wait(0.02)
+                worker.resume()
+                over.wait(0.004)
+
+    try:
+        yield slow
+    finally:
+        over.set()
 
 
 def _is_worker(process: psutil.Process) -> bool:

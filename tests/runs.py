@@ -106,6 +106,7 @@ def with_two_kills(storage_dir: Path) -> tuple[config.Run, Path]:
     times = [10 + n if n < 20 else 40 + n if n < 30 else 3700 + n for n in range(40)]
     lines = [
         line(n, 3.0 * 0.95**n, BEGAN_S + at, **({"heldout_loss": 3.1 * 0.95**n} if n % 10 == 9 else {}))
+        | {"learning_rate": 5e-3 * 0.82**n}  # ends at 2e-6, as real ones do
         for n, at in enumerate(times)
     ]
     run, run_dir = write_run(storage_dir, lines)
@@ -117,7 +118,7 @@ def with_two_kills(storage_dir: Path) -> tuple[config.Run, Path]:
             (0, "began", {"step": 0, "host": "n1", "pid": 1}),
             (9, "start", {"step": 0, **start}),
             (28, "alarm", {"kind": "spike", "step": 18, "text": "the loss jumped and came back"}),
-            (30, "failed", {"why": "worker 1 on n2 was killed (SIGKILL)"}),
+            (30, "failed", {"why": "worker 1 on n2 was killed (SIGKILL)", "step": 23}),
             (50, "start", {"step": 20, **start}),
         ],
     )

@@ -110,9 +110,7 @@ def _words(event: Event, later: Sequence[Event]) -> str:
         workers = what.get("workers", 1)
         return f"{workers} worker{'s' if workers != 1 else ''} ({what.get('device')}) began at step {what.get('step')}"
     if event.event == "failed":
-        again = next((e for e in later if e.event == "start"), None)
-        back = f"; training went on {duration(again.unix_s - event.unix_s)} later" if again else ""
-        return f"failure: {what.get('why')}{back}"
+        return _failure(event, next((e for e in later if e.event == "start"), None))
     if event.event == "rewind":
         return f"weights and optimizer went back to those of step {what.get('to')}"
     if event.event == "alarm":
@@ -120,6 +118,17 @@ def _words(event: Event, later: Sequence[Event]) -> str:
     if event.event == "ended":
         return str(what.get("how")) + (f": {what['why']}" if what.get("why") else "")
     return f"{event.event}: {what.get('why', '')}"
+
+
+def _failure(event: Event, again: Event | None) -> str:
+    """again: the start after it, if any."""
+    done = event.what.get("step")
+    told = f"failure{'' if done is None else f' after step {done}'}: {event.what.get('why')}"
+    if again is None:
+        return told
+    told += f"; training went on {duration(again.unix_s - event.unix_s)} later at step {again.what.get('step')}"
+    repeated = 0 if done is None else done - again.what.get("step", done)
+    return f"{told}: {repeated} step{'s' if repeated != 1 else ''} done again" if repeated > 0 else told
 
 
 def _time(unix_s: float) -> str:

@@ -30,6 +30,7 @@ class Journal:
 
     def __init__(self, run_dir: str, may_write: Callable[[], bool], now: Callable[[], float] = time.time) -> None:
         self._may_write, self._now, self._lines = may_write, now, list[str]()
+        self._done: int | None = None  # steps, of the group that is at work
         self._uri = storage.join(run_dir, "events", f"{int(now() * 1000):013d}-{uuid4().hex[:8]}.jsonl")
 
     def tell(self, event: str, **what: Any) -> None:
@@ -45,6 +46,8 @@ class Journal:
 
     def heard(self, event: dict[str, Any]) -> None:
         """Keeps what matters of an event of rank 0."""
+        if event["event"] in ("start", "step"):
+            self._done = event["step"] + (event["event"] == "step")
         if (kept := KEPT.get(event["event"])) is not None:
             self.tell(event["event"], **{name: event[name] for name in kept if name in event})
 
@@ -60,10 +63,14 @@ class Journal:
         self.tell("ended", how="finished", why="")
 
     def group_ended(self, ended: Ended) -> None:
-        """Keeps how a group of workers ended, unless it trained to the end."""
+        """Keeps how a group of workers ended and after how many steps, unless it trained to the end."""
         why = ended.failure or ended.wish or (str(ended.error) if ended.error else "")
         if not ended.finished:
-            self.tell("no room" if ended.no_room else "failed" if ended.failure or ended.error else "left", why=why)
+            done = {} if self._done is None else {"step": self._done}
+            self.tell(
+                "no room" if ended.no_room else "failed" if ended.failure or ended.error else "left", why=why, **done
+            )
+        self._done = None
 
 
 def _how(err: BaseException) -> str:

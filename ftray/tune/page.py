@@ -59,10 +59,11 @@ def _parallel(trials: Sequence[Trial], winner: Trial) -> str:
         x = SIDE + i * step
         anchor = "start" if i == 0 else "end" if i == len(columns) - 1 else "middle"
         drawn += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - TOP}"/>'
-        names += f'<text x="{x:.1f}" y="{14 if i % 2 == 0 else HEIGHT - 6}" text-anchor="{anchor}">{escape(key)}</text>'
-        names += "".join(
-            f'<text x="{x + 5:.1f}" y="{_y(at) + 4:.1f}">{escape(name)}</text>' for at, name in axis.ticks()
-        )
+        title = escape(key) + (" (log)" if axis.is_log else "")
+        names += f'<text x="{x:.1f}" y="{14 if i % 2 == 0 else HEIGHT - 6}" text-anchor="{anchor}">{title}</text>'
+        beside = f'x="{x - 5:.1f}" text-anchor="end"' if i == 0 else f'x="{x + 5:.1f}"'  # where lines strike fewest
+        lower = 4 if i in (0, len(columns) - 1) else -4
+        names += "".join(f'<text {beside} y="{_y(at) + lower:.1f}">{escape(name)}</text>' for at, name in axis.ticks())
     for trial in _best_last(trials, winner):
         points = [
             (SIDE + i * step, _y(axis.place(values[trial.number])))
@@ -76,7 +77,7 @@ def _parallel(trials: Sequence[Trial], winner: Trial) -> str:
 
 
 def _curves(trials: Sequence[Trial], winner: Trial) -> str:
-    """Held-out loss over the share of the steps."""
+    """Held-out loss over the share of the steps; each ends with its trial's number where there is room."""
     best = Axis([t.best.loss for t in trials if t.best])
     curves = [
         _curve(
@@ -120,9 +121,10 @@ def _curve(trial: Trial, winner: Trial, place: float, points: Sequence[tuple[flo
     """A trial's line. place: of its best loss among all, which gives its colour."""
     loss = f"{trial.best.loss:.4f}" if trial.best else ""
     told = ", ".join(f"{key}={as_word(value)}" for key, value in trial.params.items())
-    return Curve(f"{trial.name}: {told}; {loss}", points, "best" if trial is winner else "", color=_color(place))
+    kind = "best" if trial is winner else ""
+    return Curve(f"{trial.name}: {told}; {loss}", points, kind, color=_color(place), tag=str(trial.number))
 
 
 def _color(place: float) -> str:
     """Blue for the lowest loss, orange for the highest."""
-    return f"hsl({215 - 185 * min(1.0, max(0.0, place)):.0f} 75% 50%)"
+    return f"hsl({215 - 185 * min(1.0, max(0.0, place)):.0f} 75% var(--tone))"

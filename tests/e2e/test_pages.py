@@ -22,6 +22,10 @@ from tests.runs import with_two_kills
 
 WIDTHS = {"phone": 390, "desk": 1280}
 GRAVE = ("serious", "critical")
+CUT = """[...document.querySelectorAll('svg text')].filter(text => {
+  const own = text.getBoundingClientRect(), plot = text.closest('svg').getBoundingClientRect();
+  return own.left < plot.left - 0.5 || own.right > plot.right + 0.5 || own.top < plot.top - 0.5 || own.bottom > plot.bottom + 0.5;
+}).map(text => text.textContent)"""
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,7 @@ def test_a_page_asks_for_nothing_fits_and_shuts_nobody_out(
         "Math.min(...[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height))"
     )
     assert small >= 9, f"a plot's text is {small} pixels high"
+    assert page.evaluate(CUT) == [], "a plot's text is cut at its edge"
     found = Axe().run(page).response["violations"]
     told = [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in GRAVE]
     assert told == []

@@ -12,6 +12,7 @@ import pytest
 
 from tests import tiny
 from tests.e2e.command import Ended, Place
+from tests.unit.test_trackers import READERS, curve_of_the_run
 
 pytestmark = pytest.mark.long
 
@@ -68,6 +69,10 @@ def test_no_secret_is_in_anything_that_commands_leave(place: Place) -> None:
     assert [line["step"] for line in lines if line["event"] == "step"] == [0, 1, 2, 3]
     assert {line["rank"] for line in lines if line["event"] == "worker"} == {0, 1}
     assert {line["run"] for line in lines[1:]} == {"tiny"}
+    run_dir = place.directory / "runs/tiny"
+    for name, read in READERS.items():  # while the run is here: trackers hold the curve of a real one
+        assert len(read(run_dir, "loss")) == 4
+        assert read(run_dir, "loss") == curve_of_the_run(run_dir, "loss", name), name
     failed = place.ftray(
         "train", "run.yaml", "name=failed", "train.learning_rate=1e38", "train.max_bad_steps=0", "scale.max_failures=0"
     )

@@ -21,9 +21,10 @@ from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
 from ftray.observe.gauges import Gauges
 from ftray.observe.plan import START_S
-from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed, same_data
+from ftray.observe.reproduce import check_before
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
+from ftray.train.journal import read_events
 from ftray.train.shards import Part
 from ftray.train.timeline import Found, list_checkpoints, read_metrics
 from tests import cluster, tiny
@@ -44,6 +45,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
+
+
+def alarms_of(run_dir: str) -> list[str]:
+    """Kinds of the alarms that a run's journal holds."""
+    return [event.what["kind"] for event in read_events(run_dir) if event.event == "alarm"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,9 @@ def test_interrupted_and_killed_runs_end_bit_identical(
     assert found.progress.finished
     assert cluster.losses(str(tmp_path / "rough/tiny")) == expected
     assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
+    (failed,) = [event for event in read_events(str(tmp_path / "rough/tiny")) if event.event == "failed"]
+    assert stopped_at < failed.what["step"] <= 24
+    assert alarms_of(str(tmp_path / "smooth/tiny")) == alarms_of(str(tmp_path / "rough/tiny")) == []
 
 
 @pytest.mark.long
@@ -211,29 +220,25 @@ def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: di
 
 @pytest.mark.long
 def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_named(
-    parts: dict[str, Path], tmp_path: Path
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = tiny.write_records(tmp_path / "data", 60)
     old = cluster.make_run(tmp_path, parts["model"], data, train__max_steps=4)
     first, _ = cluster.run_training(old)
-    shown = console.Console(cluster.Watched())
-    known = check_before(old, old.directory, False, shown)
-    run = renamed(old, None)
-    check_data(known, run, same_data(run, run.directory, shown))
-    second, _ = cluster.run_training(run)
-    assert run.directory.endswith("/tiny-again")
+    monkeypatch.setattr(session, "ray_session", lambda *_: nullcontext())
+    assert cli.main(["reproduce", old.directory]) == 0
+    told = "the same once more: rows and losses of 4 steps, and the weights of step 4, bit for bit"
+    assert told in capfd.readouterr().out
+    second = list_checkpoints(f"{old.directory}-again")[0]
     assert cluster.weights_hash(first) == cluster.weights_hash(second)
-    assert "the same once more: rows and losses of 4 steps, and the weights of step 4, bit for bit" in compare_runs(
-        old.directory, run.directory
-    )
-    assert first.meta["lineage"] == second.meta["lineage"] == known["id"], "what they came from is the same"
+    assert cluster.losses(old.directory) == cluster.losses(f"{old.directory}-again")
+    assert first.meta["lineage"] == second.meta["lineage"], "what they came from is the same"
     shard = data / "part-001.jsonl"
     shard.write_text(shard.read_text().replace("hears", "heard", 1))
-    check_before(old, old.directory, False, shown)  # reads nothing
-    third = renamed(old, "third")
-    found = same_data(third, third.directory, shown)
-    with pytest.raises(DataError, match=r"part-001\.jsonl gives other rows than it did; restore it"):
-        check_data(known, third, found)
+    check_before(old, old.directory, False, console.Console(cluster.Watched()))  # reads nothing
+    assert cli.main(["reproduce", old.directory, "--name", "third"]) == 2
+    assert "part-001.jsonl gives other rows than it did; restore it" in capfd.readouterr().err
+    assert list_checkpoints(str(tmp_path / "third")) == [], "it stopped before it trained"
 
 
 def test_a_probe_measures_steps_of_the_run_itself_and_leaves_nothing(
@@ -294,6 +299,16 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
         RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"
     ):
         cluster.run_training(run)
+    assert alarms_of(str(tmp_path / "tiny")) == ["not finite"], "once, and nothing unrelated"
+
+
+@pytest.mark.long
+def test_a_worker_that_is_held_up_is_told_and_nothing_else(parts: dict[str, Path], tmp_path: Path) -> None:
+    run = run_of(parts, tmp_path, train__max_steps=40, train__global_batch_size=16)
+    with cluster.slowed_worker() as slow:
+        _, text = cluster.run_training(run, "step 3/40", slow)
+    assert alarms_of(str(tmp_path / "tiny")) == ["straggler"]
+    assert re.search(r"warning: step \d+: worker \d takes [\d.]+ times as long as the others", text)
 
 
 @pytest.mark.long

@@ -88,6 +88,14 @@ def test_a_jump_that_comes_back_is_a_spike_and_one_that_stays_is_the_rate() -> N
     assert kinds(lines) == ["learning rate too high"]
 
 
+def test_a_loss_that_rose_by_little_or_is_far_below_its_start_is_no_matter_of_the_rate() -> None:
+    still = random.Random(7)
+    lines = [line(n, (2.0 if n < 30 else 2.1) + still.gauss(0, 1e-3)) for n in range(60)]
+    assert kinds(lines) == [], "5% more"
+    lines = [line(n, (1.0 if n > 10 else 3.0) * (1.0 if n < 40 else 1.4) + still.gauss(0, 1e-3)) for n in range(80)]
+    assert kinds(lines) == [], "40% above its best, and under half of its start"
+
+
 def test_a_loss_that_goes_nowhere_is_told_while_much_is_left() -> None:
     lines = healthy(400, 2)
     level = median(each["loss"] for each in lines[140:160])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from ftray.train.loop import _timed
 from ftray.train.loss import SummedLoss, flatten_rows
 from ftray.train.pace import Stopwatch, slowest
 from tests import tiny
@@ -28,9 +31,11 @@ def batches(number: int, seed: int) -> Iterator[Any]:
         yield flatten_rows(ids, ids, positions, np.full(4, 48, np.int32))
 
 
-def trained(rate: float, num_steps: int, few: int = 0, every: int = 0, taught: int = 0) -> list[dict[str, Any]]:
+def trained(
+    rate: float, num_steps: int, few: int = 0, every: int = 0, taught: int = 0, bad: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """Lines of a real training by AdamW with warm-up and clipping. few: so many batches, again and again. taught: steps at
-    RATE that the model learned before."""
+    RATE that the model learned before. bad: steps whose loss is no number."""
     torch.set_num_threads(1)
     loss_of = SummedLoss(tiny.make_model()).train()
     optimizer = torch.optim.AdamW(loss_of.parameters(), lr=rate, weight_decay=0.0)
@@ -42,7 +47,7 @@ def trained(rate: float, num_steps: int, few: int = 0, every: int = 0, taught: i
             group["lr"] = (RATE if n < 0 else rate) * min(1.0, ((n + taught if n < 0 else n) + 1) / 5)
         batch = before[n] if n < 0 else data[n % len(data)]
         number = float((batch.labels >= 0).sum())
-        loss = loss_of(*vars(batch).values()) / number
+        loss = loss_of(*vars(batch).values()) / number * (float("nan") if n in bad else 1.0)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), 1.0)
@@ -71,6 +76,34 @@ def test_a_real_run_with_a_hundred_times_the_rate_raises_its_alarm_alone() -> No
     assert alarm.kind == "learning rate too high"
     assert "a third of 0.2 or less" in alarm.text
     assert alarm.step < 60, "while there is something to save"
+
+
+def test_a_real_run_with_a_batch_that_is_no_number_raises_its_alarm_alone() -> None:
+    (alarm,) = alarms(trained(RATE, 60, every=20, taught=40, bad=(30, 31)))
+    assert (alarm.kind, alarm.step) == ("not finite", 30)
+
+
+def test_a_real_run_on_very_little_data_raises_its_alarm_alone() -> None:
+    lines = trained(2.5 * RATE, 200, few=1, every=10, taught=60)
+    (alarm,) = alarms(lines)
+    assert alarm.kind == "overfitting"
+    assert lines[-1]["loss"] < lines[10]["loss"], "by heart"
+
+
+def test_a_step_tells_how_long_it_waited_for_its_own_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow() -> Iterator[Any]:
+        for n in range(4):
+            clock[0] += n
+            yield n
+
+    monkeypatch.setattr("ftray.train.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = []
+    for batch, wait_s in _timed(slow()):
+        clock[0] += 10  # the step itself
+        found.append((batch, wait_s))
+    assert found == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_the_slowest_rank_is_told_by_how_much() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ftray import cli
 from ftray.console import Console
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.observe.cards import card_of
@@ -68,7 +69,8 @@ def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> 
     assert found.num_failures == 2
     assert found.cost(3.6) == pytest.approx(3.6 * (69 * 2 + 40 * 1) / 3600)
     words = [text for _, text in as_rows(found)]
-    assert "failure: worker 1 on n2 was killed (SIGKILL); training went on 20 s later" in words
+    failure = "worker 1 on n2 was killed (SIGKILL); training went on 20 s later at step 20"
+    assert f"failure after step 23: {failure}: 3 steps done again" in words
     assert "last sign of this command; it was killed" in words
     assert "nothing trained for 60 min" in words or "nothing trained for 1 h 0 min" in words
     assert "alarm at step 18: the loss jumped and came back" in words
@@ -122,6 +124,31 @@ def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
     assert kept == {"why": ["Bearer …", "… …", 'say key="x"', 3]}
 
 
+def test_no_secret_is_in_a_traceback_an_error_or_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run_dir = with_two_kills(tmp_path)
+    secrets = {"MY_TOKEN": "canary of one's own 0123", "HF_TOKEN": f"hf_{'canary' * 6}"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    text = f"at s3://ann:canary-word@b/x with {' and '.join(secrets.values())}"
+    for fault, code in ((RuntimeError(text), 1), (RunError(text), 1), (ConfigError(text), 2)):
+        monkeypatch.setattr("ftray.observe.report.report_to", lambda *_, fault=fault: raise_(fault))
+        assert cli.main(["report", str(run_dir)]) == code
+        said = "".join(capsys.readouterr())
+        assert "at s3://…@b/x with … and …" in said
+        assert "canary" not in said
+        assert ("Traceback" in said) == isinstance(fault, RuntimeError)
+    with pytest.raises(RunError), Journal(str(tmp_path / "told"), lambda: True).session(0):
+        raise RunError(text)
+    (file,) = (tmp_path / "told/events").iterdir()
+    assert "canary" not in file.read_text()
+
+
+def raise_(fault: Exception) -> None:
+    raise fault
+
+
 def test_a_run_that_has_hardly_begun_and_one_that_was_stopped_have_their_page(tmp_path: Path) -> None:
     run, run_dir = write_run(tmp_path, [line(n, 2.0, BEGAN_S + n) for n in range(3)])
     write_session(run_dir, "1", [(0, "began", {"step": 0}), (5, "ended", {"how": "interrupted", "why": "Ctrl-C"})])
@@ -166,8 +193,8 @@ def test_other_settings_than_the_runs_are_not_shown_as_its_own(tmp_path: Path) -
 
 def live_until_interrupted(journal: Journal) -> None:
     with journal.session(7):
-        journal.heard({"event": "step", "step": 7, "loss": 1.0})
         journal.heard({"event": "start", "step": 7, "num_steps": 9, "workers": 2, "device": "CPU", "x": 1})
+        journal.heard({"event": "step", "step": 7, "loss": 1.0})
         journal.group_ended(Ended(False, failure="lost"))
         journal.group_ended(Ended(False, no_room=True, failure="nothing free"))
         journal.group_ended(Ended(False, wish="there is room for 4 workers"))
@@ -184,6 +211,7 @@ def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_ove
     found = read_events(str(tmp_path))
     assert [e.event for e in found] == ["began", "start", "failed", "no room", "left", "ended"]
     assert found[1].what == {"step": 7, "num_steps": 9, "workers": 2, "device": "CPU"}
+    assert [e.what for e in found[2:4]] == [{"why": "lost", "step": 8}, {"why": "nothing free"}]
     assert found[-1].what == {"how": "interrupted", "why": "interrupted; again"}
     assert [e.unix_s for e in found] == sorted(e.unix_s for e in found)
     mine[0] = False
@@ -227,6 +255,15 @@ def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> Non
     assert all(0 <= float(x) <= 480 for x in re.findall(r' (?:x|x1|x2|cx)="([^"]*)"', text))
     assert Axis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
     assert Axis([1.0, 3.0]).place(2.0) == 0.5
+    assert "log scale" in lines([Curve("a", [(0, 1.0), (1, 1000.0)])], [(0, "0")], "x")
+    assert "log scale" not in text
+    near = [Curve(name, [(0, 9.0), (1, at)], tag=name) for name, at in (("a", 0.0), ("b", 0.1), ("c", 5.0))]
+    ends = [words for words in Page(lines(near, [], "x")).texts if words in "abc"]
+    assert ends[-2:] == ["c", "b"], "what would stand on another's tag is left out"
+    numbers = {
+        v: Axis([v, 0.0]).ticks()[v > 0][1] for v in (2.08e-6, 1.02e-4, 2e-4, 0.00102, 13_497.0, 1_234_567.0, 1e10)
+    }
+    assert list(numbers.values()) == ["2.08e-6", "1.02e-4", "2e-4", "0.00102", "13,497", "1.23e6", "1e10"]
     assert "&lt;i&gt;" in table("t", ["<i>"], [["<i>"]], best=0)
 
 

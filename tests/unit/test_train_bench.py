@@ -1,4 +1,4 @@
-"""The training benchmarks, small and on a CPU: fast paths follow the plain one, the bare loop runs."""
+"""The training benchmarks, small and on a CPU: fast paths follow the plain one, the bare loop and the trial of fits run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import loss_follows, plain_loop
+from bench import fit_trial, loss_follows, plain_loop
 from bench.train_throughput import flops_per_token
 from ftray.data.packing import pack_examples
 from tests import tiny
@@ -49,6 +49,56 @@ def test_the_bare_loop_tells_its_speed_and_what_it_chose(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["rows"], told["accumulate"], told["recomputed"]) == (1, 2, "2/2")
     assert told["tokens_per_s"] > 0
+
+
+def test_a_trial_of_fits_measures_the_choice_all_rows_by_hand_and_recomputing(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", base, "--seq", "64", "--document", "16", "--batch", "4", "--steps", "1", "--warmup", "1"]
+    monkeypatch.setattr("sys.argv", ["fit_trial", *arguments])
+    fit_trial.main()
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    chosen, *by_hand, recomputed, best = told
+    assert [(each["by_hand"]["rows"], each["by_hand"]["recomputed"]) for each in by_hand] == [
+        (1, "0/2"),
+        (2, "0/2"),
+        (4, "0/2"),
+    ]
+    assert recomputed["recomputed"]["recomputed"] == "2/2"
+    assert recomputed["recomputed"]["rows"] == chosen["chosen"]["rows"]
+    speeds = {"chosen": chosen["chosen"]["tokens_per_s"]}
+    speeds |= {f"{each['by_hand']['rows']} rows, none": each["by_hand"]["tokens_per_s"] for each in by_hand}
+    assert best["best"] == max(speeds, key=speeds.__getitem__)
+    assert best["chosen_over_best"] == pytest.approx(speeds["chosen"] / max(speeds.values()), abs=1e-4)
+
+
+def test_the_step_that_benchmarks_time_is_the_mean_loss_of_all_micro_batches(base: str) -> None:
+    """Two micro-batches of a row give the gradients of one; after the step none is left."""
+    from argparse import Namespace
+
+    from ftray.model.lora import build_model, trainable
+    from ftray.train.loss import SummedLoss
+
+    given = Namespace(model=base, seq=64, document=16)
+    steps = []
+
+    class Spy:
+        def step(self) -> None:
+            steps.append([weight.grad.clone() for weight in weights])
+
+        def zero_grad(self) -> None:
+            for weight in weights:
+                weight.grad = None
+
+    run = fit_trial.run_of(Namespace(**vars(given), batch=2, method="full", optimizer="adamw"), 1, "none")
+    built = build_model(run.model, run.method, "fp32", 0)
+    weights, model = list(trainable(built).values()), SummedLoss(built).train()
+    batch = plain_loop.batch_of(given, 1, built.config.vocab_size, torch.device("cpu"))
+    for accumulate in (1, 2):
+        plain_loop.take_step(model, Spy(), batch, accumulate)  # type: ignore[arg-type]
+    for one, two in zip(*steps, strict=True):
+        torch.testing.assert_close(one, two)
+    assert all(weight.grad is None for weight in weights)
 
 
 def test_flops_count_four_for_a_frozen_weight_six_for_a_trained_one_and_none_for_looking_up() -> None:

@@ -482,6 +482,12 @@ def test_the_page_shows_every_trial_without_a_script_or_a_request() -> None:
     assert len(paths) == 6, "a line in each plot for each trial with a loss"
     assert sum(p.get("class") == "best" for p in paths) == 2
     assert "out of &lt;memory&gt;" in text
+    texts = [attributes for tag, attributes in page.tags if tag == "text"]
+    assert sum(at.get("x") == "55.0" and at.get("text-anchor") == "end" for at in texts) >= 2, "clear of the lines"
+    curves = text.split("Held-out losses of")[1]
+    assert sorted(re.findall(r'<text x="[0-9.]+" y="[0-9.]+">(\d+)</text>', curves)) == [*"012"], (
+        "told apart without colour"
+    )
     for coordinate in re.findall(r' (?:x|y|x1|y1|cx|cy|width)="([^"]*)"', text):
         assert -1 <= float(coordinate) <= 721
 
