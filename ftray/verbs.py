@@ -190,7 +190,7 @@ def _launch(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Fo
     from ftray.observe.gauges import Gauges
     from ftray.train.launch import train as launch
 
-    return launch(run, run_dir, console, lease, tell=Gauges(run).heard)
+    return launch(run, run_dir, console, lease, tell=Gauges(run, warn=console.warn).heard)
 
 
 @contextmanager

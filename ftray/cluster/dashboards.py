@@ -37,7 +37,7 @@ TRAINING: list[Panel] = [
     (
         "Tokens a second",
         "short",
-        "Of all workers; with padding as computed, without as learned from.",
+        "Of all workers; with padding as if rows were full.",
         [
             (f"ray_ftray_tokens_per_second{_RUN}", "{{run}}"),
             (f"ray_ftray_padded_tokens_per_second{_RUN}", "{{run}} with padding"),

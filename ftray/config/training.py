@@ -45,7 +45,7 @@ class Method(Section):
     """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
     `*` standing for any text in one part (`layers.*.mlp`)."""
     base_precision: Literal["fp8"] | None = None
-    """`fp8`: the feed-forward layers of LoRA's frozen base, but the last block's, in 8-bit floats, for speed; GPUs from H100
+    """`fp8`: the feed-forward layers under LoRA's adapters, but the last block's, in 8-bit floats, for speed; GPUs from H100
     on. Left out: `train.precision`."""
 
 

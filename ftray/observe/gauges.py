@@ -39,9 +39,12 @@ GAUGES = {
 
 
 class Gauges:
-    """Of one run. now: seconds since 1970, for tests."""
+    """Of one run. warn: told once that something can't be told. now: seconds since 1970, for tests."""
 
-    def __init__(self, run: config.Run, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, run: config.Run, now: Callable[[], float] = time.time, warn: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._warn, self._has_failed = warn, False
         self._run, self._now, self._began_s = run, now, now()
         self._gauges: dict[str, Any] = {}
         self._groups, self._productive_s, self._furthest = 0, 0.0, -1
@@ -49,7 +52,15 @@ class Gauges:
         self._alarms: dict[str, int] = {}
 
     def heard(self, event: dict[str, Any]) -> None:
-        """One event of rank 0, or of the driver: start, joined, step, heldout, checkpoint, alarm."""
+        """One event of rank 0, or of the driver: start, joined, step, heldout, checkpoint, alarm. Raises nothing."""
+        try:
+            self._heard(event)
+        except Exception as err:  # noqa: BLE001 - whatever it is, the run goes on
+            if not self._has_failed:
+                self._has_failed = True
+                self._warn(f"figures of this run can't be told to Ray's metrics ({type(err).__name__}: {err})")
+
+    def _heard(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "start":
             self._groups += 1

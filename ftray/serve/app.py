@@ -100,7 +100,6 @@ class ModelReplica:
     async def check_health(self) -> None:
         """Asked by Serve every few seconds: a replica whose engine died is replaced."""
         self._engine.health()
-        self._meters.refresh()
         await asyncio.to_thread(self._mirror.copy)  # thousands of series take longer than a token may
 
 

@@ -50,15 +50,17 @@ class Drift:
 
     def models(self) -> list[str]:
         """Those that have answered often enough."""
-        return [model for model, seen in self._seen.items() if len(seen) >= LEAST]
+        return [model for model, seen in list(self._seen.items()) if len(seen) >= LEAST]
 
     def figures(self, model: str, reference: Mapping[str, Any] | None) -> Figures:
         """Of the last requests of one of `models`, against its training data where that is known."""
-        seen = self._seen[model]
+        seen = list(self._seen[model])  # at once: others may be added from another thread
         empty = sum(one.is_empty for one in seen) / len(seen)
         if not reference:
             return Figures(None, None, empty)
-        letters = sum((Counter(one.scripts) for one in seen), Counter[str]())
+        letters = Counter[str]()
+        for one in seen:
+            letters.update(one.scripts)
         deciles = reference.get("prompt_tokens") or []
         return Figures(
             _stability([one.num_prompt_tokens for one in seen], deciles) if len(deciles) == 9 else None,

@@ -65,5 +65,5 @@ class Meters:
         return bytes(generate_latest(self._registry))
 
     def collect(self) -> Iterable[Metric]:
-        """The same as objects, as of the last refresh; in any thread."""
+        """The same as objects, as of the last refresh."""
         return self._registry.collect()

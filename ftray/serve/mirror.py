@@ -40,6 +40,7 @@ class Mirror:
             _log.exception("the replica's figures could not be told to Ray's metrics")
 
     def _copy(self) -> None:
+        self._meters.refresh()
         for family in self._meters.collect():
             for sample in family.samples:
                 if sample.name.endswith(SKIPPED):

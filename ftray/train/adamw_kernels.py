@@ -53,7 +53,7 @@ def update_many(
 ) -> None:
     """Updates of (parameter, gradient, state) in place, moments in fp32: a launch for all that are of one dtype."""
     for dtype in (torch.bfloat16, torch.float32):
-        chosen = [(p, g.contiguous(), s) for p, g, s in given if p.dtype == dtype]
+        chosen = [(p, g.to(dtype).contiguous(), s) for p, g, s in given if p.dtype == dtype]
         if not chosen:
             continue
         device, blocks = chosen[0][0].device, [triton.cdiv(p.numel(), BLOCK) for p, _, _ in chosen]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ftray import config
 from ftray.errors import ConfigError
 from ftray.train.loss import MicroBatch, SummedLoss
-from ftray.train.memory import Fit, Memory, best_fit, gathered_bytes, head_bytes, state_bytes
+from ftray.train.memory import Fit, Memory, best_fit, gathered_bytes, head_of, state_bytes
 from ftray.train.partition import gathered_in_use
 
 PROBE_TOKENS = (1024, 2048)
@@ -86,7 +86,7 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     capacity, static, kept, recomputed = (float(v) for v in worst)
     hidden = width * (4 if run.train.precision == "fp32" else 2)
-    at_head = head_bytes(vocabulary, width, head.requires_grad)
+    at_head = head_of(run, vocabulary, width, head.requires_grad, loss.in_pieces and not is_cut)
     return Memory(-capacity, static, kept, recomputed, len(layers), hidden, at_head)
 
 

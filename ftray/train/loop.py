@@ -26,7 +26,7 @@ from ftray import config
 from ftray.compat import deepspeed_without_compiler
 from ftray.data.packing import IGNORE_INDEX
 from ftray.data.pipeline import Batch, FeedShard, to_batch
-from ftray.errors import RunError
+from ftray.errors import ConfigError, RunError
 from ftray.model.fp8 import check_fp8, quantize_base
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import AdamW
@@ -133,7 +133,11 @@ class Trainer:
         tuned = build_model(run.model, run.method, train.precision, train.seed, outline)
         if run.method.base_precision == "fp8":
             check_fp8(self._device)
-            quantize_base(tuned, self._device)
+            if not quantize_base(tuned, self._device):
+                raise ConfigError(
+                    "method.base_precision fp8: none of the layers with adapters is a feed-forward layer that 8-bit floats "
+                    "take; add them to method.target_modules, or leave base_precision out"
+                )
         model = SummedLoss(tuned, train.label_smoothing).train()
         if not is_cut:
             return model.to(self._device)

@@ -74,6 +74,11 @@ class SummedLoss(torch.nn.Module):
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._fused = _head_is_plain(self._causal)
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a GPU computes logits a piece of the tokens at a time; under ZeRO-3 it never does."""
+        return self._fused
+
     def forward(
         self,
         input_ids: torch.Tensor,

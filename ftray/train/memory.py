@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ftray import config
@@ -23,11 +24,24 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Head:
+    """Bytes at the output head. fixed: whatever the tokens; token: of a token's logits; at_once: tokens that have theirs."""
+
+    fixed: float
+    token: float
+    at_once: float
+
+    def bytes(self, tokens: int) -> float:
+        """Of a micro-batch of so many tokens."""
+        return self.fixed + self.token * min(tokens, self.at_once)
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states.
 
     kept, recomputed: a token's activations when all layers keep theirs, and when none does; hidden: a token's hidden
-    state; head: `head_bytes`.
+    state; head: what logits take.
     """
 
     capacity: float
@@ -35,8 +49,8 @@ class Memory:
     kept: float
     recomputed: float
     num_layers: int
-    hidden: float = 0.0
-    head: float = 0.0
+    hidden: float
+    head: Head
 
     def activations(self, tokens: int, layers: int) -> float:
         """Bytes that are kept for backward with `layers` of the layers recomputed."""
@@ -47,7 +61,7 @@ class Memory:
         """Bytes besides at the peak, which is at the head or in the last layer's backward: nothing is freed by then."""
         layer = (self.kept - self.recomputed) / max(1, self.num_layers)
         under_way = tokens * layer * (LAYER_AT_WORK if layers else LAYER_IN_BACKWARD)
-        return max(self.head + tokens * self.hidden * HIDDEN_AT_HEAD, under_way)
+        return max(self.head.bytes(tokens) + tokens * self.hidden * HIDDEN_AT_HEAD, under_way)
 
     def peak(self, tokens: int, layers: int) -> float:
         """Bytes of a step with `layers` of the layers recomputed."""
@@ -119,9 +133,18 @@ def gathered_bytes(run: config.Run, number: int) -> float:
     return min(number, most) * (4 if run.train.precision == "fp32" else 2)
 
 
-def head_bytes(vocabulary: int, width: int, is_trained: bool) -> float:
-    """Logits of a piece of the tokens and their gradient; of a head that is trained also its gradient's sum in fp32."""
-    return 4 * vocabulary * piece_tokens(vocabulary) + (4 * vocabulary * width if is_trained else 0)
+def head_of(run: config.Run, vocabulary: int, width: int, is_trained: bool, in_pieces: bool = True) -> Head:
+    """What logits of the vocabulary take.
+
+    Logits of a piece of the tokens and their gradient, with label smoothing or in fp32 their float32 forms besides; of a
+    head that is trained also its gradient's sum in fp32. Not in pieces (ZeRO-3, heads that aren't plain): those of all.
+    """
+    in_fp32 = run.train.precision == "fp32"
+    if not in_pieces:
+        return Head(0.0, 12.0 * vocabulary, math.inf)
+    each = 12 if run.train.label_smoothing else 8 if in_fp32 else 4
+    fixed = (8 if in_fp32 else 4) * vocabulary * width if is_trained else 0
+    return Head(fixed, each * vocabulary, piece_tokens(vocabulary))
 
 
 def piece_tokens(vocabulary: int) -> int:

@@ -10,10 +10,11 @@ from ftray import config
 from ftray.errors import ConfigError
 from ftray.train.fit import fit_memory
 from ftray.train.loss import SummedLoss, flatten_rows
-from ftray.train.memory import GIB, Memory, best_fit, state_bytes
+from ftray.train.memory import GIB, Head, Memory, best_fit, head_of, state_bytes
 from tests import tiny
 
-LARGE = Memory(capacity=139 * GIB, static=40 * GIB, kept=4.0e6, recomputed=0.3e6, num_layers=32)
+NO_HEAD = Head(0, 0, 0)
+LARGE = Memory(139 * GIB, 40 * GIB, 4.0e6, 0.3e6, 32, 0, NO_HEAD)
 
 
 def _run(zero_stage: int = 2, **train: object) -> config.Run:
@@ -37,7 +38,7 @@ def test_a_row_too_long_to_be_kept_recomputes_as_few_layers_as_it_must() -> None
 
 
 def test_where_nothing_fits_the_smallest_is_tried() -> None:
-    fit = best_fit(Memory(GIB, 2 * GIB, 4e6, 3e5, 32), [1, 2], [0, 16, 32], 4096)
+    fit = best_fit(Memory(GIB, 2 * GIB, 4e6, 3e5, 32, 0, NO_HEAD), [1, 2], [0, 16, 32], 4096)
     assert (fit.micro_batch_size, fit.layers) == (1, 32)
 
 
@@ -45,7 +46,7 @@ def test_the_rows_that_a_run_was_begun_with_are_kept_where_they_fit_though_other
     rows, layers = [1, 2, 4, 8, 16], list(range(33))
     assert [best_fit(LARGE, rows, layers, 4096, before).micro_batch_size for before in (None, 1, 2, 8)] == [4, 1, 2, 8]
     assert best_fit(LARGE, rows, layers, 4096, 8).layers > 0, "room is made for them"
-    smaller = Memory(80 * GIB, 70 * GIB, 4e6, 1e6, 32)
+    smaller = Memory(80 * GIB, 70 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
     assert best_fit(smaller, rows, layers, 4096, 16) == best_fit(smaller, rows, layers, 4096)
     assert best_fit(LARGE, [1, 3], layers, 4096, 2) == best_fit(LARGE, [1, 3], layers, 4096), (
         "another number of workers"
@@ -100,3 +101,18 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     eight = state_bytes(_run(0, optimizer="adamw-8bit-paged"), 10 * number, 2, number)
     assert eight.total == pytest.approx(40e6 + 2.2e6)
     assert state_bytes(_run(2), number, 2, number).total < state_bytes(_run(2), number, 1, number).total
+
+
+def test_logits_take_more_in_fp32_with_smoothing_and_where_they_do_not_come_in_pieces() -> None:
+    tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
+    plain = config.parse_run(tree, "test")
+    vocabulary, width = 128_256, 4096
+    piece = 4096  # tokens: 2^29 logits
+    assert head_of(plain, vocabulary, width, False).bytes(100 * piece) == 4 * vocabulary * piece
+    assert head_of(plain, vocabulary, width, False).bytes(100) == 4 * vocabulary * 100
+    assert head_of(plain, vocabulary, width, True).bytes(0) == 4 * vocabulary * width
+    whole = config.parse_run({**tree, "train": {"precision": "fp32"}}, "test")
+    assert head_of(whole, vocabulary, width, False).bytes(100 * piece) == 8 * vocabulary * piece
+    smooth = config.parse_run({**tree, "train": {"label_smoothing": 0.1}}, "test")
+    assert head_of(smooth, vocabulary, width, False).bytes(100 * piece) == 12 * vocabulary * piece
+    assert head_of(plain, vocabulary, width, True, in_pieces=False).bytes(100 * piece) == 12 * vocabulary * 100 * piece

@@ -93,3 +93,16 @@ def test_alarms_are_counted_by_kind(told: dict[tuple[str, ...], float]) -> None:
         found.heard({"event": "alarm", "kind": kind})
     assert told["ftray_alarms", "g", "spike"] == 2
     assert told["ftray_alarms", "g", "plateau"] == 1
+
+
+def test_a_figure_that_can_not_be_told_ends_nothing_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Recorded):
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            raise ValueError(f"{value} is none of {tags}")
+
+    monkeypatch.setattr(gauges, "Gauge", Broken)
+    said: list[str] = []
+    found = Gauges(run_of(), warn=said.append)
+    found.heard(step(0))
+    found.heard(step(1))
+    assert said == ["figures of this run can't be told to Ray's metrics (ValueError: 1.0 is none of {'run': 'g'})"]
