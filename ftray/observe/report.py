@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import yaml
@@ -118,7 +118,7 @@ def _summary(known: Known) -> list[tuple[str, str]]:
     losses = [line["loss"] for line in known.metrics if line.get("loss") is not None]
     if losses:
         tokens = sum(line["num_tokens"] for line in known.metrics)
-        told.append(("training loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
+        told.append(("training loss", _first_to_last(losses)))
         told.append(("trained on", f"{tokens:,} tokens in {len(known.metrics):,} steps"))
     if found is not None and found.progress.best:
         best = found.progress.best
@@ -155,6 +155,14 @@ def _mfu(known: Known) -> str:
     share, speed = mfu(shape, method, card, num_gpus, median(speeds)), median(speeds)
     sum_of = f"{speed:,.0f} tokens/s × {flops_a_token(shape, method) / 1e9:,.2f} GFLOP"
     return f"{share:.1%}: {sum_of} over {num_gpus:g} × {card.tflops:g} TFLOP/s ({card.name}, 16 bits, dense)"
+
+
+def _first_to_last(losses: list[float]) -> str:
+    """Where the loss began and ended: means of up to ten steps, since one step's batch says little."""
+    count = min(10, len(losses) // 2)
+    if count < 2:
+        return f"{losses[0]:.4f} → {losses[-1]:.4f}"
+    return f"{fmean(losses[:count]):.4f} → {fmean(losses[-count:]):.4f} (means of the first and last {count} steps)"
 
 
 def _state(known: Known) -> str:

@@ -87,7 +87,7 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|url\(|@import|\bnan\b", text)
     for words in (
         "trained to the end, 40 steps",
-        "3.0000 → 0.4058",
+        "2.4076 → 0.5168 (means",
         "40,000 tokens in 40 steps",
         "best 0.4194, at step 40",
         "the tuned model is better",
@@ -107,6 +107,19 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
     assert sum(tag == "svg" for tag, _ in page.tags) == 5, "loss, rate, norm, throughput, waiting; no GPU's memory"
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
     assert text.count("<circle") == 4, "a mark for each held-out loss"
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([4.0, 2.0], "4.0000 → 2.0000"),
+        ([4.0, 3.0, 9.0, 2.0, 1.0], "3.5000 → 1.5000 (means of the first and last 2 steps)"),
+        ([5.0, 3.0] * 10 + [2.0, 1.0] * 5, "4.0000 → 1.5000 (means of the first and last 10 steps)"),
+    ],
+)
+def test_the_loss_of_one_step_is_not_the_headline(tmp_path: Path, losses: list[float], told: str) -> None:
+    run, run_dir = write_run(tmp_path, [line(n, loss, BEGAN_S + n) for n, loss in enumerate(losses)])
+    assert told in render_report(read_known(run, str(run_dir)))
 
 
 def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
