@@ -52,7 +52,7 @@ class ModelReplica:
 
         self._settings, served, cfg = settings, settings.served, settings.serve_cfg
         self._first_times, self._meters = FirstTimes(), Meters()
-        self._mirror = Mirror(self._meters, serve.get_replica_context().replica_id.unique_id)
+        self._mirror: Mirror | None = None
         options: dict[str, Any] = {
             "name": served.model_id,
             "dtype": settings.dtype,
@@ -100,6 +100,8 @@ class ModelReplica:
     async def check_health(self) -> None:
         """Asked by Serve every few seconds: a replica whose engine died is replaced."""
         self._engine.health()
+        if self._mirror is None:
+            self._mirror = Mirror(self._meters, serve.get_replica_context().replica_id.unique_id)
         await asyncio.to_thread(self._mirror.copy)  # thousands of series take longer than a token may
 
 

@@ -1,9 +1,11 @@
 """A real endpoint on Ray Serve under the official client: answers, refusals, clients that leave, drain on SIGTERM."""
 
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -183,14 +185,16 @@ def test_beyond_its_queue_the_endpoint_answers_503_at_once(client: openai.OpenAI
     assert all(told for _, told in outcomes)
 
 
-def test_each_replicas_figures_are_among_rays_metrics(client: openai.OpenAI) -> None:
-    def answers() -> float:
-        return ray_metric("ray_ftray_answers_total", "model=tiny", "status=200") or 0
-
-    wait_for(lambda: answers() > 0, "a replica's figures")
-    before = answers()
+def test_each_replicas_figures_are_among_rays_metrics(endpoint: Endpoint, client: openai.OpenAI) -> None:
     client.completions.create(model="tiny", prompt="x", max_tokens=3)
-    wait_for(lambda: answers() == before + 1, "one more answer")
+    asked = urllib.request.Request(
+        endpoint.url.removesuffix("/v1") + "/metrics", headers={"Authorization": "Bearer key two"}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        text = answer.read().decode()
+    (own,) = re.findall(r'^ftray_answers_total{model="tiny",status="200"} (.*)$', text, re.MULTILINE)
+    told = ("ray_ftray_answers_total", "model=tiny", "status=200")
+    wait_for(lambda: ray_metric(*told) == float(own) > 0, "the replica's own figures")
     series = next(labels for labels in ray_metrics() if labels[0] == "ray_ftray_first_token_seconds_bucket")
     assert any(label.startswith("replica=") and len(label) > len("replica=") for label in series)
     assert any(label.startswith("le=") for label in series)
