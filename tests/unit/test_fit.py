@@ -115,4 +115,4 @@ def test_logits_take_more_in_fp32_with_smoothing_and_where_they_do_not_come_in_p
     assert head_of(whole, vocabulary, width, False).bytes(100 * piece) == 8 * vocabulary * piece
     smooth = config.parse_run({**tree, "train": {"label_smoothing": 0.1}}, "test")
     assert head_of(smooth, vocabulary, width, False).bytes(100 * piece) == 12 * vocabulary * piece
-    assert head_of(plain, vocabulary, width, True, in_pieces=False).bytes(100 * piece) == 12 * vocabulary * 100 * piece
+    assert head_of(plain, vocabulary, width, True, in_pieces=False).bytes(100 * piece) == 8 * vocabulary * 100 * piece
