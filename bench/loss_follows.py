@@ -31,8 +31,10 @@ SEQ, ROWS, RATES = 1024, 4, {"lora": 5e-4, "full": 3e-5}
 PATHS = {  # name: (method, base, optimizer)
     "lora bf16": ("lora", None, "adamw"),
     "lora fp8": ("lora", "fp8", "adamw"),
+    "lora int8": ("lora", "int8", "adamw"),
     "qlora nf4": ("qlora", None, "adamw"),
     "full bf16": ("full", None, "adamw"),
+    "full fp8": ("full", "fp8", "adamw"),
     "full adamw-8bit": ("full", None, "adamw-8bit"),
 }
 Arrays = dict[str, Any]
@@ -147,13 +149,14 @@ def reference(base: str, method: str, rows: Arrays, steps: int, device: torch.de
 
 def fast(base: str, path: str, rows: Arrays, steps: int, device: torch.device) -> tuple[list[float], float]:
     """One of PATHS, as a run at stage 0 computes it."""
-    from ftray.model.fp8 import quantize_base
+    from ftray.model.eight_bit import use_eight_bits
     from ftray.model.lora import build_model, trainable
 
     method, precision, optimizer_name = PATHS[path]
-    built = build_model(config.Model(base=base), config.Method(type=method), "bf16", 0)
-    if precision == "fp8":
-        quantize_base(built, device)
+    settings = config.Method.model_validate({"type": method, "base_precision": precision})
+    built = build_model(config.Model(base=base), settings, "bf16", 0)
+    if precision is not None:
+        use_eight_bits(built, settings, device)
     seed_adapters(built)
     loss = SummedLoss(built).train().to(device)
     rate = RATES["full" if method == "full" else "lora"]

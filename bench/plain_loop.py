@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ftray import config
-from ftray.model.fp8 import quantize_base
+from ftray.model.eight_bit import use_eight_bits
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import FULL, AdamW
 from ftray.train.fit import fit_memory
@@ -34,7 +34,7 @@ def run_of(given: Any) -> config.Run:
     train = {"global_batch_size": given.batch or given.accumulate * int(rows), "micro_batch_size": rows}
     train |= {"optimizer": given.optimizer, "recompute": given.recompute, "learning_rate": 1e-4}
     tree = {"name": "plain", "model": {"base": given.model}, "train": train, "deepspeed": {"zero_stage": 0}}
-    method = {"type": given.method} | ({"base_precision": "fp8"} if given.fp8 else {})
+    method = {"type": given.method} | ({"base_precision": given.base_precision} if given.base_precision else {})
     return config.parse_run(
         {**tree, "method": method, "data": {"max_seq_len": given.seq, "train": [{"path": "-"}]}}, "bench"
     )
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    parser.add_argument("--fp8", action="store_true", help="the frozen base in 8-bit floats")
+    parser.add_argument("--base-precision", choices=("fp8", "int8"), help="products in 8 bits")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--document", type=int, default=512)
@@ -84,8 +84,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     built = build_model(run.model, run.method, "bf16", 0)
-    if given.fp8:
-        quantize_base(built, device)
+    if given.base_precision:
+        use_eight_bits(built, run.method, device)
     model = SummedLoss(built.to(device)).train()
     fit = fit_memory(run, model, device, 1)
     rows = fit.micro_batch_size
@@ -107,7 +107,12 @@ def main() -> None:
         "seq": given.seq,
         "optimizer": given.optimizer,
     }
-    told |= {"fp8": given.fp8, "rows": rows, "accumulate": accumulate, "recomputed": f"{fit.layers}/{fit.num_layers}"}
+    told |= {
+        "base_precision": given.base_precision,
+        "rows": rows,
+        "accumulate": accumulate,
+        "recomputed": f"{fit.layers}/{fit.num_layers}",
+    }
     if fit.peak is not None:
         told["expected_gib"] = round(fit.peak / 2**30, 1)
     if device.type == "cuda":

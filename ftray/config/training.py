@@ -44,9 +44,10 @@ class Method(Section):
     freeze: list[Annotated[str, Field(min_length=1)]] = Field([])
     """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
     `*` standing for any text in one part (`layers.*.mlp`)."""
-    base_precision: Literal["fp8"] | None = None
-    """`fp8`: the feed-forward layers under LoRA's adapters, but the last block's, in 8-bit floats, for speed; GPUs from H100
-    on. Left out: `train.precision`."""
+    base_precision: Literal["fp8", "int8"] | None = None
+    """The feed-forward layers' products, but the last block's, in 8 bits, for speed. `fp8` (GPUs from H100 on): of LoRA's
+    frozen base, or with `full` of weights that stay in bf16; `int8` (from A100 on): of LoRA's frozen base. Left out:
+    `train.precision`."""
 
 
 class Train(Section):

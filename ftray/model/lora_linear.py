@@ -1,7 +1,7 @@
 """LoRA layers whose base and adapter are one step of autograd: fewer passes over memory than PEFT's four operations.
 
 PEFT's own layers otherwise: same parameters, same names, same files. Used on GPUs, where adapters cost by the bytes
-they move; dropout, several adapters and merged weights take PEFT's path. The frozen base is bf16, 4 bits or fp8.
+they move; dropout, several adapters and merged weights take PEFT's path. The frozen base is bf16, 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import Linear
 
-from ftray.model.fp8 import Fp8Linear
+from ftray.model.eight_bit import FrozenLinear
 
 
 class Frozen(Protocol):
@@ -109,7 +109,7 @@ def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
 
 
 def _frozen(base: Any) -> Frozen:
-    if isinstance(base, Fp8Linear):
+    if isinstance(base, FrozenLinear):
         return base
     return FourBit(base) if hasattr(base.weight, "quant_state") else Dense(base)
 

@@ -18,7 +18,7 @@ from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError, StorageError
 from ftray.observe.cards import ALIASES, CARDS, MEASURED, Card, tokens_per_s
 from ftray.observe.shape import Shape, shape_of
-from ftray.train.memory import GIB, KEPT_LOGIT, RESERVE, Fit, Memory, best_fit, head_of, state_bytes
+from ftray.train.memory import GIB, RESERVE, Fit, Memory, best_fit, head_of, state_bytes
 
 BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
 SMALL = 0.8e9  # weights; smaller models were not measured
@@ -191,10 +191,8 @@ def memory_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Mem
     capacity = card.gib * GIB * run.scale.gpus_per_worker
     kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
     hidden = shape.hidden * (4 if precision == "fp32" else 2)
-    is_trained, is_cut = run.method.type == "full", run.deepspeed.zero_stage == 3
-    head = head_of(run, shape.vocabulary, shape.hidden, is_trained, not is_cut)
-    logits = KEPT_LOGIT * shape.vocabulary if is_cut else 0
-    return Memory(capacity, static.total, kept + logits, recomputed + logits, shape.num_layers, hidden, head)
+    head = head_of(run, shape.vocabulary, shape.hidden, run.method.type == "full")
+    return Memory(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head)
 
 
 def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:

@@ -86,7 +86,7 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     capacity, static, kept, recomputed = (float(v) for v in worst)
     hidden = width * (4 if run.train.precision == "fp32" else 2)
-    at_head = head_of(run, vocabulary, width, head.requires_grad, loss.in_pieces and not is_cut)
+    at_head = head_of(run, vocabulary, width, head.requires_grad, loss.in_pieces)
     return Memory(-capacity, static, kept, recomputed, len(layers), hidden, at_head)
 
 

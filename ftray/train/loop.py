@@ -27,7 +27,7 @@ from ftray.compat import deepspeed_without_compiler
 from ftray.data.packing import IGNORE_INDEX
 from ftray.data.pipeline import Batch, FeedShard, to_batch
 from ftray.errors import ConfigError, RunError
-from ftray.model.fp8 import check_fp8, quantize_base
+from ftray.model.eight_bit import FORMATS, check_device, use_eight_bits
 from ftray.model.lora import build_model, trainable
 from ftray.train.adamw import AdamW
 from ftray.train.checkpoint import CheckpointWriter
@@ -131,12 +131,12 @@ class Trainer:
         is_cut = run.deepspeed.zero_stage == 3
         outline = is_cut and dist.get_rank() > 0
         tuned = build_model(run.model, run.method, train.precision, train.seed, outline)
-        if run.method.base_precision == "fp8":
-            check_fp8(self._device)
-            if not quantize_base(tuned, self._device):
+        if run.method.base_precision is not None:
+            check_device(FORMATS[run.method.base_precision], self._device)
+            if not use_eight_bits(tuned, run.method, self._device):
                 raise ConfigError(
-                    "method.base_precision fp8: none of the layers with adapters is a feed-forward layer that 8-bit floats "
-                    "take; add them to method.target_modules, or leave base_precision out"
+                    f"method.base_precision {run.method.base_precision}: none of the trained or adapted layers is a "
+                    "feed-forward layer that 8 bits take; add them to method.target_modules, or leave base_precision out"
                 )
         model = SummedLoss(tuned, train.label_smoothing).train()
         if not is_cut:

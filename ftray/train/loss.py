@@ -60,9 +60,10 @@ def flatten_rows(
 class SummedLoss(torch.nn.Module):
     """A causal language model whose forward is the summed cross-entropy of a MicroBatch, float32 scalar.
 
-    Logits are computed for supervised positions only, in float32. Attention stays inside each document: by cu_seqlens
-    on a GPU; elsewhere, with no mask and no cache, transformers builds a block-diagonal causal mask from positions that
-    restart (`tests/unit` holds it to that). A prompt-tuned model sees its virtual tokens in front of every document.
+    Logits are computed for supervised positions only, a piece at a time where the head is plain (`in_pieces`). Attention
+    stays inside each document: by cu_seqlens on a GPU; elsewhere, with no mask and no cache, transformers builds a
+    block-diagonal causal mask from positions that restart (`tests/unit` holds it to that). A prompt-tuned model sees its
+    virtual tokens in front of every document.
 
     label_smoothing: share of the target's weight that is spread over the vocabulary, in training mode only.
     """
@@ -72,12 +73,12 @@ class SummedLoss(torch.nn.Module):
         self.model, self._label_smoothing = model, label_smoothing
         self._is_prompt_tuned = hasattr(model, "prompt_encoder")
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._fused = _head_is_plain(self._causal)
+        self.head = Head(self._causal.get_output_embeddings()) if _head_is_plain(self._causal) else None
 
     @property
     def in_pieces(self) -> bool:
-        """Whether a GPU computes logits a piece of the tokens at a time; under ZeRO-3 it never does."""
-        return self._fused
+        """Whether logits are computed a piece of the tokens at a time."""
+        return self.head is not None
 
     def forward(
         self,
@@ -90,9 +91,8 @@ class SummedLoss(torch.nn.Module):
         """The fields of a MicroBatch."""
         inputs, supervised, targets = self._inputs(input_ids, labels, position_ids, cu_seqlens, max_length)
         smoothing = self._label_smoothing if self.training else 0.0
-        head = self._causal.get_output_embeddings().weight
-        if input_ids.is_cuda and self._fused and not hasattr(head, "ds_id"):
-            loss: torch.Tensor = LinearCrossEntropy.apply(self._hidden(inputs, supervised), head, targets, smoothing)
+        if self.head is not None:
+            loss: torch.Tensor = self.head(self._hidden(inputs, supervised), targets, smoothing)
             return loss
         logits = self._logits(inputs, supervised)
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
@@ -104,10 +104,10 @@ class SummedLoss(torch.nn.Module):
         Their sum is what `forward` gives, without label smoothing.
         """
         inputs, supervised, targets = self._inputs(*vars(batch).values())
-        head = self._causal.get_output_embeddings().weight
-        if batch.input_ids.is_cuda and self._fused:
-            size = piece_tokens(len(head))
-            pieces = (piece @ head.T for piece in self._hidden(inputs, supervised).split(size))
+        if self.head is not None:
+            weight = self.head.weight
+            size = piece_tokens(len(weight))
+            pieces = (piece @ weight.T for piece in self._hidden(inputs, supervised).split(size))
         else:
             size = max(1, len(targets))
             pieces = (logits for logits in [self._logits(inputs, supervised)])
@@ -150,10 +150,32 @@ class SummedLoss(torch.nn.Module):
 
 
 def _head_is_plain(causal: Any) -> bool:
-    """Whether logits are just hidden states times the output embedding: no soft cap, scale or bias."""
+    """Whether logits are just hidden states times the output embedding: no soft cap, scale, bias or adapter."""
     head = causal.get_output_embeddings()
     settings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    return head.bias is None and not any(getattr(causal.config, s, None) for s in settings)
+    plain = type(head) is torch.nn.Linear and head.bias is None
+    return plain and not any(getattr(causal.config, s, None) for s in settings)
+
+
+class Head(torch.nn.Module):
+    """The output head and its loss as one module with the head's own weight, so that ZeRO-3 gathers this for it."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """Summed cross-entropy, scalar float32, of hidden [tokens, width] against targets [tokens]."""
+        loss: torch.Tensor
+        if torch.is_grad_enabled():
+            loss = LinearCrossEntropy.apply(hidden, self.weight, targets, smoothing)
+            return loss
+        size = piece_tokens(len(self.weight))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for piece, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = (piece @ self.weight.T).float()
+            loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing)
+        return loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):

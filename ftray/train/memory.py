@@ -17,7 +17,6 @@ PIECE_LOGITS = 2**29  # logits in memory at once
 HIDDEN_AT_HEAD = 2.6  # hidden states under way while the head is at work: their gradient, the last norm's (measured)
 LAYER_AT_WORK = 1.2  # a recomputed layer's activations and gradients under way, as shares of what one keeps (measured)
 LAYER_IN_BACKWARD = 0.2  # the same of a layer that kept its activations: only the gradients come on top
-KEPT_LOGIT = 4  # bytes of a logit that is kept for backward, where logits don't come in pieces
 RECOMPUTE_COST = 0.33  # of a step's time, for recomputing every layer: a forward pass of three
 SMALL_BATCH_TOKENS = 350  # a micro-batch costs as if it had this many tokens more
 RESERVE = 0.05  # of the memory, for fragments and what is not modelled
@@ -138,8 +137,8 @@ def head_of(run: config.Run, vocabulary: int, width: int, is_trained: bool, in_p
     """What logits of the vocabulary take.
 
     Logits of a piece of the tokens and their gradient, with label smoothing or in fp32 their float32 forms besides; of a
-    head that is trained also its gradient's sum in fp32. Not in pieces (ZeRO-3, heads that aren't plain): those of all,
-    besides the KEPT_LOGIT bytes of each that its activations hold.
+    head that is trained also its gradient's sum in fp32. Not in pieces (heads that aren't plain): those of all,
+    besides the four bytes of each that its activations hold.
     """
     in_fp32 = run.train.precision == "fp32"
     if not in_pieces:

@@ -10,7 +10,16 @@ import torch
 
 from ftray import config
 from ftray.model.attention import VARLEN, choose_attention
-from ftray.model.fp8 import Fp8Linear, quantize_base, quantize_rows
+from ftray.model.eight_bit import (
+    FP8,
+    INT8,
+    Format,
+    FrozenLinear,
+    TrainedLinear,
+    quantize_columns,
+    quantize_rows,
+    use_eight_bits,
+)
 from ftray.model.lora import add_adapters, build_model, trainable
 from ftray.train import adamw
 from ftray.train.adamw import AdamW, whole
@@ -191,29 +200,48 @@ hopper = pytest.mark.skipif(
 )
 
 
-@hopper
-def test_fp8_rows_are_those_of_the_text_and_products_are_near() -> None:
+FORMAT = pytest.mark.parametrize("format", [pytest.param(FP8, marks=hopper, id="fp8"), pytest.param(INT8, id="int8")])
+
+
+@FORMAT
+def test_8_bit_rows_and_columns_are_those_of_the_text_and_products_are_near(format: Format) -> None:
     torch.manual_seed(0)
     x = torch.randn(70, 3072, device="cuda").bfloat16()
     x[3] *= 100
-    codes, scale = quantize_rows(x)
-    wanted, wanted_scale = quantize_rows(x.cpu())
-    assert torch.allclose(scale.cpu(), wanted_scale, rtol=1e-6)
-    assert (codes.cpu().float() != wanted.float()).float().mean() < 1e-3
+    for kernel in (quantize_rows, quantize_columns):
+        codes, scale = kernel(x, format)
+        wanted, wanted_scale = kernel(x.cpu(), format)
+        assert torch.allclose(scale.cpu(), wanted_scale, rtol=1e-6)
+        assert (codes.cpu().float() != wanted.float()).float().mean() < 1e-3
     linear = torch.nn.Linear(3072, 1024, bias=False).cuda().bfloat16()
-    layer = Fp8Linear(linear)
-    y = x.clone().requires_grad_()
-    ours, theirs = layer(y), linear(x)
-    assert (ours - theirs).float().norm() < 0.05 * theirs.float().norm()
-    grad = torch.randn_like(ours)
-    (found,) = torch.autograd.grad(ours, y, grad)
-    wanted = grad.float() @ linear.weight.float()
-    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+    layer = FrozenLinear(linear, format)
+    for rows in (70, 3):  # torch's own product of int8 takes 17 and more
+        y = x[:rows].clone().requires_grad_()
+        ours, theirs = layer(y), linear(y)
+        assert (ours - theirs).float().norm() < 0.05 * theirs.float().norm()
+        grad = torch.randn_like(ours)
+        (found,) = torch.autograd.grad(ours, y, grad)
+        wanted = grad.float() @ linear.weight.float()
+        assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
 
 
 @hopper
-def test_fp8_layers_beside_each_other_share_rows_only_of_the_same_input() -> None:
-    layer = Fp8Linear(torch.nn.Linear(64, 32, bias=False).cuda().bfloat16())
+def test_a_trained_fp8_layer_has_near_gradients() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3072, 1024).cuda().bfloat16()
+    layer, grads = TrainedLinear(linear), []
+    x = torch.randn(2, 35, 3072, device="cuda").bfloat16().requires_grad_()
+    slope = torch.randn(2, 35, 1024, device="cuda").bfloat16()
+    for each in (layer, linear):
+        out = each(x)
+        grads.append([out, *torch.autograd.grad(out, [x, linear.weight, linear.bias], slope)])
+    for (ours, theirs), apart in zip(zip(*grads, strict=True), (0.05, 0.05, 0.01, 0.01), strict=True):
+        assert (ours.float() - theirs.float()).norm() < apart * theirs.float().norm()
+
+
+@FORMAT
+def test_8_bit_layers_beside_each_other_share_rows_only_of_the_same_input(format: Format) -> None:
+    layer = FrozenLinear(torch.nn.Linear(64, 32, bias=False).cuda().bfloat16(), format)
     x = torch.randn(16, 64, device="cuda").bfloat16()
     first, again = layer.product(x), layer.product(x)
     assert torch.equal(first, again)
@@ -221,15 +249,16 @@ def test_fp8_layers_beside_each_other_share_rows_only_of_the_same_input() -> Non
     assert torch.allclose(layer.product(x), first * 2, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("base", ["nf4", pytest.param("fp8", marks=hopper)])
+@pytest.mark.parametrize("base", ["nf4", "int8", pytest.param("fp8", marks=hopper)])
 def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: Path) -> None:
     directory = tiny.write_tiny_model(tmp_path, dtype=torch.bfloat16)
     found = []
     for fused in (True, False):
-        method = config.Method(type="qlora" if base == "nf4" else "lora", rank=4)
+        settings = {"type": "qlora"} if base == "nf4" else {"type": "lora", "base_precision": base}
+        method = config.Method.model_validate({**settings, "rank": 4})
         model = build_model(config.Model(base=str(directory)), method, "bf16", 0)
-        if base == "fp8":
-            assert quantize_base(model, torch.device("cuda")) == 3
+        if base != "nf4":
+            assert use_eight_bits(model, method, torch.device("cuda")) == 3
         model = model.cuda().train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

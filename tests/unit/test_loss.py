@@ -13,8 +13,9 @@ from ftray.chat import ChatFormat, Message
 from ftray.data.packing import IGNORE_INDEX, PackedRow, pack_examples
 from ftray.model import embedded
 from ftray.model.load import load_base, load_tokenizer
+from ftray.model.lora import add_adapters
 from ftray.train import loss as loss_module
-from ftray.train.loss import LinearCrossEntropy, MicroBatch, SummedLoss, flatten_rows
+from ftray.train.loss import Head, LinearCrossEntropy, MicroBatch, SummedLoss, flatten_rows
 from tests import tiny
 
 Document = tuple[list[int], list[bool]]
@@ -189,13 +190,38 @@ def test_fused_cross_entropy_is_the_plain_one_with_its_gradients(
 
 def test_logits_are_computed_at_supervised_positions_only(model: Any) -> None:
     rows = pack_examples(random_documents([30, 20], seed=6), 64, 1)
-    seen: list[torch.Size] = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    try:
-        packed_loss(model, rows)
-    finally:
-        handle.remove()
-    assert seen == [torch.Size([1, sum(row.num_supervised for row in rows), tiny.VOCAB_SIZE])]
+    loss, seen = SummedLoss(model), []
+    loss.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    loss(*vars(micro_batch(rows)).values())
+    assert seen == [torch.Size([sum(row.num_supervised for row in rows), model.config.hidden_size])]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_without_gradients_the_loss_is_the_same_and_none_are_made(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float
+) -> None:
+    monkeypatch.setattr(loss_module, "piece_tokens", lambda vocabulary: 7)
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(30, 16) * 3, torch.randint(50, (30,))
+    head = Head(torch.nn.Linear(16, 50, bias=False))
+    wanted = head(hidden, targets, smoothing)
+    monkeypatch.setattr(loss_module, "LinearCrossEntropy", None)
+    with torch.no_grad():
+        assert float(head(hidden, targets, smoothing)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_an_adapter_on_the_head_is_part_of_the_loss() -> None:
+    method = config.Method(rank=4, target_modules=["lm_head"])
+    model = add_adapters(tiny.make_model(), method, seed=0)
+    rows = pack_examples(random_documents([30, 20], seed=6), 64, 1)
+    before = float(packed_loss(model, rows))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    loss = packed_loss(model, rows)
+    assert abs(float(loss) - before) > 1
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_a_batch_without_supervised_tokens_gives_zero_and_no_nan(model: Any) -> None:
