@@ -7,7 +7,7 @@ base's weights. How well it does against figures that were measured is in docs/b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ftray import config
@@ -18,7 +18,7 @@ from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError, StorageError
 from ftray.observe.cards import ALIASES, CARDS, MEASURED, Card, tokens_per_s
 from ftray.observe.shape import Shape, shape_of
-from ftray.train.memory import GIB, RESERVE, Fit, Memory, best_fit, head_of, state_bytes
+from ftray.train.memory import GIB, RESERVE, Fit, Memory, States, best_fit, head_of, state_bytes
 
 BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
 SMALL = 0.8e9  # weights; smaller models were not measured
@@ -37,7 +37,7 @@ OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one GPU at the peak of a step. buffers: what the update needs, and ZeRO-3's weights that are whole.
+    """Bytes on one GPU at the peak of a step. buffers: ZeRO-3's weights that are whole, and what an update needs at its peak.
 
     working: the head's logits or a layer under way, whichever is more.
     """
@@ -187,25 +187,29 @@ def way_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Way:
 def memory_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Memory:
     """What `train.fit` measures on a GPU, by arithmetic."""
     static = _static(run, shape, world_size)
+    update = _states(run, shape, world_size).update
     precision = run.train.precision
     capacity = card.gib * GIB * run.scale.gpus_per_worker
     kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
     hidden = shape.hidden * (4 if precision == "fp32" else 2)
     head = head_of(run, shape.vocabulary, shape.hidden, run.method.type == "full")
-    return Memory(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head)
+    return Memory(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head, update)
+
+
+def _states(run: config.Run, shape: Shape, world_size: int) -> States:
+    number = shape.num_trained(run.method)
+    return state_bytes(run, number, world_size, shape.head if run.method.type == "full" else number)
 
 
 def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
-    """Everything but activations."""
-    number = shape.num_trained(run.method)
-    largest = shape.head if run.method.type == "full" else number
-    states = state_bytes(run, number, world_size, largest)
+    """What stays from step to step."""
+    states = _states(run, shape, world_size)
     weights = shape.weight_bytes(run.method, run.train.precision)
-    buffers = states.update
+    buffers = 0.0
     if run.deepspeed.zero_stage == 3:
         whole = shape.linears.values()
         gathered = weights / shape.num_parameters * (2 * sum(a * b for a, b in whole) + shape.head)
-        weights, buffers = weights / world_size, buffers + gathered
+        weights, buffers = weights / world_size, gathered
     if run.deepspeed.offload == "all":
         weights = 0.0
     optimizer = 0.0 if run.deepspeed.offload != "none" else states.optimizer
@@ -213,11 +217,16 @@ def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
 
 
 def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size: int) -> Parts:
-    """The peak of a step, part by part. Without accumulation gradients appear only as activations go."""
+    """The peak of a step, part by part: with all activations, or in the update, whose needs are then among the buffers.
+
+    Without accumulation gradients appear only as activations go.
+    """
     static = _static(run, shape, world_size)
     tokens = fit.micro_batch_size * run.data.max_seq_len
     activations = memory.activations(tokens, fit.layers)
     working = memory.working(tokens, fit.layers)
+    if memory.update > activations + working:
+        return replace(static, buffers=static.buffers + memory.update)
     gradients = static.gradients
     if fit.micro_batch_size * world_size == run.train.global_batch_size:
         gradients = max(0.0, gradients - activations)

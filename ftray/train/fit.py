@@ -76,7 +76,7 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
     torch.cuda.empty_cache()
     sizes = [_numel(p) for p in parameters]
     states = state_bytes(run, sum(sizes), world_size, max(sizes, default=0))
-    static = torch.cuda.memory_allocated(device) + states.total
+    static = torch.cuda.memory_allocated(device) + states.lasting
     if is_cut:
         static += gathered_bytes(run, sum(_numel(p) for p in loss.parameters()))
     free, whole = torch.cuda.mem_get_info(device)
@@ -87,7 +87,7 @@ def _measure(run: config.Run, loss: SummedLoss, layers: list[Any], device: torch
     capacity, static, kept, recomputed = (float(v) for v in worst)
     hidden = width * (4 if run.train.precision == "fp32" else 2)
     at_head = head_of(run, vocabulary, width, head.requires_grad, loss.in_pieces)
-    return Memory(-capacity, static, kept, recomputed, len(layers), hidden, at_head)
+    return Memory(-capacity, static, kept, recomputed, len(layers), hidden, at_head, states.update)
 
 
 def _kept(loss: SummedLoss, num_tokens: int, vocabulary: int, device: torch.device) -> int:

@@ -41,7 +41,7 @@ class Memory:
     """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states.
 
     kept, recomputed: a token's activations when all layers keep theirs, and when none does; hidden: a token's hidden
-    state; head: what logits take.
+    state; head: what logits take; update: what the optimizer's step takes, when activations are gone.
     """
 
     capacity: float
@@ -51,6 +51,7 @@ class Memory:
     num_layers: int
     hidden: float
     head: Head
+    update: float = 0.0
 
     def activations(self, tokens: int, layers: int) -> float:
         """Bytes that are kept for backward with `layers` of the layers recomputed."""
@@ -65,7 +66,7 @@ class Memory:
 
     def peak(self, tokens: int, layers: int) -> float:
         """Bytes of a step with `layers` of the layers recomputed."""
-        return self.static + self.activations(tokens, layers) + self.working(tokens, layers)
+        return self.static + max(self.activations(tokens, layers) + self.working(tokens, layers), self.update)
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,16 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, befor
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU besides weights and activations. optimizer: masters and moments; update: what a step needs more."""
+    """Bytes on one GPU besides weights and activations. optimizer: masters and moments; update: only in the step itself."""
 
     gradients: float
     optimizer: float
     update: float
 
     @property
-    def total(self) -> float:
-        """All of them."""
-        return self.gradients + self.optimizer + self.update
+    def lasting(self) -> float:
+        """What stays from step to step."""
+        return self.gradients + self.optimizer
 
 
 def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> States:

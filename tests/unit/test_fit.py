@@ -94,13 +94,13 @@ def test_a_model_without_such_layers_says_so() -> None:
 
 def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     number = 10**6
-    assert state_bytes(_run(0, optimizer="adamw-8bit"), number, 1, number).total == pytest.approx(6.2e6)
-    assert state_bytes(_run(0), number, 2, number).total == 12e6
+    assert state_bytes(_run(0, optimizer="adamw-8bit"), number, 1, number).lasting == pytest.approx(6.2e6)
+    assert state_bytes(_run(0), number, 2, number).lasting == 12e6
     paged = state_bytes(_run(0, optimizer="adamw-paged"), 10 * number, 2, number)
-    assert paged.total == 40e6 + 8e6, "moments of one parameter at a time"
+    assert paged.lasting == 40e6 + 8e6, "moments of one parameter at a time"
     eight = state_bytes(_run(0, optimizer="adamw-8bit-paged"), 10 * number, 2, number)
-    assert eight.total == pytest.approx(40e6 + 2.2e6)
-    assert state_bytes(_run(2), number, 2, number).total < state_bytes(_run(2), number, 1, number).total
+    assert eight.lasting == pytest.approx(40e6 + 2.2e6)
+    assert state_bytes(_run(2), number, 2, number).lasting < state_bytes(_run(2), number, 1, number).lasting
 
 
 def test_logits_take_more_in_fp32_with_smoothing_and_where_they_do_not_come_in_pieces() -> None:
