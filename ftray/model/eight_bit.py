@@ -1,8 +1,9 @@
 """Linear layers whose products are taken in 8 bits, for speed: half the time of bf16 in a GPU's matrix units.
 
 Two formats: `fp8` (e4m3) on Hopper, `int8` on Ampere. A scale for each row of both operands. A frozen base keeps its weights
-in 8 bits, twice: as they are for the product, transposed for the input's gradient, so that they take the memory of bf16. A
-weight that is trained stays in bf16 and is rounded anew for each product; its own gradient is a product in bf16.
+in 8 bits, twice: as they are for the product, transposed for the input's gradient, so that they take the memory of bf16. Where
+int8 would round an input with outliers, which it can't hold, the product stays as it was. A weight that is trained stays in
+bf16 and is rounded anew for each product; its own gradient is a product in bf16.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from ftray import config
 from ftray.errors import ConfigError
+from ftray.model.layers import layers_of
 
 KEPT = ("attn", "attention", "router")  # in the names of what stays in bf16, a fifth of an 8B's arithmetic
 SIDES = 16  # products in 8 bits take sides that this divides
@@ -41,22 +43,29 @@ FORMATS = {each.name: each for each in (FP8, INT8)}
 class FrozenLinear(torch.nn.Module):
     """x Wᵀ + bias with W frozen in 8 bits. `Frozen` of `lora_linear`, and a module with its own gradient besides.
 
-    weight: [out, in], scale fp32 [1, out]; transposed: [in, out], scale fp32 [1, in].
+    weight: [out, in], scale fp32 [1, out]; transposed: [in, out], scale fp32 [1, in]. Under int8 the weight of a layer that
+    narrows is kept as it was, without a scale: what a gated product gives it has outliers (docs/benchmarks.md).
     """
 
     def __init__(self, linear: torch.nn.Linear, format: Format) -> None:
         super().__init__()
         self.in_features, self.out_features, self.format = linear.in_features, linear.out_features, format
-        weight, scale = quantize_rows(linear.weight.detach(), format)
-        transposed, transposed_scale = quantize_columns(linear.weight.detach(), format)
+        weight: torch.Tensor = linear.weight.detach()
+        transposed, transposed_scale = quantize_columns(weight, format)
+        scale = None
+        if format is FP8 or self.in_features <= self.out_features:
+            weight, scales = quantize_rows(weight, format)
+            scale = scales.T.contiguous()
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("scale", scale.T.contiguous(), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("transposed", transposed, persistent=False)
         self.register_buffer("transposed_scale", transposed_scale.T.contiguous(), persistent=False)
         self.bias = linear.bias
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in] → [tokens, out]."""
+        if self.scale is None:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         out = _scaled_product(*_shared_rows(x, self.format), self.weight, self.scale, x.dtype)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -192,9 +201,7 @@ def use_eight_bits(model: torch.nn.Module, method: config.Method, device: torch.
 
 
 def _layers(model: torch.nn.Module, end: str) -> Iterator[tuple[str, torch.nn.Linear]]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    blocks = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = list(layers_of(model))
     for name, module in model.named_modules():
         if type(module) is not torch.nn.Linear or not name.endswith(end):
             continue

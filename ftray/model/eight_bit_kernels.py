@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-COLUMNS, ROWS = 32, 128  # of a tile of `quantize_columns`: 64 bytes of a row of bf16 at once
+COLUMNS, ROWS = 32, 256  # of a tile of `quantize_columns`: 64 bytes of a row of bf16 at once
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +33,17 @@ def quantize_columns(x: torch.Tensor, dtype: torch.dtype, largest: float) -> tup
     is_whole = not dtype.is_floating_point
     with torch.cuda.device(x.device):
         _columns[(triton.cdiv(width, COLUMNS),)](
-            x, out, scale, x.stride(0), num_rows, width, largest, IS_WHOLE=is_whole, COLUMNS=COLUMNS, ROWS=ROWS
+            x,
+            out,
+            scale,
+            x.stride(0),
+            num_rows,
+            width,
+            largest,
+            IS_WHOLE=is_whole,
+            COLUMNS=COLUMNS,
+            ROWS=ROWS,
+            num_warps=8,
         )
     return out, scale
 

@@ -13,7 +13,7 @@ from ftray.errors import ModelError
 from ftray.model.load import resolve_base
 
 NF4_BYTES = 0.516  # of a weight in 4 bits, with its doubly quantized scales
-FP8_BYTES = 2.0  # of a weight in 8 bits: it is kept transposed, too
+EIGHT_BIT_BYTES = 2.0  # of a weight in 8 bits: it is kept transposed, too
 # Bases that are often asked for before they were downloaded: hidden, intermediate, layers, (heads, key-value heads), tied.
 KNOWN = {
     "Llama-3.2-1B": (2048, 8192, 16, (32, 8), True),
@@ -80,7 +80,9 @@ class Shape:
         """Bytes of all weights, base and trained."""
         own = 4 if precision == "fp32" else 2
         more = 0 if method.type == "full" else self.num_trained(method) * own
-        each = NF4_BYTES if method.type == "qlora" else FP8_BYTES if method.base_precision == "fp8" else own
+        each = NF4_BYTES if method.type == "qlora" else EIGHT_BIT_BYTES if method.base_precision is not None else own
+        if method.base_precision == "int8":  # the down projection is kept in bf16, and transposed in int8
+            more += self.num_layers * self.hidden * self.intermediate
         return self.in_layers * each + (self.num_parameters - self.in_layers) * own + more
 
     def kept_bytes(self, precision: str) -> float:

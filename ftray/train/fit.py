@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ftray import config
 from ftray.errors import ConfigError
+from ftray.model.layers import layers_of
 from ftray.train.loss import MicroBatch, SummedLoss
 from ftray.train.memory import Fit, Memory, best_fit, gathered_bytes, head_of, state_bytes
 from ftray.train.partition import gathered_in_use
@@ -30,7 +31,7 @@ def fit_memory(
 
     Raises ConfigError where recomputing is asked of a model that has no layers for it.
     """
-    layers = _layers(loss.model)
+    layers = list(layers_of(loss.model).values())
     wanted = {"none": [0], "selective": [len(layers) // 2], "full": [len(layers)]}
     if not layers and run.train.recompute in ("selective", "full"):
         raise ConfigError(f"train.recompute {run.train.recompute}: this model has no layers for it; use none")
@@ -45,12 +46,6 @@ def fit_memory(
         fit = Fit(next((n for n in rows if n == before), rows[0]), counts[0], len(layers))
     _recompute(loss.model, layers, fit.layers)
     return fit
-
-
-def _layers(model: Any) -> list[Any]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _recompute(model: Any, layers: list[Any], count: int) -> None:

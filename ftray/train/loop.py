@@ -35,7 +35,7 @@ from ftray.train.fit import fit_memory
 from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.monitor import MonitorLink
 from ftray.train.pace import Stopwatch, slowest
-from ftray.train.partition import partition_model
+from ftray.train.partition import gather_by_layers, partition_model
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
@@ -142,6 +142,7 @@ class Trainer:
         if not is_cut:
             return model.to(self._device)
         partition_model(model, deepspeed_config(train, run.deepspeed, 1, self._world_size), self._device)
+        gather_by_layers(model)
         return model
 
     def _resume(self, found: Found | None) -> Progress:

@@ -25,6 +25,8 @@ CASES: dict[str, tuple[bool, int, str, dict[str, Any]]] = {
     "full-tied": (True, 531, "bf16", {"method__type": "full", "deepspeed__offload": "all"}),
     "lora-dora-tied": (True, 512, "fp32", {"method__dora": True}),
     "lora-resized": (False, 531, "bf16", {"deepspeed__offload": "optimizer"}),
+    "full-frozen": (False, 512, "fp32", {"method__type": "full", "method__freeze": ["embed_tokens", "layers.0"]}),
+    "lora-recomputed": (False, 512, "fp32", {"train__recompute": "full"}),
     "prompt": (False, 512, "fp32", {"method__type": "prompt"}),
 }
 
