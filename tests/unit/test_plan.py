@@ -79,6 +79,11 @@ OTHERS = [
     (("8B", "lora", 4096, 4, 32, 0, 1, 2), 87.7, 16_080),
     (("8B", "lora", 4096, 1, 16), 33.7, 16_292),
     (("8B", "lora", 4096, 2, 16), 51.8, 16_737),
+    # Two cards: through `ftray train` (ZeRO-1, 2), and by `bench.zero_speed` (ZeRO-3).
+    (("3B", "full", 4096, 4, 16, 0, 1, 2), 73.2, 27_463),
+    (("3B", "full", 4096, 4, 16, 0, 2, 2), 69.3, 26_833),
+    (("3B", "full", 4096, 4, 16, 0, 3, 2), 69.2, 24_484),
+    (("8B", "full", 4096, 2, 8, 0, 3, 2), 101.2, 10_014),
     # Settings by hand of `bench.fit_trial`: half of the layers recomputed, or all of them with more rows.
     (("1B", "lora", 16384, 8, 8, 8), 92.2, None),
     (("3B", "lora", 16384, 4, 8, 14), 95.4, None),
@@ -101,12 +106,23 @@ def test_memory_and_time_are_near_what_was_measured(case: tuple[Any, ...], peak:
     assert speed is None or tokens == pytest.approx(speed, rel=0.15)
 
 
-def test_an_fp8_base_is_as_fast_as_was_measured() -> None:
-    method = {"type": "lora", "base_precision": "fp8"}
-    run = run_of(method=method, train={"global_batch_size": 8, "micro_batch_size": 4})
-    way = way_of(run, shape("8B"), H200, 1)
-    assert way.tokens_per_s == pytest.approx(22_422, rel=0.15)
-    assert way.parts.total / GIB == pytest.approx(86.4, rel=0.05)
+@pytest.mark.parametrize(
+    ("name", "method", "rows", "speed", "peak"),
+    [
+        ("8B", {"type": "lora", "base_precision": "fp8"}, 4, 22_422, 86.4),
+        ("8B", {"type": "lora", "base_precision": "int8"}, 4, 17_891, 87.6),
+        ("3B", {"type": "full", "base_precision": "fp8"}, 4, 32_651, 84.3),
+        ("8B", {"type": "full", "base_precision": "fp8"}, 2, 15_049, 99.1),
+    ],
+)
+def test_products_in_8_bits_are_as_fast_as_was_measured(
+    name: str, method: dict[str, str], rows: int, speed: float, peak: float
+) -> None:
+    optimizer = "adamw-8bit" if (name, method["type"]) == ("8B", "full") else "adamw"
+    run = run_of(method=method, train={"global_batch_size": 8, "micro_batch_size": rows, "optimizer": optimizer})
+    way = way_of(run, shape(name), H200, 1)
+    assert way.tokens_per_s == pytest.approx(speed, rel=0.1)
+    assert way.parts.total / GIB == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize(
