@@ -23,7 +23,9 @@ GAINS = {("lora", "fp8"): 1.58, ("lora", "int8"): 1.12, ("full", "fp8"): 1.2}
 MEASURED_TOKENS = 16384  # of the micro-batches that these were measured with
 FP32_COST = 8.0  # a guess: products without the tensor cores' 16-bit rate
 HIDDEN_SHARE = 0.5  # of the gathering of sharded weights that goes on behind products
-GATHER_S = 5.5e-12  # a byte of sharded weights, in each micro-batch, for its calls and what it takes from the products beside
+GATHER_S = (
+    5.5e-12  # a byte of sharded weights, in each micro-batch, for its calls and what it takes from the products beside
+)
 BETWEEN_NODES = 5e9  # bytes a second for each GPU, a guess: it depends on the network
 GPUS_A_NODE = 8
 
