@@ -77,7 +77,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("method.base_precision", ("fp8", "int8")),
         ("deepspeed.zero_stage", (3,)),
-        "8-bit weights can't be sharded",
+        "products in 8 bits don't take sharded weights",
         "use zero_stage 2",
     ),
     Rule(

@@ -153,7 +153,7 @@ def _shared_rows(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
     """`quantize_rows` of an activation, kept until the next: layers beside each other read the same one."""
     global _last
     whole = x if x._base is None else x._base
-    what = (whole._version, x.data_ptr(), x.shape, format)
+    what = (whole._version, x.data_ptr(), x.shape, x.stride(), format)
     if _last is None or _last[0]() is not whole or _last[1] != what:
         _last = (weakref.ref(whole), what, quantize_rows(x, format))
     return _last[2]

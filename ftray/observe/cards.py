@@ -39,20 +39,19 @@ class Card:
     tflops: float
     bandwidth: float
     link: float
-    has_fp8: bool = False
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("L4", 22.0, 121, 0.30e12, 12e9, True),
+        Card("L4", 22.0, 121, 0.30e12, 12e9),
         Card("A10G", 22.0, 70, 0.60e12, 12e9),
         Card("A100-40G", 39.4, 312, 1.56e12, 230e9),
-        Card("L40S", 44.4, 362, 0.86e12, 25e9, True),
+        Card("L40S", 44.4, 362, 0.86e12, 25e9),
         Card("A100-80G", 79.2, 312, 2.04e12, 230e9),
-        Card("H100", 79.1, 989, 3.35e12, 350e9, True),
-        Card("H200", 139.0, 989, 4.80e12, 350e9, True),
-        Card("B200", 178.0, 2250, 8.00e12, 700e9, True),
+        Card("H100", 79.1, 989, 3.35e12, 350e9),
+        Card("H200", 139.0, 989, 4.80e12, 350e9),
+        Card("B200", 178.0, 2250, 8.00e12, 700e9),
     )
 }
 ALIASES = {"A100": "A100-40G"}

@@ -37,9 +37,10 @@ OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one GPU at the peak of a step. buffers: ZeRO-3's weights that are whole, and what an update needs at its peak.
+    """Bytes on one GPU at the peak of a step.
 
-    working: the head's logits or a layer under way, whichever is more.
+    buffers: ZeRO-3's weights that are whole, gradients on their way to others, what an update needs at its peak; working:
+    the head's logits or a layer under way, whichever is more.
     """
 
     weights: float
@@ -205,11 +206,11 @@ def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
     """What stays from step to step."""
     states = _states(run, shape, world_size)
     weights = shape.weight_bytes(run.method, run.train.precision)
-    buffers = 0.0
+    buffers = states.bucket
     if run.deepspeed.zero_stage == 3:
         whole = shape.linears.values()
         gathered = weights / shape.num_parameters * (2 * sum(a * b for a, b in whole) + shape.head)
-        weights, buffers = weights / world_size, gathered
+        weights, buffers = weights / world_size, buffers + gathered
     if run.deepspeed.offload == "all":
         weights = 0.0
     optimizer = 0.0 if run.deepspeed.offload != "none" else states.optimizer
@@ -225,12 +226,12 @@ def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size
     tokens = fit.micro_batch_size * run.data.max_seq_len
     activations = memory.activations(tokens, fit.layers)
     working = memory.working(tokens, fit.layers)
-    if memory.update > activations + working:
-        return replace(static, buffers=static.buffers + memory.update)
     gradients = static.gradients
-    if fit.micro_batch_size * world_size == run.train.global_batch_size:
+    if fit.micro_batch_size * world_size == run.train.global_batch_size and run.deepspeed.zero_stage < 3:
         gradients = max(0.0, gradients - activations)
-    return Parts(static.weights, gradients, static.optimizer, static.buffers, activations, working)
+    in_backward = replace(static, gradients=gradients, activations=activations, working=working)
+    in_update = replace(static, buffers=static.buffers + memory.update)
+    return max(in_backward, in_update, key=lambda parts: parts.total)
 
 
 def length_of(run: config.Run, run_dir: str) -> Length:

@@ -82,7 +82,7 @@ class Shape:
         more = 0 if method.type == "full" else self.num_trained(method) * own
         each = NF4_BYTES if method.type == "qlora" else EIGHT_BIT_BYTES if method.base_precision is not None else own
         if method.base_precision == "int8":  # the down projection is kept in bf16, and transposed in int8
-            more += self.num_layers * self.hidden * self.intermediate
+            more += (self.num_layers - 1) * self.hidden * self.intermediate
         return self.in_layers * each + (self.num_parameters - self.in_layers) * own + more
 
     def kept_bytes(self, precision: str) -> float:

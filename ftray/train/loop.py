@@ -134,15 +134,16 @@ class Trainer:
         if run.method.base_precision is not None:
             check_device(FORMATS[run.method.base_precision], self._device)
             if not use_eight_bits(tuned, run.method, self._device):
+                more = "" if run.method.type == "full" else "add such layers to method.target_modules, or "
                 raise ConfigError(
-                    f"method.base_precision {run.method.base_precision}: none of the trained or adapted layers is a "
-                    "feed-forward layer that 8 bits take; add them to method.target_modules, or leave base_precision out"
+                    f"method.base_precision {run.method.base_precision}: no feed-forward layer of this model that is "
+                    f"trained can be computed in 8 bits; {more}leave base_precision out"
                 )
         model = SummedLoss(tuned, train.label_smoothing).train()
         if not is_cut:
             return model.to(self._device)
         partition_model(model, deepspeed_config(train, run.deepspeed, 1, self._world_size), self._device)
-        gather_by_layers(model)
+        gather_by_layers(model.decoder)
         return model
 
     def _resume(self, found: Found | None) -> Progress:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ftray.data.packing import IGNORE_INDEX
+from ftray.model.head import is_plain
 from ftray.train.memory import piece_tokens
 from ftray.train.virtual import prepend_virtual
 
@@ -73,7 +74,13 @@ class SummedLoss(torch.nn.Module):
         self.model, self._label_smoothing = model, label_smoothing
         self._is_prompt_tuned = hasattr(model, "prompt_encoder")
         self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.head = Head(self._causal.get_output_embeddings()) if _head_is_plain(self._causal) else None
+        self.head = Head(self._causal.get_output_embeddings()) if is_plain(self._causal) else None
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """Embeddings and blocks, without the head."""
+        found: torch.nn.Module = self._causal.get_decoder()
+        return found
 
     @property
     def in_pieces(self) -> bool:
@@ -140,21 +147,13 @@ class SummedLoss(torch.nn.Module):
 
     def _hidden(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
         """Last hidden states of the supervised tokens: [tokens, width]."""
-        states: torch.Tensor = self._causal.get_decoder()(**inputs).last_hidden_state
+        states: torch.Tensor = self.decoder(**inputs).last_hidden_state
         return states.squeeze(0).index_select(0, supervised)
 
     def _logits(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
         whole = self._causal if self._is_prompt_tuned else self.model
         logits: torch.Tensor = whole(**inputs, logits_to_keep=supervised).logits[0]
         return logits
-
-
-def _head_is_plain(causal: Any) -> bool:
-    """Whether logits are just hidden states times the output embedding: no soft cap, scale, bias or adapter."""
-    head = causal.get_output_embeddings()
-    settings = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    plain = type(head) is torch.nn.Linear and head.bias is None
-    return plain and not any(getattr(causal.config, s, None) for s in settings)
 
 
 class Head(torch.nn.Module):
@@ -239,9 +238,9 @@ def _slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tup
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """total + a @ b in fp32, in place; the matrix unit accumulates in fp32 whatever a and b are."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    product = (a @ b).float()
+    product = a.float() @ b.float()
     return product if total is None else total.add_(product)

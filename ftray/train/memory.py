@@ -100,16 +100,20 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, befor
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU besides weights and activations. optimizer: masters and moments; update: only in the step itself."""
+    """Bytes on one GPU besides weights and activations.
+
+    optimizer: masters and moments; bucket: where gradients are summed over ranks; update: only in the step itself.
+    """
 
     gradients: float
     optimizer: float
+    bucket: float
     update: float
 
     @property
     def lasting(self) -> float:
         """What stays from step to step."""
-        return self.gradients + self.optimizer
+        return self.gradients + self.optimizer + self.bucket
 
 
 def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> States:
@@ -121,10 +125,11 @@ def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> 
     if owns_optimizer(run.train, run.deepspeed):
         moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
         near = largest if run.train.optimizer.endswith(PAGED) else number
-        return States(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0)
+        return States(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0, 0.0)
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32
-    return States(number * gradients, number * 12 / world_size, number * update + min(2 * number * own, 2 * GIB))
+    bucket = own * float(run.deepspeed.overrides.get("zero_optimization", {}).get("reduce_bucket_size", 5e8))
+    return States(number * gradients, number * 12 / world_size, bucket, number * update)
 
 
 def gathered_bytes(run: config.Run, number: int) -> float:

@@ -82,7 +82,7 @@ def _same_everywhere(buffer: torch.Tensor, device: torch.device) -> torch.Tensor
     return buffer
 
 
-def gather_by_layers(model: torch.nn.Module) -> None:
+def gather_by_layers(decoder: torch.nn.Module) -> None:
     """Has a block's weights gathered at once, not part by part: fewer calls, which cost more than the bytes do.
 
     Not those of blocks that nothing trained stands before: DeepSpeed 0.19 ends a block's backward pass when its input's
@@ -90,8 +90,8 @@ def gather_by_layers(model: torch.nn.Module) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    layers, is_reached = layers_of(model), False
-    for name, module in model.named_modules():
+    layers, is_reached = layers_of(decoder), False
+    for name, module in decoder.named_modules():
         if name in layers and is_reached:
             set_z3_leaf_module(module, True)
         is_reached |= any(p.requires_grad for p in module.parameters(recurse=False))

@@ -100,6 +100,11 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     assert paged.lasting == 40e6 + 8e6, "moments of one parameter at a time"
     eight = state_bytes(_run(0, optimizer="adamw-8bit-paged"), 10 * number, 2, number)
     assert eight.lasting == pytest.approx(40e6 + 2.2e6)
+    wide = _run(2).model_copy(
+        update={"deepspeed": config.DeepSpeed(overrides={"zero_optimization": {"reduce_bucket_size": 7}})}
+    )
+    assert (state_bytes(_run(2), number, 2, number).bucket, state_bytes(wide, number, 2, number).bucket) == (1e9, 14)
+    assert state_bytes(_run(0), number, 2, number).bucket == 0
     assert state_bytes(_run(2), number, 2, number).lasting < state_bytes(_run(2), number, 1, number).lasting
 
 

@@ -17,7 +17,7 @@ from ftray.observe.plan import Length, Parts, Probed, advise, as_text, make_plan
 from ftray.observe.probe import STEPS, WARM_UP, probe_of, probed
 from ftray.observe.shape import KNOWN, Shape, read_shape, shape_of
 from ftray.train.journal import Event
-from ftray.train.memory import GIB, Fit
+from ftray.train.memory import GIB, Fit, state_bytes
 from tests import tiny
 
 DOC = Path(__file__).parents[2] / "docs/benchmarks.md"
@@ -123,6 +123,19 @@ def test_products_in_8_bits_are_as_fast_as_was_measured(
     way = way_of(run, shape(name), H200, 1)
     assert way.tokens_per_s == pytest.approx(speed, rel=0.1)
     assert way.parts.total / GIB == pytest.approx(peak, rel=0.05)
+
+
+def test_a_peak_is_not_below_what_an_update_needs() -> None:
+    """Without accumulation gradients come as activations go, but in the update all of them are there."""
+    for name, stage, workers, rows in (("8B", 1, 4, 4), ("3B", 1, 2, 2), ("3B", 3, 2, 2)):
+        sizes = {"global_batch_size": rows, "micro_batch_size": 1}
+        settings: dict[str, Any] = {"deepspeed": {"zero_stage": stage}, "scale": {"num_workers": workers}}
+        run = run_of(method={"type": "full"}, train=sizes, **settings)
+        found, states = shape(name), state_bytes(run, shape(name).num_parameters, workers, 1)
+        memory = memory_of(run, found, H200, workers)
+        parts = parts_of(run, found, memory, Fit(1, 0, found.num_layers), workers)
+        assert parts.total >= memory.static + states.update
+        assert parts.total <= memory.peak(4096, 0)
 
 
 @pytest.mark.parametrize(
