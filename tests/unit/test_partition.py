@@ -30,6 +30,17 @@ CASES: dict[str, tuple[bool, int, str, dict[str, Any]]] = {
     "prompt": (False, 512, "fp32", {"method__type": "prompt"}),
 }
 
+# Blocks whose weights are gathered at once: those that something trained stands before.
+AT_ONCE = {
+    "full": ["layers.0", "layers.1"],
+    "full-tied": ["layers.0", "layers.1"],
+    "lora-dora-tied": ["layers.1"],
+    "lora-resized": ["layers.1"],
+    "full-frozen": [],
+    "lora-recomputed": ["layers.1"],
+    "prompt": [],
+}
+
 
 def run_of(root: Path, name: str) -> Any:
     _, _, precision, settings = CASES[name]
@@ -111,6 +122,9 @@ def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
             engine, _ = ranks.build_engine(run)
         finally:
             deepspeed.initialize = initialize
+        result["at_once"] = [
+            n for n, m in engine.module._causal.get_decoder().named_modules() if getattr(m, "_z3_leaf", False)
+        ]
         result |= {"given": given, "loss": ranks.train_steps(engine, 0, 1)[0], "whole": loss_of(whole, rank)}
         engine.destroy()
         found[name] = result
@@ -129,3 +143,4 @@ def test_no_rank_ever_holds_more_than_its_parts_and_one_parameter(tmp_path: Path
             close = pytest.approx(found["whole"], rel=1e-6 if CASES[name][2] == "fp32" else 1e-2)
             assert found["loss"] == close, name
             assert found["tried"] == close, name
+            assert found["at_once"] == AT_ONCE[name], name
