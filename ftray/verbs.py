@@ -285,12 +285,21 @@ def _sweep(run: config.Run, target: str, console: Console) -> config.Run:
     trials = check_tune(run).max_concurrent or 1
     _check_trackers(run)
     with owned(run, console, with_ray=False) as (run_dir, lease):
+        from ftray.observe.gauges import Gauges
         from ftray.session import ray_session
         from ftray.tune.sweep import preflight_trials, sweep, winning_run
 
         preflight_trials(run)
         with ray_session(trials * run.world_sizes[-1] * run.scale.cpus_per_worker):
-            return winning_run(run, run_dir, sweep(run, run_dir, console, target, lease))
+            winner = sweep(
+                run,
+                run_dir,
+                console,
+                target,
+                lease,
+                lambda trial: Gauges(trial, warn=console.warn, name=f"{run.name}/{trial.name}").heard,
+            )
+            return winning_run(run, run_dir, winner)
 
 
 def runs_gc(arguments: argparse.Namespace, console: Console) -> int:

@@ -39,11 +39,16 @@ GAUGES = {
 
 
 class Gauges:
-    """Of one run. warn: told once that something can't be told. now: seconds since 1970, for tests."""
+    """Of one run. name: its label, if not the run's own; warn: told once that something can't be told; now: unix seconds."""
 
     def __init__(
-        self, run: config.Run, now: Callable[[], float] = time.time, warn: Callable[[str], None] = lambda _: None
+        self,
+        run: config.Run,
+        now: Callable[[], float] = time.time,
+        warn: Callable[[str], None] = lambda _: None,
+        name: str | None = None,
     ) -> None:
+        self._name = name or run.name
         self._warn, self._has_failed = warn, False
         self._run, self._now, self._began_s = run, now, now()
         self._gauges: dict[str, Any] = {}
@@ -117,4 +122,4 @@ class Gauges:
             return
         if name not in self._gauges:
             self._gauges[name] = Gauge(name, GAUGES[name], ("run", *tags))
-        self._gauges[name].set(float(value), {"run": self._run.name, **tags})
+        self._gauges[name].set(float(value), {"run": self._name, **tags})

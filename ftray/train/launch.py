@@ -42,6 +42,8 @@ from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_met
 from ftray.train.trackers import tracked
 from ftray.train.worker import Job, train_worker
 
+Tell = Callable[[dict[str, Any]], None]  # who is told each event of rank 0
+
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 
@@ -54,7 +56,7 @@ class Follower:
     to the held-out rows); None: the run prepares its own.
     """
 
-    heard: Callable[[dict[str, Any]], None]
+    heard: Tell
     caught: list[int]
     data: Data | None = None
     heldout: Any = None
@@ -66,7 +68,7 @@ def train(
     console: Console,
     lease: storage.Lease | None = None,
     follower: Follower | None = None,
-    tell: Callable[[dict[str, Any]], None] | None = None,
+    tell: Tell | None = None,
 ) -> Found:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 

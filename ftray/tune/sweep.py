@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.redact import redacted
 from ftray.train.capacity import check_resources, fitting, usable_nodes
 from ftray.train.identity import open_run
-from ftray.train.launch import Follower, train
+from ftray.train.launch import Follower, Tell, train
 from ftray.train.preflight import preflight
 from ftray.train.supervise import AGAIN, stop_signals
 from ftray.tune.judge import Judge
@@ -58,10 +58,18 @@ def tune_directory(run_dir: str) -> str:
     return storage.join(run_dir, "tune")
 
 
-def sweep(run: config.Run, run_dir: str, console: Console, target: str, lease: storage.Lease | None = None) -> Trial:
+def sweep(
+    run: config.Run,
+    run_dir: str,
+    console: Console,
+    target: str,
+    lease: storage.Lease | None = None,
+    teller: Callable[[config.Run], Tell] | None = None,
+) -> Trial:
     """Runs a sweep, or continues it; returns the winner. Needs a started Ray, and the run's lease.
 
-    target: the run file as it was named, for the command that is printed. Raises ConfigError, DataError before any trial
+    target: the run file as it was named, for the command that is printed. teller: who is told a trial's events, for figures
+    that others read. Raises ConfigError, DataError before any trial
     starts; Interrupted, Preempted when trials have committed their checkpoints; RunError if every trial failed.
     """
     assert run.tune is not None  # `check_tune` asks for it
@@ -72,7 +80,7 @@ def sweep(run: config.Run, run_dir: str, console: Console, target: str, lease: s
     if left > 0:
         known = f", {len(state.trials)} of them known" if state.trials else ""
         console.say(f"tune: {total} trials{known}; {run.tune.search} search, scheduler {run.tune.scheduler}")
-        _Sweep(run, run_dir, state, console, lease).run_all()
+        _Sweep(run, run_dir, state, console, lease, teller).run_all()
     winner = state.winner()
     if winner is None:
         raise RunError(f"every trial failed; the first: {state.trials[0].error}. See {tune_dir}/state.json")
@@ -114,12 +122,18 @@ class _Sweep:
     """A sweep under way. Trials' threads come in through `_heard`; what they touch is under the lock."""
 
     def __init__(
-        self, run: config.Run, run_dir: str, state: State, console: Console, lease: storage.Lease | None
+        self,
+        run: config.Run,
+        run_dir: str,
+        state: State,
+        console: Console,
+        lease: storage.Lease | None,
+        teller: Callable[[config.Run], Tell] | None,
     ) -> None:
         assert run.tune is not None
         self._run, self._tune, self._run_dir, self._dir = run, run.tune, run_dir, tune_directory(run_dir)
         self._state = state
-        self._console, self._lease = console, lease
+        self._console, self._lease, self._teller = console, lease, teller
         self._head = ray.get_runtime_context().gcs_address
         self._use_gpu = check_resources(run)
         if "train.precision" in run.tune.space:  # fp16 needs GPUs
@@ -241,8 +255,9 @@ class _Sweep:
         told = _TrialConsole(running.trial.name, self._console, self._lock)
         follower = Follower(partial(self._heard, running), running.caught, data, self._heldout)
         try:
+            tell = self._teller(running.run) if self._teller else None
             with storage.acquire_lease(storage.absolute(running.run.directory)) as lease:
-                train(running.run, open_run(running.run), told, lease, follower)
+                train(running.run, open_run(running.run), told, lease, follower, tell)
         except FtrayError as err:
             running.ended = err
         except BaseException as err:  # noqa: BLE001 - a thread's error would be lost; one trial's is not the sweep's

@@ -55,11 +55,13 @@ def run_of(parts: dict[str, Path], directory: Path, data: Path | None = None, **
     return cluster.make_run(directory, parts["model"], data or parts["data"], **settings)
 
 
-def run_sweep(run: config.Run, *script: Any) -> tuple[Trial, str]:
-    """Sweeps in this process, as the verb does; returns the winner and what the user saw."""
+def run_sweep(run: config.Run, *script: Any, told: dict[str, list[Any]] | None = None) -> tuple[Trial, str]:
+    """Sweeps in this process, as the verb does; returns the winner and what the user saw. told: gets each trial's events."""
     stream = cluster.Watched(*script)
     check_tune(run)
-    return sweep(run, open_run(run), console.Console(stream), "run.yaml"), stream.getvalue()
+    heard = {} if told is None else told
+    teller = lambda trial: heard.setdefault(trial.name, []).append  # noqa: E731
+    return sweep(run, open_run(run), console.Console(stream), "run.yaml", None, teller), stream.getvalue()
 
 
 def state_of(run: config.Run) -> State:
@@ -81,7 +83,10 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
     data = Path(shutil.copytree(parts["data"], tmp_path / "data"))
     run = run_of(parts, tmp_path / "runs", data)
     # When the first trial begins, the records are gone: whoever reads them again fails.
-    winner, text = run_sweep(run, ("trial-000: train.learning_rate=", lambda: data.rename(tmp_path / "away")))
+    told: dict[str, list[Any]] = {}
+    winner, text = run_sweep(
+        run, ("trial-000: train.learning_rate=", lambda: data.rename(tmp_path / "away")), told=told
+    )
     assert not data.exists()
     assert_all_is_free()
 
@@ -102,6 +107,9 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
     same = ("step", "loss", "rows", "num_tokens", "grad_norm", "learning_rate", "heldout_loss")
     assert [[line.get(k) for k in same] for line in theirs] == [[line.get(k) for k in same] for line in ours]
     assert len(ours) == 8
+    assert sorted(told) == ["trial-000", "trial-001", "trial-002"], "for Prometheus"
+    steps = [event["loss"] for event in told[winner.name] if event["event"] == "step"]
+    assert steps == [line["loss"] for line in theirs]
 
     results = json.loads(storage.read_bytes(f"{run.directory}/tune/results.json"))
     assert results["best"]["loss"] == min(line["heldout_loss"] for line in ours if "heldout_loss" in line)

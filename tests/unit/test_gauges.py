@@ -87,6 +87,12 @@ def test_what_nobody_knows_is_left_out(told: dict[tuple[str, ...], float]) -> No
     assert {name for name, *_ in told}.isdisjoint({"ftray_mfu", "ftray_goodput"})
 
 
+def test_a_trial_is_told_under_its_sweeps_name(told: dict[tuple[str, ...], float]) -> None:
+    Gauges(run_of(), name="sweep/trial-003").heard(step(0))
+    assert told["ftray_step", "sweep/trial-003"] == 1
+    assert not any("g" in key[1:] for key in told)
+
+
 def test_alarms_are_counted_by_kind(told: dict[tuple[str, ...], float]) -> None:
     found = Gauges(run_of())
     for kind in ("spike", "plateau", "spike"):
