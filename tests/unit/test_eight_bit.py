@@ -65,6 +65,17 @@ def test_product_and_gradient_are_near_the_layers(format: Format) -> None:
     assert (grad - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_under_int8_a_layer_that_narrows_keeps_its_product_and_not_its_gradient() -> None:
+    torch.manual_seed(0)
+    for sizes, kind, is_exact in (((64, 32), INT8, True), ((32, 64), INT8, False), ((64, 32), FP8, False)):
+        linear = torch.nn.Linear(*sizes)
+        layer, x = FrozenLinear(linear, kind), torch.randn(5, sizes[0], requires_grad=True)
+        out = layer(x)
+        assert torch.equal(out, linear(x)) == is_exact
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert not torch.equal(grad, torch.autograd.grad(linear(x).sum(), x)[0])
+
+
 def test_a_trained_layer_gives_near_gradients_of_its_input_and_exact_ones_of_its_weight() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 32)
@@ -93,6 +104,12 @@ def test_an_input_changed_in_place_is_scaled_anew() -> None:
     assert torch.equal(layer.product(x), first)
     x.mul_(2)
     assert torch.allclose(layer.product(x), first * 2)
+
+
+def test_a_square_input_and_its_transposed_are_two() -> None:
+    layer, x = FrozenLinear(torch.nn.Linear(16, 16, bias=False), FP8), torch.randn(16, 16)
+    first = layer.product(x)
+    assert (layer.product(x.T) - first).norm() > 0.5 * first.norm()
 
 
 def test_one_input_read_in_two_formats_is_scaled_for_each() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,14 @@ def test_the_rows_that_a_run_was_begun_with_are_kept_where_they_fit_though_other
     assert best_fit(LARGE, [1, 3], layers, 4096, 2) == best_fit(LARGE, [1, 3], layers, 4096), (
         "another number of workers"
     )
+
+
+def test_the_peak_is_with_all_activations_or_in_the_update_whichever_is_more() -> None:
+    memory = Memory(80 * GIB, 10 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
+    with_activations = memory.peak(4096, 0)
+    assert with_activations > 24 * GIB
+    assert replace(memory, update=5 * GIB).peak(4096, 0) == with_activations
+    assert replace(memory, update=30 * GIB).peak(4096, 0) == 40 * GIB
 
 
 def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
@@ -105,6 +115,7 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     )
     assert (state_bytes(_run(2), number, 2, number).bucket, state_bytes(wide, number, 2, number).bucket) == (1e9, 14)
     assert state_bytes(_run(0), number, 2, number).bucket == 0
+    assert state_bytes(_run(1), number, 2, number).lasting == 2e6 + 6e6 + 1e9
     assert state_bytes(_run(2), number, 2, number).lasting < state_bytes(_run(2), number, 1, number).lasting
 
 

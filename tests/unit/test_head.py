@@ -75,9 +75,17 @@ def test_a_class_whose_source_cannot_be_read_or_does_more_is_not_plain() -> None
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states)
             logits *= 2
-            return logits
+            return {"logits": logits}
 
     model.__class__ = More
+    assert not is_plain(model)
+
+    class Other(type(model)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, slice_indices: slice) -> torch.Tensor:
+            logits = self.predictions(hidden_states[:, slice_indices, :])
+            return {"logits": logits}
+
+    model.__class__, model.predictions = Other, torch.nn.Linear(32, 128)
     assert not is_plain(model)
     model.__class__ = type("Unread", (More,), {"forward": len})
     assert not is_plain(model)
