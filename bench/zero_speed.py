@@ -41,7 +41,6 @@ def measure(rank: int, run: Any, given: Namespace) -> dict[str, Any]:
     importlib.import_module("deepspeed")
     trainer = object.__new__(Trainer)
     trainer._run, trainer._device, trainer._world_size = run, device, dist.get_world_size()
-    trainer._micro_before = None
     engine, _ = trainer._build_engine()
     vocabulary = SHAPES[given.shape].get("vocab_size", 128256)
     micro = trainer._fit.micro_batch_size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import fit_trial, loss_follows, plain_loop
+from bench import fit_trial, loss_follows, plain_loop, zero_speed
 from bench.train_throughput import flops_per_token
 from ftray.data.packing import pack_examples
 from tests import tiny
@@ -99,6 +100,20 @@ def test_the_step_that_benchmarks_time_is_the_mean_loss_of_all_micro_batches(bas
     for one, two in zip(*steps, strict=True):
         torch.testing.assert_close(one, two)
     assert all(weight.grad is None for weight in weights)
+
+
+def test_the_step_under_zero_is_timed_with_its_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = "zero_speed --shape tiny --ranks 2 --seq 64 --document 32 --micro 2 --accumulate 2 --warmup 1 --steps 1"
+    monkeypatch.setattr(
+        "sys.argv", [*words.split(), "--set", "stage3_prefetch_bucket_size=1000", "--work", str(tmp_path)]
+    )
+    zero_speed.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["stage"], told["rows"], told["accumulate"], told["recomputed"]) == (3, 2, 2, 0)
+    assert told["tokens_per_s_per_gpu"] == pytest.approx(2 * 2 * 64 / told["step_s"], rel=0.1)
+    assert set(told["one_after_the_other_s"]) == {"forward", "backward", "end"}
 
 
 def test_flops_count_four_for_a_frozen_weight_six_for_a_trained_one_and_none_for_looking_up() -> None:
