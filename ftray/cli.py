@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 import threading
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         code: int = arguments.verb(arguments, console)
         return code
     except Exception as err:  # noqa: BLE001 - a fault of ftray's: its traceback is shown without secrets
+        if isinstance(err, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         known = innermost(err)  # what a Ray task raised arrives wrapped
         if isinstance(known, FtrayError):
             fail(str(known), exit_code=known.exit_code)
@@ -63,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if kept is not None:
             signal.signal(signal.SIGTERM, kept)
+
+
+def _nobody_reads() -> bool:
+    """Whether the command's output is a closed pipe, as `| head` leaves it; nothing more is then written there."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(flags & select.POLLERR for _, flags in look.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _logs_json(arguments: argparse.Namespace) -> bool:

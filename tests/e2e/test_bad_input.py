@@ -10,6 +10,7 @@ import gzip
 import json
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -403,6 +404,14 @@ def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
     refused = desk.ftray("train", "run.yaml")
     assert_refused(refused, "RAY_ADDRESS 127.0.0.1:9", "correct or unset it")
     assert desk.left_over() == []
+
+
+def test_output_that_nobody_reads_any_more_is_no_fault(desk: Place) -> None:
+    command = [sys.executable, "-m", "ftray.cli", "check", "run.yaml"]
+    ends: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=desk.directory, env=desk.env, **ends) as process:
+        process.stdout.close()  # type: ignore[union-attr] - as `| head` does
+        assert (process.stderr.read(), process.wait(60)) == ("", 141)  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
