@@ -27,8 +27,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers too
@@ -72,7 +70,7 @@ class Killer(cluster.Watched):
         threading.Timer(self._random.uniform(0, within_s), self._kill).start()
 
     def _kill(self) -> None:
-        found = [p for p in psutil.process_iter(["cmdline"]) if cluster._is_worker(p)]
+        found = cluster.processes_of("RayTrainWorker")
         for worker in found if self._random.random() < 0.2 else self._random.sample(found, min(1, len(found))):
             worker.kill()
         self.killed.append(self._step)

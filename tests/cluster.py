@@ -100,24 +100,27 @@ def press_ctrl_c() -> None:
 
 def kill_a_worker() -> None:
     """SIGKILL to one training worker of this process's Ray."""
-    workers = [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p)]
+    workers = processes_of("RayTrainWorker")
     assert workers, "no training worker is running"
     workers[-1].kill()
 
 
 @contextmanager
-def slowed_worker() -> Iterator[Callable[[], None]]:
-    """Gives what starts to hold one training worker up, most of the time, as other work on its machine would; to the end."""
+def slowed(title: str, stopped_s: float, goes_s: float) -> Iterator[Callable[[], None]]:
+    """Gives what starts to hold up one process of this process's Ray, as other work on its machine would; to the end.
+
+    title: a part of what Ray calls the process.
+    """
     over = threading.Event()
 
     def slow() -> None:
-        worker = [p for p in psutil.process_iter(["cmdline"]) if _is_worker(p)][-1]
+        held = processes_of(title)[-1]
         with suppress(psutil.NoSuchProcess):
             while not over.is_set():
-                worker.suspend()
-                over.wait(0.02)
-                worker.resume()
-                over.wait(0.004)
+                held.suspend()
+                over.wait(stopped_s)
+                held.resume()
+                over.wait(goes_s)
 
     try:
         yield slow
@@ -125,14 +128,14 @@ def slowed_worker() -> Iterator[Callable[[], None]]:
         over.set()
 
 
-def _is_worker(process: psutil.Process) -> bool:
-    title = " ".join(process.info["cmdline"] or [])
-    if "RayTrainWorker" not in title:
-        return False
-    try:
-        return any(p.pid == os.getpid() for p in process.parents())
-    except psutil.NoSuchProcess:
-        return False
+def processes_of(title: str) -> list[psutil.Process]:
+    """Those of this process's own Ray whose names hold `title`."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.info["cmdline"] or []) and os.getpid() in [p.pid for p in process.parents()]:
+                found.append(process)
+    return found
 
 
 def losses(run_dir: str) -> dict[int, float]:

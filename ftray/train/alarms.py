@@ -24,7 +24,8 @@ RISE = 1.1  # times the loss at the start, or 1.5 × RISE the best: a rise
 PLATEAU_STEPS, PLATEAU_SHARE, GAIN = 100, 0.25, 0.002  # at least so long, this share of the run; what counts as better
 LEFT_SHARE = 0.25  # of the run, that must be left for a plateau to matter
 GAP, GAP_TIMES = 1.01, 2  # held-out loss above its best, so many times in a row
-WAITS, WAIT_STEPS = 0.2, 20  # share of the time that is waited for data
+WAITS, WAIT_STEPS, WAIT_S = 0.2, 20, 30.0  # share of the time that is waited for data, over so many steps and seconds
+SETTLING = 3  # steps of a group that don't count for waits: data starts with it
 SLOW, SLOW_STEPS, SLOW_TIMES = 1.5, 20, 18  # of the others' time; in so many of so many steps
 
 
@@ -132,12 +133,19 @@ def overfitting(lines: Sequence[Line], _: config.Run) -> str | None:
 
 
 def starving(lines: Sequence[Line], _: config.Run) -> str | None:
-    """Workers that wait for data. The first steps of a group don't count: data starts with it."""
-    recent = [line for line in lines[-WAIT_STEPS:] if line.get("tokens_per_s")]
-    if len(recent) < WAIT_STEPS or lines[-WAIT_STEPS]["step"] < 3:
+    """Workers that wait for data, for long enough to matter: short steps on a busy machine wait now and then."""
+    recent: list[Line] = []
+    spent = 0.0
+    for line in reversed(lines[SETTLING:]):
+        if len(recent) >= WAIT_STEPS and spent >= WAIT_S:
+            break
+        if line.get("tokens_per_s"):
+            recent.append(line)
+            spent += line["num_tokens"] / line["tokens_per_s"]
+    if len(recent) < WAIT_STEPS or spent < WAIT_S:
         return None
     *waits, _longest = sorted(line["data_wait_s"] for line in recent)  # one may be an epoch's end
-    waited, spent = sum(waits), sum(line["num_tokens"] / line["tokens_per_s"] for line in recent)
+    waited = sum(waits)
     if waited < WAITS * spent:
         return None
     return (
@@ -198,11 +206,11 @@ class Watch:
     def _look(self) -> list[Alarm]:
         found = []
         step = int(self._lines[-1]["step"])
+        group = self._lines[self._began :]
         for kind in (*RULES, "plateau"):
             if kind in self._told:
                 continue
-            since = max(self._began, len(self._lines) - WAIT_STEPS)
-            lines = self._lines[since:] if kind in ("starving", "straggler") else self._lines
+            lines = group if kind in ("starving", "straggler") else self._lines
             text = self._text(kind, lines)
             if text is not None:
                 self._told |= {kind, *SILENCES.get(kind, ())}

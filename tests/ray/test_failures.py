@@ -57,7 +57,7 @@ def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> config.
 
 
 def workers() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["cmdline"]) if cluster._is_worker(process)]
+    return cluster.processes_of("RayTrainWorker")
 
 
 @pytest.fixture(scope="module")

@@ -305,10 +305,24 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
 @pytest.mark.long
 def test_a_worker_that_is_held_up_is_told_and_nothing_else(parts: dict[str, Path], tmp_path: Path) -> None:
     run = run_of(parts, tmp_path, train__max_steps=40, train__global_batch_size=16)
-    with cluster.slowed_worker() as slow:
+    with cluster.slowed("RayTrainWorker", 0.02, 0.004) as slow:
         _, text = cluster.run_training(run, "step 3/40", slow)
     assert alarms_of(str(tmp_path / "tiny")) == ["straggler"]
     assert re.search(r"warning: step \d+: worker \d takes [\d.]+ times as long as the others", text)
+
+
+@pytest.mark.long
+def test_data_that_comes_late_is_told_and_nothing_else(
+    parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftray.train import alarms
+
+    monkeypatch.setattr(alarms, "WAIT_S", 3.0)  # ten times shorter, as the run is
+    run = run_of(parts, tmp_path, train__max_steps=32)
+    with cluster.slowed("ray::Feed", 1.0, 0.05) as slow:
+        _, text = cluster.run_training(run, "step 3/32", slow)
+    assert alarms_of(str(tmp_path / "tiny")) == ["starving"]
+    assert re.search(r"warning: step \d+: workers wait \d+% of the time for data", text)
 
 
 @pytest.mark.long

@@ -142,6 +142,21 @@ def test_data_that_is_waited_for_is_told_but_not_the_start_nor_one_long_wait() -
     (alarm,) = alarms(lines)
     assert alarm.kind == "starving"
     assert "of the time for data" in alarm.text
+    assert alarm.step == 65, "from when the window's waits, without the longest, are a fifth of its time"
+    for each in lines:
+        each["tokens_per_s"] = 40_000.0  # 25 ms a step: 2.5 s in all
+        each["data_wait_s"] = 0.01
+    assert kinds(lines) == [], "too short a time to matter"
+
+
+def test_data_that_comes_late_after_a_start_counts_from_then_on() -> None:
+    lines = healthy(120, 3)
+    for each in lines[60:]:
+        each["data_wait_s"] = 0.4
+    watch = Watch(run_of(), 120, before=lines[:60])
+    assert watch.heard({"event": "start", "step": 60}) == []
+    (alarm,) = [alarm for each in lines[60:] for alarm in watch.heard({"event": "step", **each})]
+    assert (alarm.kind, alarm.step) == ("starving", 92), "three steps to settle, then thirty seconds"
 
 
 def test_one_slow_worker_is_named_but_not_now_this_one_now_that() -> None:
