@@ -12,12 +12,20 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ftray import exporting, serving, verbs
 from ftray.console import Console, json_line
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
+from ftray.verbs import checking, cluster, data, evaluating, exporting, looking, serving, training
 
-WORK = (verbs.run, verbs.train, verbs.tune, verbs.evaluate, exporting.export, verbs.reproduce, serving.serve)
+WORK = (
+    training.run,
+    training.train,
+    training.tune,
+    evaluating.evaluate,
+    exporting.export,
+    training.reproduce,
+    serving.serve,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,13 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=function)
         return sub
 
-    verb("run", verbs.run, "tune, train, evaluate, export and try the endpoint: the whole file")
-    verb("check", verbs.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
+    verb("run", training.run, "tune, train, evaluate, export and try the endpoint: the whole file")
+    verb("check", checking.check, "read a run file and print what follows from it; no Ray, no GPU").add_argument(
         "--json", action="store_true", help="print the resolved run as JSON"
     )
     plan = verb(
         "plan",
-        verbs.plan,
+        looking.plan,
         "say whether a run fits, how long it takes and what it costs; no Ray, no GPU, but for --probe",
     )
     plan.add_argument("--card", help="GPU to plan for, e.g. H100 or A100-80G; scale.accelerator if left out")
@@ -115,17 +123,17 @@ def _parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="train a few steps on the cluster, thrown away, for its speed"
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
-    train = verb("train", verbs.train, "train, or continue a run")
+    train = verb("train", training.train, "train, or continue a run")
     train.add_argument(
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
     )
-    verb("tune", verbs.tune, "try settings: train trials of the run, compare them, name the best")
-    verb("evaluate", verbs.evaluate, "compare the tuned model with its base on the held-out data")
+    verb("tune", training.tune, "try settings: train trials of the run, compare them, name the best")
+    verb("evaluate", evaluating.evaluate, "compare the tuned model with its base on the held-out data")
     _add_opinion_verbs(verb)
-    report = verb("report", verbs.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
+    report = verb("report", looking.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
     report.add_argument("--html", metavar="FILE", help="write it there instead")
     again = verb(
-        "reproduce", verbs.reproduce, "train a run once more under another name, if nothing changed, and compare"
+        "reproduce", training.reproduce, "train a run once more under another name, if nothing changed, and compare"
     )
     again.add_argument("--name", help="name of the new run; <run>-again if left out")
     again.add_argument(
@@ -140,24 +148,26 @@ def _parser() -> argparse.ArgumentParser:
     both = runs.add_parser("compare", help="two runs side by side: settings, data, packages, figures")
     both.add_argument("one", help="a run's directory (local or s3://), or its run file")
     both.add_argument("other", help="another")
-    both.set_defaults(verb=verbs.runs_compare, overrides=[])
+    both.set_defaults(verb=looking.compare, overrides=[])
     sub = runs.add_parser("gc", help="sweep what no run needs any more")
     sub.add_argument("place", help="a run's directory, or one that holds runs (local or s3://)")
     sub.add_argument("--dry-run", action="store_true", help="only show what would go")
     sub.add_argument("--older-than", type=_hours, default=1.0, metavar="HOURS", help="keep what is younger (1)")
-    sub.set_defaults(verb=verbs.runs_gc, overrides=[])
+    sub.set_defaults(verb=looking.gc, overrides=[])
     return parser
 
 
 def _add_opinion_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    human = verb("evaluate human", verbs.evaluate_human, "have people compare both models' answers, blinded")
+    human = verb("evaluate human", evaluating.evaluate_human, "have people compare both models' answers, blinded")
     what = human.add_mutually_exclusive_group()
     what.add_argument("--csv", metavar="FILE", help="write the sheet as CSV to be filled in, instead of serving a page")
     what.add_argument("--import", dest="filled", metavar="FILE", help="read a filled CSV")
     what.add_argument("--results", action="store_true", help="only show what was said so far")
     human.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     human.add_argument("--port", type=_port, default=8100, help="port to listen on; 0 takes a free one (8100)")
-    verb("evaluate judge", verbs.evaluate_judge, "have another model compare both models' answers (evaluate.judge)")
+    verb(
+        "evaluate judge", evaluating.evaluate_judge, "have another model compare both models' answers (evaluate.judge)"
+    )
 
 
 def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -193,12 +203,12 @@ def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
     text = "look at a run's data: index, stats, preview, order"
     views = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="view")
-    verb("index", verbs.data_index, "read, check and count all data, and tell the steps of an epoch", views)
-    stats = verb("stats", verbs.data_stats, "lengths, tokens, duplicates, packing, warnings", views)
+    verb("index", data.index, "read, check and count all data, and tell the steps of an epoch", views)
+    stats = verb("stats", data.stats, "lengths, tokens, duplicates, packing, warnings", views)
     stats.add_argument("--html", metavar="FILE", help="write a page with plots, too")
-    preview = verb("preview", verbs.data_preview, "show records as the model will see them; no Ray", views)
+    preview = verb("preview", data.preview, "show records as the model will see them; no Ray", views)
     preview.add_argument("--number", type=_from_one, default=3, help="records shown of each source (3)")
-    order = verb("order", verbs.data_order, "show which rank takes which rows and records at which step", views)
+    order = verb("order", data.order, "show which rank takes which rows and records at which step", views)
     order.add_argument("--workers", type=_from_one, help="ranks; scale.num_workers if left out")
     order.add_argument("--steps", type=_steps, default=(0, 1), metavar="A:B", help="steps A … B - 1 (0:1)")
     order.add_argument("--after-step", type=int, metavar="N", help="start the feed as after a checkpoint of step N")
@@ -208,7 +218,7 @@ def _add_data_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser])
 def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Kubernetes: render"
     pods = commands.add_parser("k8s", help=text, description=text).add_subparsers(required=True, metavar="action")
-    render = verb("render", verbs.k8s_render, "write KubeRay manifests for a run file", pods)
+    render = verb("render", cluster.k8s_render, "write KubeRay manifests for a run file", pods)
     render.add_argument("-o", dest="directory", metavar="DIR", help="write files there, instead of printing")
     render.add_argument("--machine", help="kind of machine, e.g. p4de.24xlarge; by scale.accelerator if left out")
     render.add_argument("--image", help="container image; ftray:<version>-cuda or -cpu if left out")
@@ -219,7 +229,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
         help="of configmap,rayjob,rayservice,raycluster; the first three if left out",
     )
     at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
-    submit = verb("submit", verbs.submit, "run a file as a job of a Ray cluster, and follow it")
+    submit = verb("submit", cluster.submit, "run a file as a job of a Ray cluster, and follow it")
     submit.add_argument("--address", help=at)
     submit.add_argument(
         "--verb", dest="what", default="run", choices=("run", "train", "evaluate", "export"), help="what it does (run)"
@@ -231,9 +241,9 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     submit.add_argument("--no-check", action="store_true", help="don't look at the cluster first")
     jobs = {}
     for name, function, text in (
-        ("status", verbs.job_status, "jobs of a cluster, or of one run"),
-        ("logs", verbs.job_logs, "what a job printed"),
-        ("stop", verbs.job_stop, "end a job; it commits a checkpoint"),
+        ("status", cluster.job_status, "jobs of a cluster, or of one run"),
+        ("logs", cluster.job_logs, "what a job printed"),
+        ("stop", cluster.job_stop, "end a job; it commits a checkpoint"),
     ):
         jobs[name] = commands.add_parser(name, help=text, description=text)
         jobs[name].add_argument("name", nargs="?" if name == "status" else None, help="a run, or a job (<run>-<n>)")
@@ -250,7 +260,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     )
     doctor.add_argument("--links", action="store_true", help="measure an all-reduce between the nodes, too")
     doctor.add_argument("--json", action="store_true", help="a line of JSON for each check")
-    doctor.set_defaults(verb=verbs.doctor, overrides=[])
+    doctor.set_defaults(verb=cluster.doctor, overrides=[])
 
 
 def _from_one(text: str) -> int:

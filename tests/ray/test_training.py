@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from ftray import cli, console, serving, session, storage
+from ftray import cli, console, session, storage
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.compare import compare
 from ftray.observe.gauges import Gauges
@@ -27,6 +27,7 @@ from ftray.train.export import export
 from ftray.train.journal import read_events
 from ftray.train.shards import Part
 from ftray.train.timeline import Found, list_checkpoints, read_metrics
+from ftray.verbs import serving
 from tests import cluster, tiny
 from tests.s3 import FaultyProxy, S3Server
 

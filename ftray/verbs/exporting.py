@@ -13,7 +13,7 @@ from pathlib import Path
 from ftray import config
 from ftray.console import Console
 from ftray.errors import ConfigError, RunError
-from ftray.verbs import open_target, owned
+from ftray.verbs.targets import open_target, owned
 
 
 def export(arguments: argparse.Namespace, console: Console) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ftray import config
 from ftray.console import Console
 from ftray.errors import ConfigError, GateError
-from ftray.verbs import open_target
+from ftray.verbs.targets import open_target
 
 if TYPE_CHECKING:
     from ftray.serve.catalog import Served

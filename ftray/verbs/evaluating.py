@@ -1,0 +1,41 @@
+"""The verbs `evaluate`, `evaluate human` and `evaluate judge`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ftray.console import Console
+from ftray.verbs.targets import open_target, owned, reported
+
+
+def evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    """Compares the tuned model with its base."""
+    from ftray import storage
+    from ftray.train.preflight import check_evaluation
+
+    run = open_target(arguments.run, arguments.overrides)
+    check_evaluation(run, storage.absolute(run.directory))
+    with owned(run, console) as (run_dir, lease):
+        from ftray.evaluate.compare import compare
+
+        with reported(run, run_dir, console, lease):
+            comparison, _ = compare(run, run_dir, console)
+    comparison.check_gates()
+    return 0
+
+
+def evaluate_human(arguments: argparse.Namespace, console: Console) -> int:
+    """Has people compare the answers, blinded."""
+    from ftray.evaluate.human.verb import Asked, human
+
+    typed = Asked(arguments.csv, arguments.filled, arguments.results, arguments.host, arguments.port)
+    human(open_target(arguments.run, arguments.overrides), typed, console)
+    return 0
+
+
+def evaluate_judge(arguments: argparse.Namespace, console: Console) -> int:
+    """Has another model compare the answers."""
+    from ftray.evaluate.judge import judge
+
+    judge(open_target(arguments.run, arguments.overrides), console)
+    return 0

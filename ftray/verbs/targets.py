@@ -1,0 +1,98 @@
+"""What verbs have in common: the run that an argument names, and its directory while a verb works on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from ftray import config
+from ftray.console import Console
+from ftray.errors import ConfigError, Preempted
+
+if TYPE_CHECKING:
+    from ftray.storage import Lease
+    from ftray.train.timeline import Found
+
+
+def open_target(target: str, overrides: list[str]) -> config.Run:
+    """The run that an argument names: a run file, or a run's directory (local or s3://) with its run.json."""
+    if target.endswith((".yaml", ".yml")):
+        return config.load_run(target, overrides)
+    from ftray import storage
+    from ftray.runfile import apply_override
+
+    uri = storage.join(storage.absolute(target), "run.json")
+    if not storage.exists(uri):
+        raise ConfigError(
+            f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path"
+        )
+    try:
+        tree = json.loads(storage.read_bytes(uri))["config"]
+    except (ValueError, KeyError):
+        raise ConfigError(f"{uri} is damaged; restore it, or give the run file instead") from None
+    for text in overrides:
+        apply_override(tree, text)
+    tree["storage"] = storage.absolute(target).rsplit("/", 1)[0]
+    return config.parse_run(tree, uri)
+
+
+@contextmanager
+def owned(
+    run: config.Run, console: Console, with_ray: bool = True, parent: str | None = None
+) -> Iterator[tuple[str, Lease]]:
+    """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
+    from ftray import storage
+    from ftray.session import quiet, ray_session, signals_later
+    from ftray.train.identity import check_identity, open_run
+
+    run_dir = storage.absolute(run.directory)
+    check_identity(run, run_dir)
+    with (
+        storage.acquire_lease(run_dir) as lease,
+        quiet(run.name, console),
+    ):  # the lease first: run.json may be written anew
+        with signals_later():
+            import ftray.train.launch  # noqa: F401 - what takes seconds to import, all at once
+            from ftray.evaluate.inputs import check_inputs
+            from ftray.train.preflight import preflight
+
+        preflight(run)
+        if with_ray:  # else nothing is evaluated
+            check_inputs(run)
+        open_run(run, parent)
+        with ray_session(run.scale.min_workers * run.scale.cpus_per_worker) if with_ray else nullcontext():
+            yield run_dir, lease
+
+
+def launch(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Found:
+    """Training itself, with its figures told to Ray's metrics."""
+    from ftray.observe.gauges import Gauges
+    from ftray.train.launch import train
+
+    return train(run, run_dir, console, lease, tell=Gauges(run, warn=console.warn).heard)
+
+
+@contextmanager
+def reported(run: config.Run, run_dir: str, console: Console, lease: Lease) -> Iterator[None]:
+    """Writes the run's report at the end, also of a failure, while the run is this process's own."""
+    from ftray.observe.report import try_report
+
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt):
+        raise  # little time is left: the lease is let go first
+    except BaseException:
+        if not lease.overtaken:
+            try_report(run, run_dir, console)
+        raise
+    if not lease.overtaken:
+        try_report(run, run_dir, console)
+
+
+def finished(run: config.Run, verify: bool = False) -> Found | None:
+    """The last checkpoint of a run that is trained to its end, else None. Raises ConfigError for another identity."""
+    from ftray.train.identity import finished_checkpoint
+
+    return finished_checkpoint(run, verify)
