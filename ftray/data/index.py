@@ -39,7 +39,7 @@ from ftray.data.records import (
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 4  # raise it when a chunk's rows, facts or records change their meaning
+VERSION = 5  # raise it when a chunk's rows, facts or records change their meaning
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
 NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some re
 
 @dataclass(frozen=True)
 class ChunkFacts:
-    """What the index knows of a chunk."""
+    """What the index knows of a chunk. most_documents: in one row; 0 in indexes that did not count them yet."""
 
     chunk: Chunk
     num_records: int
@@ -56,6 +56,7 @@ class ChunkFacts:
     num_tokens: int
     num_supervised: int
     digest: str
+    most_documents: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Index:
     def total(self, field: str) -> int:
         """Sum of a numeric field of ChunkFacts."""
         return sum(getattr(f, field) for f in self.facts)
+
+    @property
+    def most_documents(self) -> int:
+        """Documents of the row that holds the most."""
+        return max((f.most_documents for f in self.facts), default=0)
 
     def of_source(self, source: int) -> list[ChunkFacts]:
         """Chunks of a source that give rows, in file order."""
@@ -256,8 +262,8 @@ def _assemble(
     return Index(facts, tuple(bad), tuple(dropped), found.counts() if found is not None else {})
 
 
-def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str]:
-    return s.num_records, s.num_rows, s.num_tokens, s.num_supervised, s.digest
+def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:
+    return s.num_records, s.num_rows, s.num_tokens, s.num_supervised, s.digest, s.most_documents
 
 
 def _settings(stream: Stream, tokenizer_hash: str) -> list[Any]:

@@ -49,6 +49,11 @@ class Plan:
     num_steps: int
     packed: tuple[tuple[ray.ObjectRef, ...], ...] | None = None
 
+    @property
+    def most_documents(self) -> int:
+        """Documents of the row that holds the most."""
+        return max(f.most_documents for facts in self.sources for f in facts)
+
     def chunk_keys(self, source: int) -> list[tuple[str, int]]:
         """(path, start) of a source's chunks, as `order` takes them."""
         return [(f.chunk.path, f.chunk.start) for f in self.sources[source]]

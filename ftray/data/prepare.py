@@ -60,13 +60,16 @@ def prepare_data(
 
 def _keep_summary(data: config.Data, rows: int, index: Index, heldout: Index | None, directory: str) -> None:
     """Writes the counts that a plan of the run is made from, without Ray, tokenizer or the data."""
-    counts = [{name: each.total(name) for name in COUNTS} if each is not None else None for each in (index, heldout)]
+    counts = [
+        {name: each.total(name) for name in COUNTS} | {"most_documents": each.most_documents} if each else None
+        for each in (index, heldout)
+    ]
     tree = {"settings": _shape_of(data), "rows_per_epoch": rows, "train": counts[0], "eval": counts[1]}
     storage.write_bytes(storage.join(directory, SUMMARY), json.dumps(tree, indent=1).encode())
 
 
 def read_summary(run: config.Run, run_dir: str) -> dict[str, Any] | None:
-    """Counts of a run's data as they were indexed last: `rows_per_epoch`, and COUNTS of `train` and `eval`.
+    """Counts of a run's data as they were indexed last: `rows_per_epoch`; of `train` and `eval` COUNTS and `most_documents`.
 
     None where the data was not indexed yet, or with other settings.
     """

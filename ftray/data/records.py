@@ -78,6 +78,7 @@ class ChunkSummary:
     digest: str
     bad: list[Quarantined]
     scripts: dict[str, int]
+    most_documents: int  # in one row
 
 
 def describe_chunk(chunk: Chunk, stream: Stream, wants: Wants) -> bytes:
@@ -93,6 +94,7 @@ def describe_chunk(chunk: Chunk, stream: Stream, wants: Wants) -> bytes:
         packed.digest,
         packed.bad,
         dict(scripts),
+        max((len(r.lengths) for r in packed.rows), default=0),
     )
     sink = io.BytesIO()
     with open_writer(sink) as write:

@@ -18,7 +18,7 @@ from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError, StorageError
 from ftray.observe.cards import ALIASES, CARDS, MEASURED, Card, tokens_per_s
 from ftray.observe.shape import Shape, shape_of
-from ftray.train.memory import GIB, RESERVE, Fit, Memory, States, best_fit, head_of, state_bytes
+from ftray.train.memory import GIB, RESERVE, Fit, Memory, States, best_fit, head_of, longest_row, state_bytes
 
 BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
 SMALL = 0.8e9  # weights; smaller models were not measured
@@ -74,13 +74,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Length:
-    """How much is trained. tokens: of a row on average; from_index: counted, not guessed from the files' sizes."""
+    """How much is trained. tokens: of a row on average; from_index: counted, not guessed from the files' sizes.
+
+    most_documents: in one row; one where they were not counted.
+    """
 
     num_steps: int | None
     rows_per_epoch: int | None
     tokens: float
     num_records: int | None
     from_index: bool
+    most_documents: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,13 @@ def make_plan(run: config.Run, run_dir: str, card: str | None = None, probed: Pr
     """
     shape, size = shape_of(run.model), run.world_sizes[0]
     name = card or run.scale.accelerator
-    ways = [way_of(run, shape, each, size) for each in _cards(name)]
+    length = length_of(run, run_dir)
+    ways = [way_of(run, shape, each, size, length.most_documents) for each in _cards(name)]
     way = next((each for each in ways if each.fits), ways[-1])
     found = CARDS[way.card]
     others = [way_of(other, shape, found, size) for other in _others(run)]
     if name is None:
         others = [each for each in ways if each is not way] + others
-    length = length_of(run, run_dir)
     seconds = cost = None
     if length.num_steps is not None:
         tokens = run.train.global_batch_size * length.tokens
@@ -168,18 +172,23 @@ def _others(run: config.Run) -> list[config.Run]:
     return found
 
 
-def way_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Way:
-    """Memory and speed of a run on a card, with the rows and recomputed layers that training would choose there."""
-    seq, per_rank = run.data.max_seq_len, run.train.global_batch_size // world_size
+def way_of(run: config.Run, shape: Shape, card: Card, world_size: int, documents: int = 1) -> Way:
+    """Memory and speed of a run on a card, with the rows and recomputed layers that training would choose there.
+
+    documents: most of them in a row.
+    """
+    seq, per_rank = longest_row(run, documents), run.train.global_batch_size // world_size
     given = run.train.micro_batch_size
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     wanted = {"none": [0], "selective": [shape.num_layers // 2], "full": [shape.num_layers]}
     layers = wanted.get(run.train.recompute, list(range(shape.num_layers + 1)))
     memory = memory_of(run, shape, card, world_size)
     fit = best_fit(memory, rows, layers, seq)
-    parts = parts_of(run, shape, memory, fit, world_size)
+    parts = parts_of(run, shape, memory, fit, world_size, documents)
     tokens = fit.micro_batch_size * seq
-    speed = tokens_per_s(run, shape, card, world_size, tokens, fit.layers / shape.num_layers)
+    speed = (
+        tokens_per_s(run, shape, card, world_size, tokens, fit.layers / shape.num_layers) * run.data.max_seq_len / seq
+    )
     fits = parts.total <= memory.capacity * (1 - RESERVE)
     chosen = (run.method.type, run.deepspeed.zero_stage, run.train.optimizer, fit.micro_batch_size, fit.layers)
     return Way(card.name, *chosen, shape.num_layers, parts, fits, speed)
@@ -217,13 +226,13 @@ def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
     return Parts(weights, states.gradients, optimizer, buffers, 0.0, 0.0)
 
 
-def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size: int) -> Parts:
+def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size: int, documents: int = 1) -> Parts:
     """The peak of a step, part by part: with all activations, or in the update, whose needs are then among the buffers.
 
     Without accumulation gradients appear only as activations go.
     """
     static = _static(run, shape, world_size)
-    tokens = fit.micro_batch_size * run.data.max_seq_len
+    tokens = fit.micro_batch_size * longest_row(run, documents)
     activations = memory.activations(tokens, fit.layers)
     working = memory.working(tokens, fit.layers)
     gradients = static.gradients
@@ -245,7 +254,7 @@ def length_of(run: config.Run, run_dir: str) -> Length:
         rows, counts = known["rows_per_epoch"], known["train"]
         tokens = counts["num_tokens"] / max(1, counts["num_rows"])
         steps = train.max_steps or int(round(train.epochs * rows, 6)) // train.global_batch_size
-        return Length(steps, rows, tokens, counts["num_records"], True)
+        return Length(steps, rows, tokens, counts["num_records"], True, counts.get("most_documents", 1))
     try:
         size = sum(shard.size_bytes for source in run.data.train for shard in list_shards(source.path))
     except (DataError, StorageError):
@@ -273,6 +282,8 @@ def advise(run: config.Run, length: Length, way: Way) -> list[str]:
         )
     if run.data.eval is None:
         said.append("nothing is held out, so that nobody will see whether it helped; set data.eval: {fraction: 0.1}")
+    if run.method.type == "prompt" and not length.from_index:
+        said.append("virtual tokens are in front of each record, and of one a row here; index first: ftray data index")
     if not said:
         said.append("facts that change, or must be quoted, are better looked up and put into the prompt than trained")
     if not way.fits:

@@ -16,18 +16,23 @@ from ftray import config
 from ftray.errors import ConfigError
 from ftray.model.layers import layers_of
 from ftray.train.loss import MicroBatch, SummedLoss
-from ftray.train.memory import Fit, Memory, best_fit, gathered_bytes, head_of, state_bytes
+from ftray.train.memory import Fit, Memory, best_fit, gathered_bytes, head_of, longest_row, state_bytes
 from ftray.train.partition import gathered_in_use
 
 PROBE_TOKENS = (1024, 2048)
 
 
 def fit_memory(
-    run: config.Run, loss: SummedLoss, device: torch.device, world_size: int, before: int | None = None
+    run: config.Run,
+    loss: SummedLoss,
+    device: torch.device,
+    world_size: int,
+    before: int | None = None,
+    documents: int = 1,
 ) -> Fit:
     """Chooses for a model on its device, before its engine is built, and sets the layers' recomputing. Collective.
 
-    before: as in `best_fit`.
+    before: as in `best_fit`. documents: most of them in a row.
 
     Raises ConfigError where recomputing is asked of a model that has no layers for it.
     """
@@ -41,7 +46,7 @@ def fit_memory(
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     if device.type == "cuda" and len(rows) * len(counts) > 1:
         memory = _measure(run, loss, layers, device, world_size)
-        fit = best_fit(memory, rows, counts, run.data.max_seq_len, before)
+        fit = best_fit(memory, rows, counts, longest_row(run, documents), before)
     else:
         fit = Fit(next((n for n in rows if n == before), rows[0]), counts[0], len(layers))
     _recompute(loss.model, layers, fit.layers)

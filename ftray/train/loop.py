@@ -108,7 +108,9 @@ class Trainer:
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         model = self._build_model()
         parameters = trainable(model.model)
-        self._fit = fit_memory(self._run, model, self._device, self._world_size, self._micro_before)
+        self._fit = fit_memory(
+            self._run, model, self._device, self._world_size, self._micro_before, self._shard.plan.most_documents
+        )
         micro_batch_size = self._fit.micro_batch_size
         self._run = self._run.model_copy(
             update={"train": train.model_copy(update={"micro_batch_size": micro_batch_size})}

@@ -98,6 +98,11 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, befor
     return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
+def longest_row(run: config.Run, documents: int) -> int:
+    """Tokens of a row at most. documents: most of them in one; prompt tuning puts its virtual tokens in front of each."""
+    return run.data.max_seq_len + (run.method.num_virtual_tokens * documents if run.method.type == "prompt" else 0)
+
+
 @dataclass(frozen=True)
 class States:
     """Bytes on one GPU besides weights and activations.

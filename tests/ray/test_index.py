@@ -16,10 +16,10 @@ from bench.fuzz_records import write_spoiled
 from ftray import config
 from ftray.console import Console
 from ftray.data import index as index_module
-from ftray.data.chunks import Stream, streams
+from ftray.data.chunks import Stream, pack_chunk, streams
 from ftray.data.index import Index, build_index, check_index, read_findings, read_survey
 from ftray.data.pipeline import heldout_table, make_plan
-from ftray.data.prepare import prepare_data
+from ftray.data.prepare import prepare_data, read_summary
 from ftray.data.stats import show_stats
 from ftray.errors import DataError
 from ftray.model.load import load_tokenizer
@@ -327,6 +327,11 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     assert train.found == {"near_duplicate": 8, "duplicate": 6, "overlap": 5}
     assert train.left == {"near_duplicate": 8, "overlap": 5}
     assert train.num_rows == data.index.total("num_rows")
+    packed = [row for facts in data.index.facts for row in pack_chunk(facts.chunk, data.plan.stream).rows]
+    assert data.plan.most_documents == data.index.most_documents == max(len(row.lengths) for row in packed) > 1
+    summary = read_summary(run, run_dir)
+    assert summary is not None
+    assert summary["train"]["most_documents"] == data.index.most_documents
     reference = json.loads(Path(run_dir, "data/reference.json").read_text())
     deciles = reference["prompt_tokens"]
     assert len(deciles) == 9

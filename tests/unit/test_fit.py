@@ -12,7 +12,7 @@ from ftray import config
 from ftray.errors import ConfigError
 from ftray.train.fit import fit_memory
 from ftray.train.loss import SummedLoss, flatten_rows
-from ftray.train.memory import GIB, Head, Memory, best_fit, head_of, state_bytes
+from ftray.train.memory import GIB, Head, Memory, best_fit, head_of, longest_row, state_bytes
 from tests import tiny
 
 NO_HEAD = Head(0, 0, 0)
@@ -61,6 +61,13 @@ def test_the_peak_is_with_all_activations_or_in_the_update_whichever_is_more() -
     assert with_activations > 24 * GIB
     assert replace(memory, update=5 * GIB).peak(4096, 0) == with_activations
     assert replace(memory, update=30 * GIB).peak(4096, 0) == 40 * GIB
+
+
+def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> None:
+    plain = _run()
+    prompt = plain.model_copy(update={"method": config.Method.model_validate({"type": "prompt"})})
+    assert longest_row(plain, 30) == plain.data.max_seq_len
+    assert longest_row(prompt, 30) == plain.data.max_seq_len + 30 * prompt.method.num_virtual_tokens
 
 
 def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:

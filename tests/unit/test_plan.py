@@ -231,6 +231,27 @@ def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.Run, Pa
     assert make_plan(other, str(run_dir)).length.num_steps is None, "that index is of other rows"
 
 
+def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) -> None:
+    run = run_of(
+        storage=str(tmp_path),
+        method={"type": "prompt", "num_virtual_tokens": 100},
+        train={"global_batch_size": 8, "micro_batch_size": 2, "recompute": "none", "max_steps": 5},
+    )
+    advised = "index first: ftray data index"
+    before = make_plan(run, str(tmp_path / "p"), "H200")
+    assert advised in "\n".join(before.advice)
+    data = tmp_path / "p/data"
+    data.mkdir(parents=True)
+    counts = {"num_records": 900, "num_tokens": 400_000, "num_supervised": 1, "num_rows": 100, "most_documents": 21}
+    tree = {"settings": _shape_of(run.data), "rows_per_epoch": 100, "train": counts, "eval": None}
+    (data / SUMMARY).write_text(json.dumps(tree))
+    after = make_plan(run, str(tmp_path / "p"), "H200")
+    longer = (4096 + 21 * 100) / (4096 + 100)
+    assert after.way.parts.activations == pytest.approx(longer * before.way.parts.activations)
+    assert after.way.tokens_per_s < before.way.tokens_per_s / longer**0.9
+    assert advised not in "\n".join(after.advice)
+
+
 def test_without_an_index_steps_are_guessed_and_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x" * 4096 * 45)
     run = run_of(data={"train": [{"path": str(tmp_path)}], "max_seq_len": 4096}, train={"global_batch_size": 2})
