@@ -2,29 +2,57 @@
 
 On a GPU: torch's variable-length flash attention over `cu_seq_lens`, registered with transformers as an attention
 function, so that no extra package is needed. Elsewhere: sdpa, for which transformers builds a block-diagonal causal
-mask from positions that restart.
+mask from positions that restart. What a model asks of its attention is done or refused, never left out: scores that are
+capped (Gemma 2) are computed document by document, which transformers' sdpa would leave uncapped without a word.
 """
 
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+from ftray.errors import ModelError
 
 VARLEN = "ftray_varlen"
+HARMLESS = {  # what models hand on to their attention that changes nothing here
+    "cache_position",
+    "cu_seq_lens_k",
+    "is_causal",
+    "max_length_k",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
 
 
 def choose_attention(model_config: Any) -> str:
     """Name of the attention function for a model on this machine's device, registered if it is ours."""
-    softcap = getattr(model_config, "attn_logit_softcapping", None)
-    if not torch.cuda.is_available() or softcap is not None or _varlen_attn() is None:
-        return "sdpa"
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    kind = _class_of(model_config)
+    caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
+    usual = "eager" if caps or not getattr(kind, "_supports_sdpa", True) else "sdpa"
+    takes_ours = getattr(kind, "_supports_attention_backend", True) and getattr(kind, "_supports_sdpa", True)
+    if not torch.cuda.is_available() or not takes_ours or _varlen_attn() is None:
+        return usual
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, _no_mask)
     return VARLEN
+
+
+def _class_of(model_config: Any) -> Any:
+    """The class that such a config gives; None where the model brings its own code."""
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping.get(type(model_config), None)
+    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def varlen_attention(
@@ -38,20 +66,32 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document. query: [1, heads, tokens, dim]; key, value: [1, kv_heads, tokens, dim].
 
     cu_seq_lens_q: int32 [documents + 1], begins of documents and the end; max_length_q: longest document. Without them
-    the whole row is one document. Returns [1, tokens, heads, dim]. Raises ValueError for a batch of more than one.
+    the whole row is one document. Returns [1, tokens, heads, dim]. Raises ValueError for a batch of more than one,
+    ModelError for what else a model asks of its attention.
     """
-    del module, attention_mask  # transformers passes them; the lengths say it all
+    asked = [name for name, what in more.items() if what is not None and name not in HARMLESS]
+    if attention_mask is not None:  # there is none of ours: the model made one itself
+        asked.append("attention_mask")
+    if asked:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {asked[0]}, which ftray's does not do on GPUs; use another base"
+        )
     if query.shape[0] != 1 or dropout:
         raise ValueError(f"varlen attention takes one row without dropout, got {tuple(query.shape)} and {dropout}")
     num_tokens = query.shape[2]
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device)
         max_length_q = num_tokens
+    if softcap is not None:
+        left = num_tokens if sliding_window is None else sliding_window
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return capped_attention(query, key, value, cu_seq_lens_q, scale, softcap, left), None
     attend = _varlen_attn()
     assert attend is not None
     left = -1 if sliding_window is None else sliding_window - 1
@@ -66,6 +106,41 @@ def varlen_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would copy in backward
     out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
     return out[None], None
+
+
+def capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> torch.Tensor:
+    """As `varlen_attention`, with scores s capped to softcap · tanh(s / softcap) (Gemma Team 2024).
+
+    window: tokens that a token sees, itself among them. One document after the other, and scores again in backward, so
+    that memory holds one document's at a time.
+    """
+    bounds = cu_seqlens.tolist()
+    pieces = []
+    for lo, hi in pairwise(bounds):
+        parts = (x[:, :, lo:hi] for x in (query, key, value))
+        pieces.append(checkpoint(_capped, *parts, scale, softcap, window, use_reentrant=False))
+    return torch.cat(pieces, dim=1)
+
+
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float, window: int
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    at = torch.arange(query.shape[2], device=query.device)
+    behind = at[:, None] - at[None]
+    scores = scores.masked_fill((behind < 0) | (behind >= window), float("-inf"))
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return (shares @ value).transpose(1, 2)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

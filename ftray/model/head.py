@@ -23,6 +23,8 @@ def is_plain(causal: Any) -> bool:
     head = causal.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return False
+    if causal.get_decoder() is causal:  # a class that doesn't tell its blocks from the whole
+        return False
     try:
         source = inspect.getsource(type(causal).forward)
     except (OSError, TypeError):

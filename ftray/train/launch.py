@@ -28,10 +28,11 @@ from ftray.data.pipeline import FeedConfig, Plan, heldout_table
 from ftray.data.prepare import Data, prepare_data
 from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
-from ftray.train.alarms import Alarm, Watch
+from ftray.train.alarms import Watch
 from ftray.train.capacity import check_resources
 from ftray.train.causes import explain
 from ftray.train.group import Clock, Ended, run_group
+from ftray.train.hearing import Hearing, Tell
 from ftray.train.identity import parent_of, versions
 from ftray.train.journal import Journal
 from ftray.train.lineage import record_lineage
@@ -42,8 +43,6 @@ from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_met
 from ftray.train.trackers import tracked
 from ftray.train.worker import Job, train_worker
 
-Tell = Callable[[dict[str, Any]], None]  # who is told each event of rank 0
-
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 
@@ -51,9 +50,9 @@ START_S = "20"  # seconds that Ray Train tries to place a group of workers
 class Follower:
     """Who follows a run from outside: a sweep, of whose trials it is one.
 
-    heard: told each event of rank 0; after a held-out loss the workers wait until it has returned. caught: gets a signal's
-    number when the run is to stop as at that signal. data, heldout: what trials share (the run's data, and a reference
-    to the held-out rows); None: the run prepares its own.
+    heard: told each event of rank 0, and alarms; after a held-out loss the workers wait until it has returned. caught:
+    gets a signal's number when the run is to stop as at that signal. data, heldout: what trials share (the run's data,
+    and a reference to the held-out rows); None: the run prepares its own.
     """
 
     heard: Tell
@@ -90,19 +89,7 @@ def train(
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
-    heldout = follower.heldout if follower else None
-    if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
-        heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
-    if lease is not None and not storage.holds(lease.token):
-        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
-    lineage = record_lineage(
-        run, run_dir, data, tokenizer_hash(tokenizer), template_hash(tokenizer), parent_of(run_dir)
-    )
-    hashes = {"config_hash": run.config_hash, "data_hash": data.data_hash, "lineage": lineage}
-    meta = {**hashes, "versions": versions()}
-    there = run.model_copy(update={"model": absolute_base(run.model)})
-    held = lease.token if lease is not None else None
-    job = Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
+    job = _job(run, run_dir, data, tokenizer, lease, follower)
 
     def is_ours() -> bool:
         return lease is None or not lease.overtaken
@@ -110,42 +97,22 @@ def train(
     journal = Journal(run_dir, is_ours)
     step = newest.step if newest else 0
     watch = Watch(run, data.plan.num_steps, _lines_before(run_dir, console))
+    told = [each for each in (tell, follower.heard if follower else None) if each is not None]
     with (
         journal.session(step),
         tracked(run, run_dir, console.warn, is_ours) as committed_one,
         console.progress("train: step", data.plan.num_steps, step) as bar,
     ):
+        hearing = Hearing(console, bar, journal, watch, committed_one, told)
 
         def start(world_size: int, wish: Wish) -> Ended:
             try:
-                ended = _start(job, world_size, data.plan, use_gpu, wish, show)
+                ended = _start(job, world_size, data.plan, use_gpu, wish, hearing.heard)
             except RayError as err:
                 journal.tell("failed", why=explain(err))
                 raise
             journal.group_ended(ended)
             return ended
-
-        def show(event: dict[str, Any]) -> None:
-            if event["event"] == "step":
-                console.step = event["step"]
-            for worker in event.get("places", ()):
-                console.event("worker", f"worker {worker['rank']} is up on {worker['host']}", **worker)
-            if event["event"] not in ("busy", "joined"):
-                what = {key: value for key, value in event.items() if key not in ("event", "step")}
-                console.event(event["event"], rank=0, **what)
-            _show(event, bar, console)
-            journal.heard(event)
-            if event["event"] == "checkpoint":
-                committed_one()
-            for alarm in _alarms(watch, event, console):
-                console.warn(f"step {alarm.step}: {alarm.text}")
-                journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
-                if tell is not None:
-                    tell({"event": "alarm", "kind": alarm.kind})
-            if tell is not None:
-                tell(event)
-            if follower is not None:
-                follower.heard(event)
 
         try:
             supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
@@ -170,15 +137,23 @@ def _lines_before(run_dir: str, console: Console) -> list[dict[str, Any]]:
         return []
 
 
-def _alarms(watch: Watch, event: dict[str, Any], console: Console) -> list[Alarm]:
-    """What the watch says; it never ends a run."""
-    try:
-        return list(watch.heard(event))
-    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
-        console.warn(
-            f"an alarm could not be decided ({type(err).__name__}: {err}); this is a fault of ftray, report it"
-        )
-        return []
+def _job(
+    run: config.Run, run_dir: str, data: Data, tokenizer: Any, lease: storage.Lease | None, follower: Follower | None
+) -> Job:
+    """What each worker is handed; what it is made from is recorded in the run. Raises RunHeldError."""
+    heldout = follower.heldout if follower else None
+    if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
+        heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
+    if lease is not None and not storage.holds(lease.token):
+        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
+    lineage = record_lineage(
+        run, run_dir, data, tokenizer_hash(tokenizer), template_hash(tokenizer), parent_of(run_dir)
+    )
+    hashes = {"config_hash": run.config_hash, "data_hash": data.data_hash, "lineage": lineage}
+    meta = {**hashes, "versions": versions()}
+    there = run.model_copy(update={"model": absolute_base(run.model)})
+    held = lease.token if lease is not None else None
+    return Job(there, run_dir, meta, heldout, None, parent_of(run_dir), held, waits=follower is not None)
 
 
 def _wait_for_resources(run: config.Run, run_dir: str, console: Console) -> bool:
@@ -265,29 +240,3 @@ def _monitor() -> Any:
     """A monitor on the driver's own node: it must not go away with another."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Monitor).options(num_cpus=0, max_concurrency=4, scheduling_strategy=here).remote()
-
-
-def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
-    if event["event"] == "step":
-        skipped = " · skipped (not finite)" if event.get("skipped") else ""
-        bar.update(event["step"] + 1, f"loss {event['loss']:.4f} · {event['tokens_per_s']:.0f} tokens/s{skipped}")
-    elif event["event"] == "heldout":
-        console.say(f"held-out loss at step {event['step']}: {event['heldout_loss']:.4f}")
-    elif event["event"] == "rewind":
-        console.warn(
-            f"weights and optimizer are those of step {event['to']} again; training goes on at step {event['step']}"
-        )
-    elif event["event"] == "joined":
-        console.say("train: workers are up and load the model")
-    elif event["event"] == "fit":
-        console.say(
-            f"train: micro-batch {event['micro_batch_size']}, {event['layers']} of {event['num_layers']} layers recomputed; "
-            f"{event['peak'] / 2**30:.0f} GiB expected on each GPU"
-        )
-    elif event["event"] == "other micro-batch":
-        console.warn(
-            f"the micro-batch of {event['before']} rows that this run was begun with doesn't fit these workers; it is "
-            f"{event['now']} from here on: dropout falls on other places than it would have, all else stays the same"
-        )
-    elif event["event"] == "start" and event["step"] > 0:
-        console.say(f"train: workers continue at step {event['step']}")

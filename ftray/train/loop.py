@@ -39,6 +39,7 @@ from ftray.train.partition import gather_by_layers, partition_model
 from ftray.train.restore import parent_parts
 from ftray.train.scaling import prepare_scaling, read_scale, restore_scale, searches_scale
 from ftray.train.schedule import learning_rate
+from ftray.train.separate import keep_apart
 from ftray.train.shards import PartReader
 from ftray.train.state import local_bytes, local_parts, restore_parts
 from ftray.train.timeline import Found, Progress, find_newest
@@ -61,7 +62,7 @@ class Trainer:
         self._shard = shard
         found = self._newest()
         self._micro_before = found.progress.micro_batch_size if found else None
-        self._engine, self._parameters = self._build_engine()
+        self._engine, self._parameters = self._build_engine(shard.plan.most_documents)
         keep, is_small = self._run.checkpoint.keep, self._run.method.type != "full"
         self._writer = CheckpointWriter(job.run_dir, keep, job.meta, whole=is_small, lease=job.lease)
         self._progress = self._resume(found)
@@ -99,7 +100,8 @@ class Trainer:
         name = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
         return {"workers": self._world_size, "device": name}
 
-    def _build_engine(self) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    def _build_engine(self, most_documents: int = 1) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+        """most_documents: in a row."""
         deepspeed_without_compiler()
         import deepspeed
 
@@ -108,9 +110,8 @@ class Trainer:
             torch.set_num_threads(max(1, int(self._run.scale.cpus_per_worker)))
         model = self._build_model()
         parameters = trainable(model.model)
-        self._fit = fit_memory(
-            self._run, model, self._device, self._world_size, self._micro_before, self._shard.plan.most_documents
-        )
+        keep_apart(self._run, model, self._device)
+        self._fit = fit_memory(self._run, model, self._device, self._world_size, self._micro_before, most_documents)
         micro_batch_size = self._fit.micro_batch_size
         self._run = self._run.model_copy(
             update={"train": train.model_copy(update={"micro_batch_size": micro_batch_size})}

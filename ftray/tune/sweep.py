@@ -37,8 +37,9 @@ from ftray.errors import (
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.redact import redacted
 from ftray.train.capacity import check_resources, fitting, usable_nodes
+from ftray.train.hearing import Tell
 from ftray.train.identity import open_run
-from ftray.train.launch import Follower, Tell, train
+from ftray.train.launch import Follower, train
 from ftray.train.preflight import preflight
 from ftray.train.supervise import AGAIN, stop_signals
 from ftray.tune.judge import Judge

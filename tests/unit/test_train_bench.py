@@ -112,7 +112,7 @@ def test_the_step_under_zero_is_timed_with_its_settings(
     zero_speed.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["stage"], told["rows"], told["accumulate"], told["recomputed"]) == (3, 2, 2, 0)
-    assert told["tokens_per_s_per_gpu"] == pytest.approx(2 * 2 * 64 / told["step_s"], rel=0.1)
+    assert told["tokens_per_s_per_gpu"] == pytest.approx(2 * 2 * 64 / told["step_s"], rel=0.1, abs=0.5)
     assert set(told["one_after_the_other_s"]) == {"forward", "backward", "end"}
 
 
