@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from ftray import config
+from ftray.errors import ConfigError
 from ftray.observe.shape import Shape
 from ftray.train.memory import RECOMPUTE_COST, SMALL_BATCH_TOKENS
 
@@ -22,6 +23,7 @@ QLORA_COST = 1.012
 GAINS = {("lora", "fp8"): 1.58, ("lora", "int8"): 1.12, ("full", "fp8"): 1.2}
 MEASURED_TOKENS = 16384  # of the micro-batches that these were measured with
 FP32_COST = 8.0  # a guess: products without the tensor cores' 16-bit rate
+NEEDED = {"fp8": (9, 0), "int8": (8, 0)}  # capability, as in `model.eight_bit`
 HIDDEN_SHARE = 0.5  # of the gathering of sharded weights that goes on behind products
 GATHER_S = (
     5.5e-12  # a byte of sharded weights, in each micro-batch, for its calls and what it takes from the products beside
@@ -32,26 +34,30 @@ GPUS_A_NODE = 8
 
 @dataclass(frozen=True)
 class Card:
-    """gib: usable; tflops: dense 16-bit products; bandwidth: bytes a second of its memory, link: to its neighbours."""
+    """gib: usable; tflops: dense 16-bit products; bandwidth: bytes a second of its memory, link: to its neighbours.
+
+    capability: of its matrix units, as CUDA counts.
+    """
 
     name: str
     gib: float
     tflops: float
     bandwidth: float
     link: float
+    capability: tuple[int, int]
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("L4", 22.0, 121, 0.30e12, 12e9),
-        Card("A10G", 22.0, 70, 0.60e12, 12e9),
-        Card("A100-40G", 39.4, 312, 1.56e12, 230e9),
-        Card("L40S", 44.4, 362, 0.86e12, 25e9),
-        Card("A100-80G", 79.2, 312, 2.04e12, 230e9),
-        Card("H100", 79.1, 989, 3.35e12, 350e9),
-        Card("H200", 139.0, 989, 4.80e12, 350e9),
-        Card("B200", 178.0, 2250, 8.00e12, 700e9),
+        Card("L4", 22.0, 121, 0.30e12, 12e9, (8, 9)),
+        Card("A10G", 22.0, 70, 0.60e12, 12e9, (8, 6)),
+        Card("A100-40G", 39.4, 312, 1.56e12, 230e9, (8, 0)),
+        Card("L40S", 44.4, 362, 0.86e12, 25e9, (8, 9)),
+        Card("A100-80G", 79.2, 312, 2.04e12, 230e9, (8, 0)),
+        Card("H100", 79.1, 989, 3.35e12, 350e9, (9, 0)),
+        Card("H200", 139.0, 989, 4.80e12, 350e9, (9, 0)),
+        Card("B200", 178.0, 2250, 8.00e12, 700e9, (10, 0)),
     )
 }
 ALIASES = {"A100": "A100-40G"}
@@ -65,6 +71,31 @@ _DEVICES = (  # what drivers call them, the first that fits; other makes of a ca
     (r"\bA10G\b", "A10G"),
     (r"\bL4\b", "L4"),
 )
+
+
+def card_named(name: str, method: config.Method) -> Card:
+    """The card of that name in the table. Raises ConfigError for one that isn't there, or lacks what the method needs."""
+    name = ALIASES.get(name, name)
+    if name not in CARDS:
+        raise ConfigError(f"the card {name} is not in plan's table; give --card with one of {', '.join(CARDS)}")
+    if not does(CARDS[name], method):
+        able = [card.name for card in CARDS.values() if does(card, method)]
+        raise ConfigError(
+            f"method.base_precision {method.base_precision} is not for {name}, whose matrix units lack it; leave it out, or "
+            f"take one of {', '.join(able)}"
+        )
+    return CARDS[name]
+
+
+def check_accelerator(run: config.Run) -> None:
+    """Raises ConfigError for a kind of GPU that is asked for and known not to do what the method needs."""
+    if run.scale.accelerator in (*CARDS, *ALIASES):
+        card_named(run.scale.accelerator, run.method)
+
+
+def does(card: Card, method: config.Method) -> bool:
+    """Whether the card's matrix units take the method's products."""
+    return method.base_precision is None or card.capability >= NEEDED[method.base_precision]
 
 
 def card_of(device: str) -> Card | None:

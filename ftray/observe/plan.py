@@ -15,8 +15,8 @@ from ftray.config.compatible import impossible
 from ftray.console import duration
 from ftray.data.prepare import read_summary
 from ftray.data.sources import list_shards
-from ftray.errors import ConfigError, DataError, StorageError
-from ftray.observe.cards import ALIASES, CARDS, MEASURED, Card, tokens_per_s
+from ftray.errors import DataError, StorageError
+from ftray.observe.cards import CARDS, MEASURED, Card, card_named, does, tokens_per_s
 from ftray.observe.shape import Shape, shape_of
 from ftray.train.memory import GIB, RESERVE, Fit, Memory, States, best_fit, head_of, longest_row, state_bytes
 
@@ -124,7 +124,7 @@ def make_plan(run: config.Run, run_dir: str, card: str | None = None, probed: Pr
     shape, size = shape_of(run.model), run.world_sizes[0]
     name = card or run.scale.accelerator
     length = length_of(run, run_dir)
-    ways = [way_of(run, shape, each, size, length.most_documents) for each in _cards(name)]
+    ways = [way_of(run, shape, each, size, length.most_documents) for each in _cards(name, run.method)]
     way = next((each for each in ways if each.fits), ways[-1])
     found = CARDS[way.card]
     others = [way_of(other, shape, found, size) for other in _others(run)]
@@ -142,13 +142,10 @@ def make_plan(run: config.Run, run_dir: str, card: str | None = None, probed: Pr
     return Plan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None, probed)
 
 
-def _cards(name: str | None) -> list[Card]:
-    if name is None:
-        return sorted(CARDS.values(), key=lambda card: card.gib)
-    name = ALIASES.get(name, name)
-    if name not in CARDS:
-        raise ConfigError(f"the card {name} is not in plan's table; give --card with one of {', '.join(CARDS)}")
-    return [CARDS[name]]
+def _cards(name: str | None, method: config.Method) -> list[Card]:
+    if name is not None:
+        return [card_named(name, method)]
+    return sorted((card for card in CARDS.values() if does(card, method)), key=lambda card: card.gib)
 
 
 def _others(run: config.Run) -> list[config.Run]:
@@ -202,7 +199,7 @@ def memory_of(run: config.Run, shape: Shape, card: Card, world_size: int) -> Mem
     capacity = card.gib * GIB * run.scale.gpus_per_worker
     kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
     hidden = shape.hidden * (4 if precision == "fp32" else 2)
-    head = head_of(run, shape.vocabulary, shape.hidden, run.method.type == "full")
+    head = head_of(run, shape.vocabulary, shape.hidden, run.method.type == "full", not shape.whole_logits)
     return Memory(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head, update)
 
 
@@ -222,8 +219,7 @@ def _static(run: config.Run, shape: Shape, world_size: int) -> Parts:
         weights, buffers = weights / world_size, buffers + gathered
     if run.deepspeed.offload == "all":
         weights = 0.0
-    optimizer = 0.0 if run.deepspeed.offload != "none" else states.optimizer
-    return Parts(weights, states.gradients, optimizer, buffers, 0.0, 0.0)
+    return Parts(weights, states.gradients, states.optimizer, buffers, 0.0, 0.0)
 
 
 def parts_of(run: config.Run, shape: Shape, memory: Memory, fit: Fit, world_size: int, documents: int = 1) -> Parts:

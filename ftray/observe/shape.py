@@ -23,11 +23,16 @@ KNOWN = {
     "Llama-3.3-70B": (8192, 28672, 80, (64, 8), False),
 }
 LLAMA_VOCABULARY = 128256
+# Kinds that scale, cap or shift their logits, which are then whole in memory (`model.head` reads it from the class itself).
+WHOLE_LOGITS = {"cohere", "cohere2", "falcon_h1", "granite", "minicpm3", "phi", "recurrent_gemma"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model of attention and gated feed-forward layers. query, key: widths of all heads together."""
+    """A causal language model of attention and gated feed-forward layers. query, key: widths of all heads together.
+
+    whole_logits: they aren't computed a piece of the tokens at a time.
+    """
 
     hidden: int
     intermediate: int
@@ -36,6 +41,7 @@ class Shape:
     key: int
     vocabulary: int
     tied: bool
+    whole_logits: bool = False
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -89,14 +95,18 @@ class Shape:
         """Bytes that a token's activations keep for backward, where no layer is recomputed.
 
         Of each layer: its input, both norms' results, the middle sum; queries, keys, values, attention's result; gate, up
-        and their product.
+        and their product. Of whole logits, in fp32 whatever the precision, themselves.
         """
         layer = 4 * self.hidden + 2 * self.query + 2 * self.key + 3 * self.intermediate
-        return (4 if precision == "fp32" else 2) * (self.num_layers * layer + 2 * self.hidden)
+        return (4 if precision == "fp32" else 2) * (self.num_layers * layer + 2 * self.hidden) + self._logits
 
     def recomputed_bytes(self, precision: str) -> float:
         """The same where all layers are: each one's input."""
-        return (4 if precision == "fp32" else 2) * (self.num_layers + 2) * self.hidden
+        return (4 if precision == "fp32" else 2) * (self.num_layers + 2) * self.hidden + self._logits
+
+    @property
+    def _logits(self) -> float:
+        return 4 * self.vocabulary if self.whole_logits else 0
 
 
 def shape_of(model: config.Model) -> Shape:
@@ -142,6 +152,7 @@ def read_shape(tree: Mapping[str, Any], base: str) -> Shape:
             (tree.get("num_key_value_heads") or heads) * width,
             tree["vocab_size"],
             bool(tree.get("tie_word_embeddings", False)),
+            tree.get("model_type") in WHOLE_LOGITS or bool(tree.get("final_logit_softcapping")),
         )
     except (KeyError, TypeError):
         experts = "its config.json"

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ftray import config
-from ftray.train.zero import owns_optimizer
+from ftray.train.zero import owns_optimizer, size_of
 
 EIGHT_BIT = "adamw-8bit"
 PAGED = "-paged"  # behind an optimizer's name: moments live in the host's memory
@@ -126,21 +126,22 @@ def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> 
 
     largest: weights of the largest parameter.
     """
-    own = 2 if run.train.precision == "bf16" else 4
+    own = 4 if run.train.precision == "fp32" else 2
     if owns_optimizer(run.train, run.deepspeed):
         moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
         near = largest if run.train.optimizer.endswith(PAGED) else number
         return States(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0, 0.0)
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32
-    bucket = own * float(run.deepspeed.overrides.get("zero_optimization", {}).get("reduce_bucket_size", 5e8))
+    bucket = own * size_of(run.deepspeed, "reduce_bucket_size")
+    if run.deepspeed.offload != "none":  # masters, moments and the step itself are the host's
+        return States(number * gradients, 0.0, bucket, 0.0)
     return States(number * gradients, number * 12 / world_size, bucket, number * update)
 
 
 def gathered_bytes(run: config.Run, number: int) -> float:
     """Weights that ZeRO-3 keeps whole on a GPU at once, and those under way, of a model of `number`."""
-    zero = run.deepspeed.overrides.get("zero_optimization", {})
-    most = float(zero.get("stage3_max_live_parameters", 1e9)) + float(zero.get("stage3_prefetch_bucket_size", 5e7))
+    most = size_of(run.deepspeed, "stage3_max_live_parameters") + size_of(run.deepspeed, "stage3_prefetch_bucket_size")
     return min(number, most) * (4 if run.train.precision == "fp32" else 2)
 
 

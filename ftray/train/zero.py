@@ -22,6 +22,13 @@ OWNED = {
 }
 
 
+SIZES = {  # of zero_optimization, in elements: what DeepSpeed 0.19 takes where nothing, or auto, is said
+    "reduce_bucket_size": 5e8,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+}
+
+
 def deepspeed_config(
     train: config.Train, deepspeed: config.DeepSpeed, micro_batch_size: int, world_size: int
 ) -> dict[str, Any]:
@@ -33,6 +40,8 @@ def deepspeed_config(
     for key, decider in OWNED.items():
         if _holds(deepspeed.overrides, key):
             raise ConfigError(f"deepspeed.overrides.{key} is decided by {decider}; set that instead")
+    for key in SIZES:
+        size_of(deepspeed, key)
     derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -56,6 +65,23 @@ def deepspeed_config(
 def _offload(what: str) -> dict[str, Any]:
     places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
     return {place: {"device": "cpu", "pin_memory": True} for place in places[what]}
+
+
+def size_of(deepspeed: config.DeepSpeed, key: str) -> float:
+    """One of SIZES, as overridden. Raises ConfigError for what is no number: YAML reads 2e8 as a word."""
+    zero = deepspeed.overrides.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(
+            f"deepspeed.overrides: zero_optimization ({zero!r}) must be a mapping; give it keys, or leave it out"
+        )
+    value = zero.get(key, "auto")
+    if value == "auto":
+        return SIZES[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ConfigError(
+            f"deepspeed.overrides.zero_optimization.{key} ({value!r}) is no number of elements; write it like 200000000 or 2.0e+8"
+        )
+    return float(value)
 
 
 def owns_optimizer(train: config.Train, deepspeed: config.DeepSpeed) -> bool:

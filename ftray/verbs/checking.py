@@ -14,11 +14,13 @@ from ftray.verbs.targets import open_target
 def check(arguments: argparse.Namespace, console: Console) -> int:
     """Reads a run file and prints what follows from it."""
     from ftray import storage
+    from ftray.observe.cards import check_accelerator
     from ftray.train.trackers import check_trackers
     from ftray.train.zero import deepspeed_config
 
     run = open_target(arguments.run, arguments.overrides)
     deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
+    check_accelerator(run)
     is_here = (
         not storage.is_remote(run.storage) and "RAY_ADDRESS" not in os.environ
     )  # else this may be no machine of the run's

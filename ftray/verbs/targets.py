@@ -44,11 +44,13 @@ def owned(
 ) -> Iterator[tuple[str, Lease]]:
     """The run's directory: input checked, leased to this process, libraries quiet, Ray up if wanted."""
     from ftray import storage
+    from ftray.observe.cards import check_accelerator
     from ftray.session import quiet, ray_session, signals_later
     from ftray.train.identity import check_identity, open_run
 
     run_dir = storage.absolute(run.directory)
     check_identity(run, run_dir)
+    check_accelerator(run)
     with (
         storage.acquire_lease(run_dir) as lease,
         quiet(run.name, console),

@@ -19,9 +19,9 @@ NO_HEAD = Head(0, 0, 0)
 LARGE = Memory(139 * GIB, 40 * GIB, 4.0e6, 0.3e6, 32, 0, NO_HEAD)
 
 
-def _run(zero_stage: int = 2, **train: object) -> config.Run:
+def _run(zero_stage: int = 2, offload: str = "none", **train: object) -> config.Run:
     tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
-    tree |= {"train": {"global_batch_size": 8, **train}, "deepspeed": {"zero_stage": zero_stage}}
+    tree |= {"train": {"global_batch_size": 8, **train}, "deepspeed": {"zero_stage": zero_stage, "offload": offload}}
     return config.parse_run(tree, "test")
 
 
@@ -61,6 +61,14 @@ def test_the_peak_is_with_all_activations_or_in_the_update_whichever_is_more() -
     assert with_activations > 24 * GIB
     assert replace(memory, update=5 * GIB).peak(4096, 0) == with_activations
     assert replace(memory, update=30 * GIB).peak(4096, 0) == 40 * GIB
+
+
+def test_what_is_offloaded_is_not_counted_on_the_gpu() -> None:
+    both = [state_bytes(_run(2, how), 10**9, 2, 10**9) for how in ("none", "optimizer")]
+    assert [each.optimizer for each in both] == [6e9, 0.0]
+    assert [each.update for each in both] == [3e9, 0.0]
+    assert both[0].gradients == both[1].gradients == 1e9
+    assert both[0].bucket == both[1].bucket == 1e9
 
 
 def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> None:

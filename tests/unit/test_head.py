@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftray.model.head import is_plain
+from ftray.observe.shape import read_shape
 from ftray.train.loss import SummedLoss, _add_product
 
 SMALL: dict[str, Any] = {
@@ -66,6 +67,21 @@ def test_the_loss_is_that_of_the_models_own_logits(kind: str, more: dict[str, An
     assert found == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, labels[0], reduction="sum")), rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "qwen3", "phi3", "gemma2", "gemma3_text", "phi", "granite", "cohere", "cohere2", "recurrent_gemma"],
+)
+def test_a_plan_knows_by_the_config_whose_logits_are_whole(kind: str) -> None:
+    model = build(kind)
+    assert read_shape(model.config.to_dict(), kind).whole_logits == (not is_plain(model))
+
+
+def test_a_class_that_is_its_own_decoder_is_not_plain() -> None:
+    model = build("llama")
+    model.get_decoder = lambda: model  # as Llama 4's and Mllama's do
+    assert not is_plain(model)
 
 
 def test_a_class_whose_source_cannot_be_read_or_does_more_is_not_plain() -> None:

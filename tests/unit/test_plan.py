@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from ftray import cli, config
 from ftray.data.prepare import SUMMARY, _shape_of
 from ftray.errors import ConfigError, ModelError, RunError
-from ftray.observe.cards import CARDS, tokens_per_s
+from ftray.model.eight_bit import FORMATS
+from ftray.observe.cards import CARDS, NEEDED, check_accelerator, does, tokens_per_s
 from ftray.observe.plan import Length, Parts, Probed, advise, as_text, make_plan, memory_of, parts_of, together, way_of
 from ftray.observe.probe import STEPS, WARM_UP, probe_of, probed
 from ftray.observe.shape import KNOWN, Shape, read_shape, shape_of
@@ -279,6 +281,38 @@ def test_without_a_card_it_is_the_smallest_that_fits_and_the_others_are_shown() 
     assert "5 of 8 rows of 4096 tokens: at most 164 thousand tokens" in text
     with pytest.raises(ConfigError, match="the card GTX is not in plan's table; give --card with one of L4, "):
         make_plan(run_of(), "nowhere", "GTX")
+
+
+def test_cards_that_lack_the_products_are_not_offered() -> None:
+    method = {"type": "lora", "base_precision": "fp8"}
+    plan = make_plan(run_of(method=method), "nowhere")
+    named = {way.card for way in (plan.way, *plan.others)}
+    assert (
+        {"H100", "H200", "B200"}
+        == {card.name for card in CARDS.values() if does(card, run_of(method=method).method)}
+        >= named
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"method\.base_precision fp8 is not for A100-80G, .*leave it out, or take one of H100, H200, B200",
+    ):
+        make_plan(run_of(method=method), "nowhere", "A100-80G")
+    with pytest.raises(ConfigError, match="fp8 is not for A100-40G"):
+        check_accelerator(run_of(method=method, scale={"accelerator": "A100"}))
+    check_accelerator(run_of(method={**method, "base_precision": "int8"}, scale={"accelerator": "A100"}))
+    check_accelerator(run_of(method=method, scale={"accelerator": "MI300X"}))
+    assert {name: kind.capability for name, kind in FORMATS.items()} == NEEDED
+
+
+def test_whole_logits_are_counted() -> None:
+    plain, whole = (replace(shape("1B"), whole_logits=how) for how in (False, True))
+    parts = [
+        way_of(run_of(train={"global_batch_size": 4, "recompute": "none"}), each, H200, 1).parts
+        for each in (plain, whole)
+    ]
+    tokens = 4 * 4096
+    assert parts[1].activations - parts[0].activations == pytest.approx(4 * tokens * plain.vocabulary)
+    assert parts[1].working > parts[0].working + 3 * tokens * plain.vocabulary
 
 
 def test_what_does_not_fit_says_so_first_and_names_ways_that_do() -> None:

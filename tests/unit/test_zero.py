@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from ftray.config import DeepSpeed, Train
 from ftray.errors import ConfigError
-from ftray.train.zero import OWNED, deepspeed_config
+from ftray.train.zero import OWNED, SIZES, deepspeed_config, size_of
 
 
 def made(
@@ -60,6 +61,37 @@ def test_overrides_are_merged_key_by_key_and_leave_their_neighbours() -> None:
     assert {k: v for k, v in found.items() if k not in overrides} == {
         k: v for k, v in made(3).items() if k not in overrides
     }
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ("null", r"zero_optimization \(None\) must be a mapping"),
+        ("[1]", r"zero_optimization \(\[1\]\) must be a mapping"),
+        ("{reduce_bucket_size: 2e8}", r"reduce_bucket_size \('2e8'\) is no number of elements; .* 2\.0e\+8"),
+        ("{reduce_bucket_size: null}", r"reduce_bucket_size \(None\) is no number"),
+        ("{stage3_max_live_parameters: true}", r"stage3_max_live_parameters \(True\) is no number"),
+        ("{stage3_prefetch_bucket_size: -1}", r"stage3_prefetch_bucket_size \(-1\) is no number"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(zero: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        made(3, yaml.safe_load(f"zero_optimization: {zero}"))
+
+
+def test_sizes_are_those_that_deepspeed_takes() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key, size in SIZES.items():
+        name = {
+            "stage3_max_live_parameters": "max_live_parameters",
+            "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+        }
+        usual = DeepSpeedZeroConfig.model_fields[name.get(key, key)].default
+        assert usual == size
+        for value, wanted in (("auto", size), (3, 3.0), (2.0e8, 2e8)):
+            assert size_of(DeepSpeed(overrides={"zero_optimization": {key: value}}), key) == wanted
+    assert size_of(DeepSpeed(), "reduce_bucket_size") == 5e8
 
 
 def test_overrides_of_the_run_file_are_left_as_they_are() -> None:
