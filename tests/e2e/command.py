@@ -166,7 +166,7 @@ class Place:
         """Runs `ftray` with these arguments to its end."""
         return self.start(*arguments).wait()
 
-    def left_over(self, within_s: float = 20.0) -> list[str]:
+    def left_over(self, within_s: float = 90.0) -> list[str]:
         """Processes of this place that still live; those that are about to go get `within_s`."""
         end = time.monotonic() + within_s
         while (left := self._processes()) and time.monotonic() < end:

@@ -28,10 +28,12 @@ DEADLINE_MS = 60_000
 class Slow(HoldingEngine):
     """A word each 20 ms, so that a page has something to stream."""
 
+    pause_s = 0.02
+
     async def _say(self, reply: str) -> AsyncIterator[Chunk]:
         words = [*f"{reply} says {EVIL}".split(" "), ""]
         for i, word in enumerate(words):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self.pause_s)
             yield Chunk(f"{word} " if word else "", [i], None if word else "stop", 9, i + 1)
 
 
@@ -67,7 +69,8 @@ def browser() -> Iterator[Any]:
 
 def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp_path: Path) -> None:
     put(tmp_path, "polite")
-    app = build_api(Slow(), served(tmp_path), max_tokens=500, place=str(tmp_path))
+    engine = Slow()
+    app = build_api(engine, served(tmp_path), max_tokens=500, place=str(tmp_path))
     urls: list[str] = []
     complaints: list[str] = []
     with serving(app) as url:
@@ -90,6 +93,7 @@ def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp
             assert "7 tokens" in side.locator(".figures").text_content()
         sides[1].locator(".figures button").first.click()
         wait_for(page, ".figures:has-text('kept as good')", 1)
+        engine.pause_s = 600.0  # only the stop ends it
         page.fill("#question", "And then?")
         page.click("#send")
         wait_for(page, ".turn.assistant", 4)

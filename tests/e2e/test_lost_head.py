@@ -17,7 +17,7 @@ from tests import tiny
 from tests.cluster import wait_for
 from tests.e2e.command import Place
 
-NUM_STEPS = 400
+NUM_STEPS = 240
 
 
 class Head:

@@ -79,7 +79,7 @@ def test_the_same_command_again_says_that_the_run_is_complete(place: Place, ende
     again = place.ftray("run", "run.yaml")
     assert (again.code, again.err) == (0, "")
     assert "the run 'tiny' is complete" in again.out
-    assert again.seconds < 15
+    assert "what Ray" not in again.out
 
 
 def test_the_endpoint_serves_out_of_the_bucket(place: Place, ended: Ended) -> None:
@@ -122,7 +122,7 @@ def test_a_store_that_refuses_is_told_in_a_sentence_before_ray_starts(
     monkeypatch.setattr(place, "env", {**place.env, **environment})
     refused = place.ftray("run", "run.yaml", "name=other", *overrides)
     assert_refused(refused, *fragments)
-    assert refused.seconds < 30
+    assert refused.seconds < 60, "the deadline of a store that does not answer"
     assert not [info for info in storage.list_files("s3://data/runs") if info.path.startswith("other/")]
 
 

@@ -90,8 +90,8 @@ def test_no_secret_is_in_anything_that_commands_leave(place: Place, monkeypatch:
         f"train.learning_rate={ENVIRONMENT['OPENAI_API_KEY']}",
         f"wandb_api_key={ENVIRONMENT['WANDB_API_KEY']}",
     ):
-        for verb in ("check", "train"):
-            assert_clean(place.ftray(verb, "run.yaml", override), 2)
+        assert_clean(place.ftray("train", "run.yaml", override), 2)
+    assert_clean(place.ftray("check", "run.yaml", override), 2)
     searched = {}
     for top in (place.directory, place.cache, place.home, Path(place.env["RAY_TMPDIR"])):
         for file in top.rglob("*"):

@@ -41,14 +41,14 @@ def test_a_sweep_whose_driver_was_killed_goes_on_by_the_same_command(place: Plac
     killed.process.wait()
     assert place.left_over() == [], "workers go with the driver"
     before = state_of(place)
-    assert [t["status"] for t in before] == ["done", "stopped"]
+    assert [t["status"] for t in before[:2]] == ["done", "stopped"]  # the third may just have begun
 
     ended = place.ftray("tune", "run.yaml")
     assert ended.code == 0, ended.out + ended.err
-    assert "3 trials, 2 of them known" in ended.out
+    assert f"3 trials, {len(before)} of them known" in ended.out
     assert not {"trial-000: ", "trial-001: "} & {line[:11] for line in ended.out.splitlines()}, "not done again"
     after = state_of(place)
-    assert after[:2] == before, "what was decided stands"
+    assert after[:2] == before[:2], "what was decided stands"
     assert after[2]["status"] == "done"
     reports = [r for t in after for r in t["reports"]]
     assert sorted(r["at"] for r in reports) == list(range(len(reports)))

@@ -20,7 +20,7 @@ from ftray.errors import DataError, innermost
 from tests import cluster, rows, tiny
 from tests.s3 import FaultyProxy, S3Server
 
-NUM_STOPS = 12  # bench/order_proof.py makes 50 and more
+NUM_STOPS = 5  # bench/order_proof.py makes 50 and more
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_after_a_stop_anywhere_at_any_world_size_the_rest_is_the_same(plan: Plan
         start = rng.randrange(1, plan.num_steps)
         starts.append(start)
         assert rows.fed_steps(plan, world_size, start) == dict(list(enumerate(expected))[start:])
-    assert len(set(starts)) >= NUM_STOPS // 2
+    assert len(set(starts)) >= NUM_STOPS - 1
 
 
 def test_the_records_told_are_those_in_the_rows(plan: Plan) -> None:

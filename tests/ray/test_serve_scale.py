@@ -67,6 +67,7 @@ class Clients:
     model: str = "fake"
     ends: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    begun: int = 0  # streams whose first word came
 
     def __enter__(self) -> Clients:
         self._stopping = threading.Event()
@@ -90,12 +91,17 @@ class Clients:
                 await asyncio.sleep(self.every_s)
 
     async def _one(self, session: aiohttp.ClientSession) -> None:
-        end, words = await stream(session, self.url, self.model, self.num_tokens)
+        end, words = await stream(session, self.url, self.model, self.num_tokens, self._has_begun)
         self.ends.append(end)
         self.words += words[:1]
 
+    def _has_begun(self) -> None:
+        self.begun += 1
 
-async def stream(session: aiohttp.ClientSession, url: str, model: str, num_tokens: int) -> tuple[str, list[str]]:
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, model: str, num_tokens: int, on_first: Callable[[], None] = lambda: None
+) -> tuple[str, list[str]]:
     """How a stream ended (`whole`: all tokens, its usage and [DONE]), and its words."""
     body = {"model": model, "prompt": "x", "max_tokens": num_tokens, "stream": True}
     body |= {"stream_options": {"include_usage": True}}
@@ -115,7 +121,10 @@ async def stream(session: aiohttp.ClientSession, url: str, model: str, num_token
                     if "error" in event:
                         return f"error {event['error']['code']}", words
                     usage = event.get("usage") or usage
+                    first = not words
                     words += [choice["text"].strip() for choice in event["choices"]]
+                    if first and words:
+                        on_first()
     except aiohttp.ClientError as err:
         return f"broken {type(err).__name__}", words
     return "silence", words
@@ -186,7 +195,7 @@ def test_a_replica_that_is_killed_ends_its_streams_with_an_error_event_and_is_re
     handle = serve.get_app_handle(APP)
     pid = handle.pid.remote().result(timeout_s=DEADLINE_S)
     with Clients(url, every_s=0.3, num_tokens=100) as clients:
-        time.sleep(3)
+        until(lambda: clients.begun > 2, "streams")
         os.kill(pid, signal.SIGKILL)
         until(lambda: len(clients.ends) > 3, "ends")
         until(lambda: one(url)[0] == "whole", "a new replica")

@@ -437,7 +437,7 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
     async def work() -> None:
         engine = PaperEngine()
         engine.hold = asyncio.Event()
-        app = build_api(engine, Served("m"), max_tokens=50, max_answer_s=0.05)
+        app = build_api(engine, Served("m"), max_tokens=50, max_answer_s=0.5)
         assert (await call(app, "/v1/completions", TEXT)).error["code"] == "timeout"
         assert (await call(app, "/v1/completions", {**TEXT, "stream": True})).events[-1]["error"]["code"] == "timeout"
         assert engine.log == ["closed", "closed"]

@@ -266,7 +266,7 @@ def test_a_template_that_would_not_end_is_refused_in_one_sentence(template: str)
     with pytest.raises(ModelError, match="the chat template ") as caught:
         chat_with(template + tiny.TEMPLATE)
     assert "\n" not in str(caught.value)
-    assert time.process_time() - began_s < 10
+    assert time.process_time() - began_s < 60
 
 
 def test_a_template_can_not_reach_out_of_the_sandbox() -> None:
