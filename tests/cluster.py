@@ -67,13 +67,21 @@ class Watched(io.StringIO):
     def __init__(self, *script: tuple[str, Callable[[], None]]) -> None:
         super().__init__()
         self._script, self._seen = list(script), 0
+        self.failed: list[BaseException] = []
 
     def write(self, text: str) -> int:
         written = super().write(text)
         if self._script and self._script[0][0] in self.getvalue()[self._seen :]:
             (_, act), self._seen = self._script.pop(0), self.tell()
-            threading.Thread(target=act, daemon=True).start()
+            threading.Thread(target=self._do, args=(act,), daemon=True).start()
         return written
+
+    def _do(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except BaseException as err:
+            self.failed.append(err)
+            raise
 
 
 def run_training(
@@ -90,6 +98,8 @@ def run_training(
         found = train(run, run_dir, console.Console(stream), tell=tell)
     finally:
         console.PLAIN_EVERY_S = kept
+        if stream.failed:  # the test could not do what it is about
+            raise stream.failed[0]
     return found, stream.getvalue()
 
 
@@ -185,5 +195,8 @@ def ray_metrics() -> dict[tuple[str, ...], float]:
 
 def ray_metric(name: str, *labels: str) -> float | None:
     """The first series of that name with those labels ("run=tiny"); None: not told yet."""
-    found = (value for (told, *has), value in ray_metrics().items() if told == name and set(labels) <= set(has))
-    return next(found, None)
+    try:
+        told = ray_metrics()
+    except OSError:  # nobody listens yet
+        return None
+    return next((value for (known, *has), value in told.items() if known == name and set(labels) <= set(has)), None)
