@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat
+from ftray.engine.capped import PAGED, caps_scores, use_capped
 from ftray.engine.mixed_lora import MixedLora
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, StuckError, check_prompt
 from ftray.engine.sampling import Asked, RowSampler
@@ -269,7 +270,11 @@ class TransformersEngine:
 
     def _use_fitting_attention(self) -> None:
         name = self._model.config._attn_implementation
-        if name not in ("sdpa", "eager", "paged|eager") and not name.startswith("flash_attention"):
+        if caps_scores(self._model.config):
+            use_capped()
+            self._attention = name
+            self._model.set_attn_implementation(PAGED)
+        elif name not in ("sdpa", "eager", "paged|eager") and not name.startswith("flash_attention"):
             self._attention = name  # e.g. one that training registered for packed rows
             self._model.set_attn_implementation("sdpa")
 

@@ -15,7 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from ftray.engine.offline import complete, generate_all, load_engine
@@ -112,6 +119,42 @@ def with_engine(model: Any, tokenizer: Any, body: Any, **options: Any) -> Any:
 
 
 # Greedy answers
+
+
+def gemma2(cap: float | None) -> Any:
+    """Random weights; a cap of 1 on scores that go far beyond it."""
+    shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma2Config(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=cap,
+        sliding_window=8,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+        **shape,
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("cap", [1.0, None])
+def test_scores_that_a_model_caps_are_capped(tokenizer: Any, cap: float | None) -> None:
+    model, prompts = gemma2(cap), make_prompts(6)
+    expected = [by_generate(model, prompt) for prompt in prompts]
+    for name in ("eager", "sdpa"):  # as training leaves it
+        model.set_attn_implementation(name)
+        answers = generate_all(model, tokenizer, prompts, GREEDY, max_num_seqs=3)
+        assert model.config._attn_implementation == name
+        model.set_attn_implementation("eager")
+        for prompt, wanted, answer in zip(prompts, expected, answers, strict=True):
+            assert_same_but_for_ties(model, prompt, wanted, answer.token_ids)
 
 
 def test_greedy_tokens_equal_generate_one_by_one_and_eight_at_once(model: Any, tokenizer: Any) -> None:
