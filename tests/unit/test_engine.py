@@ -129,6 +129,7 @@ def gemma2(cap: float | None) -> Any:
         hidden_size=64,
         intermediate_size=128,
         query_pre_attn_scalar=1,
+        tie_word_embeddings=False,  # else each token is followed by itself
         attn_logit_softcapping=cap,
         sliding_window=8,
         bos_token_id=None,
