@@ -16,7 +16,7 @@ from ftray.errors import ModelError
 from ftray.model import attention
 from ftray.model.attention import VARLEN, choose_attention
 from ftray.train.loss import SummedLoss
-from ftray.train.separate import SHARE, keep_apart, leak
+from ftray.train.separate import HALF_SHARE, SHARE, keep_apart, leak
 from tests.unit.test_head import build
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ APART = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", 
 @pytest.mark.parametrize("kind", [*APART, "olmo2", "smollm3", "gpt2", "gpt_neox"])
 def test_families_that_keep_documents_apart_pass(kind: str, dtype: torch.dtype) -> None:
     loss = SummedLoss(build(kind).to(dtype)).train()
-    assert leak(loss, CPU) < SHARE / 100
+    assert leak(loss, CPU) < SHARE / 10
     assert loss.training
     keep_apart(run_of(), loss, CPU)
 
@@ -43,6 +43,7 @@ def test_families_that_keep_documents_apart_pass(kind: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("kind", ["jamba", "nemotron_h", "recurrent_gemma", "minimax", "falcon_mamba", "opt"])
 def test_families_that_do_not_are_refused_where_a_row_holds_several(kind: str, dtype: torch.dtype) -> None:
     loss = SummedLoss(build(kind).to(dtype)).train()
+    assert leak(loss, CPU) > 5 * HALF_SHARE
     with pytest.raises(
         ModelError,
         match=rf"model.base org/b \({kind}\): a document changes the loss of the one behind it .*use another base",
@@ -61,7 +62,7 @@ def test_a_class_that_loses_the_documents_lengths_gets_the_attention_that_needs_
     use_ours(monkeypatch)
     loss = SummedLoss(build("llama")).train()
     loss.model.set_attn_implementation(VARLEN)
-    assert leak(loss, CPU) > 10 * SHARE, "on a CPU no lengths are told"
+    assert leak(loss, CPU) > HALF_SHARE, "on a CPU no lengths are told"
     keep_apart(run_of(), loss, CPU)
     assert loss.model.config._attn_implementation == "sdpa"
     assert leak(loss, CPU) < SHARE / 100
