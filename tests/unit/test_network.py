@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import psutil
@@ -53,8 +54,12 @@ def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[NAME] == "ib0"
 
 
-def test_a_host_that_nothing_leads_to_changes_nothing(untold: None) -> None:
-    use_network_of("host.invalid")
+def test_a_host_that_nothing_leads_to_changes_nothing(untold: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: Any) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", nowhere)
+    use_network_of("10.77.0.1")
     assert NAME not in os.environ
 
 
