@@ -7,6 +7,7 @@ the tokens of the requests that asked for it, as PEFT computes it, and leaves al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,11 @@ class Weights:
 class Adapter:
     """A loaded adapter. Requests under way keep it alive after it was unloaded."""
 
+    _serials = itertools.count()
+
     def __init__(self, name: str, scaling: float, layers: dict[str, Weights]) -> None:
         self.name, self.scaling, self.layers = name, scaling, layers
+        self.serial = next(self._serials)  # another one's weights may come under the same name
 
     def __deepcopy__(self, memo: Any) -> Adapter:
         return self  # a request that is evicted from the cache is copied
@@ -120,6 +124,11 @@ class MixedLora:
     @torch.no_grad()
     def _weights(self, layer: str, settings: AdapterSettings, parts: dict[str, torch.Tensor]) -> Weights:
         base = self._layers[layer].weight
+        if not base.dtype.is_floating_point or base.dtype.itemsize < 2:
+            raise ModelError(
+                f"adapters can't be mixed over a base in {str(base.dtype).removeprefix('torch.')}; serve the base in 16 bits, "
+                "or the merged model in fewer"
+            )
         moved = {part: tensor.to(base.device, base.dtype) for part, tensor in parts.items()}
         a, b, magnitude = moved["lora_A"], moved["lora_B"], moved.get("lora_magnitude_vector")
         if magnitude is not None:  # Liu et al. 2024; the norm is fixed once training is over

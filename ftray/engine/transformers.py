@@ -31,9 +31,11 @@ from ftray.chat import ChatFormat
 from ftray.engine.capped import PAGED, caps_scores, use_capped
 from ftray.engine.mixed_lora import MixedLora
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, StuckError, check_prompt
+from ftray.engine.rope import steady_context
 from ftray.engine.sampling import Asked, RowSampler
 from ftray.engine.schema import Schemas
 from ftray.engine.text import TextStream, read_tokens
+from ftray.engine.trial import answer_alone, check_answers
 from ftray.errors import DataError, ModelError
 
 MAX_CONTEXT = 8192  # where the model itself allows more: the cache is allocated whole at the start
@@ -82,18 +84,22 @@ class TransformersEngine:
         self._inboxes: dict[str, tuple[str, asyncio.Queue[Any]]] = {}
 
     async def start(self) -> None:
-        """Allocates the cache and starts the thread. Raises EngineError when memory doesn't suffice."""
+        """Allocates the cache, starts the thread and tries an answer.
+
+        Raises EngineError when memory doesn't suffice, ModelError for a model that can't be answered for in batches.
+        """
         if self._manager is not None:
             raise EngineError("the engine is started already")
+        alone = await asyncio.to_thread(answer_alone, self._model)
         self._use_fitting_attention()
-        manager = self._model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.stop_token_ids) or -1),
-            continuous_batching_config=self._batching_config(),
-        )
         sampler = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
         sampler.tensors_required = 1  # it counts only processors that it converted itself
-        manager.logit_processor = sampler
         try:
+            manager = self._model.init_continuous_batching(
+                generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.stop_token_ids) or -1),
+                continuous_batching_config=self._batching_config(),
+            )
+            manager.logit_processor = sampler
             await asyncio.to_thread(manager.warmup)  # makes the cache; without CUDA graphs nothing is computed
         except (MemoryError, ValueError, RuntimeError) as err:
             self._put_attention_back()
@@ -105,6 +111,11 @@ class TransformersEngine:
             _keep_prefixes_apart(manager.batch_processor)
         manager.start()
         self._manager = manager
+        try:
+            await check_answers(self, alone, self._model)
+        except BaseException:
+            await self.stop()
+            raise
 
     def num_cache_tokens(self) -> int:
         """Tokens of keys and values that the cache holds: one whole context, and a usual one for each request."""
@@ -296,7 +307,7 @@ def _keep_prefixes_apart(processor: Any) -> None:
         adapter = state.logit_processor_kwargs["asked"].adapter
         if adapter is None:
             return token_ids
-        salt = int.from_bytes(blake2b(adapter.name.encode(), digest_size=4).digest(), "little") >> 2
+        salt = int.from_bytes(blake2b(b"%d" % adapter.serial, digest_size=4).digest(), "little") >> 2
         return [token ^ salt for token in token_ids]
 
     search = cache.search_prefix_match
@@ -327,4 +338,5 @@ def stop_tokens(tokenizer: Any, own: int | list[int] | None) -> tuple[int, ...]:
 
 def _max_positions(model: Any) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if positions else MAX_CONTEXT
+    steady = steady_context(model.config)
+    return min(int(positions) if positions else MAX_CONTEXT, steady or MAX_CONTEXT)

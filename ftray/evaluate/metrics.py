@@ -10,8 +10,10 @@ import json
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -149,11 +151,12 @@ def extract(text: str, pattern: str) -> str | None:
 def _plain_result(text: str) -> str:
     """A text, or where it is a number, the number in one spelling: `$1,200.0.` is 1200."""
     plain = text.strip()
-    number = re.fullmatch(r"([-+]?)[$€£]?([-+]?)((?:\d[\d,]*)?\.?\d+|\d[\d,]*)\.?%?", plain)
+    number = re.fullmatch(r"([-+]?)[$€£]?([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)\.?%?", plain)
     if number is None:
         return plain
-    value = float(number[3].replace(",", ""))
-    return f"{(-value if '-' in number[1] + number[2] else value) + 0.0:.12g}"  # + 0.0: -0 is 0
+    value = Decimal(number[3].replace(",", ""))
+    sign = "-" if value and "-" in number[1] + number[2] else ""
+    return f"{sign}{value.normalize():f}" if value else "0"
 
 
 def format_score(answers: Sequence[str], pattern: str) -> Statistic:
@@ -179,8 +182,17 @@ def json_valid(answers: Sequence[str], schema: Any = None) -> Statistic:
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str:
-    """The label that an answer is, but for case, space and punctuation around it; else OTHER."""
-    return {_bare(label): label for label in reversed(labels)}.get(_bare(answer), OTHER)
+    """The label that an answer is, but for case, space and punctuation around it where labels differ in more; else OTHER."""
+    for plain in (str.strip, _ended, _bare):
+        forms = Counter(plain(label) for label in dict.fromkeys(labels))
+        found = {plain(label): label for label in labels if forms[plain(label)] == 1 and plain(label)}
+        if plain(answer) in found:
+            return found[plain(answer)]
+    return OTHER
+
+
+def _ended(text: str) -> str:
+    return text.strip().rstrip(".!,;:").casefold()
 
 
 def _bare(text: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,18 +31,32 @@ def generate_virtual(
         began_s = time.monotonic()
         tokens = causal.get_input_embeddings()(torch.tensor([prompt], device=virtual.device))
         embeds = torch.cat([virtual.to(tokens.dtype), tokens], dim=1)
-        ids = causal.generate(  # given embeddings, it returns the new tokens only
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=params.max_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=list(stops) or None,
-            pad_token_id=tokenizer.pad_token_id,
-        )[0].tolist()
+        with _own_settings_aside(causal):
+            ids = causal.generate(  # given embeddings, it returns the new tokens only
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+                max_new_tokens=params.max_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=list(stops) or None,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0].tolist()
         stopped = bool(ids) and ids[-1] in stops
-        text = tokenizer.decode(ids[:-1] if stopped else ids)
+        shown = ids[:-1] if stopped else ids
+        text = str(tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         found.append(Completion(text, ids, "stop" if stopped else "length", time.monotonic() - began_s))
         if on_done:
             on_done(len(found))
     return found
+
+
+@contextmanager
+def _own_settings_aside(causal: Any) -> Iterator[None]:
+    """The engine, by which the base answers, knows nothing of penalties that a model's generation_config may hold."""
+    from transformers import GenerationConfig
+
+    kept, causal.generation_config = causal.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.generation_config = kept

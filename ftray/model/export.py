@@ -40,7 +40,27 @@ def write_whole(model: Any, base: config.Model, precision: str, directory: Path)
     for name, tensor in whole.state_dict().items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise CheckpointError(f"the weight {name} is empty or not finite; export an earlier checkpoint")
-    whole = whole.to(dtype_of(precision))
+    _round(whole, dtype_of(precision))
     whole.config.use_cache = True
     whole.save_pretrained(directory)
     load_tokenizer(base).save_pretrained(directory)
+
+
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """To the dtype, but for what transformers keeps in fp32 whenever it loads such a model (routers' corrections)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    exact = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if any(f".{part}." in f".{name}." for part in kept)
+    }
+    model.to(dtype)
+    for name, tensor in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, _like(getattr(model.get_submodule(owner), leaf), tensor))
+
+
+def _like(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.Parameter(values, requires_grad=False) if isinstance(old, torch.nn.Parameter) else values

@@ -123,6 +123,23 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
     return whole
 
 
+def unquantized(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model with its layers in 4 bits as plain ones, of the values that these stand for: adapters can be merged."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, Linear4bit):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.weight, plain.bias = torch.nn.Parameter(values, requires_grad=False), module.bias
+            base.set_submodule(name, plain)
+    base.is_loaded_in_4bit = base.is_quantized = False
+    del base.hf_quantizer, base.quantization_method, base.config.quantization_config
+    return base
+
+
 def outline_base(model: config.Model, dtype: torch.dtype) -> PreTrainedModel:
     """The same model as `load_base` gives, without values: on torch's meta device. Reads no weights.
 

@@ -77,4 +77,5 @@ def _write(run: config.Run, found: Found, directory: Path) -> None:
         return
     write_adapter(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
     if run.method.type != "prompt":
-        write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory / "merged")
+        whole = load_tuned(run, found, "fp32", to_merge=True)
+        write_whole(whole, run.model, run.train.precision, directory / "merged")

@@ -7,18 +7,24 @@ from typing import Any
 
 from ftray import config, storage
 from ftray.errors import CheckpointError, ConfigError
-from ftray.model.lora import build_model, trainable
+from ftray.model.load import load_base, unquantized
+from ftray.model.lora import add_adapters, build_model, dtype_of, trainable
 from ftray.train.checkpoint import load_checkpoint
 from ftray.train.shards import PartReader
 from ftray.train.timeline import Found, list_checkpoints
 
 
-def load_tuned(run: config.Run, found: Found, precision: str) -> Any:
+def load_tuned(run: config.Run, found: Found, precision: str, to_merge: bool = False) -> Any:
     """The tuned model on the CPU, in eval mode, its trained weights from the checkpoint's fp32 masters.
 
-    precision: of the whole model; fp32 keeps the masters exact. Raises CheckpointError if the checkpoint doesn't fit.
+    precision: of the whole model; fp32 keeps the masters exact. to_merge: in fp32, with a base in 4 bits as the plain
+    weights that it stands for. Raises CheckpointError if the checkpoint doesn't fit.
     """
-    model = build_model(run.model, run.method, precision, run.train.seed)
+    if to_merge and run.method.type == "qlora":
+        base = unquantized(load_base(run.model, dtype_of(run.train.precision), quantize=True)).float()
+        model = add_adapters(base, run.method, run.train.seed)
+    else:
+        model = build_model(run.model, run.method, precision, run.train.seed)
     state = load_checkpoint(found, "weights.")
     for name, parameter in trainable(model).items():
         saved = state.pop(f"weights.{name}", None)

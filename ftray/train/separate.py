@@ -14,6 +14,7 @@ import torch
 
 from ftray import config
 from ftray.data.packing import IGNORE_INDEX
+from ftray.engine.rope import steady_context
 from ftray.errors import ModelError
 from ftray.model.attention import VARLEN
 from ftray.model.layers import layers_of
@@ -26,7 +27,7 @@ SHARE, HALF_SHARE = 1e-4, 2e-2  # in fp32, in 16 bits
 
 
 def keep_apart(run: config.Run, loss: SummedLoss, device: torch.device) -> None:
-    """Raises ModelError for a model whose documents see others of their row, where a row or micro-batch holds several.
+    """Raises ModelError for a model whose documents depend on others of their row, where a row or micro-batch holds several.
 
     Where ftray's own attention doesn't learn of the documents, transformers' is taken. Collective under ZeRO-3.
     """
@@ -34,6 +35,13 @@ def keep_apart(run: config.Run, loss: SummedLoss, device: torch.device) -> None:
         return
     layers = list(layers_of(loss.model).values())
     causal = loss.model.get_base_model() if hasattr(loss.model, "get_base_model") else loss.model
+    steady = steady_context(causal.config)
+    if steady is not None and run.data.max_seq_len > steady:
+        raise ModelError(
+            f"data.max_seq_len ({run.data.max_seq_len}) is beyond {steady}, from where on the rotary frequencies of model.base "
+            f"{run.model.base} are those of the longest document in a row; lower it to {steady}, or set data.packing=false and "
+            "train.micro_batch_size=1"
+        )
     most = SHARE if causal.dtype == torch.float32 else HALF_SHARE
     with gathered_in_use(loss, layers) if run.deepspeed.zero_stage == 3 else nullcontext():
         seen = leak(loss, device)

@@ -25,6 +25,7 @@ from ftray.observe.reproduce import check_before
 from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
 from ftray.train.journal import read_events
+from ftray.train.restore import load_tuned
 from ftray.train.shards import Part
 from ftray.train.timeline import Found, list_checkpoints, read_metrics
 from ftray.verbs import serving
@@ -289,6 +290,26 @@ def test_virtual_tokens_are_trained_compared_with_the_base_and_exported(parts: d
     assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, *trained.values())
     with pytest.raises(ConfigError, match=r"method\.type prompt can't be served"):
         serving.serve(Namespace(run=run.directory, overrides=[], config=False), shown)
+
+
+def test_adapters_of_a_base_in_4_bits_are_merged_with_what_they_were_trained_on(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = run_of(parts, tmp_path, method__type="qlora", deepspeed__zero_stage=0, train__max_steps=4)
+    found, _ = cluster.run_training(run)
+    assert found.progress.finished
+    target = export(run, run.directory, console.Console(cluster.Watched()))
+    merged = AutoModelForCausalLM.from_pretrained(f"{target}/merged", dtype=torch.float32)
+    assert not hasattr(merged.config, "quantization_config")
+    tuned = load_tuned(run, found, "fp32")
+    ids = torch.arange(5, 69)[None]
+    with torch.no_grad(), tuned.disable_adapter():
+        untrained = tuned(input_ids=ids).logits
+    with torch.no_grad():
+        wanted, got = (each(input_ids=ids).logits for each in (tuned, merged))
+    assert (got - wanted).abs().max() < 1e-3 * (wanted - untrained).abs().max()
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from ftray.engine.mixed_lora import MixedLora
 from ftray.engine.offline import complete, generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.engine.transformers import TransformersEngine
@@ -103,6 +104,32 @@ def test_adapters_share_no_prefix_with_each_other_or_the_base(adapters: dict[str
     expected = {name: by_generate(model, prompt) for name, model in models.items()}
     for name, answer in zip(order, answers, strict=True):
         assert_same_but_for_ties(models[name], prompt, expected[name], answer.token_ids)
+
+
+def test_an_adapter_that_comes_again_with_other_weights_shares_no_prefix_with_the_old_ones(
+    adapters: dict[str, Path],
+) -> None:
+    prompt, kinds = list(range(200)), ("plain", "dora")
+
+    async def body(engine: TransformersEngine) -> Any:
+        answers = []
+        for kind in kinds:
+            await engine.load_adapter("one", str(adapters[kind]))
+            answers.append(await complete(engine, kind, prompt, GREEDY, "one"))
+            await engine.unload_adapter("one")
+        return answers
+
+    for kind, answer in zip(kinds, with_adapters(body), strict=True):
+        model = of_peft(adapters[kind])
+        assert_same_but_for_ties(model, prompt, by_generate(model, prompt), answer.token_ids)
+
+
+def test_adapters_are_not_mixed_over_a_base_in_whole_numbers(adapters: dict[str, Path]) -> None:
+    model = tiny_model()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="adapters can't be mixed over a base in int8; serve the base in 16 bits"):
+        MixedLora(model).load("plain", adapters["plain"])
 
 
 def test_long_prompts_in_pieces_and_evicted_requests_keep_their_adapter(

@@ -15,8 +15,16 @@ from ftray.data.packing import pack_examples
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
 from ftray.evaluate.virtual import generate_virtual
-from ftray.model.export import write_adapter
-from ftray.model.lora import add_adapters, add_virtual_tokens, build_model, check_targets, frozen_names, trainable
+from ftray.model.export import write_adapter, write_whole
+from ftray.model.lora import (
+    add_adapters,
+    add_virtual_tokens,
+    build_model,
+    check_targets,
+    dtype_of,
+    frozen_names,
+    trainable,
+)
 from ftray.train.loss import LinearCrossEntropy, SummedLoss, flatten_rows
 from tests import tiny
 
@@ -151,7 +159,10 @@ def test_answers_are_those_of_greedy_decoding_behind_the_virtual_tokens(prompted
     tokenizer = tiny.make_tokenizer()
     done: list[int] = []
     prompts = [tokenizer(text)["input_ids"] for text in ("Ada meets a cow.", "hello")]
+    settings = prompted.get_base_model().generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 9.0, 1  # the base answers without them, by the engine
     answers = generate_virtual(prompted, tokenizer, prompts, SamplingParams(max_tokens=8), on_done=done.append)
+    assert prompted.get_base_model().generation_config is settings
     assert done == [1, 2]
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
@@ -162,6 +173,31 @@ def test_answers_are_those_of_greedy_decoding_behind_the_virtual_tokens(prompted
             ids.append(token)
         assert answer.finish_reason == ("stop" if answer.token_ids[-1] == tokenizer.eos_token_id else "length")
         assert len(answer.token_ids) == 8 or answer.finish_reason == "stop"
+
+
+# Whole weights
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_transformers_keeps_in_fp32_is_not_rounded(base: config.Model, tmp_path: Path, precision: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **shape, **small, **heads))
+    exact = torch.tensor([5.0045, 5.01, 5.0065, 5.0026])
+    model.model.layers[0].mlp.gate.e_score_correction_bias.copy_(exact)
+    write_whole(model, base, precision, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype_of(precision))
+    assert torch.equal(loaded.model.layers[0].mlp.gate.e_score_correction_bias, exact)
+    assert loaded.lm_head.weight.dtype == dtype_of(precision)
 
 
 # rsLoRA and DoRA

@@ -43,6 +43,17 @@ def texts(seed: int, number: int = 40) -> list[str]:
 ANSWERS, REFERENCES = ["", *texts(0)], ["The cat.", *texts(1)]
 
 
+def test_labels_that_differ_in_case_or_punctuation_only_are_told_apart() -> None:
+    for labels, asked, wanted in (
+        (["-1", "0", "1"], ["-1", "1", " 0 ", "-1.", "(1)", "'0'"], ["-1", "1", "0", "-1", metrics.OTHER, "0"]),
+        (["C", "C++", "C#"], ["C", "C#", "c#.", "'C++'", "c"], ["C", "C#", "C#", metrics.OTHER, "C"]),
+        (["yes", "Yes"], ["yes", "Yes", "YES"], ["yes", "Yes", metrics.OTHER]),
+        (["+", "-"], ["-", "+", "*"], ["-", "+", metrics.OTHER]),
+    ):
+        assert [metrics.read_label(text, labels) for text in asked] == wanted
+    assert metrics.classify(["1", "1"], ["-1", "1"], ["-1", "0", "1"])["accuracy"].scores == [0.0, 1.0]
+
+
 def test_rouge_is_that_of_rouge_score() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -117,8 +128,10 @@ def test_what_a_pattern_finds_is_compared_as_a_number_where_it_is_one() -> None:
     assert metrics.extracted_match(answers, [reference] * 6, pattern).scores == [1, 1, 1, 0, 0, 0]
     assert metrics.extracted_match(["#### 42", "#### blue"], ["42", "red\n#### blue"], pattern).scores == [1, 1]
     assert metrics.extract("It is B, not C.", "[A-D]") == "B"
-    found = [metrics.extract(text, "(.*)") for text in ("0.50", "+3", ".5", "$-2", "1,2,3", "12e", "-0")]
-    assert found == ["0.5", "3", "0.5", "-2", "123", "12e", "0"]
+    found = [metrics.extract(text, "(.*)") for text in ("0.50", "+3", ".5", "$-2", "1,234,500", "12e", "-0")]
+    assert found == ["0.5", "3", "0.5", "-2", "1234500", "12e", "0"]
+    found = [metrics.extract(text, "(.*)") for text in ("1,2,3", "1,5", "12345678901234567", "100", "1e3")]
+    assert found == ["1,2,3", "1,5", "12345678901234567", "100", "1e3"], "lists, other commas, all digits"
 
 
 def test_exact_form_and_json() -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from ftray import config
+from ftray.engine.transformers import _max_positions as max_positions
 from ftray.errors import ModelError
 from ftray.model import attention
 from ftray.model.attention import VARLEN, choose_attention
@@ -52,6 +53,32 @@ def test_families_that_do_not_are_refused_where_a_row_holds_several(kind: str, d
     with pytest.raises(ModelError):
         keep_apart(run_of(data={"train": [{"path": "p"}], "packing": False}), loss, CPU)
     alone = {"data": {"train": [{"path": "p"}], "packing": False}}
+    keep_apart(run_of(**alone, train={"global_batch_size": 4, "micro_batch_size": 1}), loss, CPU)
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+ROPES = [
+    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}, 32),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 64),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "more", "steady"), ROPES)
+def test_frequencies_that_hang_on_the_longest_document_are_refused_beyond_their_border(
+    kind: str, more: dict[str, Any], steady: int | None
+) -> None:
+    loss = SummedLoss(build(kind, **more)).train()
+    data: dict[str, Any] = {"train": [{"path": "p"}]}
+    keep_apart(run_of(data={**data, "max_seq_len": steady or 4096}), loss, CPU)
+    assert max_positions(loss.model) == (steady or 64)
+    if steady is None:
+        return
+    with pytest.raises(
+        ModelError, match=rf"data\.max_seq_len \({steady + 1}\) is beyond {steady}, .*; lower it to {steady}, or"
+    ):
+        keep_apart(run_of(data={**data, "max_seq_len": steady + 1}), loss, CPU)
+    alone = {"data": {**data, "max_seq_len": 4096, "packing": False}}
     keep_apart(run_of(**alone, train={"global_batch_size": 4, "micro_batch_size": 1}), loss, CPU)
 
 
