@@ -35,7 +35,7 @@ from ftray.engine.rope import steady_context
 from ftray.engine.sampling import Asked, RowSampler
 from ftray.engine.schema import Schemas
 from ftray.engine.text import TextStream, read_tokens
-from ftray.engine.trial import answer_alone, check_answers
+from ftray.engine.trial import LEAST, answer_alone, check_answers
 from ftray.errors import DataError, ModelError
 
 MAX_CONTEXT = 8192  # where the model itself allows more: the cache is allocated whole at the start
@@ -90,7 +90,9 @@ class TransformersEngine:
         """
         if self._manager is not None:
             raise EngineError("the engine is started already")
-        alone = await asyncio.to_thread(answer_alone, self._model)
+        alone = (
+            await asyncio.to_thread(answer_alone, self._model, self.max_context) if self.max_context >= LEAST else None
+        )
         self._use_fitting_attention()
         sampler = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
         sampler.tensors_required = 1  # it counts only processors that it converted itself
@@ -112,7 +114,8 @@ class TransformersEngine:
         manager.start()
         self._manager = manager
         try:
-            await check_answers(self, alone, self._model)
+            if alone is not None:
+                await check_answers(self, alone, self._model)
         except BaseException:
             await self.stop()
             raise

@@ -17,6 +17,7 @@ from ftray.engine.protocol import Engine, SamplingParams, TokenLogprob
 from ftray.errors import ModelError
 
 PROMPT, COMPANY, NUM_TOKENS, NUM_TOP = 24, 17, 3, 5
+LEAST = 2 * NUM_TOKENS  # a context in which there is something to try
 MOST, HALF_MOST = 0.02, 0.5  # difference of log probabilities, in fp32 and in 16 bits or fewer
 
 
@@ -29,35 +30,38 @@ class Alone:
     logprobs: torch.Tensor
 
 
-def answer_alone(model: Any) -> Alone:
-    """Without a cache or anybody else."""
+def answer_alone(model: Any, max_context: int) -> Alone:
+    """Without a cache or anybody else. max_context: tokens of a prompt with its answer."""
+    length = min(PROMPT, max_context - NUM_TOKENS)
     if not caps_scores(model.config):
-        return _answer(model)
+        return _answer(model, length)
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # sdpa leaves the cap out
     try:
-        return _answer(model)
+        return _answer(model, length)
     finally:
         model.set_attn_implementation(usual)
 
 
 @torch.no_grad()
-def _answer(model: Any) -> Alone:
+def _answer(model: Any, length: int) -> Alone:
     size = int(model.get_input_embeddings().weight.shape[0])
-    ids = torch.randint(size, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt, logprobs = list(ids), []
     for _ in range(NUM_TOKENS):
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
         logprobs.append(torch.log_softmax(logits.float(), dim=-1).cpu())
         ids.append(int(logprobs[-1].argmax()))
-    return Alone(prompt, ids[PROMPT:], torch.stack(logprobs))
+    return Alone(prompt, ids[length:], torch.stack(logprobs))
 
 
 async def check_answers(engine: Engine, alone: Alone, model: Any) -> None:
     """Raises ModelError where an engine, to which another request was given besides, thinks otherwise."""
     params = SamplingParams(NUM_TOKENS, num_logprobs=NUM_TOP)
     company = alone.prompt[:COMPANY][::-1]
-    told, _ = await asyncio.gather(_ask(engine, alone.prompt, params), _ask(engine, company, params))
+    told, _ = await asyncio.gather(
+        _ask(engine, "trial", alone.prompt, params), _ask(engine, "company", company, params)
+    )
     worst = 0.0
     for place, token in enumerate(told):
         for token_id, logprob in ((token.token_id, token.logprob), *token.top):
@@ -71,8 +75,8 @@ async def check_answers(engine: Engine, alone: Alone, model: Any) -> None:
         )
 
 
-async def _ask(engine: Engine, prompt: list[int], params: SamplingParams) -> list[TokenLogprob]:
+async def _ask(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> list[TokenLogprob]:
     found: list[TokenLogprob] = []
-    async for chunk in engine.generate(f"trial-{len(prompt)}", prompt, params):
+    async for chunk in engine.generate(name, prompt, params):
         found += chunk.logprobs
     return found

@@ -15,9 +15,9 @@ from tests.unit.test_engine import byte_tokenizer
 from tests.unit.test_head import build
 
 
-def start(model: Any) -> None:
+def start(model: Any, max_context: int = 64) -> None:
     async def work() -> None:
-        engine = TransformersEngine(model, byte_tokenizer(), max_num_seqs=2, max_context=64, stop_token_ids=())
+        engine = TransformersEngine(model, byte_tokenizer(), max_num_seqs=2, max_context=max_context, stop_token_ids=())
         await engine.start()
         await engine.stop()
 
@@ -45,6 +45,11 @@ def test_families_that_answer_in_batches_as_alone_start(kind: str, more: dict[st
 def test_families_that_do_not_are_refused(kind: str) -> None:
     with pytest.raises(ModelError, match=f"models of type {kind} can't be answered for many at a time"):
         start(build(kind, vocab_size=260))
+
+
+@pytest.mark.parametrize("max_context", [1, 5, 6, 20])
+def test_the_trial_keeps_to_the_context(max_context: int) -> None:
+    start(build("llama", vocab_size=260), max_context)
 
 
 def test_layers_that_batches_do_not_know_are_told_in_one_sentence() -> None:
