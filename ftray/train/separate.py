@@ -27,20 +27,18 @@ SHARE, HALF_SHARE = 1e-4, 2e-2  # in fp32, in 16 bits
 
 
 def keep_apart(run: config.Run, loss: SummedLoss, device: torch.device) -> None:
-    """Raises ModelError for a model whose documents depend on others of their row, where a row or micro-batch holds several.
+    """Raises ModelError for a model whose documents depend on others of their row.
 
+    Also without data.packing: a micro-batch's rows are laid end to end, and evaluation packs records whatever training does.
     Where ftray's own attention doesn't learn of the documents, transformers' is taken. Collective under ZeRO-3.
     """
-    if not run.data.packing and run.train.micro_batch_size == 1:
-        return
     layers = list(layers_of(loss.model).values())
     causal = loss.model.get_base_model() if hasattr(loss.model, "get_base_model") else loss.model
     steady = steady_context(causal.config)
     if steady is not None and run.data.max_seq_len > steady:
         raise ModelError(
             f"data.max_seq_len ({run.data.max_seq_len}) is beyond {steady}, from where on the rotary frequencies of model.base "
-            f"{run.model.base} are those of the longest document in a row; lower it to {steady}, or set data.packing=false and "
-            "train.micro_batch_size=1"
+            f"{run.model.base} are those of the longest document in a row; lower it to {steady}, or use another base"
         )
     most = SHARE if causal.dtype == torch.float32 else HALF_SHARE
     with gathered_in_use(loss, layers) if run.deepspeed.zero_stage == 3 else nullcontext():
@@ -51,7 +49,7 @@ def keep_apart(run: config.Run, loss: SummedLoss, device: torch.device) -> None:
     if seen > most:
         raise ModelError(
             f"model.base {run.model.base} ({causal.config.model_type}): a document changes the loss of the one behind it in "
-            f"its row, by {seen:.1%} in a trial; use another base, or data.packing=false with train.micro_batch_size=1"
+            f"its row, by {seen:.1%} in a trial; use another base"
         )
 
 

@@ -172,10 +172,12 @@ def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
     assert found.step == best + 2 < 12
     assert {f.step for f in list_checkpoints(str(tmp_path / "tiny"))} == {best, found.step}
     assert text.count("held-out loss at step") == found.step
-    for name in ("step", "checkpoint_step"):  # the checkpoint's is told last
-        metric = f"ray_ftray_{name}"
-        cluster.wait_for(lambda: cluster.ray_metric(metric, "run=tiny") == found.step, "Ray's metrics")  # noqa: B023
-    told = {name: cluster.ray_metric(f"ray_ftray_{name}", "run=tiny") for name in (
+
+    def figure(name: str) -> float | None:
+        return cluster.ray_metric(f"ray_ftray_{name}", "run=tiny")
+
+    cluster.wait_for(lambda: figure("step") == figure("checkpoint_step") == found.step, "Ray's metrics")
+    told = {name: figure(name) for name in (
         "loss", "heldout_loss", "workers", "restarts", "planned_steps", "checkpoint_step", "goodput",
     )}  # fmt: skip
     *_, last = read_metrics(str(tmp_path / "tiny"))

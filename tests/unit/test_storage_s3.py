@@ -291,7 +291,10 @@ def test_a_store_that_is_down_is_told_after_the_deadline(
 ) -> None:
     monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "1")
     clock = [0.0]  # only waiting takes time
-    sleep = lambda seconds: clock.__setitem__(0, clock[0] + seconds)  # noqa: E731
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
     monkeypatch.setattr(storage.s3, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     with FaultyProxy(s3.endpoint, 0.0, ("503",)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
