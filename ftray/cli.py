@@ -226,8 +226,9 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
         "--parts",
         type=lambda text: tuple(text.split(",")),
         metavar="LIST",
-        help="of configmap,rayjob,rayservice,raycluster; the first three if left out",
+        help="comma-separated parts; all but raycluster by default",
     )
+    render.add_argument("--role-arn", metavar="ARN", help="AWS role that pods of this run assume (IRSA)")
     at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
     submit = verb("submit", cluster.submit, "run a file as a job of a Ray cluster, and follow it")
     submit.add_argument("--address", help=at)

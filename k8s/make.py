@@ -11,18 +11,20 @@ from typing import Any
 
 from ftray import config
 from ftray.cluster.dashboards import dashboards
-from ftray.cluster.render import PARTS, as_yaml, render
+from ftray.cluster.render import ACCESS_PARTS, PARTS, as_yaml, render
 
 HERE = Path(__file__).parent
+ROLE = "arn:aws:iam::111122223333:role/ftray-demo"  # reads the data, reads and writes below the run: docs/clusters.md
 RETRAIN = "ftray run /etc/ftray/run.yaml name=demo-$(date -u +%G-%V)"  # a run a week; a retry in that week continues it
 
 
 def made() -> dict[Path, str]:
     """Text of each file that is rendered, by its path."""
     demo = config.load_run(HERE / "demo.yaml")
-    files = {HERE / "base" / f"{part}.yaml": as_yaml(tree) for part, tree in render(demo, parts=PARTS).items()}
+    rendered = render(demo, parts=PARTS, role_arn=ROLE)
+    files = {HERE / "base" / f"{part}.yaml": as_yaml(tree) for part, tree in rendered.items()}
     big = config.load_run(HERE.parent / "jobs" / "full-8b.yaml", ["name=demo"])
-    for part, tree in render(big, parts=PARTS).items():
+    for part, tree in render(big, parts=tuple(part for part in PARTS if part not in ACCESS_PARTS)).items():
         files[HERE / "overlays" / "gpu-a100" / f"{part}.yaml"] = as_yaml(_patch(part, tree))
     job = render(demo, parts=("rayjob",))["rayjob"]
     files[HERE / "overlays" / "retrain" / "raycronjob.yaml"] = as_yaml(_cron(job))

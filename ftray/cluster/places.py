@@ -28,6 +28,12 @@ def local_extras(run: config.Run) -> list[str]:
     return found
 
 
+def reads_hub(run: config.Run) -> bool:
+    """Whether the base or a data source is downloaded from the model hub."""
+    paths = [run.model.base, *(path for _, path in sources_of(run))]
+    return any(path.startswith("hf:") or not path.startswith(FROM_ANYWHERE) for path in paths)
+
+
 def check_storage(run: config.Run) -> None:
     """Raises ConfigError where what a run writes would stay on a machine that goes away."""
     if storage.is_remote(run.storage) or Path(run.storage).is_absolute():

@@ -13,10 +13,10 @@ USER = 1000
 HOME = "/home/ftray"
 RUN_FILE = "/etc/ftray/run.yaml"
 PART_OF = "ftray"
-RAY_TOKEN = "ftray-ray-token"  # Secrets: Ray's token, the endpoint's keys, the model hub's token
-API_KEYS = "ftray-api-keys"
-HUB_TOKEN = "ftray-hub-token"
-SERVICE_ACCOUNT = "ftray"
+SECRETS = (
+    "/var/run/secrets/ftray"  # Secrets are mounted as files below it: environments end up in logs and child processes
+)
+SECRET_MODE = 0o440
 HEAD_CPUS, HEAD_SHM_GIB = 4, 4
 COMMIT_S = 120  # seconds that a pod which is told to go has to commit a checkpoint
 
@@ -39,13 +39,26 @@ CONTAINER_SECURITY: Tree = {
 
 @dataclass(frozen=True)
 class Image:
-    """What pods are made of. name: the image; run: the run's Kubernetes name, whose ConfigMap holds the run file;
-    head_gib: memory of the head."""
+    """Settings that all pods of one run share.
+
+    Args:
+        name: The container image.
+        run: The run's Kubernetes name. Its ConfigMap, service account and Secrets are named after it.
+        ray_version: The version of Ray in the image.
+        head_gib: Memory of the head, in GiB.
+        hub_roles: The roles whose pods download from the model hub, and so get its token.
+    """
 
     name: str
     run: str
     ray_version: str
     head_gib: int
+    hub_roles: frozenset[str] = frozenset()
+
+    @property
+    def ray_token(self) -> str:
+        """Name of the Secret that holds the Ray token of this run's clusters, under `auth_token`."""
+        return f"{self.run}-ray-token"
 
 
 def head_group(image: Image, role: str, has_autoscaler: bool = False) -> Tree:
@@ -127,6 +140,9 @@ def _pod(image: Image, container: str, role: str, size: Tree, shm_gib: int) -> T
         {"name": "home", "emptyDir": {}},
         {"name": "run", "configMap": {"name": image.run} | ({"optional": True} if role == "cluster" else {})},
     ]
+    secret_env, secret_mounts, secret_volumes = _secrets(image, role)
+    mounts += secret_mounts
+    volumes += secret_volumes
     if shm_gib:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_gib}Gi"}})
@@ -134,7 +150,13 @@ def _pod(image: Image, container: str, role: str, size: Tree, shm_gib: int) -> T
         "name": container,
         "image": image.name,
         "imagePullPolicy": "IfNotPresent",
-        "env": _env(),
+        "env": [
+            {"name": "HOME", "value": HOME},
+            {"name": "RAY_AUTH_MODE", "value": "token"},
+            *secret_env,
+            {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+            {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
+        ],
         "resources": {"requests": size, "limits": size},
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
@@ -148,7 +170,7 @@ def _pod(image: Image, container: str, role: str, size: Tree, shm_gib: int) -> T
             }
         },
         "spec": {
-            "serviceAccountName": SERVICE_ACCOUNT,
+            "serviceAccountName": image.run,
             "automountServiceAccountToken": False,  # AWS's own token for the bucket is mounted besides
             "enableServiceLinks": False,
             "securityContext": SECURITY,
@@ -159,16 +181,22 @@ def _pod(image: Image, container: str, role: str, size: Tree, shm_gib: int) -> T
     }
 
 
-def _env() -> list[Tree]:
-    def secret(variable: str, name: str, key: str, optional: bool) -> Tree:
-        return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key, "optional": optional}}}
+def _secrets(image: Image, role: str) -> tuple[list[Tree], list[Tree], list[Tree]]:
+    """Environment, mounts and volumes of the Secrets that a role needs, and no other.
 
-    return [
-        {"name": "HOME", "value": HOME},
-        {"name": "RAY_AUTH_MODE", "value": "token"},
-        secret("RAY_AUTH_TOKEN", RAY_TOKEN, "auth_token", optional=False),
-        secret("FTRAY_API_KEY", API_KEYS, "keys", optional=True),
-        secret("HF_TOKEN", HUB_TOKEN, "token", optional=True),
-        {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-        {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
-    ]
+    Every pod proves itself with the run's Ray token. Only endpoints get API keys. Only pods that download from the
+    model hub get its token.
+    """
+    wanted = [("ray", "RAY_AUTH_TOKEN_PATH", image.ray_token, "auth_token", False)]
+    if role == "serve":
+        wanted.append(("api-keys", "FTRAY_API_KEY_FILE", f"{image.run}-api-keys", "keys", False))
+    if role in image.hub_roles:
+        wanted.append(("hub", "HF_TOKEN_PATH", f"{image.run}-hub-token", "token", True))
+    env, mounts, volumes = [], [], []
+    for volume, variable, secret, key, optional in wanted:
+        directory = f"{SECRETS}/{volume}"
+        source = {"secretName": secret, "defaultMode": SECRET_MODE, "optional": optional}
+        env.append({"name": variable, "value": f"{directory}/{key}"})
+        mounts.append({"name": f"secret-{volume}", "mountPath": directory, "readOnly": True})
+        volumes.append({"name": f"secret-{volume}", "secret": source})
+    return env, mounts, volumes

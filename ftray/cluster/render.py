@@ -1,6 +1,7 @@
-"""Kubernetes manifests of a run, for KubeRay 1.7: a ConfigMap with the run file, a RayJob that trains, a RayService.
+"""Kubernetes manifests of a run, for KubeRay 1.7: run file, access, a RayJob that trains, a RayService that serves.
 
-Pure: trees from a run file. What stands around them (service account, network policies, budgets) is in k8s/base.
+Pure: trees from a run file. Two runs share no token, key, service account or network policy of their own. What all
+runs of a namespace share (deny-by-default, DNS, TLS to the outside, metrics) is in k8s/base and docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import yaml
 
 from ftray import config
 from ftray.cluster.nodes import Layout, find_machine, lay_out
-from ftray.cluster.places import check_pods
+from ftray.cluster.places import check_pods, reads_hub
 from ftray.cluster.pods import (
     CONTAINER_SECURITY,
     PART_OF,
-    RAY_TOKEN,
     RUN_FILE,
     Image,
     Tree,
@@ -30,19 +30,39 @@ from ftray.cluster.pods import (
 )
 from ftray.errors import ConfigError
 
-PARTS = ("configmap", "rayjob", "rayservice", "raycluster")
+ACCESS_PARTS = ("serviceaccount", "networkpolicy", "pdb-train", "pdb-serve")
+PARTS = ("configmap", *ACCESS_PARTS, "rayjob", "rayservice", "raycluster")
+DEFAULT_PARTS = PARTS[:-1]
 NAME_CHARS = 40  # KubeRay adds to a name, and a label holds 63
 START_S, MOST_S = 3600, 14 * 86400
 RETRIES = 3
 
 
 def render(
-    run: config.Run, machine_name: str | None = None, image: str | None = None, parts: tuple[str, ...] = PARTS[:3]
+    run: config.Run,
+    machine_name: str | None = None,
+    image: str | None = None,
+    parts: tuple[str, ...] = DEFAULT_PARTS,
+    role_arn: str | None = None,
 ) -> dict[str, Tree]:
-    """Manifests by the name of their part. Raises ConfigError for a run that these machines or pods can't carry."""
+    """Renders the manifests of a run.
+
+    Args:
+        run: The run.
+        machine_name: The instance type, or None for the default type of `scale.accelerator`.
+        image: The container image, or None for the one that cluster/Dockerfile builds.
+        parts: Which of PARTS to render.
+        role_arn: The AWS role that pods of this run assume, for the service account's annotation.
+
+    Returns:
+        One manifest per part, by the part's name.
+
+    Raises:
+        ConfigError: These machines or pods cannot carry the run.
+    """
     check_pods(run)
     if "rayservice" in parts and run.method.type == "prompt":
-        parts = tuple(part for part in parts if part != "rayservice")  # virtual tokens are for PEFT, not served
+        parts = tuple(part for part in parts if part not in ("rayservice", "pdb-serve"))  # only PEFT serves these
     layout = lay_out(run, find_machine(run.scale.accelerator, machine_name))
     kind = "cuda" if layout.gpus else "cpu"
     made = Image(
@@ -50,8 +70,20 @@ def render(
         kubernetes_name(run.name),
         importlib.metadata.version("ray"),
         head_gib(run),
+        hub_roles(run),
     )
-    return {part: _MAKERS[part](run, layout, made) for part in parts}
+    manifests = {part: _MAKERS[part](run, layout, made) for part in parts}
+    if role_arn and "serviceaccount" in manifests:
+        manifests["serviceaccount"]["metadata"]["annotations"] = {"eks.amazonaws.com/role-arn": role_arn}
+    return manifests
+
+
+def hub_roles(run: config.Run) -> frozenset[str]:
+    """The roles whose pods may download from the model hub: none where neither base nor data comes from it.
+
+    A submitter never does, and an endpoint serves what the run exported to its storage.
+    """
+    return frozenset({"train", "cluster"} if reads_hub(run) else {"cluster"})
 
 
 def as_yaml(tree: Tree) -> str:
@@ -186,22 +218,81 @@ def _one_replica(run: config.Run) -> config.Scale:
 def _cluster(image: Image, head: Tree, workers: list[Tree]) -> Tree:
     return {
         "rayVersion": image.ray_version,
-        "authOptions": {"mode": "token", "secretName": RAY_TOKEN},
+        "authOptions": {"mode": "token", "secretName": image.ray_token},
         "enableInTreeAutoscaling": False,
         "headGroupSpec": head,
         "workerGroupSpecs": workers,
     }
 
 
+def _labels(image: Image) -> Tree:
+    return {"app.kubernetes.io/name": "ftray", "app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run}
+
+
 def _meta(run: config.Run, image: Image) -> Tree:
     return {
         "name": image.run,
-        "labels": {"app.kubernetes.io/name": "ftray", "app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run},
+        "labels": _labels(image),
         "annotations": {"ftray/config-hash": run.config_hash},
     }
 
 
-_MAKERS = {"configmap": _configmap, "rayjob": _rayjob, "rayservice": _rayservice, "raycluster": _raycluster}
+def _service_account(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {"name": image.run, "labels": _labels(image)},
+        "automountServiceAccountToken": False,
+    }
+
+
+def _network_policy(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+    """Ray and NCCL use many ports: all are open between the pods of this run, and closed to every other pod."""
+    pods = {"matchLabels": {"app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run}}
+    spec = {
+        "podSelector": pods,
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"from": [{"podSelector": pods}]}],
+        "egress": [{"to": [{"podSelector": pods}]}],
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": f"{image.run}-within", "labels": _labels(image)},
+        "spec": spec,
+    }
+
+
+def _disruption_budget(image: Image, role: str, node_type: str) -> Tree:
+    labels = {"ftray/run": image.run, "app.kubernetes.io/component": role, "ray.io/node-type": node_type}
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {"name": f"{image.run}-{role}", "labels": _labels(image)},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}},
+    }
+
+
+def _pdb_train(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+    """The head carries the driver of the run, so a drain does not evict it."""
+    return _disruption_budget(image, "train", "head")
+
+
+def _pdb_serve(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+    """A drain evicts replicas one at a time, and never the last."""
+    return _disruption_budget(image, "serve", "worker")
+
+
+_MAKERS = {
+    "configmap": _configmap,
+    "serviceaccount": _service_account,
+    "networkpolicy": _network_policy,
+    "pdb-train": _pdb_train,
+    "pdb-serve": _pdb_serve,
+    "rayjob": _rayjob,
+    "rayservice": _rayservice,
+    "raycluster": _raycluster,
+}
 
 
 class _Plain(yaml.SafeDumper):

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,45 @@ OPEN_PATHS = frozenset({"/health", "/", "/docs", "/openapi.json", "/page.css", "
 CALLER = "ftray.caller"  # in an ASGI scope: the hash of the key that was sent
 
 
+HASH_PREFIX = "sha256:"  # a line of the key file may hold a key's hash instead of the key
+
+
 def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_key_hashes(host: str) -> tuple[str, ...]:
-    """Hashes of the keys in FTRAY_API_KEY (several: separated by commas) and in the file FTRAY_API_KEY_FILE (one a line).
+    """Reads the API keys and returns their SHA-256 hashes.
 
-    Raises ConfigError when there is none and `host` can be reached from other machines, or the file can't be read.
+    Keys come from FTRAY_API_KEY (comma-separated) and from the file that FTRAY_API_KEY_FILE names (one per line). An
+    entry is a key, or `sha256:` and the hash of a key in hexadecimal, so that no plain key has to be stored.
+
+    Args:
+        host: The address to listen on. Keys are optional on loopback only.
+
+    Raises:
+        ConfigError: Other machines can reach `host` and there is no key, a hash is malformed, or the file is unreadable.
     """
     keys = [key.strip() for key in os.environ.get(ENV, "").split(",")] + _keys_of_file()
-    hashes = tuple(hash_key(key) for key in keys if key)
+    hashes = tuple(_hash_of(key) for key in keys if key)
     if not hashes and not _is_loopback(host):
         raise ConfigError(
             f"serve.host is {host}, which other machines can reach, but no API key is set; "
             f"set {ENV} (several keys: separated by commas) or {FILE_ENV}, or use serve.host: 127.0.0.1"
         )
     return hashes
+
+
+def _hash_of(entry: str) -> str:
+    if not entry.startswith(HASH_PREFIX):
+        return hash_key(entry)
+    digest = entry.removeprefix(HASH_PREFIX)
+    if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+        raise ConfigError(
+            f"{ENV} or {FILE_ENV} has a malformed {HASH_PREFIX} entry; write {HASH_PREFIX} and the 64 hexadecimal digits "
+            "of the key's hash"
+        )
+    return digest.lower()
 
 
 def _keys_of_file() -> list[str]:

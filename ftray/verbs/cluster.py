@@ -83,13 +83,13 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
 
 def k8s_render(arguments: argparse.Namespace, console: Console) -> int:
     """Writes, or prints, the Kubernetes manifests of a run file."""
-    from ftray.cluster.render import PARTS, as_yaml, render, write
+    from ftray.cluster.render import DEFAULT_PARTS, PARTS, as_yaml, render, write
 
     run = open_target(arguments.run, arguments.overrides)
-    parts = arguments.parts or PARTS[:3]
+    parts = arguments.parts or DEFAULT_PARTS
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"--parts {unknown[0]} is not known; known are {', '.join(PARTS)}")
-    manifests = render(run, arguments.machine, arguments.image, parts)
+    manifests = render(run, arguments.machine, arguments.image, parts, arguments.role_arn)
     if arguments.directory is None:
         console.say("---\n".join(as_yaml(tree) for tree in manifests.values()).rstrip("\n"))
         return 0

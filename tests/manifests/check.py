@@ -176,3 +176,23 @@ def _find(node: Any, key: str) -> Any:
     if isinstance(node, dict) and key in node:
         return node[key]
     return next((hit for item in below if (hit := _find(item, key)) is not None), None)
+
+
+def secrets_of(template: Tree) -> dict[str, str]:
+    """Environment variable → Secret, for each Secret that a pod mounts as a file. No pod reads one into its environment."""
+    (container,) = template["spec"]["containers"]
+    assert not [v["name"] for v in container["env"] if "valueFrom" in v]
+    volumes = {v["name"]: v["secret"] for v in template["spec"]["volumes"] if "secret" in v}
+    directories = {m["mountPath"]: m["name"] for m in container["volumeMounts"] if m["name"] in volumes}
+    assert all(volume["defaultMode"] == 0o440 for volume in volumes.values())
+    assert sorted(directories.values()) == sorted(volumes)
+    values = {v["name"]: Path(v["value"]) for v in container["env"]}
+    return {
+        name: volumes[directories[str(path.parent)]]["secretName"]
+        for name, path in values.items()
+        if str(path.parent) in directories
+    }
+
+
+def ray_pods(manifest: Tree) -> list[Tree]:
+    return [template for _, template in pod_templates(manifest) if "ftray/run" in template["metadata"]["labels"]]

