@@ -26,7 +26,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart browser test test-long test-unit lint format hooks lock hashes clean check-python
+.PHONY: help install quickstart browser test test-long test-unit lint docs format hooks lock hashes clean check-python
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ lint: install ## style, types, imports between packages, insecure code, licences
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive ftray
 	$(BIN)/python .ci/licences.py
 
+docs: install ## build the documentation site into site/; broken links fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: install ## put files into the house's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -106,5 +109,5 @@ hashes: check-python ## make the locks with hashes and sbom.cdx.json anew, for t
 	$(LOCKED) docs/make_hashes.py "$$tmp"
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -93,12 +93,11 @@ def licence_of(metadata: Mapping[str, Any], classifiers: list[str]) -> str:
         The expression, or "" where neither the metadata nor STATED_ELSEWHERE has one.
     """
     stated = STATED_ELSEWHERE.get(canonical(str(metadata["name"])))
-    text = (
-        metadata.get("license_expression") or (stated[0] if stated else "") or (metadata.get("license") or "").strip()
-    )
+    free_text = (metadata.get("license") or "").strip()
+    free_text = "" if free_text == "UNKNOWN" or len(free_text) > 60 else free_text  # longer: the licence's whole text
     named = [line.split("::")[-1].strip() for line in classifiers if line.startswith("License")]
-    if not text or (len(text) > 60 and not metadata.get("license_expression")):  # the licence's whole text
-        text = " OR ".join(ALIASES.get(name.lower(), name) for name in named if "Proprietary" not in name)
+    from_classifiers = " OR ".join(ALIASES.get(name.lower(), name) for name in named if "Proprietary" not in name)
+    text = metadata.get("license_expression") or (stated[0] if stated else "") or free_text or from_classifiers
     return ALIASES.get(text.lower(), text)
 
 
