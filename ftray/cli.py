@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
     )
     verb("tune", training.tune, "try settings: train trials of the run, compare them, name the best")
-    verb("evaluate", evaluating.evaluate, "compare the tuned model with its base on the held-out data")
+    _add_step(verb("evaluate", evaluating.evaluate, "compare the tuned model with its base on the held-out data"))
     _add_opinion_verbs(verb)
     report = verb("report", looking.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
     report.add_argument("--html", metavar="FILE", help="write it there instead")
@@ -174,6 +174,7 @@ def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
     export = verb(
         "export", exporting.export, "write the adapter and the merged model; in fewer bits, as GGUF, to the hub"
     )
+    _add_step(export)
     form = export.add_mutually_exclusive_group()
     form.add_argument(
         "--quantize",
@@ -184,6 +185,11 @@ def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
     form.add_argument("--merged", action="store_true", help="with --push: the merged model, instead of its adapter")
     export.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, where it isn't on PATH")
     export.add_argument("--push", metavar="hub:org/name", help="upload what was written to the Hugging Face hub")
+
+
+def _add_step(sub: argparse.ArgumentParser) -> None:
+    text = "take the checkpoint of step N; the best by held-out loss, else the newest, if left out"
+    sub.add_argument("--step", type=_from_one, metavar="N", help=text)
 
 
 def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

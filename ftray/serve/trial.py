@@ -17,10 +17,12 @@ TIMEOUT_S = 300.0
 def known_answer(run_dir: str, step: int) -> str | None:
     """The answer that the endpoint gave for this checkpoint, if it was asked already."""
     uri = storage.join(storage.absolute(run_dir), "evaluate", "endpoint.json")
-    if not storage.exists(uri):
-        return None
-    known = json.loads(storage.read_bytes(uri))
-    return str(known["answer"]) if known["step"] == step else None
+    try:
+        known = storage.find_object(uri) or {}
+    except storage.DamagedFile:
+        return None  # it is asked again
+    answer = known.get("answer")
+    return answer if known.get("step") == step and isinstance(answer, str) else None
 
 
 def try_endpoint(run: config.Run, run_dir: str, model_dir: str, step: int, question: str, console: Console) -> str:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from ftray.errors import RunHeldError, StorageError
-from ftray.storage import files, local, s3
+from ftray.storage import documents, files, local, s3
 from ftray.storage.address import MissingFile, absolute, is_remote, join
 
 log = logging.getLogger(__name__)
 
 _NUM_LEASE_FILES = 3
+DAMAGED_TTL_S = 60.0  # an owner rewrites its file every few seconds, so that one damaged for longer has none
 
 
 Token = tuple[str, int]  # a run's URI and the number of the lease by which it is held
@@ -133,18 +134,37 @@ def _live_owner(uri: str) -> str:
     """Who holds a lease file, in words; "" if nobody does: released, grown stale, or its process is dead."""
     try:
         data, age_s = _read_with_age(uri)
-        record = json.loads(data)
-    except (MissingFile, ValueError):
+    except MissingFile:
         return ""
+    try:
+        record = _parse_record(data)
+    except ValueError as error:
+        if age_s > DAMAGED_TTL_S:
+            return ""
+        left_s = DAMAGED_TTL_S - age_s
+        return f"may be held: {uri} is damaged ({error}), which a living owner mends within {left_s:.0f} s"
     here = _this_process()
     dead = record["machine"] == here["machine"] and _process_start(record["pid"]) != record["process_start"]
     if record["released"] or age_s > record["ttl_s"] or (dead and here["machine"]):
         return ""
     since = datetime.fromisoformat(record["since"])
     return (
-        f"is held by {record['user']} on {record['host']} (pid {record['pid']}, since {since:%Y-%m-%d %H:%M} UTC, "
+        f"is held by {record['user']} on {record['host']} (pid {record.get('command_pid', record['pid'])}, "
+        f"since {since:%Y-%m-%d %H:%M} UTC, "
         f"last sign of life {age_s:.0f} s ago)"
     )
+
+
+def _parse_record(data: bytes) -> dict[str, Any]:
+    """What an owner wrote. Raises ValueError where it is not whole."""
+    record = documents.parse_object(data)
+    texts = ("machine", "process_start", "user", "host", "since")
+    whole = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("pid"), int)
+    whole = whole and isinstance(record.get("released"), bool) and isinstance(record.get("ttl_s"), int | float)
+    if not whole:
+        raise ValueError("it lacks what an owner writes")
+    datetime.fromisoformat(record["since"])
+    return record
 
 
 def _read_with_age(uri: str) -> tuple[bytes, float]:
@@ -153,9 +173,11 @@ def _read_with_age(uri: str) -> tuple[bytes, float]:
         response = s3.request("get_object", uri)
         now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
         return response["Body"], max(0.0, (now - response["LastModified"]).total_seconds())
-    with local.guarded(uri, "read") as path, local.staged(path) as probe:
+    with local.guarded(uri, "read") as path:
+        data, written_s = path.read_bytes(), path.stat().st_mtime
+    with local.guarded(uri, "written") as path, local.staged(path) as probe:
         probe.touch()
-        return path.read_bytes(), max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+        return data, max(0.0, probe.stat().st_mtime - written_s)
 
 
 def _this_process() -> dict[str, Any]:

@@ -85,7 +85,7 @@ def train(
     newest = find_newest(run_dir, console.warn)
     check_checkpoint(newest, data, run, run_dir)
     if newest is not None and newest.progress.finished:
-        merge_metrics(run_dir, newest.progress)
+        merge_metrics(run_dir, newest.progress, console.warn)
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
@@ -124,15 +124,15 @@ def train(
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
-    merge_metrics(run_dir, last.progress)
+    merge_metrics(run_dir, last.progress, console.warn)
     return last
 
 
 def _lines_before(run_dir: str, console: Console) -> list[dict[str, Any]]:
     """Metrics that alarms go on from: the first, and the newest."""
     try:
-        return read_metrics(run_dir, most=50)
-    except (StorageError, ValueError, KeyError) as err:
+        return read_metrics(run_dir, most=50, warn=console.warn)
+    except StorageError as err:
         console.warn(f"alarms begin anew, earlier metrics can't be read: {err}")
         return []
 

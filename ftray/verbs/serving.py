@@ -28,7 +28,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.serve import registry
     from ftray.serve.origin import reference_of
     from ftray.train.identity import finished_checkpoint
-    from ftray.train.timeline import best_checkpoint
+    from ftray.train.timeline import best_checkpoint, has_begun
 
     run = open_target(arguments.run, arguments.overrides)
     name = registry.check_name(arguments.name or run.name)
@@ -43,11 +43,13 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(
             f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
         )
+    run_dir = storage.absolute(run.directory)
+    if has_begun(run_dir):
+        best_checkpoint(run_dir)  # a damaged one is named, instead of one before it being taken for the end
     if finished_checkpoint(run, verify=False) is None:
         raise ConfigError(
             f"the run '{run.name}' is not trained to its end; finish it first: ftray train {arguments.run}"
         )
-    run_dir = storage.absolute(run.directory)
     step = best_checkpoint(run_dir).step
     model_dir = storage.join(run_dir, "model")
     manifest = storage.read_manifest(model_dir)
@@ -74,8 +76,11 @@ def _check_gates(run_dir: str, step: int, target: str) -> None:
     from ftray import storage
 
     uri = storage.join(run_dir, "evaluate", "results.json")
-    results = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    remedy = f"so that no gate is known to pass; evaluate anew: ftray evaluate {target}"
+    results = storage.find_object(uri, remedy) or {}
     gates = results.get("gates") or []
+    if not isinstance(gates, list) or not all(isinstance(gate, dict) for gate in gates):
+        raise ConfigError(f"{uri} is damaged (gates), {remedy}")
     if gates and results.get("step") != step:
         raise ConfigError(
             f"the gates saw step {results.get('step')}, not step {step}; evaluate it: ftray evaluate {target}"
@@ -244,9 +249,9 @@ def _events(run: config.Run, console: Console) -> Any:
         uri = event_uri(storage.absolute(run.directory), run.serve.ab, run.serve.canary)
         try:
             if storage.exists(uri):
-                event, told = json.loads(storage.read_bytes(uri)), True
-                console.say(f"the canary {event['model']} gets no more requests: {event['why']}  ({uri})")
-        except (StorageError, ValueError):
+                event, told = storage.read_object(uri), True
+                console.say(f"the canary {event.get('model')} gets no more requests: {event.get('why')}  ({uri})")
+        except StorageError:
             return
 
     return look
