@@ -12,9 +12,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ftray.console import Console, json_line
+from ftray.command import run_in_child
+from ftray.console import Console, json_line, outlive_terminal
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
+from ftray.signals import termination_signals
 from ftray.verbs import checking, cluster, data, evaluating, exporting, looking, serving, training
 
 WORK = (
@@ -26,6 +28,8 @@ WORK = (
     training.reproduce,
     serving.serve,
 )
+STARTS_RAY = (*WORK, data.index, data.stats, data.order)
+RESUMED = (training.run, training.train, training.tune, training.reproduce)  # go on by themselves when their Ray died
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,10 +51,22 @@ def main(argv: list[str] | None = None) -> int:
 
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
-        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=sys.stderr)
+        stream = outlive_terminal(sys.stderr)
+        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=stream, flush=True)
 
+    def work() -> int:
+        return _run(arguments, console, fail)
+
+    if argv is None and _starts_ray(arguments):
+        return run_in_child(work, console.warn, lambda text: fail(text, exit_code=1), int(arguments.verb in RESUMED))
+    return work()
+
+
+def _run(arguments: argparse.Namespace, console: Console, fail: Callable[..., None]) -> int:
+    """The command itself, in this process."""
+    as_json = console.as_json
     in_main = threading.current_thread() is threading.main_thread()
-    kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
+    kept = {n: signal.signal(n, _preempted) for n in termination_signals()} if in_main else {}
     try:
         code: int = arguments.verb(arguments, console)
         return code
@@ -72,8 +88,15 @@ def main(argv: list[str] | None = None) -> int:
         fail("interrupted; run the same command again to continue", start, exit_code=Interrupted.exit_code)
         return Interrupted.exit_code
     finally:
-        if kept is not None:
-            signal.signal(signal.SIGTERM, kept)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _starts_ray(arguments: argparse.Namespace) -> bool:
+    """Whether the command may start a Ray of its own."""
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        return False
+    return arguments.verb in STARTS_RAY or (arguments.verb is looking.plan and arguments.probe)
 
 
 def _nobody_reads() -> bool:

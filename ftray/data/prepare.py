@@ -85,8 +85,10 @@ def read_summary(run: config.Run, run_dir: str) -> dict[str, Any] | None:
 
 
 def _is_count(counts: object) -> bool:
-    names = (*COUNTS, "most_documents")
-    return counts is None or (isinstance(counts, dict) and all(isinstance(counts.get(name), int) for name in names))
+    if counts is None:
+        return True
+    values = [*map(counts.get, COUNTS), counts.get("most_documents", 1)] if isinstance(counts, dict) else [None]
+    return all(isinstance(value, int) for value in values)
 
 
 def _shape_of(data: config.Data) -> dict[str, Any]:

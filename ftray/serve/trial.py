@@ -29,7 +29,7 @@ def try_endpoint(run: config.Run, run_dir: str, model_dir: str, step: int, quest
     """Starts the endpoint on a free loopback port, asks one chat completion, stops it; keeps and returns the answer."""
     console.say("\nserve: starting the endpoint for one request")
     alone = {"host": "127.0.0.1", "port": 0, "ab": {}, "canary": None}
-    endpoint = start_endpoint(model_dir, Served(run.name), run.serve.model_copy(update=alone))
+    endpoint = start_endpoint(model_dir, Served(run.name), run.serve.model_copy(update=alone), warn=console.warn)
     try:
         body = {
             "model": run.name,

@@ -73,7 +73,7 @@ def check_identity(run: config.Run, run_dir: str) -> None:
     uri = storage.join(run_dir, "run.json")
     tree = read_identity(run_dir)
     if tree is None:  # lost: the checkpoints still tell whose they are, and the run file is what it was written from
-        hashes = {str(each.meta.get("config_hash")) for each in found}
+        hashes = {each.meta.get("config_hash", run.config_hash) for each in found}
         if hashes == {run.config_hash}:
             return
         raise ConfigError(

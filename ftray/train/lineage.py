@@ -31,6 +31,7 @@ DECIDING = (
     *("accelerate", "bitsandbytes", "deepspeed", "ftray", "liger-kernel", "numpy", "peft", "pyarrow", "ray"),
     *("safetensors", "tokenizers", "torch", "transformers", "triton"),
 )
+SHOWN = 5  # changes that are named in one sentence
 UNKNOWN = "kept from here on; what came before is not known"
 IMAGE, COMMIT = "FTRAY_IMAGE", "FTRAY_COMMIT"  # set where ftray comes as an image, or without its git history
 
@@ -84,7 +85,8 @@ def checked_lineage(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any]
     except ValueError as err:
         uri = storage.join(run_dir, "run.json")
         raise storage.DamagedFile(f"{uri} is damaged (lineage: {err}); {REMEDY}") from None
-    return dict(found)
+    lineage: dict[str, Any] = found
+    return lineage
 
 
 @dataclass
@@ -176,6 +178,32 @@ def changed_files(known: Mapping[str, Any], run: config.Run, data: Data | None =
         if not said and data.data_hash != known["data"]["hash"]:
             said.append("the data as a whole gives other rows than it did")
     return said
+
+
+def what_changed(run_dir: str, run: config.Run, data: Data, tokenizer: str, template: str) -> str:
+    """Which of data, tokenizer and chat template are other than those that a run was trained from, with their files.
+
+    tokenizer, template: their hashes now. For a run without a lineage: what may have changed.
+    """
+    base = f"model.base {run.model.base}"
+    known = read_lineage(run_dir)
+    if known is None:
+        sources = ", ".join(source.path for source in run.data.train)
+        return f"the data ({sources}), the tokenizer or the chat template of {base} changed"
+    said = []
+    if known.get("template_hash") not in (None, template):
+        said.append(f"the chat template of {base} changed")
+    elif known.get("tokenizer_hash") not in (None, tokenizer):
+        said.append(f"the tokenizer of {base} changed")
+    if said:
+        there = _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
+        files = [text for text in there if "token" in text.split()[0] or "template" in text.split()[0]]
+        return "; ".join(said) + (f" ({', '.join(files)})" if files else "")
+    now = {(f["part"], f["uri"]) for f in _data_files(data)}
+    gone = [f"{f['uri']} is gone" for f in known["data"]["files"] if (f["part"], f["uri"]) not in now]
+    changes = list(dict.fromkeys([*gone, *changed_files(known, run, data)]))
+    more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return f"the data changed: {', '.join(changes[:SHOWN]) or 'its rows are others'}{more}"
 
 
 def _changed_base(then: Mapping[str, str], now: Mapping[str, str], base: str) -> list[str]:

@@ -59,7 +59,7 @@ def sweep_place(place: str, older_than_s: float, dry_run: bool, console: Console
 def _sweep_run(run_dir: str, older_than_s: float, dry_run: bool, console: Console) -> int:
     """Sweeps one run; returns the bytes that went, or would go. Raises RunHeldError, StorageError."""
     total = 0
-    with storage.acquire_lease(run_dir):
+    with storage.acquire_lease(run_dir, warn=console.warn):
         orphans = find_orphans(run_dir) + _uploads(run_dir, console) + _staged(run_dir)
         for orphan in orphans:
             if orphan.age_s < max(older_than_s, STAGED_S if orphan.what == STAGED else 0.0):

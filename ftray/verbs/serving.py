@@ -141,7 +141,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
         replica["num_gpus"] = _gpus_for(run, replica["num_gpus"], console)
-        endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
+        endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, warn=console.warn, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
         if served.registry:
             console.say(

@@ -51,7 +51,7 @@ def owned(
     check_identity(run, run_dir)
     check_accelerator(run)
     with (
-        storage.acquire_lease(run_dir) as lease,
+        storage.acquire_lease(run_dir, warn=console.warn) as lease,
         quiet(run.name, console),
     ):  # the lease first: run.json may be written anew
         with signals_later():
