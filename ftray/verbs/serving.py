@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray import config
 from ftray.console import Console
-from ftray.errors import ConfigError, GateError
+from ftray.errors import CheckpointError, ConfigError, GateError, ModelError
 from ftray.verbs.targets import open_target
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
 
         console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
         return 0
+    say_step(run, arguments.run, console)
     check_endpoint(model_dir, run.serve)
     edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
@@ -149,6 +150,39 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
             )
         run_until_signal(endpoint, _events(run, console))
     return 0
+
+
+def say_step(run: config.Run, target: str, console: Console) -> None:
+    """Warns when the exported model that is served is not that of the run's best checkpoint, or that one is damaged.
+
+    Raises ModelError for an export whose manifest is damaged.
+    """
+    from ftray import storage
+    from ftray.train.timeline import best_checkpoint
+
+    run_dir = storage.absolute(run.directory)
+    place = storage.join(run_dir, "model")
+    try:
+        manifest = storage.read_manifest(place)
+    except CheckpointError:
+        raise ModelError(
+            f"{storage.join(place, storage.MANIFEST)} is damaged; write the model anew: ftray export {target}"
+        ) from None
+    step = manifest["meta"].get("step") if manifest else None
+    if step is None:  # not an export of this run's
+        return
+    try:
+        best = best_checkpoint(run_dir).step
+    except ConfigError:  # without its checkpoints
+        return
+    except CheckpointError as err:
+        console.warn(f"the model that is served is of step {step}; {err}")
+        return
+    if step != best:
+        console.warn(
+            f"the model that is served is of step {step}, the run's best checkpoint of step {best}; to serve that one: "
+            f"ftray export {target}"
+        )
 
 
 def _gpus_for(run: config.Run, wanted: float, console: Console) -> float:

@@ -5,6 +5,7 @@ The table in docs/failures.md says the same in words.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ import torch
 import yaml
 
 from ftray import cli, config, storage
-from ftray.errors import CheckpointError, ConfigError, FtrayError
+from ftray.console import Console
+from ftray.errors import CheckpointError, ConfigError, FtrayError, ModelError
 from ftray.observe.report import read_known, render_report
 from ftray.serve.trial import known_answer
 from ftray.train.checkpoint import CheckpointWriter
@@ -408,6 +410,27 @@ def test_a_run_whose_gates_can_not_be_read_is_not_published(root: Path, how: str
         return  # no gates were asked for
     with pytest.raises(FtrayError, match=r"results\.json is damaged"):
         _check_gates(str(root / "seen"), 6, "run.yaml")
+
+
+def test_who_serves_an_older_step_than_the_best_is_told_so(root: Path) -> None:
+    from ftray.verbs.serving import say_step
+
+    run, model, stream = run_of(root), root / "seen/model", io.StringIO()
+    say_step(run, "run.yaml", Console(stream))
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    storage.commit_directory(str(model), str(model), {"step": 4})
+    say_step(run, "run.yaml", Console(stream))
+    assert stream.getvalue() == (
+        "warning: the model that is served is of step 4, the run's best checkpoint of step 6; to serve that one: "
+        "ftray export run.yaml\n"
+    )
+    damage(root / LATEST / "manifest.json", "zeros")
+    say_step(run, "run.yaml", Console(stream))
+    assert "is of step 4; the newest checkpoint is damaged" in stream.getvalue()
+    damage(model / "manifest.json", "truncated")
+    with pytest.raises(ModelError, match=r"write the model anew: ftray export run\.yaml"):
+        say_step(run, "run.yaml", Console(stream))
 
 
 def test_progress_of_a_manifest_is_checked_even_where_its_sum_is_right(root: Path) -> None:
