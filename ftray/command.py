@@ -97,7 +97,8 @@ class _Child:
 
     def __post_init__(self) -> None:
         reader, writer = os.pipe()
-        numbers = {signal.SIGINT, *termination_signals(), signal.SIGTSTP, signal.SIGCONT}
+        wanted = {signal.SIGINT, *termination_signals(), signal.SIGTSTP, signal.SIGCONT}
+        numbers = {number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN}
         before = {number: signal.getsignal(number) for number in numbers}
         sys.stdout.flush()
         sys.stderr.flush()
