@@ -242,7 +242,7 @@ def jumping_clock(directory: Path) -> dict[str, Any]:
 
 
 def store_gone_for_good(directory: Path) -> dict[str, Any]:
-    """The S3 server ends for good: the command ends with a sentence; with a server that has the files it continues."""
+    """The S3 server ends for good: the command ends with a sentence, once it has waited as long as it was told to."""
     short_run(directory, 100_000, every=10)
     with S3Server() as server:
         os.environ.update(server.env)

@@ -93,7 +93,9 @@ def _run(arguments: argparse.Namespace, console: Console, fail: Callable[..., No
 
 
 def _starts_ray(arguments: argparse.Namespace) -> bool:
-    """Whether the command may start a Ray of its own."""
+    """Whether the command may start a Ray of its own, which it then has to outlive; what that takes is Linux' own."""
+    if sys.platform != "linux":
+        return False
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return False
     return arguments.verb in STARTS_RAY or (arguments.verb is looking.plan and arguments.probe)

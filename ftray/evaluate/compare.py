@@ -28,6 +28,8 @@ from ftray.train.preflight import check_evaluation
 from ftray.train.timeline import Found
 
 POLL_S = 0.5
+# What files that hold other values than their writer wrote raise.
+UNREADABLE = (storage.DamagedFile, storage.MissingFile, LookupError, ValueError, TypeError, AttributeError)
 MIN_SHARE = 32  # examples for which it is worth loading the model once more
 
 
@@ -47,7 +49,7 @@ def compare(run: config.Run, run_dir: str, console: Console, step: int | None = 
             shown, question = _shown(run, run_dir, known)
             console.say(f"evaluation of step {found.step} is there already: {directory}")
             write_results(known, run_dir)  # gates may be others
-        except (storage.DamagedFile, storage.MissingFile, LookupError, ValueError, TypeError, AttributeError) as err:
+        except UNREADABLE as err:
             console.warn(f"files in {directory} are damaged or missing ({err}); evaluating anew")
             known = None
     if known is None:

@@ -390,6 +390,21 @@ def test_what_pages_are_made_of_may_be_damaged(root: Path, ftray: Reader, names:
     known_answer(str(root / "seen"), 6)
 
 
+@pytest.mark.parametrize("how", [how for how in DAMAGE if how not in ("empty", "missing")])
+@pytest.mark.parametrize("name", ["evaluate/generations.jsonl", "evaluate/speed.json"])
+def test_a_damaged_evaluation_is_not_shown_but_made_anew(root: Path, name: str, how: str) -> None:
+    from ftray.evaluate.compare import UNREADABLE, _shown
+    from ftray.evaluate.results import read_results
+
+    run, run_dir = run_of(root), str(root / "seen")
+    known = read_results(run_dir)
+    assert known is not None
+    assert _shown(run, run_dir, known)[1].startswith("question 0")
+    damage(root / "seen" / name, how)
+    with pytest.raises(UNREADABLE):
+        _shown(run, run_dir, known)
+
+
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])
 @pytest.mark.parametrize("name", ["events/1-a.jsonl", "evaluate/results.json", "tune/state.json"])
 def test_what_is_left_out_of_a_report_is_named(root: Path, ftray: Reader, name: str, how: str) -> None:
