@@ -177,28 +177,29 @@ def stopped_driver(directory: Path) -> dict[str, Any]:
 
 
 def kills_while_writing(directory: Path) -> dict[str, Any]:
-    """Five times all processes are killed while a checkpoint is written; the same command then ends the run."""
-    short_run(directory, 80, every=2)
+    """Five times in one run the worker is killed while it writes a checkpoint: each time another goes on before it."""
+    short_run(directory, 400, every=2)
     checkpoints, unfinished = directory / "runs/drill/checkpoints", 0
-    for _ in range(5):
-        known = {each.name for each in checkpoints.glob("step-*")} if checkpoints.exists() else set()
-        command = Command(directory, "train", "run.yaml")
+    command = Command(directory, "train", "run.yaml")
+    for kill in range(5):
+        command.wait_for("train: step", times=10 * (kill + 1))
+        known = {each.name for each in checkpoints.glob("step-*")}
 
-        def is_writing(known: set[str] = known) -> bool:
-            new = (
-                [each for each in checkpoints.glob("step-*") if each.name not in known] if checkpoints.exists() else []
-            )
-            return any(not (each / "manifest.json").exists() for each in new)
+        def written(known: set[str] = known) -> list[Path]:
+            new = [each for each in checkpoints.glob("step-*") if each.name not in known]
+            return [each for each in new if not (each / "manifest.json").exists()]
 
-        wait_until(is_writing, "a checkpoint under way", every_s=0.0005)
-        for process in [*command.processes("ray::RayTrainWorker"), command.driver()]:
-            process.kill()
-        command.end()
-        unfinished += sum(not (each / "manifest.json").exists() for each in checkpoints.glob("step-*"))
-    last = Command(directory, "train", "run.yaml")
-    code = last.end()
-    found = whole(directory, 80)
-    return {"code": code, "unfinished_checkpoints": unfinished, **found, "ok": found["ok"] and code == 0}
+        (worker,) = command.processes("ray::RayTrainWorker")
+        wait_until(lambda: bool(written()), "a checkpoint under way", every_s=0.0005)
+        under_way = written()
+        worker.kill()
+        unfinished += any(not (each / "manifest.json").exists() for each in under_way)
+        command.wait_for("starting anew", times=kill + 1)
+        command.wait_for("train: workers continue at step", times=kill + 1)
+    code = command.end()
+    found = whole(directory, 400)
+    ok = found["ok"] and code == 0 and unfinished > 0
+    return {"code": code, "kills_before_the_manifest": unfinished, **found, "ok": ok}
 
 
 def sigterm_twice(directory: Path) -> dict[str, Any]:

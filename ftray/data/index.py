@@ -41,6 +41,7 @@ from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
 VERSION = 5  # raise it when a chunk's rows, facts or records change their meaning
+SUM = "sha256"  # of all else in an index: a number that changed would look like data that changed
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
 NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
@@ -132,7 +133,7 @@ def build_index(
         name = f"findings-{_index_key(stream, both, listed, tokenizer_hash)}.jsonl"
         _write_lines(storage.join(directory, name), found)
         index = replace(index, findings=name)
-    storage.write_bytes(uri, json.dumps(asdict(index)).encode())
+    _write(uri, index)
     return index
 
 
@@ -150,9 +151,20 @@ def _read(uri: str) -> Index | None:
     """An index that was kept; None where there is none that can be read: it can be made again."""
     try:
         tree = storage.find_object(uri)
-        return None if tree is None else storage.parse_as(Index, tree)
+        if tree is None or tree.pop(SUM, None) not in (None, _sum_of(tree)):
+            return None
+        return storage.parse_as(Index, tree)
     except (storage.DamagedFile, ValueError):
         return None
+
+
+def _write(uri: str, index: Index) -> None:
+    tree = asdict(index)
+    storage.write_bytes(uri, json.dumps({**tree, SUM: _sum_of(tree)}).encode())
+
+
+def _sum_of(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
 def read_survey(index: Index, directory: str) -> Survey:

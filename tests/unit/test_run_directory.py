@@ -427,6 +427,22 @@ def test_a_run_whose_gates_can_not_be_read_is_not_published(root: Path, how: str
         _check_gates(str(root / "seen"), 6, "run.yaml")
 
 
+def test_a_number_that_changed_in_an_index_is_noticed(tmp_path: Path) -> None:
+    from ftray.data import index as indexes
+    from ftray.data.clean import Quarantined
+
+    uri = str(tmp_path / "index-1.json")
+    made = indexes.Index(
+        (), (Quarantined("data/a", 7, "too_long", "4100 tokens", "…"),), found={"near": (3, 1)}, shards=("s",)
+    )
+    indexes._write(uri, made)
+    assert indexes._read(uri) == made
+    text = Path(uri).read_text()
+    Path(uri).write_text(text.replace('"near": [3', '"near": [4'))
+    assert Path(uri).read_text() != text
+    assert indexes._read(uri) is None, "it is made anew"
+
+
 def test_who_serves_an_older_step_than_the_best_is_told_so(root: Path) -> None:
     from ftray.verbs.serving import say_step
 
