@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import yaml
@@ -36,12 +36,14 @@ from ftray.train.timeline import list_checkpoints  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
 EACH_STEP = "import sys; from ftray import cli, console; console.PLAIN_EVERY_S = 0.0; sys.exit(cli.main())"
-WAIT_S = 300.0
+WAIT_S = 600.0
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 class Command:
     """`ftray` with these words; what it says is kept."""
+
+    running: ClassVar[list[Command]] = []
 
     def __init__(self, directory: Path, *words: str, **env: str) -> None:
         self.said: list[str] = []
@@ -54,6 +56,7 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        Command.running.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -96,7 +99,7 @@ def wait_until(holds: Callable[[], bool], what: str, every_s: float = 0.05) -> N
     end_s = time.monotonic() + WAIT_S
     while not holds():
         if time.monotonic() > end_s:
-            raise SystemExit(f"waited {WAIT_S:.0f} s: {what}")
+            raise AssertionError(f"waited {WAIT_S:.0f} s: {what}")
         time.sleep(every_s)
 
 
@@ -178,7 +181,7 @@ def stopped_driver(directory: Path) -> dict[str, Any]:
 
 def kills_while_writing(directory: Path) -> dict[str, Any]:
     """Five times in one run the worker is killed while it writes a checkpoint: each time another goes on before it."""
-    short_run(directory, 400, every=2)
+    short_run(directory, 150, every=2)
     checkpoints, unfinished = directory / "runs/drill/checkpoints", 0
     command = Command(directory, "train", "run.yaml")
     for kill in range(5):
@@ -197,14 +200,14 @@ def kills_while_writing(directory: Path) -> dict[str, Any]:
         command.wait_for("starting anew", times=kill + 1)
         command.wait_for("train: workers continue at step", times=kill + 1)
     code = command.end()
-    found = whole(directory, 400)
+    found = whole(directory, 150)
     ok = found["ok"] and code == 0 and unfinished > 0
     return {"code": code, "kills_before_the_manifest": unfinished, **found, "ok": ok}
 
 
 def sigterm_twice(directory: Path) -> dict[str, Any]:
     """SIGTERM comes twice, as to a process and to its group: one checkpoint is committed, and the command goes on there."""
-    short_run(directory, 400, every=400)
+    short_run(directory, 100, every=400)
     command = Command(directory, "train", "run.yaml")
     command.wait_for("train: step 10/")
     command.process.send_signal(signal.SIGTERM)
@@ -327,7 +330,15 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory(prefix="ftray-drill-", ignore_cleanup_errors=True) as folder:
             began_s = time.monotonic()
-            found = drill(Path(folder))
+            try:
+                found = drill(Path(folder))
+            except (AssertionError, subprocess.TimeoutExpired, ValueError) as err:
+                found = {"ok": False, "failed": " ".join(str(err).split())[-400:]}
+            finally:
+                for command in Command.running:
+                    command.process.kill()  # what it started ends with it
+                    command.process.wait()
+                Command.running.clear()
         failed += not found["ok"]
         print(json.dumps({"drill": drill.__name__, "seconds": round(time.monotonic() - began_s), **found}), flush=True)
     return 1 if failed else 0

@@ -136,7 +136,8 @@ class _Child:
                 signal.signal(number, handler)
 
     def _judged(self, ended: Ended) -> Ended:
-        ended.finished = self.code is not None
+        if self.code is not None:  # whatever happened while the interpreter shut down
+            ended.finished, ended.code = True, self.code
         if not ended.finished and self.essential and ended.signal in (0, signal.SIGABRT):
             ended.lost = "Ray ended the process that drove it, after it lost its GCS or raylet"
         return ended
