@@ -216,7 +216,7 @@ def sigterm_twice(directory: Path) -> dict[str, Any]:
     (stopped,) = list_checkpoints(str(directory / "runs/drill"))
     last = Command(directory, "train", "run.yaml")
     again = last.end()
-    found = whole(directory, 400)
+    found = whole(directory, 100)
     return {
         "code": code,
         "stopped_at": stopped.step,
