@@ -13,7 +13,7 @@ goodput               the same over all wall seconds from the first step to the 
 recovery_s            from a kill to the first step after it: p50, p95
 rows_lost, rows_repeated   against the order that the plan gives, replayed by `ftray data order`
 
-Exit code 1 if a row was lost or repeated.
+Exit code 1 if a row was lost or repeated. Drills with one fault each are in drills.py.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ftray.console import Console, json_line
+from ftray.command import run_in_child
+from ftray.console import Console, json_line, outlive_terminal
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
+from ftray.signals import termination_signals
 from ftray.verbs import checking, cluster, data, evaluating, exporting, looking, serving, training
 
 WORK = (
@@ -26,6 +28,8 @@ WORK = (
     training.reproduce,
     serving.serve,
 )
+STARTS_RAY = (*WORK, data.index, data.stats, data.order)
+RESUMED = (training.run, training.train, training.tune, training.reproduce)  # go on by themselves when their Ray died
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,10 +51,22 @@ def main(argv: list[str] | None = None) -> int:
 
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
-        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=sys.stderr)
+        stream = outlive_terminal(sys.stderr)
+        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=stream, flush=True)
 
+    def work() -> int:
+        return _run(arguments, console, fail)
+
+    if argv is None and _starts_ray(arguments):
+        return run_in_child(work, console.warn, lambda text: fail(text, exit_code=1), int(arguments.verb in RESUMED))
+    return work()
+
+
+def _run(arguments: argparse.Namespace, console: Console, fail: Callable[..., None]) -> int:
+    """The command itself, in this process."""
+    as_json = console.as_json
     in_main = threading.current_thread() is threading.main_thread()
-    kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
+    kept = {n: signal.signal(n, _preempted) for n in termination_signals()} if in_main else {}
     try:
         code: int = arguments.verb(arguments, console)
         return code
@@ -72,8 +88,17 @@ def main(argv: list[str] | None = None) -> int:
         fail("interrupted; run the same command again to continue", start, exit_code=Interrupted.exit_code)
         return Interrupted.exit_code
     finally:
-        if kept is not None:
-            signal.signal(signal.SIGTERM, kept)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _starts_ray(arguments: argparse.Namespace) -> bool:
+    """Whether the command may start a Ray of its own, which it then has to outlive; what that takes is Linux' own."""
+    if sys.platform != "linux":
+        return False
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        return False
+    return arguments.verb in STARTS_RAY or (arguments.verb is looking.plan and arguments.probe)
 
 
 def _nobody_reads() -> bool:
@@ -128,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="parent", metavar="CHECKPOINT", help="start a new run from a checkpoint's weights"
     )
     verb("tune", training.tune, "try settings: train trials of the run, compare them, name the best")
-    verb("evaluate", evaluating.evaluate, "compare the tuned model with its base on the held-out data")
+    _add_step(verb("evaluate", evaluating.evaluate, "compare the tuned model with its base on the held-out data"))
     _add_opinion_verbs(verb)
     report = verb("report", looking.report, "write all that is known of a run as one page, <run>/report.html; no Ray")
     report.add_argument("--html", metavar="FILE", help="write it there instead")
@@ -174,6 +199,7 @@ def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
     export = verb(
         "export", exporting.export, "write the adapter and the merged model; in fewer bits, as GGUF, to the hub"
     )
+    _add_step(export)
     form = export.add_mutually_exclusive_group()
     form.add_argument(
         "--quantize",
@@ -184,6 +210,11 @@ def _add_export(verb: Callable[..., argparse.ArgumentParser]) -> None:
     form.add_argument("--merged", action="store_true", help="with --push: the merged model, instead of its adapter")
     export.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, where it isn't on PATH")
     export.add_argument("--push", metavar="hub:org/name", help="upload what was written to the Hugging Face hub")
+
+
+def _add_step(sub: argparse.ArgumentParser) -> None:
+    text = "take the checkpoint of step N; the best by held-out loss, else the newest, if left out"
+    sub.add_argument("--step", type=_from_one, metavar="N", help=text)
 
 
 def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

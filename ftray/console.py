@@ -7,6 +7,7 @@ Nothing passes here with a password or key in it.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ftray.redact import redacted, redacted_tree
 
@@ -31,10 +32,15 @@ class Console:
     """
 
     def __init__(self, stream: IO[str] | None = None, as_json: bool = False) -> None:
-        self._stream, self._as_json = stream or sys.stdout, as_json
+        self._stream, self._as_json = outlive_terminal(stream or sys.stdout), as_json
         self._bar: Progress | Table | None = None
         self.run: str | None = None
         self.step: int | None = None
+
+    @property
+    def as_json(self) -> bool:
+        """Whether each line is a JSON object."""
+        return self._as_json
 
     @property
     def is_terminal(self) -> bool:
@@ -92,7 +98,8 @@ class Console:
         sys.stderr.flush()
         kept = [os.dup(1), os.dup(2)]
         own = self._stream
-        self._stream = os.fdopen(os.dup(own.fileno()), "w", buffering=1, encoding="utf-8", errors="replace")
+        own_copy = os.fdopen(os.dup(own.fileno()), "w", buffering=1, encoding="utf-8", errors="replace")
+        self._stream = outlive_terminal(own_copy)
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -177,6 +184,44 @@ class Table:
         if self._is_terminal and self._shown:
             self._stream.write(f"\x1b[{len(self._shown)}F\x1b[J")
             self._shown = []
+
+
+class _Outliving:
+    """A text stream that goes on without a reader once its terminal was closed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        try:
+            return self._stream.write(text)
+        except OSError as err:
+            self._drop(err)
+            return len(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        try:
+            self._stream.flush()
+        except OSError as err:
+            self._drop(err)
+
+    def _drop(self, err: OSError) -> None:
+        """Sends what is left, and all that follows, nowhere. A pipe that nobody reads is the caller's business."""
+        if err.errno != errno.EIO:
+            raise err
+        target = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(target, self._stream.fileno())
+        os.close(target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal(stream: IO[str]) -> IO[str]:
+    """The stream, whose writes don't fail when its terminal is closed: a run that stops for that still has to commit."""
+    return stream if isinstance(stream, _Outliving) else cast(IO[str], _Outliving(stream))
 
 
 def json_line(

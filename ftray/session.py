@@ -10,12 +10,21 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from ftray import storage
+from ftray.command import report
 from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError, innermost
 from ftray.reach import answers, knock
+from ftray.signals import termination_signals
+
+START_TRIES = 3
+ESSENTIAL = ("gcs_server", "raylet")  # Ray's processes without which its driver can't go on
+_told: tuple[Console, str] | None = None  # the console of this command, and where libraries' output goes
 
 
 @contextmanager
@@ -25,7 +34,8 @@ def quiet(name: str, console: Console) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console.run = name
+    global _told
+    console.run, _told = name, (console, str(log))
     console.say(f"what Ray and other libraries print goes to {log}")
     with console.quiet_natives(log):
         yield
@@ -33,14 +43,17 @@ def quiet(name: str, console: Console) -> Iterator[None]:
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block: a compiled module that is being imported may swallow what a handler
-    raises, and the command would go on as if nobody had asked. Outside of the main thread it does nothing.
+    """SIGINT, SIGTERM and SIGHUP wait for the end of the block.
+
+    A compiled module that is being imported may swallow what a handler raises, and the command would go on as if nobody
+    had asked. Outside of the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
-    kept = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, *termination_signals())
+    kept = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
     try:
         yield
     finally:
@@ -56,12 +69,12 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
 
     num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
-    when the cluster can't be reached, RunError when it goes away meanwhile.
+    when the cluster can't be reached, RunError when it goes away meanwhile, or when one of its own does not start.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in termination_signals()}
     if address and address.startswith("ray://"):
         raise ConfigError(
             f"RAY_ADDRESS {address}: ftray runs on the cluster itself, not through Ray's client; use ray job submit, or give "
@@ -78,9 +91,11 @@ def ray_session(num_cpus: float) -> Iterator[None]:
             ) from None
     else:
         total = max(os.cpu_count() or 1, int(num_cpus)) + 1
-        ray.init(address="local", num_cpus=total, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        _start_local(total)
+        report(ray={p.name(): p.pid for p in psutil.Process().children() if p.name() in ESSENTIAL})
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process with another code
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray's own would end the process with another code
     head = ray.get_runtime_context().gcs_address
     try:
         yield
@@ -90,4 +105,54 @@ def ray_session(num_cpus: float) -> Iterator[None]:
         # Whatever Ray made of it: a lost actor, a failed call, a time-out.
         raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None
     finally:
+        report(ray={})  # from here on they end on purpose
         ray.shutdown()
+
+
+def _start_local(num_cpus: int) -> None:
+    """A Ray of this command's own. On a busy machine its start may time out: it is tried again. Raises RunError."""
+    import ray
+
+    before = {process.pid for process in psutil.Process().children()}
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+            return
+        except FtrayError:  # a signal that came meanwhile
+            raise
+        except Exception as err:  # noqa: BLE001 - Ray raises plain exceptions when its start times out
+            reason = " ".join(str(err).split())[:200] or type(err).__name__
+        _end_half_started(before)
+        log = _told[1] if _told else ""
+        if attempt == START_TRIES:
+            where = f"; see {log} and {ray_logs()}" if log else f"; see {ray_logs()}"
+            raise RunError(
+                f"Ray did not start in {START_TRIES} tries ({reason}){where}. When the machine has CPU, memory and disk to "
+                "spare, run the same command again to continue"
+            )
+        if _told:
+            _told[0].warn(f"Ray did not start ({reason}); trying again ({attempt + 1} of {START_TRIES})")
+
+
+def ray_logs() -> str:
+    """Where the newest Ray of this machine keeps its logs."""
+    return str(Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "session_latest", "logs"))
+
+
+def _end_half_started(before: set[int]) -> None:
+    """Ends what a start of Ray that failed left behind: children of this process that were not there before."""
+    import ray
+
+    with suppress(Exception):
+        ray.shutdown()
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)

@@ -30,6 +30,7 @@ from ftray.data.order import Mixture
 from ftray.data.raydata import map_in_order
 from ftray.data.records import (
     ChunkSummary,
+    Described,
     Survey,
     Wants,
     describe_chunk,
@@ -40,6 +41,7 @@ from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
 VERSION = 5  # raise it when a chunk's rows, facts or records change their meaning
+SUM = "sha256"  # of all else in an index: a number that changed would look like data that changed
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
 NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
@@ -115,8 +117,8 @@ def build_index(
     both = _both(stream)
     listed = [_list_chunks(s, chunk_bytes) for s in both]
     uri = storage.join(directory, f"index-{_index_key(stream, both, listed, tokenizer_hash)}.json")
-    if storage.exists(uri):
-        return _from_json(json.loads(storage.read_bytes(uri)))
+    if (known := _read(uri)) is not None:
+        return known
     names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
     moved = _moved(stream, surveys)
     if moved:
@@ -131,7 +133,7 @@ def build_index(
         name = f"findings-{_index_key(stream, both, listed, tokenizer_hash)}.jsonl"
         _write_lines(storage.join(directory, name), found)
         index = replace(index, findings=name)
-    storage.write_bytes(uri, json.dumps(asdict(index)).encode())
+    _write(uri, index)
     return index
 
 
@@ -139,10 +141,30 @@ def read_index(directory: str, data_hash: str) -> Index | None:
     """The index of those in a run's `data/` whose rows are known by this hash."""
     for file in storage.list_files(directory, suffix=".json"):
         if file.path.startswith("index-"):
-            index = _from_json(json.loads(storage.read_bytes(file.uri)))
-            if index.data_hash == data_hash:
+            index = _read(file.uri)
+            if index is not None and index.data_hash == data_hash:
                 return index
     return None
+
+
+def _read(uri: str) -> Index | None:
+    """An index that was kept; None where there is none that can be read: it can be made again."""
+    try:
+        tree = storage.find_object(uri)
+        if tree is None or tree.pop(SUM, None) not in (None, _sum_of(tree)):
+            return None
+        return storage.parse_as(Index, tree)
+    except (storage.DamagedFile, ValueError):
+        return None
+
+
+def _write(uri: str, index: Index) -> None:
+    tree = asdict(index)
+    storage.write_bytes(uri, json.dumps({**tree, SUM: _sum_of(tree)}).encode())
+
+
+def _sum_of(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
 def read_survey(index: Index, directory: str) -> Survey:
@@ -157,8 +179,11 @@ def read_findings(index: Index, directory: str) -> Iterator[Finding]:
     names = [f.name for f in fields(Finding)]
     mapped = storage.map_file(storage.join(directory, index.findings))
     for line in iter(mapped.readline, b""):
-        tree = json.loads(line)
-        yield Finding(**{name: tree[name] for name in names})
+        try:
+            tree = storage.parse_object(line)
+            yield Finding(**{name: tree[name] for name in names})
+        except (ValueError, KeyError) as err:
+            raise _damaged(storage.join(directory, index.findings), err) from None
 
 
 def _both(stream: Stream) -> list[Stream]:
@@ -191,7 +216,7 @@ def _survey(
             cut = list(group)
             key = _shard_key(both[number], _wants(both[number], len(both)), cut, tokenizer_hash)
             shards.append((number, cut, f"{key}.arrow"))
-    missing = [shard for shard in shards if not storage.exists(storage.join(directory, "shards", shard[2]))]
+    missing = [shard for shard in shards if not _is_sound(storage.join(directory, "shards", shard[2]))]
     items = [(number, chunk) for number, cut, _ in missing for chunk in cut]
     describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
     done = 0
@@ -210,8 +235,41 @@ def _survey(
 
 
 def _open_survey(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> Survey:
-    files = (storage.map_file(storage.join(directory, "shards", name)) for name in names)
-    return Survey(tuple(chunks), tuple(described for file in files for described in read_described(file)))
+    """Raises DataError for a record table that is missing or damaged."""
+    files = [_open_shard(storage.join(directory, "shards", name)) for name in names]
+    return Survey(tuple(chunks), tuple(described for file in files for described in file))
+
+
+def _open_shard(uri: str) -> list[Described]:
+    try:
+        return read_described(storage.map_file(uri))
+    except storage.MissingFile:
+        raise _damaged(uri, "it is missing") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        OSError,
+    ) as err:  # pyarrow's errors are ValueErrors or OSErrors
+        raise _damaged(uri, " ".join(str(err).split())[:100]) from None
+
+
+def _is_sound(uri: str) -> bool:
+    if not storage.exists(uri):
+        return False
+    try:
+        _open_shard(uri)
+    except DataError:
+        return False
+    return True
+
+
+def _damaged(uri: str, reason: object) -> DataError:
+    return DataError(
+        f"{uri} is damaged ({reason}); delete the directory {uri.partition('/data/')[0]}/data and index the data anew: "
+        "ftray data index"
+    )
 
 
 def _describe(both: tuple[Stream, ...], wants: tuple[Wants, ...], item: tuple[int, Chunk]) -> bytes:
@@ -289,16 +347,6 @@ def _index_key(stream: Stream, both: Iterable[Stream], listed: Iterable[Sequence
 
 def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _from_json(tree: dict[str, Any]) -> Index:
-    def chunk(plain: dict[str, Any]) -> Chunk:
-        return Chunk(**{**plain, "dropped": tuple(plain["dropped"]), "moved": tuple(plain["moved"])})
-
-    facts = tuple(ChunkFacts(**{**f, "chunk": chunk(f["chunk"])}) for f in tree["facts"])
-    bad, dropped = (tuple(Quarantined(**b) for b in tree[name]) for name in ("bad", "dropped"))
-    found = {rule: (number, left) for rule, (number, left) in tree["found"].items()}
-    return Index(facts, bad, dropped, found, tree["findings"], tuple(tree["shards"]))
 
 
 def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:

@@ -52,7 +52,7 @@ def prepare_data(
     _keep_summary(run.data, index.mixture(stream).rows_per_epoch, index, heldout_index, directory)
     try:
         write_reference(index, directory)
-    except StorageError as err:
+    except (DataError, StorageError) as err:
         console.warn(f"figures for endpoints' drift were not kept: {err}")
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
     return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
@@ -74,13 +74,21 @@ def read_summary(run: config.Run, run_dir: str) -> dict[str, Any] | None:
     None where the data was not indexed yet, or with other settings.
     """
     uri = storage.join(run_dir, "data", SUMMARY)
-    if not storage.exists(uri):
-        return None
     try:
-        tree: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except ValueError:
-        return None
-    return tree if tree.get("settings") == _shape_of(run.data) else None
+        tree = storage.find_object(uri) or {}
+    except storage.DamagedFile:
+        return None  # written anew when the data is indexed again
+    is_whole = isinstance(tree.get("rows_per_epoch"), int) and all(
+        map(_is_count, (tree.get("train"), tree.get("eval")))
+    )
+    return tree if is_whole and tree.get("settings") == _shape_of(run.data) else None
+
+
+def _is_count(counts: object) -> bool:
+    if counts is None:
+        return True
+    values = [*map(counts.get, COUNTS), counts.get("most_documents", 1)] if isinstance(counts, dict) else [None]
+    return all(isinstance(value, int) for value in values)
 
 
 def _shape_of(data: config.Data) -> dict[str, Any]:

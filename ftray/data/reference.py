@@ -39,6 +39,6 @@ def write_reference(index: Index, directory: str) -> None:
 
 def _hash_in(text: bytes) -> object:
     try:
-        return json.loads(text).get("data_hash")
-    except (ValueError, AttributeError):
+        return storage.parse_object(text).get("data_hash")
+    except ValueError:
         return None

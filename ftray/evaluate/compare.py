@@ -28,29 +28,46 @@ from ftray.train.preflight import check_evaluation
 from ftray.train.timeline import Found
 
 POLL_S = 0.5
+# What files that hold other values than their writer wrote raise.
+UNREADABLE = (storage.DamagedFile, storage.MissingFile, LookupError, ValueError, TypeError, AttributeError)
 MIN_SHARE = 32  # examples for which it is worth loading the model once more
 
 
-def compare(run: config.Run, run_dir: str, console: Console) -> tuple[Comparison, str]:
+def compare(run: config.Run, run_dir: str, console: Console, step: int | None = None) -> tuple[Comparison, str]:
     """Scores base and tuned model, writes evaluate/results.json and evaluate/generations.jsonl, prints both.
 
     Returns the comparison and a held-out question to try the endpoint with. Nothing is computed again while checkpoint
-    and settings are the same; gates are judged again.
+    and settings are the same; gates are judged again. step: of the checkpoint; the best if left out.
 
     Needs a started Ray. Raises ConfigError without held-out data or without a checkpoint.
     """
-    found = check_evaluation(run, run_dir)
+    found = check_evaluation(run, run_dir, step)
     directory = storage.join(run_dir, "evaluate")
-    if (known := known_results(run, run_dir, found.step)) is not None:
-        console.say(f"evaluation of step {found.step} is there already: {directory}")
-        write_results(known, run_dir)  # gates may be others
-    else:
+    known = known_results(run, run_dir, found.step)
+    if known is not None:
+        try:
+            shown, question = _shown(run, run_dir, known)
+            console.say(f"evaluation of step {found.step} is there already: {directory}")
+            write_results(known, run_dir)  # gates may be others
+        except UNREADABLE as err:
+            console.warn(f"files in {directory} are damaged or missing ({err}); evaluating anew")
+            known = None
+    if known is None:
         known = _compare(run, run_dir, found, console)
-    generations = [json.loads(x) for x in storage.read_bytes(storage.join(directory, "generations.jsonl")).splitlines()]
-    speed = json.loads(storage.read_bytes(storage.join(directory, "speed.json")))
-    for line in [*report(known, speed), *side_by_side(generations[: run.evaluate.num_shown])]:
+        shown, question = _shown(run, run_dir, known)
+    for line in shown:
         console.say(line)
-    return known, generations[0]["question"] if generations else "Hello"
+    return known, question
+
+
+def _shown(run: config.Run, run_dir: str, known: Comparison) -> tuple[list[str], str]:
+    """The lines that tell of a comparison, and a held-out question, out of the files beside results.json."""
+    directory = storage.join(run_dir, "evaluate")
+    lines = storage.read_bytes(storage.join(directory, "generations.jsonl")).splitlines()
+    generations = [storage.parse_object(line) for line in lines]
+    speed = storage.read_object(storage.join(directory, "speed.json"))
+    said = [*report(known, speed), *side_by_side(generations[: run.evaluate.num_shown])]
+    return said, str(generations[0]["question"]) if generations else "Hello"
 
 
 def _compare(run: config.Run, run_dir: str, found: Found, console: Console) -> Comparison:

@@ -5,7 +5,6 @@ Other keys of a line are passed over.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ def read_generations(run_dir: str) -> list[Generation]:
     uri = storage.join(run_dir, "evaluate", "generations.jsonl")
     remedy = "run `ftray evaluate` first, with a metric that needs answers (rouge or format)"
     try:
-        lines = [json.loads(line) for line in storage.read_bytes(uri).splitlines() if line.strip()]
+        lines = [storage.parse_object(line) for line in storage.read_bytes(uri).splitlines() if line.strip()]
         found = [_generation(line) for line in lines]
     except storage.MissingFile:
         raise ConfigError(f"{uri} is missing, so there are no answers to compare; {remedy}") from None

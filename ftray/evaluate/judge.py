@@ -168,9 +168,9 @@ def parse_verdict(reply: str) -> Literal["A", "B", "C"] | None:
 
 def _read_verdicts(uri: str) -> list[Verdict]:
     try:
-        trees = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-        return [Verdict(**{**tree, "replies": tuple(tree["replies"])}) for tree in trees]
-    except (storage.MissingFile, ValueError, TypeError, KeyError):
+        trees = [storage.parse_object(line) for line in storage.read_bytes(uri).splitlines()]
+        return [storage.parse_as(Verdict, tree) for tree in trees]
+    except (storage.MissingFile, ValueError):  # they are asked for again
         return []
 
 

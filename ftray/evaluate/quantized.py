@@ -30,12 +30,14 @@ from ftray.train.timeline import Found, best_checkpoint
 Describe = Callable[[Found, bool, Quantized], Mapping[str, bytes]]
 
 
-def export_quantized(run: config.Run, run_dir: str, kind: str, console: Console, describe: Describe) -> str:
+def export_quantized(
+    run: config.Run, run_dir: str, kind: str, console: Console, describe: Describe, step: int | None = None
+) -> str:
     """Writes the exported model's quantized form unless it is there already; returns its URI. Needs a started Ray.
 
-    describe: files that tell where the model comes from, by name.
+    describe: files that tell where the model comes from, by name. step: of the checkpoint; the best if left out.
     """
-    found = best_checkpoint(run_dir)
+    found = best_checkpoint(run_dir, step)
     target = storage.join(run_dir, "quantized", kind)
     known = None if storage.verify_directory(target) else storage.read_manifest(target)
     if known is not None and known["meta"].get("step") == found.step:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ftray import config, storage
@@ -132,26 +132,15 @@ def settings_of(run: config.Run) -> dict[str, Any]:
     return run.evaluate.model_dump(mode="json", include=_SETTINGS)
 
 
-def read_results(run_dir: str) -> Comparison | None:
-    """The last comparison of a run, if there is one that this version can read."""
+def read_results(run_dir: str, warn: Callable[[str], None] | None = None) -> Comparison | None:
+    """The last comparison of a run, if there is one that this version can read. warn: told of one that can't be."""
     uri = storage.join(run_dir, "evaluate", "results.json")
-    if not storage.exists(uri):
-        return None
     try:
-        tree = json.loads(storage.read_bytes(uri))
-        return Comparison(
-            **{
-                **{f.name: tree[f.name] for f in fields(Comparison)},
-                **{name: Scores(**tree[name]) for name in ("base", "tuned")},
-                "few_shot": Scores(**tree["few_shot"]) if tree["few_shot"] else None,
-                "differences": {
-                    pair: {name: Difference(**found) for name, found in each.items()}
-                    for pair, each in tree["differences"].items()
-                },
-                "gates": [GateResult(**gate) for gate in tree["gates"]],
-            }
-        )
-    except (ValueError, KeyError, TypeError):  # damaged, or another version's
+        tree = storage.find_object(uri)
+        return None if tree is None else storage.parse_as(Comparison, tree)
+    except (storage.DamagedFile, ValueError) as err:  # damaged, or another version's
+        if warn is not None:
+            warn(f"{uri} can't be read ({err}); ftray evaluate makes it anew")
         return None
 
 

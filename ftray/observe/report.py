@@ -6,8 +6,7 @@ How a page looks and plots is in `page`; what the parts say is in the rooms that
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -23,7 +22,7 @@ from ftray.data.chunks import streams
 from ftray.data.index import Index, read_index, read_survey
 from ftray.data.page import render_parts
 from ftray.data.stats import Stats, collect, warn
-from ftray.errors import ConfigError, Interrupted, ModelError, Preempted
+from ftray.errors import ConfigError, DataError, Interrupted, ModelError, Preempted
 from ftray.evaluate.report import counted, details, figure_rows, gate_lines
 from ftray.evaluate.results import Comparison, read_results
 from ftray.observe.cards import card_of, flops_a_token, mfu
@@ -31,8 +30,9 @@ from ftray.observe.history import History, as_rows, history_of
 from ftray.observe.shape import shape_of
 from ftray.page import Curve, facts, items, lines, page, section, table
 from ftray.redact import redacted
-from ftray.train.identity import check_identity
+from ftray.train.identity import check_identity, read_identity
 from ftray.train.journal import read_events
+from ftray.train.lineage import checked_lineage
 from ftray.train.timeline import Found, list_checkpoints, read_metrics
 from ftray.tune.page import render_sweep
 from ftray.tune.state import State, read_state
@@ -45,7 +45,8 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Known:
-    """What storage holds of a run. newest: its last committed checkpoint; sweep: the state of one."""
+    """What storage holds of a run. newest: its last committed checkpoint; sweep: the state of one; damaged: a sentence for
+    each file that can't be read."""
 
     run: config.Run
     run_dir: str
@@ -55,6 +56,7 @@ class Known:
     history: History
     comparison: Comparison | None
     sweep: State | None
+    damaged: tuple[str, ...] = ()
 
 
 def write_report(run: config.Run, run_dir: str) -> str:
@@ -76,21 +78,31 @@ def try_report(run: config.Run, run_dir: str, console: Console) -> None:
 
 
 def read_known(run: config.Run, run_dir: str) -> Known:
-    """Raises ConfigError where no run was started, or the run was trained with other settings than these."""
-    uri = storage.join(run_dir, "run.json")
-    if not storage.exists(uri):
-        raise ConfigError(f"{run_dir} holds no run (it has no run.json); train first: ftray train <run file>")
+    """Raises ConfigError where no run was started, or the run was trained with other settings than these.
+
+    What else is damaged is left out, and named in `damaged`.
+    """
     check_identity(run, run_dir)
-    found, metrics = list_checkpoints(run_dir), read_metrics(run_dir)
+    identity = read_identity(run_dir)
+    if identity is None:
+        raise ConfigError(f"{run_dir} holds no run (it has no run.json); train first: ftray train <run file>")
+    damaged: list[str] = []
+    try:
+        checked_lineage(identity, run_dir)
+    except storage.DamagedFile as err:
+        damaged.append(str(err))
+        del identity["lineage"]
+    found, metrics = list_checkpoints(run_dir, damaged.append), read_metrics(run_dir, warn=damaged.append)
     return Known(
         run,
         run_dir,
-        json.loads(storage.read_bytes(uri)),
+        identity,
         found[0] if found else None,
         metrics,
-        history_of(read_events(run_dir), metrics),
-        read_results(run_dir),
-        read_state(storage.join(run_dir, "tune")),
+        history_of(read_events(run_dir, damaged.append), metrics),
+        read_results(run_dir, damaged.append),
+        read_state(storage.join(run_dir, "tune"), damaged.append),
+        tuple(damaged),
     )
 
 
@@ -99,10 +111,11 @@ def render_report(known: Known) -> str:
     body = "".join(
         (
             facts(_summary(known)),
+            section("Damaged files", items(known.damaged), kind="warnings"),
             section("Alarms", items(_alarms(known.history)), kind="warnings"),
             section("Training", _curves(known)),
-            section("Evaluation", _evaluation(known), kind="long"),
-            section("Sweep", _sweep(known), kind="long"),
+            section("Evaluation", _guarded(_evaluation, known, "evaluate", "ftray evaluate"), kind="long"),
+            section("Sweep", _guarded(_sweep, known, "tune", "ftray tune"), kind="long"),
             section("Data", _data(known), kind="long"),
             section("What happened", _history(known.history), kind="long"),
             section("Environment", facts(_environment(known))),
@@ -110,6 +123,15 @@ def render_report(known: Known) -> str:
         )
     )
     return page(f"Run {known.run.name}", redacted(body))
+
+
+def _guarded(render: Callable[[Known], str], known: Known, place: str, remedy: str) -> str:
+    """A part of the page, or a sentence where a file below `place` holds other values than its writer wrote."""
+    try:
+        return render(known)
+    except (LookupError, TypeError, ValueError, AttributeError, storage.DamagedFile) as err:
+        told = f"A file in {storage.join(known.run_dir, place)} is damaged ({err}); {remedy} writes it anew."
+        return f"<p>{escape(told)}</p>"
 
 
 def _summary(known: Known) -> list[tuple[str, str]]:
@@ -231,13 +253,12 @@ def _evaluation(known: Known) -> str:
     told = table("figures of base and tuned model", head, rows) + f"<p>{escape(counted(found))}</p>"
     told += items(found.verdict) + items(gate_lines(found.gates))
     directory = storage.join(known.run_dir, "evaluate")
-    speed_uri = storage.join(directory, "speed.json")
-    speed = json.loads(storage.read_bytes(speed_uri)) if storage.exists(speed_uri) else {}
+    speed = storage.find_object(storage.join(directory, "speed.json")) or {}
     more = "\n".join(details(found, speed)).strip("\n")
     told += f"<pre>{escape(more)}</pre>" if more else ""
     uri = storage.join(directory, "generations.jsonl")
     answers = storage.read_bytes(uri).splitlines()[:SAMPLES] if storage.exists(uri) else []
-    samples = "".join(_sample(json.loads(line)) for line in answers)
+    samples = "".join(_sample(storage.parse_object(line)) for line in answers)
     return told + section(f"The first {len(answers)} answers, side by side", samples, 3, "long")
 
 
@@ -258,7 +279,7 @@ def _sweep(known: Known) -> str:
     if state is None or winner is None:
         return ""
     uri = storage.join(known.run_dir, "tune", "results.json")
-    tree = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    tree = storage.find_object(uri) or {}
     found = tree.get("importance")
     importance = (found["share_of_steps"], found["keys"]) if found else None
     return render_sweep(state, winner, importance, tree.get("best", {}).get("command", ""), level=3)
@@ -276,7 +297,10 @@ def _data(known: Known) -> str:
     parts = []
     for name, each, index in zip(("train", "eval"), (stream, heldout_stream), indexes, strict=False):
         if each is not None and index is not None and index.total("num_records") <= MAX_RECORDS:
-            parts.append(collect(each, index, read_survey(index, directory), name, known.run.data.labels))
+            try:
+                parts.append(collect(each, index, read_survey(index, directory), name, known.run.data.labels))
+            except DataError as err:
+                return told + f"<p>{escape(str(err))}</p>"
     if not parts or parts[0].name != "train":
         return told + "<p>Lengths, labels and copies: ftray data stats.</p>"
     heldout = parts[1] if len(parts) > 1 else None
@@ -328,9 +352,9 @@ def _settings(run: config.Run) -> str:
 
 def report_to(run: config.Run, run_dir: str, console: Console, path: str | None) -> None:
     """The verb: writes the report beside the run, or to a file; says where."""
-    if path is None:
-        where = write_report(run, run_dir)
-    else:
-        where = str(Path(path))
-        storage.write_bytes(storage.absolute(where), render_report(read_known(run, run_dir)).encode())
+    known = read_known(run, run_dir)
+    for each in known.damaged:
+        console.warn(each)
+    where = storage.join(run_dir, "report.html") if path is None else str(Path(path))
+    storage.write_bytes(storage.absolute(where), render_report(known).encode())
     console.say(f"report: {where}")

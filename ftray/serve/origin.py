@@ -5,7 +5,6 @@ Reads two small files; knows nothing of training, and what is not there is left 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +31,17 @@ def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
 def reference_of(run_dir: str) -> dict[str, Any]:
     """Figures of what a run was trained on, for drift; none where it kept none, or where they are damaged."""
     uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
-    if not storage.exists(uri):
-        return {}
     try:
-        return dict(json.loads(storage.read_bytes(uri)))
-    except (ValueError, TypeError) as err:
+        return _checked(storage.find_object(uri) or {})
+    except (storage.DamagedFile, ValueError) as err:
         logger.warning("%s is damaged, so that no drift is told: %s", uri, err)
         return {}
+
+
+def _checked(tree: dict[str, Any]) -> dict[str, Any]:
+    lengths, scripts = tree.get("prompt_tokens", []), tree.get("scripts", {})
+    if not isinstance(lengths, list) or not all(isinstance(n, int | float) for n in lengths):
+        raise ValueError("prompt_tokens is no list of numbers")
+    if not isinstance(scripts, dict) or not all(isinstance(n, int | float) for n in scripts.values()):
+        raise ValueError("scripts maps no names to numbers")
+    return tree

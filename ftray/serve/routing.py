@@ -170,7 +170,7 @@ class Router:
         uri = event_uri(self._place or "", self._weights, self._canary)
         if mine is not None:
             storage.create_bytes(uri, json.dumps(mine, indent=1).encode())
-        return json.loads(storage.read_bytes(uri)) if mine is not None or storage.exists(uri) else None
+        return storage.find_object(uri)
 
 
 def exceeds(failed: int, total: int, others_failed: int, others_total: int) -> bool:

@@ -10,17 +10,21 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
-from ftray.errors import ConfigError, RunError
+from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.serve.catalog import Served
 from ftray.serve.keys import read_key_hashes
 from ftray.serve.models import check_model, is_hub_id
+from ftray.signals import termination_signals
 
+logger = logging.getLogger(__name__)
 _APP = "ftray"
+START_TRIES = 3
 
 
 @dataclass
@@ -51,11 +55,19 @@ def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str,
 
 
 def start_endpoint(
-    model_dir: str | Path, served: Served, serve_cfg: config.Serve, *, name: str | None = None, **replica: Any
+    model_dir: str | Path,
+    served: Served,
+    serve_cfg: config.Serve,
+    *,
+    name: str | None = None,
+    warn: Callable[[str], None] = logger.warning,
+    **replica: Any,
 ) -> Endpoint:
     """Starts Serve on this Ray cluster and waits until a replica is healthy.
 
-    name: the model that the caller is told to ask for, if not served's first. replica: `build_app`'s other arguments.
+    name: the model that the caller is told to ask for, if not served's first. warn: told when Serve has to be
+    started again. replica: `build_app`'s other arguments.
+
     Raises as `check_endpoint`; ConfigError when this cluster already serves; RunError when no replica comes up.
     """
     key_hashes = check_endpoint(model_dir, serve_cfg)
@@ -71,7 +83,7 @@ def start_endpoint(
     # replicas have another working directory
     directory = str(model_dir) if is_hub_id(str(model_dir)) else storage.absolute(str(model_dir))
     app = build_app(directory, served, serve_cfg, key_hashes=key_hashes, **replica)
-    serve.start(proxy_location="HeadOnly", http_options=_http(serve_cfg, port), logging_config=QUIET)
+    _start_serve(_http(serve_cfg, port), QUIET, warn)
     try:
         serve.run(app, name=_APP, route_prefix="/")
     except RuntimeError as err:
@@ -81,6 +93,28 @@ def start_endpoint(
     host = "127.0.0.1" if serve_cfg.host in ("0.0.0.0", "::") else serve_cfg.host
     host = f"[{host}]" if ":" in host else host
     return Endpoint(f"http://{host}:{port}/v1", model_id, port)
+
+
+def _start_serve(http: dict[str, Any], logging_config: Any, warn: Callable[[str], None]) -> None:
+    """Starts Serve, whose controller and proxy may time out on a busy machine: then again. Raises RunError."""
+    from ray import serve
+
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=logging_config)
+            return
+        except FtrayError:  # a signal that came meanwhile
+            raise
+        except Exception as err:  # noqa: BLE001 - time-outs come as several kinds of errors
+            reason = " ".join(str(err).split())[:200] or type(err).__name__
+        with suppress(Exception):
+            serve.shutdown()
+        if attempt == START_TRIES:
+            raise RunError(
+                f"Ray Serve did not start in {START_TRIES} tries ({reason}); its logs are in /tmp/ray/session_latest/logs/serve. "
+                "When the machine has CPU and memory to spare, run the same command again to continue"
+            )
+        warn(f"Ray Serve did not start ({reason}); trying again ({attempt + 1} of {START_TRIES})")
 
 
 def serve_config(model_dir: str, served: Served, serve_cfg: config.Serve, **replica: Any) -> dict[str, Any]:
@@ -106,7 +140,7 @@ def _http(serve_cfg: config.Serve, port: int) -> dict[str, Any]:
 
 
 def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None) -> None:
-    """Stays up until SIGTERM or SIGINT, then drains. A second signal cuts what still runs. Main thread only.
+    """Stays up until SIGTERM, SIGHUP or SIGINT, then drains. A second signal cuts what still runs. Main thread only.
 
     look: called twice a second.
     """
@@ -117,7 +151,7 @@ def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None
             raise KeyboardInterrupt(f"second signal ({number})")
         stopping.set()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, on_signal) for number in (*termination_signals(), signal.SIGINT)}
     try:
         while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
             look()

@@ -17,17 +17,19 @@ TIMEOUT_S = 300.0
 def known_answer(run_dir: str, step: int) -> str | None:
     """The answer that the endpoint gave for this checkpoint, if it was asked already."""
     uri = storage.join(storage.absolute(run_dir), "evaluate", "endpoint.json")
-    if not storage.exists(uri):
-        return None
-    known = json.loads(storage.read_bytes(uri))
-    return str(known["answer"]) if known["step"] == step else None
+    try:
+        known = storage.find_object(uri) or {}
+    except storage.DamagedFile:
+        return None  # it is asked again
+    answer = known.get("answer")
+    return answer if known.get("step") == step and isinstance(answer, str) else None
 
 
 def try_endpoint(run: config.Run, run_dir: str, model_dir: str, step: int, question: str, console: Console) -> str:
     """Starts the endpoint on a free loopback port, asks one chat completion, stops it; keeps and returns the answer."""
     console.say("\nserve: starting the endpoint for one request")
     alone = {"host": "127.0.0.1", "port": 0, "ab": {}, "canary": None}
-    endpoint = start_endpoint(model_dir, Served(run.name), run.serve.model_copy(update=alone))
+    endpoint = start_endpoint(model_dir, Served(run.name), run.serve.model_copy(update=alone), warn=console.warn)
     try:
         body = {
             "model": run.name,

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from ftray.errors import StorageError
 
 MANIFEST = "manifest.json"  # the file that makes a directory a committed one
+MARK = "committed.json"  # written after a checkpoint's manifest, so that a manifest that was lost is noticed
 
 
 class MissingFile(StorageError):

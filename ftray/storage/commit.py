@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import CheckpointError
-from ftray.storage import files, local, transfer
+from ftray.storage import documents, files, local, transfer
 from ftray.storage.address import MANIFEST, MissingFile, absolute, join
 
 
@@ -76,14 +76,23 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
     """
     address = join(uri, MANIFEST)
     try:
-        manifest = json.loads(files.read_bytes(address))
-        if manifest.pop("sha256") == _sum_of(manifest):
-            return dict(manifest)
+        manifest = documents.parse_object(files.read_bytes(address))
     except MissingFile:
         return None
-    except (AttributeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{address} is damaged; use the checkpoint before it") from error
-    raise CheckpointError(f"{address} is damaged: its sha256 is another; use the checkpoint before it")
+    except ValueError as error:
+        raise CheckpointError(f"{address} is damaged ({error}); use the checkpoint before it") from None
+    sum_ = manifest.pop("sha256", None)
+    if sum_ != _sum_of(manifest):
+        wrong = "its sha256 is another" if sum_ is not None else "it has no sha256"
+        raise CheckpointError(f"{address} is damaged: {wrong}; use the checkpoint before it")
+    entries, meta = manifest.get("files"), manifest.get("meta")
+    if not isinstance(entries, dict) or not isinstance(meta, dict) or not all(map(_is_entry, entries.values())):
+        raise CheckpointError(f"{address} is damaged: it lists no files; use the checkpoint before it")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
 
 
 def verify_directory(uri: str) -> list[str]:

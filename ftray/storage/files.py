@@ -2,14 +2,14 @@
 
 import math
 import re
-import shutil
 import time
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from uuid import uuid4
 
 from ftray.errors import StorageError
 from ftray.storage import local, s3
-from ftray.storage.address import MANIFEST, FileInfo, absolute, bucket_and_key, is_remote
+from ftray.storage.address import MANIFEST, MARK, FileInfo, absolute, bucket_and_key, is_remote
 
 
 def read_bytes(uri: str) -> bytes:
@@ -165,25 +165,52 @@ def delete(uri: str) -> None:
 def delete_tree(uri: str) -> None:
     """Deletes all below a directory, manifests first, so that a half-deleted checkpoint is not a committed one.
 
-    A missing one is fine. Raises StorageError, also for a whole bucket or the root directory.
+    A symbolic link is removed itself, at `uri` and below it: what it leads to stays as it is. A missing directory is
+    fine. Raises StorageError, also for a whole bucket or the root directory.
     """
     uri = absolute(uri)
     if uri == "/" or (is_remote(uri) and not bucket_and_key(uri)[1]):
         raise StorageError(f"{uri} is all there is; name a directory below it to delete")
     if not is_remote(uri):
         with local.guarded(uri, "deleted") as path:
-            for manifest in path.rglob(MANIFEST):
-                manifest.unlink()
-            if path.exists():
-                shutil.rmtree(path)
+            local.delete_tree(path, first=(MARK, MANIFEST))
         return
     bucket, key = bucket_and_key(uri)
-    keys = sorted((found["Key"] for found in s3.pages(bucket, f"{key}/")), key=lambda k: not k.endswith(f"/{MANIFEST}"))
+    keys = sorted((found["Key"] for found in s3.pages(bucket, f"{key}/")), key=_order_of_deletion)
     for start in range(0, len(keys), 1000):
         objects = [{"Key": k} for k in keys[start : start + 1000]]
         done = s3.request("delete_objects", f"s3://{bucket}", Delete={"Objects": objects, "Quiet": True})
         for failed in done.get("Errors", []):
             raise StorageError(f"s3://{bucket}/{failed['Key']} can't be deleted: {failed.get('Code')}; check the keys")
+
+
+def _order_of_deletion(key: str) -> int:
+    name = key.rpartition("/")[2]
+    return (MARK, MANIFEST).index(name) if name in (MARK, MANIFEST) else 2
+
+
+def link_on_the_way(root: str, uri: str) -> str | None:
+    """The first symbolic link on the way from a directory to something below it, `root` left out; None without one."""
+    if is_remote(root):
+        return None
+    path = Path(root)
+    for part in Path(uri).relative_to(root).parts:
+        path = path / part
+        if path.is_symlink():
+            return str(path)
+    return None
+
+
+def list_staged(uri: str) -> list[FileInfo]:
+    """The temporary files of writers below a local directory, which listings leave out; links are not followed.
+
+    A store of objects has none. Raises StorageError.
+    """
+    if is_remote(uri):
+        return []
+    with local.guarded(uri, "read") as path:
+        found = [(file, file.lstat()) for file in local.walk_staged(path)]
+    return [FileInfo(str(file), file.relative_to(path).as_posix(), s.st_size, local.etag(s)) for file, s in found]
 
 
 def check_writable(uri: str) -> None:

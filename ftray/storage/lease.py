@@ -5,11 +5,11 @@ Knows files, processes and clocks; nothing of what a run does.
 
 import getpass
 import json
-import logging
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from ftray.errors import RunHeldError, StorageError
-from ftray.storage import files, local, s3
+from ftray.storage import documents, files, local, s3
 from ftray.storage.address import MissingFile, absolute, is_remote, join
 
-log = logging.getLogger(__name__)
-
 _NUM_LEASE_FILES = 3
+DAMAGED_TTL_S = 60.0  # an owner rewrites its file every few seconds, so that one damaged for longer has none
 
 
 Token = tuple[str, int]  # a run's URI and the number of the lease by which it is held
@@ -40,10 +39,12 @@ class Lease:
     Leaving the `with` block releases it. A process that dies leaves it to grow stale.
     """
 
-    def __init__(self, folder: str, number: int, record: dict[str, Any], began_s: float) -> None:
+    def __init__(
+        self, folder: str, number: int, record: dict[str, Any], began_s: float, warn: Callable[[str], None]
+    ) -> None:
         self._folder, self._number, self._record = folder, number, record
         self._ttl_s: float = record["ttl_s"]
-        self._last_sign_s = began_s
+        self._last_sign_s, self._warn, self._has_warned = began_s, warn, False
         self._overtaken = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="ftray-lease", daemon=True)
@@ -90,24 +91,36 @@ class Lease:
             self._overtaken = max(_lease_numbers(self._folder), default=0) != self._number
             if not self._overtaken:
                 files.write_bytes(_lease_uri(self._folder, self._number), json.dumps(self._record).encode())
-                self._last_sign_s = began_s
+                self._last_sign_s, self._has_warned = began_s, False
         except StorageError as error:
-            log.warning("the lease of the run could not be renewed: %s", error)
+            if not self._has_warned:  # once for each time that the store goes away
+                self._warn(
+                    f"the run's lease can't be renewed now: {error}. It is tried again; after {self._ttl_s:.0f} s another "
+                    "command may take the run"
+                )
+            self._has_warned = True
         finally:
             s3.retry_s.reset(before)
 
 
-def acquire_lease(run_uri: str, ttl_s: float = 60.0, owner: dict[str, Any] | None = None) -> Lease:
+def acquire_lease(
+    run_uri: str,
+    ttl_s: float = 60.0,
+    owner: dict[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Lease:
     """Takes the run, also from an owner that released it, died on this machine, or gave no sign of life for its ttl_s.
 
-    `owner`: more about this process, kept in the lease. Raises RunHeldError naming the live owner, StorageError.
+    `owner`: more about this process, kept in the lease. warn: told when it can't be renewed.
+
+    Raises RunHeldError naming the live owner, StorageError.
     """
     folder = join(absolute(run_uri), "lease")
     for _ in range(10):
         last = max(_lease_numbers(folder), default=0)
         if last and (held := _live_owner(_lease_uri(folder, last))):
             raise RunHeldError(f"run '{run_uri.rstrip('/').rpartition('/')[2]}' {held}; wait for it, or stop it there")
-        record, began_s = {**(owner or {}), **_this_process(), "ttl_s": ttl_s}, time.monotonic()
+        record, began_s = {**(owner or {}), **_this_process(), **_command(), "ttl_s": ttl_s}, time.monotonic()
         mine = _lease_uri(folder, last + 1)
         if not files.create_bytes(mine, json.dumps(record).encode()):
             continue  # another was quicker: it is the owner now
@@ -115,7 +128,7 @@ def acquire_lease(run_uri: str, ttl_s: float = 60.0, owner: dict[str, Any] | Non
         if max(numbers) == last + 1:
             for number in numbers[:-_NUM_LEASE_FILES]:
                 files.delete(_lease_uri(folder, number))
-            return Lease(folder, last + 1, record, began_s)
+            return Lease(folder, last + 1, record, began_s, warn)
         files.delete(mine)  # this process slept so long that later owners had come, and cleared the number it took
     raise RunHeldError(f"{run_uri} changes hands too fast to be taken; try again")
 
@@ -133,18 +146,37 @@ def _live_owner(uri: str) -> str:
     """Who holds a lease file, in words; "" if nobody does: released, grown stale, or its process is dead."""
     try:
         data, age_s = _read_with_age(uri)
-        record = json.loads(data)
-    except (MissingFile, ValueError):
+    except MissingFile:
         return ""
+    try:
+        record = _parse_record(data)
+    except ValueError as error:
+        if age_s > DAMAGED_TTL_S:
+            return ""
+        left_s = DAMAGED_TTL_S - age_s
+        return f"may be held: {uri} is damaged ({error}), which a living owner mends within {left_s:.0f} s"
     here = _this_process()
     dead = record["machine"] == here["machine"] and _process_start(record["pid"]) != record["process_start"]
     if record["released"] or age_s > record["ttl_s"] or (dead and here["machine"]):
         return ""
     since = datetime.fromisoformat(record["since"])
     return (
-        f"is held by {record['user']} on {record['host']} (pid {record['pid']}, since {since:%Y-%m-%d %H:%M} UTC, "
+        f"is held by {record['user']} on {record['host']} (pid {record.get('command_pid', record['pid'])}, "
+        f"since {since:%Y-%m-%d %H:%M} UTC, "
         f"last sign of life {age_s:.0f} s ago)"
     )
+
+
+def _parse_record(data: bytes) -> dict[str, Any]:
+    """What an owner wrote. Raises ValueError where it is not whole."""
+    record = documents.parse_object(data)
+    texts = ("machine", "process_start", "user", "host", "since")
+    whole = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("pid"), int)
+    whole = whole and isinstance(record.get("released"), bool) and isinstance(record.get("ttl_s"), int | float)
+    if not whole:
+        raise ValueError("it lacks what an owner writes")
+    datetime.fromisoformat(record["since"])
+    return record
 
 
 def _read_with_age(uri: str) -> tuple[bytes, float]:
@@ -153,9 +185,11 @@ def _read_with_age(uri: str) -> tuple[bytes, float]:
         response = s3.request("get_object", uri)
         now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
         return response["Body"], max(0.0, (now - response["LastModified"]).total_seconds())
-    with local.guarded(uri, "read") as path, local.staged(path) as probe:
+    with local.guarded(uri, "read") as path:
+        data, written_s = path.read_bytes(), path.stat().st_mtime
+    with local.guarded(uri, "written") as path, local.staged(path) as probe:
         probe.touch()
-        return path.read_bytes(), max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
+        return data, max(0.0, probe.stat().st_mtime - written_s)
 
 
 def _this_process() -> dict[str, Any]:
@@ -171,6 +205,12 @@ def _this_process() -> dict[str, Any]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     process = {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "machine": machine}
     return {"host": host, "user": user, "since": since, "released": False, **process}
+
+
+def _command() -> dict[str, int]:
+    """The process that the user sees, where this one is its child."""
+    parent = os.environ.get("FTRAY_COMMAND_PID", "")
+    return {"command_pid": int(parent)} if parent == str(os.getppid()) else {}
 
 
 def _process_start(pid: int) -> str:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,26 @@ def replace(temporary: Path, path: Path) -> None:
 def etag(status: os.stat_result) -> str:
     """What changes when a file's size or mtime does."""
     return hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=16).hexdigest()
+
+
+def delete_tree(path: Path, first: tuple[str, ...]) -> None:
+    """Deletes a directory: files of these names first, then the rest. Links are removed, never followed."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    if not path.exists():
+        return
+    for name in first:
+        for _, _, names, directory in os.fwalk(path):
+            if name in names:
+                os.unlink(name, dir_fd=directory)
+    shutil.rmtree(path)
+
+
+def walk_staged(root: Path) -> Iterator[Path]:
+    """What `staged` made below a directory and nobody moved."""
+    for top, _, names in os.walk(root):
+        yield from (Path(top, name) for name in names if name.startswith(".") and name.endswith(_TEMP_SUFFIX))
 
 
 def walk(

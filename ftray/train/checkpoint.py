@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ftray import errors, storage
 from ftray.errors import CheckpointError, RunHeldError, StorageError
 from ftray.storage import local
+from ftray.train.segments import as_text, segment_sum
 from ftray.train.shards import (
     NAMES,
     HostBuffer,
@@ -50,7 +51,8 @@ def load_checkpoint(found: Found, prefix: str = "") -> dict[str, torch.Tensor]:
             place = directory
         elif problems := storage.verify_directory(found.uri):
             raise CheckpointError(
-                f"{found.uri} is damaged ({problems[0]}); ftray train goes on from the checkpoint before it"
+                f"{found.uri} is damaged ({problems[0]}); restore it, train on from the checkpoint before it (ftray train), "
+                "or name another checkpoint: --step N"
             )
         reader = PartReader(place)
         return {name: reader.whole(name) for name in reader.shapes() if name.startswith(prefix)}
@@ -141,6 +143,9 @@ class CheckpointWriter:
             first = int(lines[0]["step"])
             segment = f"{first:08d}-{int(lines[-1]['step']):08d}.jsonl"
             progress.segments = [s for s in progress.segments if int(s[:8]) < first] + [segment]
+            text = as_text([_plain_json(line) for line in lines])
+            progress.sums = {s: progress.sums[s] for s in progress.segments if s in progress.sums}
+            progress.sums[segment] = segment_sum(text)
         snapshot = Progress(**json.loads(json.dumps(asdict(progress))))
         held = self._buffer.hold(parts)
         self._pending = self._pool.submit(self._commit, snapshot, held, list(lines))
@@ -186,13 +191,14 @@ class CheckpointWriter:
         committed = storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)})
         if not committed and not self._is_there(uri):
             raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+        storage.write_bytes(storage.join(uri, storage.MARK), json.dumps({"step": progress.step}).encode())
         self._sweep(progress)
 
     def _clear(self, uri: str, progress: Progress, lines: list[dict[str, Any]]) -> bool:
         """Rank 0, first: writes the metrics, makes room. False when this checkpoint is there already, and sound."""
         self._check_owner()
         if lines:
-            text = "".join(json.dumps(_plain_json(line)) + "\n" for line in lines)
+            text = as_text([_plain_json(line) for line in lines])
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
         if self._is_there(uri):
             return False  # committed before an interruption
@@ -237,7 +243,6 @@ class CheckpointWriter:
         mine = [found for found in list_checkpoints(self._run_dir) if found.step <= progress.step]
         for found in mine[self._keep :]:
             if found.step != best:
-                storage.delete(storage.join(found.uri, "manifest.json"))  # first: what has no manifest doesn't exist
                 storage.delete_tree(found.uri)
 
 

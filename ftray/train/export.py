@@ -17,15 +17,17 @@ from ftray.train.timeline import Found, best_checkpoint
 Describe = Callable[[Found, bool], Mapping[str, bytes]]
 
 
-def export(run: config.Run, run_dir: str, console: Console, describe: Describe | None = None) -> str:
+def export(
+    run: config.Run, run_dir: str, console: Console, describe: Describe | None = None, step: int | None = None
+) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
     Of a prompt-tuned model, which can't be merged, that of the adapter. describe: files that tell where the model comes
-    from, by name, beside the weights; told whether those are whole.
+    from, by name, beside the weights; told whether those are whole. step: of the checkpoint that is taken; the best if left out.
 
-    Raises ConfigError without a checkpoint.
+    Raises ConfigError without a checkpoint, CheckpointError for a damaged one.
     """
-    found = best_checkpoint(run_dir)
+    found = best_checkpoint(run_dir, step)
     target = storage.join(run_dir, "model")
     if _holds(target, found):
         console.say(f"the model of step {found.step} is there already: {target}")

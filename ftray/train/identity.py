@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from typing import Any
 
 from ftray import config, storage
 from ftray.errors import ConfigError
-from ftray.train.timeline import Found, list_checkpoints, merge_metrics
+from ftray.train.timeline import Found, has_begun, list_checkpoints, merge_metrics, scan_checkpoints
 
+REMEDY = "restore it, delete it so that the run file is written there anew, or choose another name"
 NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
 
 
@@ -30,24 +32,30 @@ def open_run(run: config.Run, parent: str | None = None) -> str:
         tree["parent"] = parent
     uri = storage.join(run_dir, "run.json")
     text = json.dumps(tree, indent=1).encode()
-    if not storage.create_bytes(uri, text) and not list_checkpoints(run_dir):
+    if not storage.create_bytes(uri, text) and not has_begun(run_dir):
         storage.write_bytes(uri, text)
     return run_dir
 
 
+def read_identity(run_dir: str) -> dict[str, Any] | None:
+    """What run.json holds; None where there is none. Raises DamagedFile, StorageError."""
+    uri = storage.join(run_dir, "run.json")
+    tree = storage.find_object(uri, REMEDY)
+    if tree is not None and not isinstance(tree.get("config"), dict):
+        raise storage.DamagedFile(f"{uri} is damaged (it has no config); {REMEDY}")
+    return tree
+
+
 def parent_of(run_dir: str) -> str | None:
     """URI of the checkpoint that a run's weights come from; None where that is the base model."""
-    uri = storage.join(run_dir, "run.json")
-    if not storage.exists(uri):
-        return None
-    found: str | None = json.loads(storage.read_bytes(uri)).get("parent")
-    return found
+    parent = (read_identity(run_dir) or {}).get("parent")
+    return parent if isinstance(parent, str) else None
 
 
 def _checked_parent(run_dir: str, parent: str | None) -> str | None:
     """The parent that a run has, or will have. Raises ConfigError for another one than it was started from."""
-    if not list_checkpoints(run_dir):
-        return parent or parent_of(run_dir)
+    if not has_begun(run_dir):
+        return parent or (parent_of(run_dir) if storage.exists(storage.join(run_dir, "run.json")) else None)
     known = parent_of(run_dir)
     if parent is not None and parent != known:
         raise ConfigError(
@@ -59,13 +67,20 @@ def _checked_parent(run_dir: str, parent: str | None) -> str | None:
 
 def check_identity(run: config.Run, run_dir: str) -> None:
     """Raises ConfigError, naming the keys, when the directory holds checkpoints of a run with other settings."""
-    uri = storage.join(run_dir, "run.json")
-    if not storage.exists(uri) or not list_checkpoints(run_dir):
+    found, damaged = scan_checkpoints(run_dir)
+    if not found and not damaged:
         return
-    try:
-        known = config.parse_run(json.loads(storage.read_bytes(uri))["config"], uri)
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{uri} is damaged; restore it, or choose another name") from None
+    uri = storage.join(run_dir, "run.json")
+    tree = read_identity(run_dir)
+    if tree is None:  # lost: the checkpoints still tell whose they are, and the run file is what it was written from
+        hashes = {each.meta.get("config_hash", run.config_hash) for each in found}
+        if hashes == {run.config_hash}:
+            return
+        raise ConfigError(
+            f"{uri} is missing, and the checkpoints in {run_dir} are not known to be of these settings; restore it, or "
+            "choose another name"
+        )
+    known = config.parse_run(tree["config"], uri)
     if known.config_hash != run.config_hash:
         keys = "; ".join(config.differing_keys(known.identity(), run.identity()))
         raise ConfigError(

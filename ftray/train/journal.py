@@ -7,6 +7,7 @@ are few). It is told, never asked: nothing that a run does depends on it, and a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from ftray.errors import FtrayError, Interrupted, Preempted, RunHeldError, Stora
 from ftray.redact import redacted_tree
 from ftray.train.group import Ended
 
+LAST_S = 2.5e11  # beyond it no date can be written
 WRITE_S = 5.0  # that a store which is down may hold a driver up
 KEPT = {"start": ("step", "num_steps", "workers", "device"), "rewind": ("step", "to")}  # of what rank 0 tells
 
@@ -88,14 +90,27 @@ class Event:
     what: dict[str, Any]
 
 
-def read_events(run_dir: str) -> list[Event]:
-    """All events of a run, oldest first. A line that can't be read is passed over."""
+def _parse_event(session: str, tree: dict[str, Any]) -> Event:
+    """Raises ValueError, KeyError, TypeError for what no `Journal` wrote."""
+    unix_s, event = float(tree.pop("unix_s")), str(tree.pop("event"))
+    if not math.isfinite(unix_s) or abs(unix_s) > LAST_S:
+        raise ValueError(f"{unix_s} is no time")
+    for key in ("step", "workers", "to"):
+        if tree.get(key) is not None and (isinstance(tree[key], bool) or not isinstance(tree[key], int)):
+            raise ValueError(f"{key} is not a number")
+    return Event(session, unix_s, event, tree)
+
+
+def read_events(run_dir: str, warn: Callable[[str], None] | None = None) -> list[Event]:
+    """All events of a run, oldest first. A line that can't be read is passed over; warn: told of its file."""
     found = []
     for file in storage.list_files(storage.join(run_dir, "events"), suffix=".jsonl"):
+        num_bad = 0
         for line in storage.read_bytes(file.uri).splitlines():
             try:
-                tree = json.loads(line)
-                found.append(Event(file.path, float(tree.pop("unix_s")), str(tree.pop("event")), tree))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
+                found.append(_parse_event(file.path, storage.parse_object(line)))
+            except (ValueError, KeyError, TypeError):
+                num_bad += 1
+        if num_bad and warn is not None:
+            warn(f"{file.uri} is damaged: {num_bad} of its lines can't be read, and these events are left out")
     return sorted(found, key=lambda event: event.unix_s)

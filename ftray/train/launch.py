@@ -35,7 +35,7 @@ from ftray.train.group import Clock, Ended, run_group
 from ftray.train.hearing import Hearing, Tell
 from ftray.train.identity import parent_of, versions
 from ftray.train.journal import Journal
-from ftray.train.lineage import record_lineage
+from ftray.train.lineage import record_lineage, what_changed
 from ftray.train.monitor import Monitor
 from ftray.train.network import Ranks
 from ftray.train.supervise import Wish, supervise
@@ -83,9 +83,9 @@ def train(
     if data is None:
         data = prepare_data(run, run_dir, console, load, tokenizer_hash(tokenizer))
     newest = find_newest(run_dir, console.warn)
-    check_checkpoint(newest, data, run, run_dir)
+    check_checkpoint(newest, data, run, run_dir, tokenizer)
     if newest is not None and newest.progress.finished:
-        merge_metrics(run_dir, newest.progress)
+        merge_metrics(run_dir, newest.progress, console.warn)
         console.say(f"training is complete ({newest.step} steps); nothing to do")
         return newest
     say_plan(run, data, newest, console)
@@ -124,15 +124,15 @@ def train(
     last = find_newest(run_dir, console.warn)
     if last is None:
         raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
-    merge_metrics(run_dir, last.progress)
+    merge_metrics(run_dir, last.progress, console.warn)
     return last
 
 
 def _lines_before(run_dir: str, console: Console) -> list[dict[str, Any]]:
     """Metrics that alarms go on from: the first, and the newest."""
     try:
-        return read_metrics(run_dir, most=50)
-    except (StorageError, ValueError, KeyError) as err:
+        return read_metrics(run_dir, most=50, warn=console.warn)
+    except StorageError as err:
         console.warn(f"alarms begin anew, earlier metrics can't be read: {err}")
         return []
 
@@ -176,12 +176,13 @@ def _wait_for_resources(run: config.Run, run_dir: str, console: Console) -> bool
             time.sleep(min(1.0, run.scale.wait_s))
 
 
-def check_checkpoint(found: Found | None, data: Data, run: config.Run, run_dir: str) -> None:
-    """Raises DataError when a checkpoint was made from other data, tokenizer or template."""
-    if found is not None and found.meta["data_hash"] != data.data_hash:
+def check_checkpoint(found: Found | None, data: Data, run: config.Run, run_dir: str, tokenizer: Any) -> None:
+    """Raises DataError, naming it, when a checkpoint was made from other data, tokenizer or chat template."""
+    if found is not None and found.meta.get("data_hash") != data.data_hash:
+        changed = what_changed(run_dir, run, data, tokenizer_hash(tokenizer), template_hash(tokenizer))
         raise DataError(
-            f"the data, tokenizer or template of the run '{run.name}' changed since its checkpoint {found.uri} was made; "
-            f"restore them, choose another name, or delete {run_dir}"
+            f"{changed} since the checkpoint {found.uri} of the run '{run.name}' was made; restore what it was, or train "
+            f"anew: choose another name, or delete {run_dir}"
         )
 
 

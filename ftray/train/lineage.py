@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ from ftray import config, storage
 from ftray.data.prepare import Data
 from ftray.data.sources import list_shards
 from ftray.model.fingerprint import base_files
+from ftray.train.identity import REMEDY, read_identity
 from ftray.train.timeline import list_checkpoints
 
 # Packages that may change a result; the others are named, but not compared.
@@ -29,6 +31,7 @@ DECIDING = (
     *("accelerate", "bitsandbytes", "deepspeed", "ftray", "liger-kernel", "numpy", "peft", "pyarrow", "ray"),
     *("safetensors", "tokenizers", "torch", "transformers", "triton"),
 )
+SHOWN = 5  # changes that are named in one sentence
 UNKNOWN = "kept from here on; what came before is not known"
 IMAGE, COMMIT = "FTRAY_IMAGE", "FTRAY_COMMIT"  # set where ftray comes as an image, or without its git history
 
@@ -39,8 +42,8 @@ def record_lineage(run: config.Run, run_dir: str, data: Data, tokenizer: str, te
     tokenizer, template: their hashes. A run that goes on with other packages keeps its id; what changed is added.
     """
     uri = storage.join(run_dir, "run.json")
-    tree = json.loads(storage.read_bytes(uri))
-    known: dict[str, Any] | None = tree.get("lineage")
+    tree = storage.read_object(uri, REMEDY)
+    known = checked_lineage(tree, run_dir)
     found = list_checkpoints(run_dir)
     if known is None or not found:
         made = {
@@ -68,10 +71,74 @@ def record_lineage(run: config.Run, run_dir: str, data: Data, tokenizer: str, te
 
 
 def read_lineage(run_dir: str) -> dict[str, Any] | None:
-    """What `record_lineage` wrote; None for a run that has none."""
-    uri = storage.join(run_dir, "run.json")
-    found: dict[str, Any] | None = json.loads(storage.read_bytes(uri)).get("lineage") if storage.exists(uri) else None
-    return found
+    """What `record_lineage` wrote; None for a run that has none. Raises DamagedFile, StorageError."""
+    return checked_lineage(read_identity(run_dir) or {}, run_dir)
+
+
+def checked_lineage(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any] | None:
+    """The lineage that run.json holds, None without one. Raises DamagedFile for one that lacks what it is read for."""
+    found = identity.get("lineage")
+    if found is None:
+        return None
+    try:
+        storage.parse_as(_Lineage, found)
+    except ValueError as err:
+        uri = storage.join(run_dir, "run.json")
+        raise storage.DamagedFile(f"{uri} is damaged (lineage: {err}); {REMEDY}") from None
+    lineage: dict[str, Any] = found
+    return lineage
+
+
+@dataclass
+class _Code:
+    commit: str | None
+    sha256: str
+
+
+@dataclass
+class _Environment:
+    python: str
+    cpu: str
+    image: str | None
+    code: _Code
+    packages: dict[str, str]
+
+
+@dataclass
+class _File:
+    part: str
+    uri: str
+    rows: str
+
+
+@dataclass
+class _Files:
+    hash: str
+    files: list[_File]
+
+
+@dataclass
+class _Base:
+    name: str
+    files: dict[str, str]
+
+
+@dataclass
+class _Change:
+    step: int
+    changes: list[str]
+
+
+@dataclass
+class _Lineage:
+    """What a lineage must hold, however it came into run.json."""
+
+    id: str
+    config_hash: str
+    base: _Base
+    data: _Files
+    environment: _Environment
+    continued: list[_Change] = field(default_factory=list)
 
 
 def id_of(lineage: Mapping[str, Any]) -> str:
@@ -111,6 +178,32 @@ def changed_files(known: Mapping[str, Any], run: config.Run, data: Data | None =
         if not said and data.data_hash != known["data"]["hash"]:
             said.append("the data as a whole gives other rows than it did")
     return said
+
+
+def what_changed(run_dir: str, run: config.Run, data: Data, tokenizer: str, template: str) -> str:
+    """Which of data, tokenizer and chat template are other than those that a run was trained from, with their files.
+
+    tokenizer, template: their hashes now. For a run without a lineage: what may have changed.
+    """
+    base = f"model.base {run.model.base}"
+    known = read_lineage(run_dir)
+    if known is None:
+        sources = ", ".join(source.path for source in run.data.train)
+        return f"the data ({sources}), the tokenizer or the chat template of {base} changed"
+    said = []
+    if known.get("template_hash") not in (None, template):
+        said.append(f"the chat template of {base} changed")
+    elif known.get("tokenizer_hash") not in (None, tokenizer):
+        said.append(f"the tokenizer of {base} changed")
+    if said:
+        there = _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
+        files = [text for text in there if "token" in text.split()[0] or "template" in text.split()[0]]
+        return "; ".join(said) + (f" ({', '.join(files)})" if files else "")
+    now = {(f["part"], f["uri"]) for f in _data_files(data)}
+    gone = [f"{f['uri']} is gone" for f in known["data"]["files"] if (f["part"], f["uri"]) not in now]
+    changes = list(dict.fromkeys([*gone, *changed_files(known, run, data)]))
+    more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return f"the data changed: {', '.join(changes[:SHOWN]) or 'its rows are others'}{more}"
 
 
 def _changed_base(then: Mapping[str, str], now: Mapping[str, str], base: str) -> list[str]:

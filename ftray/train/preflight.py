@@ -21,8 +21,11 @@ def preflight(run: config.Run) -> None:
     check_targets(run.model, run.method)
 
 
-def check_evaluation(run: config.Run, run_dir: str) -> Found:
-    """The checkpoint to be compared with the base. Raises ConfigError without held-out data or without a checkpoint."""
+def check_evaluation(run: config.Run, run_dir: str, step: int | None = None) -> Found:
+    """The checkpoint to be compared with the base: of this step, or the best.
+
+    Raises ConfigError without held-out data or without a checkpoint, CheckpointError for a damaged one.
+    """
     if run.data.eval is None:
         raise ConfigError("data.eval is missing, so there is nothing to compare on; add data.eval: {fraction: 0.1}")
-    return best_checkpoint(run_dir)
+    return best_checkpoint(run_dir, step)

@@ -11,7 +11,7 @@ from ftray.model.load import load_base, unquantized
 from ftray.model.lora import add_adapters, build_model, dtype_of, trainable
 from ftray.train.checkpoint import load_checkpoint
 from ftray.train.shards import PartReader
-from ftray.train.timeline import Found, list_checkpoints
+from ftray.train.timeline import Found, scan_checkpoints
 
 
 def load_tuned(run: config.Run, found: Found, precision: str, to_merge: bool = False) -> Any:
@@ -48,7 +48,14 @@ def open_parent(uri: str) -> Found:
         raise ConfigError(f"--from: {err}") from None
     if manifest is not None and "progress" in manifest["meta"]:
         return Found(place, manifest["meta"])
-    found = list_checkpoints(place)
+    if manifest is None and storage.exists(storage.join(place, storage.MARK)):
+        raise ConfigError(
+            f"--from {uri} is damaged: its {storage.MANIFEST} is missing; restore it, or give another checkpoint"
+        )
+    found, damaged = scan_checkpoints(place)
+    if damaged and (not found or damaged[0].step > found[0].step):
+        older = f", or name another: --from {found[0].uri}" if found else ""
+        raise ConfigError(f"--from {uri}: its newest checkpoint is damaged: {damaged[0].reason}. Restore it{older}")
     if not found:
         raise ConfigError(
             f"--from {uri}: there is no committed checkpoint; give one (…/checkpoints/step-000200) or a run"

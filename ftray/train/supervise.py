@@ -19,6 +19,7 @@ from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.reach import answers
+from ftray.signals import is_termination, termination_signals
 from ftray.train.capacity import Resources, draining_nodes, fitting, free_nodes, usable_nodes, world_size_for
 from ftray.train.causes import explain
 from ftray.train.group import LEAVE_AT_ONCE, OVERTAKEN, Ended
@@ -103,7 +104,7 @@ def _raise_if_over(ended: Ended, caught: list[int], step: int, lease: storage.Le
 
 
 def _raise_interrupted(caught: list[int], step: int) -> None:
-    if caught[0] == signal.SIGTERM:
+    if is_termination(caught[0]):
         raise Preempted(f"preempted at step {step}; {AGAIN}")
     where = f"checkpoint of step {step} is committed" if step else "no step was done"
     raise Interrupted(f"interrupted; {where}; {AGAIN}")
@@ -120,7 +121,10 @@ def _newest(run_dir: str) -> int:
 
 @contextmanager
 def stop_signals(console: Console) -> Iterator[list[int]]:
-    """The signals that came. The first Ctrl-C or SIGTERM asks the workers to commit and leave, a Ctrl-C after it ends at once."""
+    """The signals that came.
+
+    The first Ctrl-C, SIGTERM or SIGHUP asks the workers to commit and leave; a Ctrl-C after it ends at once.
+    """
     caught: list[int] = []
 
     def handle(number: int, _: Any) -> None:
@@ -131,7 +135,7 @@ def stop_signals(console: Console) -> Iterator[list[int]]:
             return
         console.say("stopping after this step, committing a checkpoint (Ctrl-C again: end at once) …")
 
-    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, *termination_signals())}
     try:
         yield caught
     finally:

@@ -279,8 +279,7 @@ class Wandb:
         self._settings = {"name": run.name, "id": _id(run_dir), "config_hash": run.config_hash, "mode": mode}
         self._lines: list[dict[str, Any]] = []
         self._process: subprocess.Popen[str] | None = None
-        known = not self._is_online and storage.exists(self._told)
-        self._last = json.loads(storage.read_bytes(self._told))["step"] if known else -1
+        self._last = -1 if self._is_online else _told_step(self._told)
 
     def _open(self, place: Path) -> int:
         """Starts the process; returns the last step that W&B has."""
@@ -367,9 +366,25 @@ def figures(line: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _told_step(uri: str) -> int:
+    """The last step that W&B was told offline; -1, so that all are told again, where that is not known."""
+    try:
+        step = (storage.find_object(uri) or {}).get("step")
+    except storage.DamagedFile:
+        return -1
+    return step if isinstance(step, int) else -1
+
+
 def _id(run_dir: str) -> str:
-    """Names a run for trackers, wherever it is continued; one that is deleted and begun anew has another name."""
+    """Names a run for trackers, wherever it is continued; one that is deleted and begun anew has another name.
+
+    A damaged name is replaced: trackers then show a second run.
+    """
     place = storage.join(run_dir, "trackers", "id")
     if not storage.exists(place):
         storage.create_bytes(place, uuid.uuid4().hex[:16].encode())
-    return storage.read_bytes(place).decode()
+    name = storage.read_bytes(place).decode(errors="replace")
+    if not re.fullmatch(r"[0-9a-f]{16}", name):
+        name = uuid.uuid4().hex[:16]
+        storage.write_bytes(place, name.encode())
+    return name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -96,12 +96,12 @@ def open_state(run: config.Run, tune_dir: str) -> State:
     Raises ConfigError, naming the keys, for a sweep that was started with other settings.
     """
     uri, settings = _uri(tune_dir), settings_of(run)
-    if not storage.exists(uri):
-        return State(settings)
     try:
         state = _read(uri)
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{uri} is damaged; restore it, or delete {tune_dir} to sweep anew") from None
+    except (storage.DamagedFile, ValueError) as err:
+        raise ConfigError(f"{uri} is damaged ({err}); restore it, or delete {tune_dir} to sweep anew") from None
+    if state is None:
+        return State(settings)
     if differing := config.differing_keys(state.settings, settings):
         raise ConfigError(
             f"the sweep in {tune_dir} was started with other settings: {'; '.join(differing)}. Choose another name, "
@@ -110,24 +110,19 @@ def open_state(run: config.Run, tune_dir: str) -> State:
     return state
 
 
-def read_state(tune_dir: str) -> State | None:
-    """The state of a sweep, if there is one that can be read."""
-    uri = _uri(tune_dir)
-    if not storage.exists(uri):
-        return None
+def read_state(tune_dir: str, warn: Callable[[str], None] | None = None) -> State | None:
+    """The state of a sweep, if there is one that can be read. warn: told of one that can't be."""
     try:
-        return _read(uri)
-    except (ValueError, KeyError, TypeError):
+        return _read(_uri(tune_dir))
+    except (storage.DamagedFile, ValueError) as err:
+        if warn is not None:
+            warn(f"{_uri(tune_dir)} is damaged ({err}); restore it, or delete {tune_dir} to sweep anew")
         return None
 
 
-def _read(uri: str) -> State:
-    tree = json.loads(storage.read_bytes(uri))
-    return State(tree["settings"], [_trial(t) for t in tree["trials"]], tree["data_hash"])
-
-
-def _trial(tree: Mapping[str, Any]) -> Trial:
-    return Trial(**{**tree, "reports": [Report(**r) for r in tree["reports"]]})
+def _read(uri: str) -> State | None:
+    tree = storage.find_object(uri)
+    return None if tree is None else storage.parse_as(State, tree)
 
 
 def save_state(state: State, tune_dir: str) -> None:

@@ -34,12 +34,14 @@ from ftray.errors import (
     RunHeldError,
     StorageError,
 )
-from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
+from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
 from ftray.redact import redacted
+from ftray.signals import is_termination
 from ftray.train.capacity import check_resources, fitting, usable_nodes
 from ftray.train.hearing import Tell
 from ftray.train.identity import open_run
 from ftray.train.launch import Follower, train
+from ftray.train.lineage import what_changed
 from ftray.train.preflight import preflight
 from ftray.train.supervise import AGAIN, stop_signals
 from ftray.tune.judge import Judge
@@ -176,7 +178,7 @@ class _Sweep:
         if self._halted is not None and not caught:
             raise self._halted
         where = f"{left} of {self._total} trials are not done; {AGAIN}"
-        if caught and caught[0] == signal.SIGTERM:
+        if caught and is_termination(caught[0]):
             raise Preempted(f"preempted: {where}")
         raise Interrupted(f"interrupted: {where}")
 
@@ -186,13 +188,16 @@ class _Sweep:
             return None, None
         run = self._run
         load = partial(load_tokenizer, absolute_base(run.model))
-        data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(load()))
+        tokenizer = load()
+        data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(tokenizer))
         assert data.heldout_index is not None  # `check_tune` asks for held-out data
         assert data.heldout_stream is not None
         if self._state.data_hash not in ("", data.data_hash):
+            hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
+            changed = what_changed(storage.join(self._dir, Trial(0, {}).name), run, data, *hashes)
             raise DataError(
-                f"the data, tokenizer or template of the sweep in {self._dir} changed since it began; restore them, choose "
-                "another name, or delete that directory"
+                f"{changed} since the sweep in {self._dir} began; restore what it was, or sweep anew: choose another name, "
+                "or delete that directory"
             )
         self._state.data_hash = data.data_hash
         self._evaluated(run, data.plan.num_steps)
@@ -257,7 +262,7 @@ class _Sweep:
         follower = Follower(partial(self._heard, running), running.caught, data, self._heldout)
         try:
             tell = self._teller(running.run) if self._teller else None
-            with storage.acquire_lease(storage.absolute(running.run.directory)) as lease:
+            with storage.acquire_lease(storage.absolute(running.run.directory), warn=told.warn) as lease:
                 train(running.run, open_run(running.run), told, lease, follower, tell)
         except FtrayError as err:
             running.ended = err

@@ -14,12 +14,12 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.train.preflight import check_evaluation
 
     run = open_target(arguments.run, arguments.overrides)
-    check_evaluation(run, storage.absolute(run.directory))
+    check_evaluation(run, storage.absolute(run.directory), arguments.step)
     with owned(run, console) as (run_dir, lease):
         from ftray.evaluate.compare import compare
 
         with reported(run, run_dir, console, lease):
-            comparison, _ = compare(run, run_dir, console)
+            comparison, _ = compare(run, run_dir, console, arguments.step)
     comparison.check_gates()
     return 0
 

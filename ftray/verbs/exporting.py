@@ -29,7 +29,8 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.converter and arguments.to != "gguf":
         raise ConfigError("--converter is for --to gguf; add that, or leave it out")
     run = open_target(arguments.run, arguments.overrides)
-    best_checkpoint(storage.absolute(run.directory))  # before anything is loaded
+    step: int | None = arguments.step
+    best_checkpoint(storage.absolute(run.directory), step)  # before anything is loaded
     kind = arguments.quantize
     converter = find_converter(arguments.converter) if arguments.to == "gguf" else None
     if run.method.type == "prompt" and (kind or converter or arguments.merged):
@@ -42,14 +43,14 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
         from ftray.train.export import export as write
 
         describe = partial(described, run, run_dir)
-        whole = where = write(run, run_dir, console, describe)
+        whole = where = write(run, run_dir, console, describe, step)
         sent = whole if arguments.merged else storage.join(run_dir, "model")
         if kind:
             from ftray.evaluate.quantized import export_quantized
 
-            where = sent = export_quantized(run, run_dir, kind, console, describe)
+            where = sent = export_quantized(run, run_dir, kind, console, describe, step)
         if converter is not None:
-            where = sent = _export_gguf(run, run_dir, whole, converter, console)
+            where = sent = _export_gguf(run, run_dir, whole, converter, console, step)
         if name is not None:
             where = f"{where}\npushed: {_push(sent, name, run, console)}"
     is_served = run.method.type != "prompt" and not (kind or converter)
@@ -58,7 +59,7 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _export_gguf(run: config.Run, run_dir: str, whole: str, converter: Path, console: Console) -> str:
+def _export_gguf(run: config.Run, run_dir: str, whole: str, converter: Path, console: Console, step: int | None) -> str:
     """Writes `<run>/gguf/<name>.gguf` with the model's card, unless it holds this checkpoint; returns the directory's URI."""
     from ftray import storage
     from ftray.model.convert import convert
@@ -66,7 +67,7 @@ def _export_gguf(run: config.Run, run_dir: str, whole: str, converter: Path, con
     from ftray.train.export import fetch_part
     from ftray.train.timeline import best_checkpoint
 
-    found = best_checkpoint(run_dir)
+    found = best_checkpoint(run_dir, step)
     target = storage.join(run_dir, "gguf")
     known = None if storage.verify_directory(target) else storage.read_manifest(target)
     if known is not None and known["meta"].get("step") == found.step:

@@ -66,7 +66,11 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.observe.report import read_known
 
     opened = [open_target(target, arguments.overrides) for target in (arguments.one, arguments.other)]
-    for line in compare_known(*(read_known(run, storage.absolute(run.directory)) for run in opened)):
+    known = [read_known(run, storage.absolute(run.directory)) for run in opened]
+    for each in known:
+        for text in each.damaged:
+            console.warn(text)
+    for line in compare_known(*known):
         console.say(line)
     return 0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftray import config
 from ftray.console import Console
-from ftray.errors import ConfigError, GateError
+from ftray.errors import CheckpointError, ConfigError, GateError, ModelError
 from ftray.verbs.targets import open_target
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.serve import registry
     from ftray.serve.origin import reference_of
     from ftray.train.identity import finished_checkpoint
-    from ftray.train.timeline import best_checkpoint
+    from ftray.train.timeline import best_checkpoint, has_begun
 
     run = open_target(arguments.run, arguments.overrides)
     name = registry.check_name(arguments.name or run.name)
@@ -43,11 +43,13 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
         raise ConfigError(
             f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
         )
+    run_dir = storage.absolute(run.directory)
+    if has_begun(run_dir):
+        best_checkpoint(run_dir)  # a damaged one is named, instead of one before it being taken for the end
     if finished_checkpoint(run, verify=False) is None:
         raise ConfigError(
             f"the run '{run.name}' is not trained to its end; finish it first: ftray train {arguments.run}"
         )
-    run_dir = storage.absolute(run.directory)
     step = best_checkpoint(run_dir).step
     model_dir = storage.join(run_dir, "model")
     manifest = storage.read_manifest(model_dir)
@@ -74,8 +76,11 @@ def _check_gates(run_dir: str, step: int, target: str) -> None:
     from ftray import storage
 
     uri = storage.join(run_dir, "evaluate", "results.json")
-    results = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    remedy = f"so that no gate is known to pass; evaluate anew: ftray evaluate {target}"
+    results = storage.find_object(uri, remedy) or {}
     gates = results.get("gates") or []
+    if not isinstance(gates, list) or not all(isinstance(gate, dict) for gate in gates):
+        raise ConfigError(f"{uri} is damaged (gates), {remedy}")
     if gates and results.get("step") != step:
         raise ConfigError(
             f"the gates saw step {results.get('step')}, not step {step}; evaluate it: ftray evaluate {target}"
@@ -132,11 +137,12 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
 
         console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
         return 0
+    say_step(run, arguments.run, console)
     check_endpoint(model_dir, run.serve)
     edge.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
         replica["num_gpus"] = _gpus_for(run, replica["num_gpus"], console)
-        endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, **replica)
+        endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, warn=console.warn, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
         if served.registry:
             console.say(
@@ -144,6 +150,39 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
             )
         run_until_signal(endpoint, _events(run, console))
     return 0
+
+
+def say_step(run: config.Run, target: str, console: Console) -> None:
+    """Warns when the exported model that is served is not that of the run's best checkpoint, or that one is damaged.
+
+    Raises ModelError for an export whose manifest is damaged.
+    """
+    from ftray import storage
+    from ftray.train.timeline import best_checkpoint
+
+    run_dir = storage.absolute(run.directory)
+    place = storage.join(run_dir, "model")
+    try:
+        manifest = storage.read_manifest(place)
+    except CheckpointError:
+        raise ModelError(
+            f"{storage.join(place, storage.MANIFEST)} is damaged; write the model anew: ftray export {target}"
+        ) from None
+    step = manifest["meta"].get("step") if manifest else None
+    if step is None:  # not an export of this run's
+        return
+    try:
+        best = best_checkpoint(run_dir).step
+    except ConfigError:  # without its checkpoints
+        return
+    except CheckpointError as err:
+        console.warn(f"the model that is served is of step {step}; {err}")
+        return
+    if step != best:
+        console.warn(
+            f"the model that is served is of step {step}, the run's best checkpoint of step {best}; to serve that one: "
+            f"ftray export {target}"
+        )
 
 
 def _gpus_for(run: config.Run, wanted: float, console: Console) -> float:
@@ -244,9 +283,9 @@ def _events(run: config.Run, console: Console) -> Any:
         uri = event_uri(storage.absolute(run.directory), run.serve.ab, run.serve.canary)
         try:
             if storage.exists(uri):
-                event, told = json.loads(storage.read_bytes(uri)), True
-                console.say(f"the canary {event['model']} gets no more requests: {event['why']}  ({uri})")
-        except (StorageError, ValueError):
+                event, told = storage.read_object(uri), True
+                console.say(f"the canary {event.get('model')} gets no more requests: {event.get('why')}  ({uri})")
+        except StorageError:
             return
 
     return look

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -28,10 +27,10 @@ def open_target(target: str, overrides: list[str]) -> config.Run:
         raise ConfigError(
             f"{target} is neither a run file (.yaml) nor the directory of a run (it has no run.json); correct the path"
         )
-    try:
-        tree = json.loads(storage.read_bytes(uri))["config"]
-    except (ValueError, KeyError):
-        raise ConfigError(f"{uri} is damaged; restore it, or give the run file instead") from None
+    remedy = "restore it, or give the run file instead"
+    tree = storage.read_object(uri, remedy).get("config")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{uri} is damaged (it has no config); {remedy}")
     for text in overrides:
         apply_override(tree, text)
     tree["storage"] = storage.absolute(target).rsplit("/", 1)[0]
@@ -52,7 +51,7 @@ def owned(
     check_identity(run, run_dir)
     check_accelerator(run)
     with (
-        storage.acquire_lease(run_dir) as lease,
+        storage.acquire_lease(run_dir, warn=console.warn) as lease,
         quiet(run.name, console),
     ):  # the lease first: run.json may be written anew
         with signals_later():

@@ -44,8 +44,14 @@ def test_files_and_packages_that_differ_are_named(tmp_path: Path) -> None:
             "code": {"commit": "k", "sha256": "s"},
             "packages": {"torch": torch},
         }
-        files = [{"uri": "/d/1", "rows": rows}, {"uri": f"/d/{name}", "rows": "z"}]
-        tree["lineage"] = {"id": name, "data": {"files": files}, "environment": where}
+        files = [{"part": "train", "uri": uri, "rows": r} for uri, r in (("/d/1", rows), (f"/d/{name}", "z"))]
+        tree["lineage"] = {
+            "id": name,
+            "config_hash": run.config_hash,
+            "base": {"name": "org/base", "files": {}},
+            "data": {"hash": rows, "files": files},
+            "environment": where,
+        }
         file.write_text(json.dumps(tree))
         found = read_known(run, str(run_dir))
         assert found.newest is not None

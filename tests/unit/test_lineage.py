@@ -19,7 +19,7 @@ from ftray.errors import ConfigError, DataError, RunError
 from ftray.model.fingerprint import WHOLE_BYTES, base_files
 from ftray.observe.card import described
 from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed
-from ftray.train.lineage import environment, environment_changes, id_of, read_lineage, record_lineage
+from ftray.train.lineage import environment, environment_changes, id_of, read_lineage, record_lineage, what_changed
 from ftray.train.timeline import list_checkpoints
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
@@ -188,6 +188,30 @@ def test_reproducing_stops_at_what_changed_and_names_it(tmp_path: Path, base: Pa
     (tmp_path / "a").rename(shards / "a.jsonl")
     (base / "tokenizer.json").write_text("other")
     refused(run, run_dir, DataError, r"tokenizer\.json of model\.base .*base changed")
+
+
+def test_what_keeps_a_run_from_going_on_is_named_with_its_files(tmp_path: Path, base: Path, shards: Path) -> None:
+    run, run_dir = begun(tmp_path, base, shards)
+    known = read_lineage(run_dir)
+    assert known is not None
+    same = (known["tokenizer_hash"], known["template_hash"])
+    assert what_changed(run_dir, run, data_of(shards, "xz"), *same) == (
+        f"the data changed: {shards}/b.jsonl gives other rows than it did"
+    )
+    (base / "tokenizer.json").write_text("other")
+    files = f"(tokenizer.json of model.base {base} changed)"
+    assert what_changed(run_dir, run, data_of(shards, "xz"), "other", same[1]) == (
+        f"the tokenizer of model.base {base} changed {files}"
+    )
+    assert what_changed(run_dir, run, data_of(shards), "other", "other").startswith(
+        f"the chat template of model.base {base} changed"
+    )
+    tree = json.loads(Path(run_dir, "run.json").read_text())
+    del tree["lineage"]
+    Path(run_dir, "run.json").write_text(json.dumps(tree))
+    said = what_changed(run_dir, run, data_of(shards), *same)
+    assert str(shards) in said
+    assert "the tokenizer or the chat template of model.base" in said
 
 
 def test_reproducing_asks_for_the_same_environment_unless_told_otherwise(

@@ -12,7 +12,7 @@ import pytest
 
 from ftray import cli
 from ftray.console import Console
-from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+from ftray.errors import ConfigError, Interrupted, Preempted, RunError, StorageError
 from ftray.observe.cards import card_of
 from ftray.observe.history import as_rows, history_of
 from ftray.observe.report import read_known, render_report, report_to, thinned, try_report, write_report
@@ -179,11 +179,11 @@ def write_and_read(run: object, run_dir: Path) -> str:
 
 def test_a_report_that_can_t_be_written_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, run_dir = with_two_kills(tmp_path)
-    (run_dir / "evaluate/generations.jsonl").write_text("{}\n")
+    (run_dir / "report.html").mkdir()
     try_report(run, str(run_dir), Console())
-    assert "warning: report.html was not written (KeyError" in capsys.readouterr().out
-    with pytest.raises(KeyError):
-        report_to(run, str(run_dir), Console(), str(tmp_path / "x.html"))
+    assert "warning: report.html was not written (StorageError" in capsys.readouterr().out
+    with pytest.raises(StorageError):
+        report_to(run, str(run_dir), Console(), None)
 
 
 def test_a_signal_while_the_report_is_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Files, committed directories and leases keep their promises on a local disk and on a real S3 server alike."""
 
+import errno
 import json
 import math
 import os
@@ -500,7 +501,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
         if not problems:  # a blank became another blank
             assert storage.read_manifest(uri) == manifest, text[at - 5 : at + 5]
     (tmp_path / "made" / "manifest.json").write_bytes(text[:-20])
-    with pytest.raises(CheckpointError, match="is damaged; use the checkpoint before it"):
+    with pytest.raises(CheckpointError, match=r"is damaged \(it is not JSON\); use the checkpoint before it"):
         storage.read_manifest(uri)
 
 
@@ -514,7 +515,7 @@ def test_a_manifest_can_not_write_outside_of_its_directory(tmp_path: Path) -> No
 
 def test_a_half_deleted_checkpoint_is_not_a_committed_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.commit_directory(checkpoint, str(checkpoint), META)
-    monkeypatch.setattr(storage.files.shutil, "rmtree", lambda path: None)  # killed right after the manifest
+    monkeypatch.setattr(storage.local.shutil, "rmtree", lambda path: None)  # killed right after the manifest
     storage.delete_tree(str(checkpoint.parent))
     assert storage.read_manifest(str(checkpoint)) is None
 
@@ -662,9 +663,24 @@ def test_an_owner_that_can_not_reach_the_store_holds_its_lease_for_lost(
     def unreachable(uri: str, data: bytes) -> None:
         raise StorageError("not now")
 
-    with storage.acquire_lease(str(tmp_path), ttl_s=3.0) as lease:
+    warnings: list[str] = []
+    with storage.acquire_lease(str(tmp_path), ttl_s=3.0, warn=warnings.append) as lease:
         monkeypatch.setattr(storage.files, "write_bytes", unreachable)
         assert not lease.lost
         assert soon(lambda: lease.lost)
         monkeypatch.undo()
         assert soon(lambda: not lease.lost)
+    assert len(warnings) == 1, "one for each time that the store goes away"
+    assert warnings[0].startswith("the run's lease can't be renewed now: not now. It is tried again; after 3 s another")
+
+
+def test_a_store_that_became_read_only_is_said_to_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with storage.acquire_lease(str(tmp_path)):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(StorageError, match=r"can't be written: the file system is read-only"):
+        storage.acquire_lease(str(tmp_path))

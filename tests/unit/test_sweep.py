@@ -130,7 +130,7 @@ def test_a_store_that_does_not_list_uploads_is_swept_all_the_same(
 ) -> None:
     place = f"{s3.uri}/unlisted-{run_dir.stat().st_mtime_ns}"
     storage.write_bytes(f"{place}/run.json", b"{}")
-    storage.write_bytes(f"{place}/metrics/00000004-00000009.jsonl", b"{}")
+    storage.write_bytes(f"{place}/checkpoints/step-000002/state.safetensors", b"{}")
     asked = uploads.s3.request
 
     def deny(operation: str, uri: str, *arguments: Any, **more: Any) -> Any:

@@ -39,10 +39,16 @@ class Answers:
         self.by_rater: dict[str, dict[int, Answer]] = {}
         for info in storage.list_files(self._folder, ".json"):
             try:
-                tree = json.loads(storage.read_bytes(info.uri))
+                tree = storage.read_object(info.uri)
                 found = {int(n): Answer.model_validate(answer) for n, answer in tree["answers"].items()}
                 rater = tree["rater"]
-            except (ValueError, KeyError, AttributeError):  # pydantic's errors are ValueErrors
+            except (
+                storage.DamagedFile,
+                ValueError,
+                KeyError,
+                AttributeError,
+                TypeError,
+            ):  # pydantic's errors are ValueErrors
                 raise ConfigError(f"{info.uri} is damaged; restore it, or delete it with its rater's answers") from None
             if tree.get("sheet") != sheet.id:
                 raise ConfigError(f"{info.uri} holds answers to another sheet; move it away")

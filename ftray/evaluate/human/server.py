@@ -26,6 +26,7 @@ from starlette.routing import Mount, Route
 from ftray.errors import ConfigError, FtrayError
 from ftray.evaluate.human.answers import Answers, check_name, parse_answer
 from ftray.evaluate.human.sheet import Sheet
+from ftray.signals import termination_signals
 
 MAX_BODY_BYTES = 64 * 1024
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -112,9 +113,9 @@ def serving(app: Starlette, token: str, host: str, port: int) -> Iterator[str]:
 
 
 def wait_for_signal() -> None:
-    """Returns at Ctrl-C or SIGTERM. Main thread only."""
+    """Returns at Ctrl-C, SIGTERM or SIGHUP. Main thread only."""
     stopping = threading.Event()
-    before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (*termination_signals(), signal.SIGINT)}
     try:
         while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
             pass

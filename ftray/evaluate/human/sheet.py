@@ -122,11 +122,10 @@ def read_sheet(run_dir: str) -> tuple[Sheet, Key] | None:
     """The sheet that is there. Raises ConfigError for one that is damaged."""
     directory = directory_of(run_dir)
     try:
-        tree = json.loads(storage.read_bytes(storage.join(directory, "sheet.json")))
-        key = Key(**json.loads(storage.read_bytes(storage.join(directory, "key.json"))))
-        sheet = Sheet(tree["id"], tree["criteria"], [Sample(**s) for s in tree["samples"]])
+        sheet = storage.parse_as(Sheet, storage.read_object(storage.join(directory, "sheet.json")))
+        key = storage.parse_as(Key, storage.read_object(storage.join(directory, "key.json")))
     except storage.MissingFile:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (storage.DamagedFile, ValueError):
         raise ConfigError(f"a sheet in {directory} is damaged; move that directory away, and make it anew") from None
     return (sheet, key) if key.sheet == sheet.id else None
