@@ -53,6 +53,8 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
         ModelError: The header is not JSON, or a name, type, shape or offset is impossible; tensors overlap, leave gaps
             or end beyond the file.
     """
+    if data_bytes < 0:
+        raise ModelError(f"{where} is no safetensors file: its header is longer than the file")
     try:
         tree = bounded_json.parse(header, max_bytes=MAX_HEADER_BYTES, max_depth=4)
     except ValueError as err:

@@ -69,7 +69,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "huge": (lambda _: b'{"meta": "' + b"x" * MAX_MANIFEST_BYTES + b'"}', "size"),
     "NaN": (lambda _: b'{"files": {}, "meta": {"step": NaN}, "sha256": ""}', "damaged"),
     "a key twice": (lambda good: (good / "manifest.json").read_bytes().replace(b"{", b'{"meta": 1,', 1), "damaged"),
-    "another checksum": (lambda good: (good / "manifest.json").read_bytes().replace(b'"step": 3', b'"step": 4'), "damaged"),
+    "another checksum": (
+        lambda good: (good / "manifest.json").read_bytes().replace(b'"step": 3', b'"step": 4'),
+        "damaged",
+    ),
     "no metadata": (whole(lambda tree: tree.pop("meta")), "damaged"),
     "more keys": (whole(lambda tree: tree.update(more=1)), "damaged"),
     "metadata null": (whole(lambda tree: tree.update(meta=None)), "metadata"),
@@ -190,7 +193,9 @@ def test_a_link_or_a_pipe_in_the_registry_is_not_followed(tmp_path: Path) -> Non
     }
 
 
-@pytest.mark.parametrize("error", [StorageError("the bucket is down; try again"), ValueError("surprise"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [StorageError("the bucket is down; try again"), ValueError("surprise"), KeyError("x")]
+)
 def test_no_error_ends_the_poll_or_keeps_a_replica_from_starting(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -391,7 +396,12 @@ def test_a_key_and_what_people_said_are_only_readable_by_their_owner(tmp_path: P
     finally:
         os.umask(before)
     modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in (tmp_path / "run").rglob("*")}
-    assert modes == {"run/human": 0o700, "run/human/key.json": 0o600, "run/human/answers": 0o700, "run/human/answers/a.json": 0o600}
+    assert modes == {
+        "run/human": 0o700,
+        "run/human/key.json": 0o600,
+        "run/human/answers": 0o700,
+        "run/human/answers/a.json": 0o600,
+    }
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
 
 
