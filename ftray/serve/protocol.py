@@ -274,8 +274,11 @@ class ChatRequest(_Request):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class CompletionRequest(_Request):
-    prompt: str | list[int] | list[str]
+    prompt: str | list[_TokenId] | list[str]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
