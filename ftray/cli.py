@@ -223,6 +223,16 @@ def _add_serving_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     publish.add_argument("--name", help="the adapter's name for clients; the run's if left out")
     publish.add_argument("--remove", action="store_true", help="take it away, all of its versions")
+    publish.add_argument(
+        "--list", action="store_true", help="show what is published for the base, and what is not served"
+    )
+    publish.add_argument(
+        "--sign", metavar="KEYFILE", help="sign it with this Ed25519 key (PEM); see serve.trusted_keys"
+    )
+    publish.add_argument("--owner", help="who publishes; FTRAY_OWNER or the login name if left out")
+    publish.add_argument(
+        "--take-over", action="store_true", help="publish or remove it though the name is another owner's"
+    )
     text = "serve the base with the run's and all published adapters, OpenAI-compatible, until Ctrl-C"
     serve = verb("serve", serving.serve, text)
     serve.add_argument(

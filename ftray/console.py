@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -55,7 +56,7 @@ class Console:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(redacted(text), file=self._stream, flush=True)
+        print(printable(redacted(text)), file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""
@@ -140,7 +141,7 @@ class Progress:
             if self._event is not None:
                 self._event("progress", self._text())
                 return
-            print(redacted(self._text()), file=self._stream, flush=True)
+            print(printable(redacted(self._text())), file=self._stream, flush=True)
 
     def clear(self) -> None:
         """Makes room for a line."""
@@ -158,7 +159,8 @@ class Progress:
         left = ""
         if made and self._done < self._total:
             left = f" · {duration(seconds / made * (self._total - self._done))} left"
-        return f"{self._what} {self._done}/{self._total}{' · ' + self._fields if self._fields else ''}{left}"
+        fields = f" · {printable(self._fields)}" if self._fields else ""
+        return f"{printable(self._what)} {self._done}/{self._total}{fields}{left}"
 
 
 class Table:
@@ -172,7 +174,7 @@ class Table:
         if not self._is_terminal:
             return
         width, height = shutil.get_terminal_size()
-        lines = [line[: width - 1] for line in lines[: height - 1]]
+        lines = [printable(line).replace("\n", " ")[: width - 1] for line in lines[: height - 1]]
         if lines != self._shown:
             self.clear()
             self._stream.write("".join(f"{line}\n" for line in lines))
@@ -249,6 +251,27 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+# C0 but tab and line feed, DEL, C1, and what reorders or hides text on a line (bidirectional controls, invisible characters)
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_SEQUENCE = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\\\|\x9c)?"  # OSC, DCS: titles, links
+    "|\x1b[ -/]*[0-~]"
+)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would act on: escape sequences go, a progress bar's `\\r` becomes a line feed.
+
+    For text from jobs, logs, records, models and other people's files. Half a surrogate pair becomes `?`.
+    """
+    text = _SEQUENCE.sub("", text.replace("\r\n", "\n"))
+    text = _CONTROL.sub("", text.replace("\r", "\n"))
+    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ what can be derived is a property. A run file is `load_run(path, overrides)`; ev
 the key, the value and the remedy.
 """
 
-from ftray.config.after import Canary, Evaluate, Serve
+from ftray.config.after import Canary, Evaluate, Feedback, Serve
 from ftray.config.base import Section
 from ftray.config.data import Clean, Data, Source, Split
 from ftray.config.gates import FIGURES, Gate
@@ -23,6 +23,7 @@ __all__ = [
     "Data",
     "DeepSpeed",
     "Evaluate",
+    "Feedback",
     "Gate",
     "Human",
     "Judge",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
 from ftray.config.gates import Gate, Metric, wrong_gate
@@ -98,6 +99,17 @@ class Canary(Section):
     """Its median time to first text over the other models' together, both over at least 20 answers."""
 
 
+class Feedback(Section):
+    """What `POST /v1/feedback` keeps, and how much of it each API key may leave; counted by each replica."""
+
+    max_bytes: Annotated[Int, Field(ge=1, le=1 << 20)] = 65536
+    """Largest request, in bytes."""
+    records_per_day: Positive = 1000
+    """Records that each API key may leave a day."""
+    bytes_per_day: Positive = 10_000_000
+    """Bytes of records that each API key may leave a day."""
+
+
 class Serve(Section):
     """The OpenAI-compatible endpoint."""
 
@@ -136,6 +148,13 @@ class Serve(Section):
     """Tokens, of prompts and answers, that each API key may use; counted by each replica."""
     tokens_per_day: Positive | None = None
     """The same over a day."""
+    max_adapter_mb: Positive = 4096
+    """Largest weights file, in MB, of a published adapter; larger ones are not served."""
+    trusted_keys: list[str] = Field([])
+    """Public Ed25519 keys as `ftray publish --sign` prints them, `ed25519:…`. With any, published adapters are served only if
+    one of these keys signed them; none: signatures are not looked at."""
+    feedback: Feedback | None = None
+    """Keep what users think of answers, as records that training can read. Left out: `POST /v1/feedback` is refused."""
     ab: dict[str, Annotated[Float, Field(ge=0)]] = Field({})
     """Models and their shares of the requests for the model `default`, e.g. `{support: 0.9, "llama:support-2": 0.1}`. A user
     (the request's `user` or `safety_identifier`) stays with one model."""
@@ -146,6 +165,20 @@ class Serve(Section):
     def proxy_timeout_s(self) -> float:
         """Seconds after which a request is ended that no replica came up for; an answer itself ends before."""
         return self.max_answer_s + 600
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _keys_are_keys(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            try:
+                size = len(base64.b64decode(key.removeprefix("ed25519:"), validate=True))
+            except ValueError:
+                size = 0
+            if not key.startswith("ed25519:") or size != 32:
+                raise ValueError(
+                    f"{key[:60]!r} is no public key; give what `ftray publish --sign` prints: ed25519: and 44 characters"
+                )
+        return keys
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Serve:

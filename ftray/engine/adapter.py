@@ -1,4 +1,4 @@
-"""What a LoRA adapter directory says of itself, and whether it fits a base. Plain Python: no torch, no files.
+"""What a LoRA adapter directory says of itself, and whether it fits a base. Plain Python: no torch.
 
 Publishing asks before anything is written, serving again before anything is loaded. PEFT's format, safetensors only; of
 PEFT's many options those that ftray trains: plain LoRA, rsLoRA and DoRA over linear layers.
@@ -6,17 +6,22 @@ PEFT's many options those that ftray trains: plain LoRA, rsLoRA and DoRA over li
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ftray import bounded_json
+from ftray.engine.safetensors_header import TensorInfo, header_length, read_header
 from ftray.errors import ModelError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
+MAX_CONFIG_BYTES = 1 << 20
+MAX_ALPHA = 1e6
+_DTYPES = ("F32", "F16", "BF16")  # what ftray and PEFT write; others would be converted without a word
 VLLM_MAX_RANK = 64  # with vLLM, which reserves memory for this rank in each of its places
 _PREFIX = "base_model.model."
 _PARTS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
@@ -55,25 +60,72 @@ class AdapterSettings:
 
 def read_settings(text: bytes, where: str) -> AdapterSettings:
     """Reads adapter_config.json. Raises ModelError naming the option that this version doesn't serve."""
+    again = "write it again with `ftray export`"
     try:
-        tree = json.loads(text)
-        kind, rank, alpha = tree["peft_type"], int(tree["r"]), float(tree["lora_alpha"])
-        base, revision = str(tree.get("base_model_name_or_path")), tree.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config; write it again with `ftray export`") from None
+        tree = bounded_json.parse(text, max_bytes=MAX_CONFIG_BYTES, max_depth=16)
+    except ValueError as err:
+        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: {err}; {again}") from None
+    if not isinstance(tree, dict) or not {"peft_type", "r", "lora_alpha"} <= tree.keys():
+        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: it lacks peft_type, r or lora_alpha; {again}")
+    kind, rank, alpha = tree["peft_type"], tree["r"], tree["lora_alpha"]
+    base, revision = tree.get("base_model_name_or_path"), tree.get("revision")
+    for key, value, types in (
+        ("peft_type", kind, str),
+        ("r", rank, int),
+        ("lora_alpha", alpha, int | float),
+        ("base_model_name_or_path", base, str | None),
+        ("revision", revision, str | None),
+        ("use_rslora", tree.get("use_rslora"), bool | None),
+        ("use_dora", tree.get("use_dora"), bool | None),
+    ):
+        if not isinstance(value, types) or (isinstance(value, bool) and types in (int, int | float)):
+            raise ModelError(f"{where}/{CONFIG_FILE}: {key} is {str(value)[:60]!r}, which has the wrong type; {again}")
     if kind != "LORA":
         raise ModelError(
-            f"{where} is a {kind} adapter; only LoRA can be served beside others: train with method.type lora"
+            f"{where} is a {kind[:60]!r} adapter; only LoRA can be served beside others: train with method.type lora"
         )
-    if not (1 <= rank <= MAX_RANK and math.isfinite(alpha)):
-        raise ModelError(f"{where}: rank {rank} and alpha {alpha} are out of bounds; the rank is 1 to {MAX_RANK}")
+    if not (1 <= rank <= MAX_RANK and abs(alpha) <= MAX_ALPHA):
+        raise ModelError(
+            f"{where}: rank {str(rank)[:20]} and alpha {str(alpha)[:20]} are out of bounds; the rank is 1 to {MAX_RANK}, "
+            f"alpha at most {MAX_ALPHA:g}"
+        )
     for option, harmless in _PLAIN.items():
         if tree.get(option) not in harmless:
             raise ModelError(
                 f"{where} uses PEFT's {option}, which can't be served; train without it, or serve it merged"
             )
     scaling = alpha / math.sqrt(rank) if tree.get("use_rslora") else alpha / rank
-    return AdapterSettings(rank, scaling, bool(tree.get("use_dora")), base, revision)
+    return AdapterSettings(rank, scaling, bool(tree.get("use_dora")), str(base), revision)
+
+
+def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list[int]]]:
+    """Settings of an adapter directory and the shapes of its tensors, by name; reads no tensor.
+
+    Raises:
+        ModelError: A file is missing, no regular file, too large or malformed; a tensor is not of 16 or 32 bits.
+    """
+    where = str(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():  # a pipe or a device would be read without end
+            raise ModelError(f"{where} lacks {name}, or it is no regular file; publish it again")
+    try:
+        with (directory / CONFIG_FILE).open("rb") as file:
+            settings = read_settings(file.read(MAX_CONFIG_BYTES + 1), where)
+        path = directory / WEIGHTS_FILE
+        with path.open("rb") as file:
+            length = header_length(file.read(8), str(path))
+            tensors = read_header(file.read(length), path.stat().st_size - 8 - length, str(path))
+    except OSError as err:
+        raise ModelError(f"{where} can't be read as an adapter ({err.strerror}); publish it again") from None
+    return settings, adapter_shapes(tensors, where)
+
+
+def adapter_shapes(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors. Raises ModelError for a dtype that adapters don't have."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(f"{where}: {name} is {tensor.dtype}, and adapters have {', '.join(_DTYPES)}; convert it")
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def layers_of(settings: AdapterSettings, shapes: Mapping[str, list[int]], where: str) -> dict[str, dict[str, str]]:

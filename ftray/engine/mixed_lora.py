@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import linear
 
-from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterSettings, check_adapter, read_settings
+from ftray.engine.adapter import WEIGHTS_FILE, AdapterSettings, check_adapter, read_adapter_files
 from ftray.engine.protocol import EngineError
 from ftray.errors import ModelError
 
@@ -93,9 +93,8 @@ class MixedLora:
         Raises ModelError naming what doesn't fit.
         """
         try:
-            settings = read_settings((directory / CONFIG_FILE).read_bytes(), str(directory))
+            settings, shapes = read_adapter_files(directory)
             with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-                shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
                 base = {f"{layer}.weight": list(module.weight.shape) for layer, module in self._layers.items()}
                 parts = check_adapter(settings, shapes, base, str(directory))
                 layers = {
@@ -133,7 +132,7 @@ class MixedLora:
         a, b, magnitude = moved["lora_A"], moved["lora_B"], moved.get("lora_magnitude_vector")
         if magnitude is not None:  # Liu et al. 2024; the norm is fixed once training is over
             magnitude = magnitude / torch.linalg.norm(base + settings.scaling * (b @ a), dim=1)
-        if not all(torch.isfinite(tensor).all() for tensor in (a, b)):
+        if not all(torch.isfinite(tensor).all() for tensor in (a, b, magnitude) if tensor is not None):
             raise ModelError(f"the adapter's weights of {layer} are not finite; publish an earlier checkpoint")
         return Weights(a.contiguous(), b.contiguous(), magnitude)
 

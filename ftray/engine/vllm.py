@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ftray.engine.adapter import CONFIG_FILE, VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_settings
+from ftray.engine.adapter import VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_adapter_files
 from ftray.engine.directory import check_model_directory
 from ftray.engine.hold import HeldChunks, Hold, Holds
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, TokenLogprob, check_prompt
@@ -233,15 +233,13 @@ class VllmEngine:
         """As the embedded engine does, and what vLLM in particular can't hold."""
         where = str(directory)
         try:
-            settings = read_settings((directory / CONFIG_FILE).read_bytes(), where)
+            settings, shapes = read_adapter_files(directory)
             with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-                names = list(file.keys())
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
                 if self._is_quantized:  # the base's weights are packed
                     layers_of(settings, shapes, where)
                 else:
                     check_adapter(settings, shapes, self._base_shapes(), where)
-                if not all(torch.isfinite(file.get_tensor(name)).all() for name in names):
+                if not all(torch.isfinite(file.get_tensor(name)).all() for name in shapes):
                     raise ModelError(f"{where} holds weights that are not finite; publish an earlier checkpoint")
         except (OSError, SafetensorError) as err:
             raise ModelError(f"{where} can't be read as an adapter ({err}); publish it again") from None

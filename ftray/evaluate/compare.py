@@ -183,7 +183,7 @@ def _write(
 
     def write(name: str, lines: Sequence[Any]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        storage.write_bytes(storage.join(run_dir, "evaluate", name), text.encode())
+        storage.write_bytes(storage.join(run_dir, "evaluate", name), text.encode(), private=True)
 
     write("examples.jsonl", [_example_line(i, plan, scored) for i in range(len(plan.samples))])
     write("generations.jsonl", [_generation_line(k, plan, scored, models) for k in range(len(plan.asked))])

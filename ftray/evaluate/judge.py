@@ -122,7 +122,7 @@ def judge(run: config.Run, console: Console) -> Judgement:
             asyncio.run(_ask_all(asked, headers, prompts, pairs, on_verdict))
     finally:
         lines = [json.dumps(asdict(known[n]), ensure_ascii=False) + "\n" for n in picked if n in known]
-        storage.write_bytes(uri, "".join(lines).encode())
+        storage.write_bytes(uri, "".join(lines).encode(), private=True)
     found = summarize([known[n] for n in picked], asked)
     storage.write_bytes(storage.join(directory, "judge.json"), json.dumps(asdict(found), indent=1).encode())
     for line in as_text(found):

@@ -155,7 +155,7 @@ def known_results(run: config.Run, run_dir: str, step: int) -> Comparison | None
 def write_results(comparison: Comparison, run_dir: str) -> None:
     """Writes evaluate/results.json."""
     text = json.dumps(asdict(comparison), indent=1, ensure_ascii=False)
-    storage.write_bytes(storage.join(run_dir, "evaluate", "results.json"), text.encode())
+    storage.write_bytes(storage.join(run_dir, "evaluate", "results.json"), text.encode(), private=True)
 
 
 def with_gates(comparison: Comparison, gates: Mapping[str, config.Gate]) -> Comparison:

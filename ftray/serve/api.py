@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ftray import config
 from ftray.chat import ChatFormat, read_messages
 from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
@@ -28,7 +29,7 @@ from ftray.serve.answers import Answers, Tally
 from ftray.serve.asgi import Shield, Worked, on_http_error, on_request_error, read_body, unavailable
 from ftray.serve.catalog import Catalog, Served
 from ftray.serve.drift import Drift, Seen, scripts_of
-from ftray.serve.feedback import write_feedback
+from ftray.serve.feedback import FeedbackBox
 from ftray.serve.keys import CALLER, KeyGuard
 from ftray.serve.limits import Limits, Meter
 from ftray.serve.meters import CONTENT_TYPE, Meters
@@ -59,6 +60,7 @@ def build_api(
     limits: Limits | None = None,
     router: Router | None = None,
     place: str | None = None,
+    feedback: config.Feedback | None = None,
     first_times: FirstTimes | None = None,
     meters: Meters | None = None,
 ) -> Any:
@@ -66,10 +68,13 @@ def build_api(
 
     served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
     that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
-    feedback is kept; None: it is refused. first_times: told of each answer, for autoscaling. meters: what is counted.
+    feedback is kept, within the bounds of `feedback`; where either is None, it is refused. first_times: told of each answer,
+    for autoscaling. meters: what is counted.
     """
-    catalog, router = Catalog(engine, served), router or Router({})
-    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, place, first_times, meters)
+    meters, router = meters or Meters(), router or Router({})
+    catalog = Catalog(engine, served, lambda rejected: meters.rejected.labels(rejected.kind).inc())
+    box = FeedbackBox(place, feedback) if place is not None and feedback is not None else None
+    api = _Api(engine, catalog, router, Meter(limits or Limits()), max_tokens, max_answer_s, box, first_times, meters)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -119,14 +124,14 @@ class _Api:
         meter: Meter,
         max_tokens: int,
         max_answer_s: float,
-        place: str | None,
+        feedback_box: FeedbackBox | None,
         first_times: FirstTimes | None,
-        meters: Meters | None,
+        meters: Meters,
     ) -> None:
         self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
         self._created = int(time.time())
-        self._max_tokens, self._max_answer_s, self._place = max_tokens, max_answer_s, place
-        self._meters, self._first_times = meters or Meters(), first_times or FirstTimes()
+        self._max_tokens, self._max_answer_s, self._feedback_box = max_tokens, max_answer_s, feedback_box
+        self._meters, self._first_times = meters, first_times or FirstTimes()
         self._meters.refresh = self._show_figures
         self._drift = Drift()
         has_template = getattr(engine.tokenizer, "chat_template", None)
@@ -161,16 +166,18 @@ class _Api:
         return ModelCard(id=model_id, created=self._created, lineage=self._catalog.lineage(model_id))
 
     async def feedback(self, request: Request) -> Response:
-        self._meter.admit(request.scope.get(CALLER, ""))
-        told = validate(read_object(await read_body(request)), FeedbackRequest)
-        if self._place is None:
-            raise RequestError(404, "this endpoint keeps no feedback")
+        caller = str(request.scope.get(CALLER, ""))
+        self._meter.admit(caller)
+        if self._feedback_box is None:
+            raise RequestError(404, "this endpoint keeps no feedback: serve.feedback is not set")
+        body = await read_body(request, self._feedback_box.max_bytes)
+        opinion = validate(read_object(body), FeedbackRequest)
         try:
-            await asyncio.to_thread(write_feedback, self._place, told)
+            await self._feedback_box.keep(opinion, caller)
         except StorageError as err:
             raise unavailable(err) from err
-        known = told.model if told.model in self._model_ids() else "unknown"  # a label a client could fill without end
-        self._meters.feedback.labels(known, told.rating).inc()
+        known = opinion.model if opinion.model in self._model_ids() else "unknown"  # else a client could fill the label
+        self._meters.feedback.labels(known, opinion.rating).inc()
         return JSONResponse({"object": "feedback", "stored": True}, status_code=201)
 
     async def chat(self, request: Request) -> Response:
@@ -231,7 +238,7 @@ class _Api:
             self._record(model_id, tally)
             raise unavailable(err) if isinstance(err, EngineError) else err from err
         self._meters.running.inc()
-        reply = Reply.begin(chat=chat, model=model_id, spell=self._spell)
+        reply = Reply.begin(chat=chat, model=model_id, spell=self._spell, caller=caller)
         has_logprobs = asked.num_logprobs is not None
         answers = Answers(streams, reply, tally, self._max_answer_s, has_logprobs, self._end_ids, on_first, on_end)
         return Worked(partial(answers.stream, asked.include_usage) if asked.stream else answers.whole)
@@ -299,6 +306,8 @@ class _Api:
 
     def _check_model(self, name: str) -> None:
         if name not in self._model_ids():
+            if self._catalog.may_exist(name):
+                raise RequestError(503, "the registry can't be read at the moment; try again", code="model_unavailable")
             raise RequestError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
     def _spell(self, token_id: int) -> str:

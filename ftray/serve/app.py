@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -80,15 +80,21 @@ class ModelReplica:
         from ftray.serve.routing import Router
 
         settings, cfg = self._settings, self._settings.serve_cfg
+        served = replace(
+            settings.served,
+            trusted_keys=tuple(cfg.trusted_keys),
+            max_adapter_bytes=cfg.max_adapter_mb * 1_000_000,
+        )
         return build_api(
             self._engine,
-            settings.served,
+            served,
             max_tokens=cfg.max_tokens,
             key_hashes=settings.key_hashes,
             max_answer_s=cfg.max_answer_s,
             limits=Limits(cfg.requests_per_minute, cfg.tokens_per_minute, cfg.tokens_per_day),
             router=Router(cfg.ab, cfg.canary, settings.place),
             place=settings.place,
+            feedback=cfg.feedback,
             first_times=self._first_times,
             meters=self._meters,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ftray.serve.protocol import MAX_BODY_BYTES, RequestError, encode_json
 
@@ -50,18 +50,18 @@ async def _until_disconnect(receive: Any) -> None:
         pass
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, up to MAX_BODY_BYTES; nothing beyond is held in memory. Raises RequestError: 413, 408 for a slow one."""
-    too_large = RequestError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+async def read_body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The body, up to max_bytes; nothing beyond is held in memory. Raises RequestError: 413, 408 for a slow one."""
+    too_large = RequestError(413, f"the body exceeds {max_bytes} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length[:20]) > MAX_BODY_BYTES:
+    if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(MAX_BODY_S):
             async for part in request.stream():
                 body += part
-                if len(body) > MAX_BODY_BYTES:
+                if len(body) > max_bytes:
                     raise too_large
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {MAX_BODY_S:g} s", code="timeout") from None
@@ -98,9 +98,11 @@ def on_request_error(_: Request, err: Exception) -> Response:
 def on_http_error(request: Request, err: Exception) -> Response:
     """Starlette's handler for its own errors."""
     assert isinstance(err, HTTPException)
-    messages = {404: f"unknown path {request.url.path}", 405: f"{request.method} is not possible here"}
+    path = str(request.scope["path"])[:200]  # request.url can't be made of every Host that a client sends
+    messages = {404: f"unknown path {path}", 405: f"{request.method[:20]} is not possible here"}
     body = RequestError(err.status_code, messages.get(err.status_code, err.detail)).body()
-    return JSONResponse(body, status_code=err.status_code, headers=err.headers)
+    headers = {**(err.headers or {}), "content-type": "application/json"}
+    return Response(encode_json(body), status_code=err.status_code, headers=headers)
 
 
 class Shield:

@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
+from ftray.compat import uvicorn_with_bounded_headers
 from ftray.serve.asgi import Send, refuse
 from ftray.serve.protocol import RequestError
 from ftray.serve.replies import encode_event
@@ -23,6 +24,7 @@ SETTINGS = {
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
 }
+_TIMEOUT_HEADER = "x-request-timeout-seconds"
 _GONE = "the model went away while it answered; try again"
 
 
@@ -33,7 +35,8 @@ def announce() -> None:
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls in each proxy, before the first request."""
+    """What Serve calls in each proxy, before it starts the HTTP server."""
+    uvicorn_with_bounded_headers()
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):  # gRPC would ask these for the way to replicas
         os.environ.pop(name, None)
     return [Middleware(Edge)]
@@ -46,12 +49,23 @@ class Edge:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if "headers" in scope:
+            scope = {**scope, "headers": [pair for pair in scope["headers"] if _may_pass(*pair)]}
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
         await self._app(scope, receive, answer.send)
         await answer.end()
+
+
+def _may_pass(name: bytes, value: bytes) -> bool:
+    """Whether Serve may see a header: it decodes some without a net, and one would let clients lift the time limit."""
+    try:
+        value.decode()
+        return name.decode().lower() != _TIMEOUT_HEADER
+    except UnicodeDecodeError:
+        return False
 
 
 class _Answer:

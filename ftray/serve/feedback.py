@@ -1,29 +1,95 @@
-"""What users thought of answers, as records for the next training run. Knows storage, no HTTP.
+"""What users thought of answers, as records for the next training run: bounded for each API key. Knows storage, no HTTP.
 
 `<run>/feedback/up/` holds conversations worth learning (praised, or corrected), `down/` the others; each record is a line
-of JSON in the shape `messages`, so that `data.train: [{path: <run>/feedback/up}]` takes them as they are.
+of JSON in the shape `messages`, so that `data.train: [{path: <run>/feedback/up}]` takes them as they are. A record names the
+key that left it by an id, so that all of one key's records can be found and removed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 import uuid
+from collections import OrderedDict
+from collections.abc import Callable
 from datetime import UTC, datetime
 
-from ftray import storage
-from ftray.serve.protocol import FeedbackRequest
+from ftray import config, storage
+from ftray.serve.keys import is_answer_of, key_id
+from ftray.serve.limits import Bucket
+from ftray.serve.protocol import FeedbackRequest, RequestError
+
+_DAY_S = 86400.0
+_MAX_CALLERS = 10_000
 
 
-def write_feedback(place: str, told: FeedbackRequest) -> str:
-    """Writes one record below `<place>/feedback/` and returns its URI. Raises StorageError."""
-    messages = [message.turn() for message in told.messages]
-    if told.correction is not None:
-        messages[-1] = {"role": "assistant", "content": told.correction}
-    now = datetime.now(UTC)
-    opinion = told.model_dump(include={"rating", "comment", "model", "id"}, exclude_none=True)
-    record = {"messages": messages, "feedback": {**opinion, "time": now.isoformat(timespec="seconds")}}
-    folder = "up" if told.rating == "up" or told.correction is not None else "down"
-    name = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}.jsonl"
-    uri = storage.join(place, "feedback", folder, name)
-    storage.write_bytes(uri, json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    return uri
+class FeedbackBox:
+    """Keeps opinions below one place, within bounds for each key.
+
+    Args:
+        place: URI below which `feedback/` lies.
+        bounds: What each key may leave.
+        clock: Seconds, for the quotas.
+    """
+
+    def __init__(self, place: str, bounds: config.Feedback, clock: Callable[[], float] = time.monotonic) -> None:
+        self._place, self._bounds, self._clock = place, bounds, clock
+        self._quotas: OrderedDict[str, tuple[Bucket, Bucket]] = OrderedDict()
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest request."""
+        return self._bounds.max_bytes
+
+    async def keep(self, opinion: FeedbackRequest, caller: str) -> str:
+        """Writes one record and returns its URI.
+
+        Args:
+            opinion: What the client sent.
+            caller: Its key, hashed; "" where the endpoint has no keys.
+
+        Raises:
+            RequestError: 403 for another key's answer, 429 when the key's quota is used up.
+            StorageError: The record can't be written.
+        """
+        if not is_answer_of(opinion.id, caller):
+            raise RequestError(
+                403, "id is no answer to this API key; send the id of one", param="id", code="not_your_answer"
+            )
+        folder, line = _record(opinion, caller)
+        self._charge(caller, len(line))
+        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}.jsonl"
+        uri = storage.join(self._place, "feedback", folder, name)
+        await asyncio.to_thread(storage.write_bytes, uri, line, private=True)
+        return uri
+
+    def _charge(self, caller: str, num_bytes: int) -> None:
+        now = self._clock()
+        if caller not in self._quotas:
+            bounds = (self._bounds.records_per_day, self._bounds.bytes_per_day)
+            records, size = (Bucket(bound, _DAY_S, now) for bound in bounds)
+            self._quotas[caller] = (records, size)
+            if len(self._quotas) > _MAX_CALLERS:
+                self._quotas.popitem(last=False)
+        records, size = self._quotas[caller]
+        for bucket, amount, what in ((records, 1, "records_per_day"), (size, num_bytes, "bytes_per_day")):
+            if (wait_s := bucket.wait_s(min(amount, bucket.capacity), now)) > 0:
+                message = (
+                    f"this key's feedback is used up (serve.feedback.{what}: {bucket.capacity:.0f}); come again later"
+                )
+                raise RequestError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+        records.take(1)
+        size.take(num_bytes)
+
+
+def _record(opinion: FeedbackRequest, caller: str) -> tuple[str, bytes]:
+    """The folder of a record, and the record as a line."""
+    messages = [message.turn() for message in opinion.messages]
+    if opinion.correction is not None:
+        messages[-1] = {"role": "assistant", "content": opinion.correction}
+    what = opinion.model_dump(include={"rating", "comment", "model", "id"}, exclude_none=True)
+    time_utc = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"messages": messages, "feedback": {**what, "key": key_id(caller), "time": time_utc}}
+    folder = "up" if opinion.rating == "up" or opinion.correction is not None else "down"
+    return folder, json.dumps(record, ensure_ascii=False).encode() + b"\n"

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,39 @@ CALLER = "ftray.caller"  # in an ASGI scope: the hash of the key that was sent
 
 
 HASH_PREFIX = "sha256:"  # a line of the key file may hold a key's hash instead of the key
+NONCE_CHARS, MAC_CHARS = 24, 16
+
+
+def answer_id(kind: str, caller: str) -> str:
+    """A fresh id for an answer, which shows later whose answer it was.
+
+    Args:
+        kind: How it begins, e.g. `chatcmpl`.
+        caller: The caller's key, hashed; "" where the endpoint has no keys.
+
+    Returns:
+        `<kind>-<nonce><code>`, the code being an HMAC over kind and nonce under the caller's hashed key. So every replica
+        recognizes the answers of a key, without memory.
+    """
+    nonce = secrets.token_hex(NONCE_CHARS // 2)
+    return f"{kind}-{nonce}{_code(kind, nonce, caller)}"
+
+
+def is_answer_of(answer: str, caller: str) -> bool:
+    """Whether an id was given to an answer of this caller."""
+    kind, _, rest = answer.partition("-")
+    nonce, code = rest[:NONCE_CHARS], rest[NONCE_CHARS:]
+    return hmac.compare_digest(code.encode("utf-8", "replace"), _code(kind, nonce, caller).encode())
+
+
+def key_id(caller: str) -> str:
+    """What records call a key: neither the key nor what opens the endpoint can be found from it. "" without keys."""
+    return hashlib.sha256(f"ftray key id {caller}".encode()).hexdigest()[:16] if caller else ""
+
+
+def _code(kind: str, nonce: str, caller: str) -> str:
+    text = f"{kind}-{nonce}".encode("utf-8", "replace")
+    return hmac.new(caller.encode() or b"none", text, hashlib.sha256).hexdigest()[:MAC_CHARS]
 
 
 def hash_key(key: str) -> str:
@@ -97,6 +131,9 @@ class KeyGuard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan" or self._may_pass(scope):
             await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":  # before it is accepted: servers answer 403
+            await send({"type": "websocket.close", "code": 1008, "reason": "the API key is missing or wrong"})
             return
         error = RequestError(
             401,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -9,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from ftray.serve.drift import Figures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_log = logging.getLogger(__name__)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKENS = (16, 64, 256, 1024, 4096, 16384)
 
@@ -42,6 +44,12 @@ class Meters:
         )
         self.empty = Counter("ftray_empty_answers", "Answers without text", ["model"], registry=self._registry)
         self.feedback = Counter("ftray_feedback", "Opinions of users", ["model", "rating"], registry=self._registry)
+        self.rejected = Counter(
+            "ftray_adapters_rejected",
+            "Entries of the registry that are not served, each version once, by the kind of reason",
+            ["reason"],
+            registry=self._registry,
+        )
         self.models = Gauge("ftray_models", "Models that may be asked for", registry=self._registry)
 
         self._drift = {
@@ -60,8 +68,11 @@ class Meters:
                 gauge.labels(model).set(value)
 
     def render(self) -> bytes:
-        """In Prometheus' text format."""
-        self.refresh()
+        """In Prometheus' text format. A refresh that fails is logged, and the figures are those of before."""
+        try:
+            self.refresh()
+        except Exception:  # noqa: BLE001 - a replica without figures would be taken for dead
+            _log.exception("the figures could not be refreshed")
         return bytes(generate_latest(self._registry))
 
     def collect(self) -> Iterable[Metric]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ftray import storage
 from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -41,26 +44,65 @@ def local_model(uri: str) -> Path:
     return directory / uri.removeprefix(root).strip("/")
 
 
-def local_adapter(uri: str) -> Path:
-    """Local directory of an adapter's two files; committed ones are verified, those in a bucket kept in the cache.
+def local_adapter(uri: str, sums: Mapping[str, str] | None = None) -> Path:
+    """Local directory of an adapter's two files.
 
-    Raises ModelError for files that are missing or damaged, CheckpointError for a damaged manifest, StorageError.
+    Args:
+        uri: The adapter's directory. Committed files are verified; those in a bucket are kept in the cache.
+        sums: Sha256 of each file, of an entry of the registry that was checked. Its files are always copied, and what is
+            verified is the copy: whoever may write to the registry can't change it afterwards.
+
+    Raises:
+        ModelError: A file is missing, damaged or no regular file.
+        CheckpointError: The manifest is damaged.
+        StorageError: The store can't be read.
     """
+    if sums is not None:
+        return _verified_copy(uri, sums)
     manifest = storage.read_manifest(uri)
     if manifest is None and storage.is_remote(uri):
         raise ModelError(f"{uri} was not committed; publish it again")
-    directory = Path(uri)
+    if manifest is None:
+        return Path(uri)
+    files = manifest.get("files")
+    sums = {file: _sum_in(files, file) for file in (CONFIG_FILE, WEIGHTS_FILE)}
     if storage.is_remote(uri):
-        assert manifest is not None
-        name = hashlib.sha256(f"{uri} {json.dumps(manifest, sort_keys=True)}".encode()).hexdigest()[:24]
-        directory = storage.cache_directory() / "models" / name
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        sum_ = None if manifest is None else manifest["files"].get(file, {}).get("sha256", "missing")
-        if storage.is_remote(uri) and _sha256(directory / file) != sum_:
-            storage.download_file(storage.join(uri, file), directory / file)
-        if sum_ is not None and _sha256(directory / file) != sum_:
+        return _verified_copy(uri, sums)
+    for file, sum_ in sums.items():
+        if _sha256(Path(uri) / file) != sum_:
             raise ModelError(f"{storage.join(uri, file)} is missing or damaged; publish it again")
+    return Path(uri)
+
+
+def _sum_in(files: Any, file: str) -> str:
+    entry = files.get(file) if isinstance(files, dict) else None
+    return str(entry.get("sha256")) if isinstance(entry, dict) else "missing"
+
+
+def _verified_copy(uri: str, sums: Mapping[str, str]) -> Path:
+    name = hashlib.sha256(f"{uri} {json.dumps(dict(sums), sort_keys=True)}".encode()).hexdigest()[:24]
+    directory = storage.cache_directory() / "models" / name
+    for file, sum_ in sums.items():
+        if _sha256(directory / file) == sum_:
+            continue
+        source = storage.join(uri, file)
+        if not storage.is_remote(uri) and not _is_plain_file(Path(source)):
+            raise ModelError(f"{source} is missing, a symbolic link or no regular file; publish it again")
+        try:
+            storage.download_file(source, directory / file)
+        except storage.MissingFile:
+            raise ModelError(f"{source} is missing; publish it again") from None
+        if _sha256(directory / file) != sum_:
+            (directory / file).unlink(missing_ok=True)
+            raise ModelError(f"{source} is damaged: its sha256 is not its manifest's; publish it again")
     return directory
+
+
+def _is_plain_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def _sha256(path: Path) -> str | None:

@@ -6,11 +6,17 @@ Reads two small files; knows nothing of training, and what is not there is left 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftray import storage
+from pydantic import ValidationError
+
+from ftray import bounded_json, storage
 from ftray.errors import CheckpointError
+from ftray.serve.entries import LINEAGE, Reference, first_error
+
+MAX_REFERENCE_BYTES = 64 << 10
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +29,25 @@ def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
             manifest = storage.read_manifest(uri)
         except CheckpointError:  # told where it is loaded
             continue
-        if manifest is not None and manifest["meta"].get("lineage"):
-            found[name] = str(manifest["meta"]["lineage"])
+        meta = {} if manifest is None else manifest.get("meta")
+        lineage = meta.get("lineage") if isinstance(meta, dict) else None
+        if isinstance(lineage, str) and re.fullmatch(LINEAGE, lineage):
+            found[name] = lineage
     return found
 
 
 def reference_of(run_dir: str) -> dict[str, Any]:
     """Figures of what a run was trained on, for drift; none where it kept none, or where they are damaged."""
     uri = storage.join(run_dir, "data", "reference.json")  # data/reference.py writes it
-    try:
-        return _checked(storage.find_object(uri) or {})
-    except (storage.DamagedFile, ValueError) as err:
-        logger.warning("%s is damaged, so that no drift is told: %s", uri, err)
+    if not storage.exists(uri):
         return {}
-
-
-def _checked(tree: dict[str, Any]) -> dict[str, Any]:
-    lengths, scripts = tree.get("prompt_tokens", []), tree.get("scripts", {})
-    if not isinstance(lengths, list) or not all(isinstance(n, int | float) for n in lengths):
-        raise ValueError("prompt_tokens is no list of numbers")
-    if not isinstance(scripts, dict) or not all(isinstance(n, int | float) for n in scripts.values()):
-        raise ValueError("scripts maps no names to numbers")
-    return tree
+    try:
+        tree = bounded_json.parse(storage.read_range(uri, 0, MAX_REFERENCE_BYTES + 1), max_bytes=MAX_REFERENCE_BYTES)
+        Reference.model_validate(tree)
+    except ValidationError as err:
+        logger.warning("%s is damaged, so drift is not reported: it %s", uri, first_error(err))
+    except ValueError as err:
+        logger.warning("%s is damaged, so drift is not reported: %s", uri, err)
+    else:
+        return dict(tree)
+    return {}

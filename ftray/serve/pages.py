@@ -75,7 +75,7 @@ def openapi() -> dict[str, Any]:
                 },
                 "responses": {
                     created: {"description": "done", "content": kinds},
-                    **_errors(400, 401, 404, 408, 413, 429, 503),
+                    **_errors(400, 401, 403, 404, 408, 413, 429, 431, 503),
                 },
             }
         }
@@ -83,7 +83,7 @@ def openapi() -> dict[str, Any]:
     paths["/v1/models"] = {"get": _get("Models that may be asked for", models)}
     one = {"application/json": {"schema": {"$ref": "#/components/schemas/ModelCard"}}}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    paths["/v1/models/{model}"] = {"get": {**_get("One of them", one, 404), "parameters": [name]}}
+    paths["/v1/models/{model}"] = {"get": {**_get("One of them", one, 404, 503), "parameters": [name]}}
     whole = {"application/json": {"schema": {"type": "object"}}}
     paths["/health"] = {"get": {**_get("Whether requests can be answered", whole, 503), "security": []}}
     paths["/metrics"] = {"get": _get("Figures for Prometheus", {"text/plain": {"schema": {"type": "string"}}})}

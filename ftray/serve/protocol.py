@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from ftray import bounded_json
 from ftray.engine.protocol import MAX_LOGPROBS
 
 MAX_BODY_BYTES = 1 << 20
+MAX_DEPTH = 64
 MAX_MESSAGES = 256
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
@@ -272,8 +274,11 @@ class ChatRequest(_Request):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class CompletionRequest(_Request):
-    prompt: str | list[int] | list[str]
+    prompt: str | list[_TokenId] | list[str]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
@@ -299,14 +304,15 @@ class CompletionRequest(_Request):
 
 
 class FeedbackRequest(_Strict):
-    """What a user thought of an answer. messages: the conversation, the answer last. correction: a better answer."""
+    """What a user thought of an answer. messages: the conversation, the answer last. correction: a better answer. id: the
+    answer's, as its response told; it must be an answer to the same API key."""
 
     rating: Literal["up", "down"]
     messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=MAX_MESSAGES)]
     comment: Annotated[str, StringConstraints(max_length=4096)] | None = None
     correction: Annotated[str, StringConstraints(min_length=1, max_length=65536)] | None = None
     model: _Name | None = None
-    id: _Name | None = None
+    id: _Name
 
     @model_validator(mode="after")
     def _answer_last(self) -> FeedbackRequest:
@@ -324,8 +330,8 @@ M = TypeVar("M", bound=BaseModel)
 def read_object(body: bytes) -> dict[str, Any]:
     """A body as a JSON object. Raises RequestError (400)."""
     try:
-        raw = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as err:  # ValueError: syntax, encoding, a number of too many digits
+        raw = bounded_json.parse(body, max_bytes=MAX_BODY_BYTES, max_depth=MAX_DEPTH)
+    except ValueError as err:
         raise RequestError(400, f"the body is not valid JSON: {str(err)[:200]}") from None
     if not isinstance(raw, dict):
         raise RequestError(400, "the body must be a JSON object")
@@ -353,16 +359,14 @@ def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
     asked = request.num_tokens_asked
     if asked is not None and asked > max_tokens:
         field = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
-        raise RequestError(400, f"{field} ({asked}) exceeds the endpoint's limit of {max_tokens}", param=field)
+        raise RequestError(
+            400, f"{field} ({str(asked)[:40]}) exceeds the endpoint's limit of {max_tokens}", param=field
+        )
     return request
 
 
 def _same(a: object, b: object) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)  # for Python 1 == True and 0 == False
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _explain(err: ValidationError) -> RequestError:
@@ -397,4 +401,6 @@ _FIELDS = frozenset(
 
 
 def encode_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """JSON in UTF-8. Half a surrogate pair, of a token or of a client's own words, stays the escape that it came as."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")

@@ -7,32 +7,45 @@ writes it. A name of the registry is what was published under it; what a client 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
+import stat
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ftray import storage
-from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_settings
-from ftray.errors import CheckpointError, ConfigError, ModelError
+from ftray.engine.adapter import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    adapter_shapes,
+    check_adapter,
+    read_settings,
+)
+from ftray.engine.safetensors_header import TensorInfo, header_length, read_header
+from ftray.errors import ConfigError, ModelError, StorageError
+from ftray.serve.entries import Published, Rejected, content_of, read_entry
+from ftray.serve.signing import Signer
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-_VERSION = re.compile(r"(\d{4,})-[0-9a-f]{12}")
-_MAX_HEADER_BYTES = 64 << 20
+MAX_NAMES = 10_000  # adapters of one base
+MAX_VERSIONS_TRIED = 100  # of one adapter, from the newest, until one can be served
+UNREADABLE_S = 30.0  # between two tries of an entry that the store doesn't hand out
+_MAX_NUMBER = 999_999_999
+_VERSION = re.compile(r"(\d{4,9})-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
-class Published:
-    """One version of an adapter. meta: base, revision, run, step, rank, published_at."""
+class Scan:
+    """What one look at the registry found. adapters: the version of each that is served, by name. rejected: by URI."""
 
-    name: str
-    version: str
-    uri: str
-    meta: dict[str, Any]
+    adapters: Mapping[str, Published] = field(default_factory=dict)
+    rejected: Mapping[str, Rejected] = field(default_factory=dict)
 
 
 def base_name(base: str) -> str:
@@ -57,97 +70,258 @@ def check_name(name: str) -> str:
     return name
 
 
-def list_published(registry: str, known: Mapping[str, Published] | None = None) -> dict[str, Published]:
-    """The newest committed version of each adapter, by name.
+def list_published(registry: str, trusted: Collection[str] = ()) -> dict[str, Published]:
+    """The newest version of each adapter that can be served, by name. Raises StorageError."""
+    return dict(scan(registry, trusted=trusted).adapters)
 
-    known: what an earlier call returned; what is immutable is not read again. Damaged manifests and foreign files are
-    passed over. Raises StorageError.
+
+def scan(
+    registry: str,
+    known: Scan | None = None,
+    *,
+    trusted: Collection[str] = (),
+    max_adapter_bytes: int | None = None,
+) -> Scan:
+    """Looks at every entry of a registry.
+
+    Args:
+        registry: URI of the registry.
+        known: What an earlier look found; versions are immutable, so what it read is not read again.
+        trusted: Public keys, one of which must have signed an entry; none: signatures are not looked at.
+        max_adapter_bytes: Largest weights file of an entry; None: any.
+
+    Returns:
+        The newest version of each adapter that can be served, and the newer ones that can't.
+
+    Raises:
+        StorageError: The registry itself can't be listed.
     """
-    versions: dict[str, list[tuple[int, str]]] = {}
-    for file in storage.list_files(registry, suffix=f"/{storage.MANIFEST}"):
-        parts = file.path.split("/")
-        if len(parts) == 3 and NAME.fullmatch(parts[0]) and (found := _VERSION.fullmatch(parts[1])):
-            versions.setdefault(parts[0], []).append((int(found[1]), parts[1]))
+    known = known or Scan()
+    versions, rejected = _versions(registry)
     adapters: dict[str, Published] = {}
-    for name, found_versions in sorted(versions.items()):
-        for _, version in sorted(found_versions, reverse=True):
+    for name, found in sorted(versions.items())[:MAX_NAMES]:
+        before = known.adapters.get(name)
+        for version, manifest in sorted(found, key=_age, reverse=True)[:MAX_VERSIONS_TRIED]:
             uri = storage.join(registry, name, version)
-            if known and name in known and known[name].uri == uri:
-                adapters[name] = known[name]
-            elif (meta := _meta(uri)) is not None:
-                adapters[name] = Published(name, version, uri, meta)
-            if name in adapters:
+            if before is not None and before.uri == uri:
+                adapters[name] = before
                 break
-    return adapters
+            one: Published | Rejected
+            bad = known.rejected.get(uri)
+            if (
+                bad is not None
+                and bad.etag == manifest.etag
+                and not (bad.is_transient and time.monotonic() >= bad.retry_s)
+            ):
+                one = bad
+            else:
+                one = _read_one(name, version, manifest, uri, trusted, max_adapter_bytes)
+            if isinstance(one, Published):
+                adapters[name] = one
+                break
+            rejected[uri] = one
+    if len(versions) > MAX_NAMES:
+        reason = f"the registry holds {len(versions)} adapters, and the first {MAX_NAMES} by name are served"
+        rejected[registry] = Rejected("", "", registry, "limit", reason)
+    return Scan(adapters, rejected)
 
 
-def _meta(uri: str) -> dict[str, Any] | None:
+def _read_one(
+    name: str,
+    version: str,
+    manifest: storage.FileInfo,
+    uri: str,
+    trusted: Collection[str],
+    max_adapter_bytes: int | None,
+) -> Published | Rejected:
+    """As `read_entry`; an entry that the store doesn't hand out is passed over too, for a while: the others are served."""
     try:
-        manifest = storage.read_manifest(uri)
-    except CheckpointError:
-        return None
-    return None if manifest is None else dict(manifest["meta"])
+        with storage.brief(5.0):
+            return read_entry(name, version, manifest, uri, trusted, max_adapter_bytes)
+    except StorageError as err:
+        retry_s = time.monotonic() + UNREADABLE_S
+        return Rejected(name, version, uri, "unreadable", f"it can't be read now: {err}", manifest.etag, retry_s)
 
 
-def publish(registry: str, name: str, source: str, base_weights: str, meta: dict[str, Any]) -> tuple[Published, bool]:
-    """Commits the adapter at `source` as the newest version of `name`; False if it is that version already.
+def _age(found: tuple[str, storage.FileInfo]) -> tuple[int, str]:
+    return int(found[0].split("-")[0]), found[0]
 
-    source: committed directory with adapter_config.json and adapter_model.safetensors. base_weights: directory whose
-    safetensors have the base's names and shapes. meta: base, revision, run, step. Raises ConfigError (the name),
-    ModelError (not an adapter, damaged, or not this base's), StorageError.
+
+def _versions(registry: str) -> tuple[dict[str, list[tuple[str, storage.FileInfo]]], dict[str, Rejected]]:
+    """Versions with a manifest, by name; symbolic links in their place are rejected, foreign files passed over."""
+    rejected: dict[str, Rejected] = {}
+    found: Iterable[storage.FileInfo]
+    if storage.is_remote(registry):
+        found = storage.list_files(registry, suffix=f"/{storage.MANIFEST}")
+    else:
+        found = _walk(registry, rejected)
+    versions: dict[str, list[tuple[str, storage.FileInfo]]] = {}
+    for file in found:
+        parts = file.path.split("/")
+        if len(parts) == 3 and NAME.fullmatch(parts[0]) and _VERSION.fullmatch(parts[1]):
+            versions.setdefault(parts[0], []).append((parts[1], file))
+    return versions, rejected
+
+
+def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.FileInfo]:
+    """`*/*/manifest.json`, and nothing behind a link: it could lead anywhere, also to a tree without end or to a pipe."""
+    for name in _entries(Path(registry)):
+        for version in _entries(Path(name.path), name):
+            links = [entry for entry in (name, version) if entry.is_symlink()]
+            path = Path(version.path, storage.MANIFEST)
+            try:
+                status = path.lstat()
+            except OSError:
+                continue
+            uri = version.path
+            if links or not stat.S_ISREG(status.st_mode):
+                reason = f"{links[0].path if links else path} is a symbolic link or no regular file"
+                rejected[uri] = Rejected(name.name, version.name, uri, "link", reason)
+                continue
+            etag = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            relative = f"{name.name}/{version.name}/{storage.MANIFEST}"
+            yield storage.FileInfo(str(path), relative, status.st_size, etag)
+
+
+def _entries(directory: Path, found: os.DirEntry[str] | None = None) -> list[os.DirEntry[str]]:
+    """What a directory holds; nothing for what is none. The registry itself may be behind a link, an adapter shows its."""
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as err:
+        if found is not None:  # one adapter's directory is closed to us: the others are served
+            return []
+        raise StorageError(f"{directory} can't be read: {err.strerror}; check its owner and mode") from err
+
+
+def publish(
+    registry: str,
+    name: str,
+    source: str,
+    base_weights: str,
+    meta: dict[str, Any],
+    *,
+    owner: str | None = None,
+    signer: Signer | None = None,
+    take_over: bool = False,
+) -> tuple[Published, bool]:
+    """Commits the adapter at `source` as the newest version of `name`.
+
+    Args:
+        registry: URI of the registry.
+        name: What clients call the adapter.
+        source: Committed directory with adapter_config.json and adapter_model.safetensors.
+        base_weights: Directory whose safetensors have the base's names and shapes.
+        meta: base, revision, run, step; lineage and reference where they are known.
+        owner: Who publishes; kept in the entry.
+        signer: Signs the entry.
+        take_over: Publish also where the name belongs to somebody else.
+
+    Returns:
+        The entry, and whether it is new: False if the newest version holds the same files.
+
+    Raises:
+        ConfigError: The name is impossible, or another owner's.
+        ModelError: The source is not an adapter, damaged, or of another base.
+        StorageError: The registry can't be read or written.
     """
     manifest = storage.read_manifest(source) or {"files": {}}
     check_name(name)
-    settings = read_settings(storage.read_bytes(storage.join(source, CONFIG_FILE)), source)
-    shapes = tensor_shapes(storage.join(source, WEIGHTS_FILE))
+    settings = read_settings(storage.read_range(storage.join(source, CONFIG_FILE), 0, MAX_CONFIG_BYTES + 1), source)
+    shapes = adapter_shapes(_tensors(storage.join(source, WEIGHTS_FILE)), source)
     check_adapter(settings, shapes, _directory_shapes(base_weights), source)
+    newest = list_published(registry).get(name)
+    if newest is not None and not take_over:
+        _check_owner(name, newest, owner, signer)
     with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
-        digest = hashlib.sha256()
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            storage.download_file(storage.join(source, file), Path(scratch, file))
-            with Path(scratch, file).open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256")
-            if found.hexdigest() != manifest["files"].get(file, {}).get("sha256"):
-                raise ModelError(f"{storage.join(source, file)} is damaged; write it again with `ftray export`")
-            digest.update(found.digest())
-        newest = list_published(registry).get(name)
-        number = 1 if newest is None else int(newest.version.split("-")[0]) + 1
-        if newest is not None and newest.version.endswith(digest.hexdigest()[:12]):
+        sums = _copy_verified(source, manifest, scratch)
+        content = content_of(sums)
+        number = 1 + max((int(version.split("-")[0]) for version, _ in _versions(registry)[0].get(name, [])), default=0)
+        if number > _MAX_NUMBER:
+            raise ConfigError(
+                f"{name} has a version {number - 1}, the last possible one; remove {name}, or choose another --name"
+            )
+        is_signed = newest is not None and newest.meta.get("signature", {}).get("key") == (
+            None if signer is None else signer.public_key
+        )
+        if newest is not None and newest.version.endswith(content) and (signer is None or is_signed):
             return newest, False
         # Its contents are in its name: two who publish at once write two versions, or the same bytes.
-        version = f"{number:04d}-{digest.hexdigest()[:12]}"
+        version = f"{number:04d}-{content}"
         uri = storage.join(registry, name, version)
         whole = {**meta, "rank": settings.rank, "published_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        whole |= {} if owner is None else {"owner": owner}
+        if signer is not None:
+            files = {f: {"size": Path(scratch, f).stat().st_size, "sha256": sum_} for f, sum_ in sums.items()}
+            whole["signature"] = signer.sign(name, version, files, whole)
         created = storage.commit_directory(scratch, uri, whole)
-    return Published(name, version, uri, whole), created
+    return Published(name, version, uri, whole, sums), created
 
 
-def remove(registry: str, name: str) -> int:
-    """Takes an adapter away, all of its versions; returns how many. Raises ConfigError when there is none."""
+def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> dict[str, str]:
+    """Copies an adapter's files and returns their sha256. Raises ModelError for one that its manifest doesn't know."""
+    sums = {}
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        storage.download_file(storage.join(source, file), Path(scratch, file))
+        with Path(scratch, file).open("rb") as opened:
+            sums[file] = hashlib.file_digest(opened, "sha256").hexdigest()
+        if sums[file] != manifest["files"].get(file, {}).get("sha256"):
+            raise ModelError(f"{storage.join(source, file)} is damaged; write it again with `ftray export`")
+    return sums
+
+
+def _check_owner(name: str, newest: Published, owner: str | None, signer: Signer | None) -> None:
+    """Raises ConfigError where a name belongs to somebody else. An entry without owner and signature is anybody's."""
+    theirs, key = newest.meta.get("owner"), newest.meta.get("signature", {}).get("key")
+    if key is not None and (signer is None or signer.public_key != key):
+        raise ConfigError(
+            f"{name} is published and signed with the key {key}; sign with that key (--sign), choose another --name, or "
+            "take the name over with --take-over"
+        )
+    if theirs is not None and theirs != owner:
+        raise ConfigError(
+            f"{name} is published by {theirs!r}, and you are {owner!r}; choose another --name, give --owner if that is "
+            "you, or take the name over with --take-over"
+        )
+
+
+def remove(
+    registry: str, name: str, *, owner: str | None = None, signer: Signer | None = None, take_over: bool = False
+) -> int:
+    """Takes an adapter away, all of its versions.
+
+    Returns:
+        How many versions there were.
+
+    Raises:
+        ConfigError: There is none of that name, or it is another owner's and `take_over` is False.
+    """
     check_name(name)
     place = storage.join(registry, name)
-    manifests = storage.list_files(place, suffix=storage.MANIFEST)
-    if not manifests:
+    found, rejected = _versions(registry)
+    number = len(found.get(name, [])) + sum(one.name == name for one in rejected.values())
+    if not number:
         there = ", ".join(list_published(registry)) or "none"
         raise ConfigError(f"no adapter {name} is published under {registry}; there are: {there}")
+    if not storage.is_remote(place) and Path(place).is_symlink():
+        raise ConfigError(f"{place} is a symbolic link, and what it leads to is not ours to delete; remove the link")
+    newest = list_published(registry).get(name)
+    if newest is not None and not take_over:
+        _check_owner(name, newest, owner, signer)
     storage.delete_tree(place)
-    return len(manifests)
+    return number
 
 
-def tensor_shapes(uri: str) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file's tensors, from its header. Raises ModelError for another kind of file."""
-    try:
-        length = int.from_bytes(storage.read_range(uri, 0, 8), "little")
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(length)
-        header = json.loads(storage.read_range(uri, 8, 8 + length))
-        return {str(name): list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{uri} is no safetensors file; write it again with `ftray export`") from None
+def _tensors(uri: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header. Raises ModelError for another kind of file, StorageError."""
+    length = header_length(storage.read_range(uri, 0, 8), uri)
+    return read_header(storage.read_range(uri, 8, 8 + length), storage.size_and_etag(uri)[0] - 8 - length, uri)
 
 
 def _directory_shapes(uri: str) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for info in storage.list_files(uri, suffix=".safetensors"):
-        shapes |= tensor_shapes(info.uri)
+        shapes |= {name: tensor.shape for name, tensor in _tensors(info.uri).items()}
     return shapes

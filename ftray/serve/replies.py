@@ -6,7 +6,6 @@ Knows nothing of Ray, torch, transformers, web frameworks or engines.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from ftray.engine.protocol import FinishReason, TokenLogprob
+from ftray.serve.keys import answer_id
 from ftray.serve.protocol import encode_json
 
 DONE = b"data: [DONE]\n\n"
@@ -60,8 +60,8 @@ class Reply:
     spell: Callable[[int], str]
 
     @classmethod
-    def begin(cls, *, chat: bool, model: str, spell: Callable[[int], str]) -> Reply:
-        return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time()), spell)
+    def begin(cls, *, chat: bool, model: str, spell: Callable[[int], str], caller: str = "") -> Reply:
+        return cls(chat, model, answer_id("chatcmpl" if chat else "cmpl", caller), int(time.time()), spell)
 
     def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """Body of a plain response; choices as `choice` makes them."""

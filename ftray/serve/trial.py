@@ -46,7 +46,9 @@ def try_endpoint(run: config.Run, run_dir: str, model_dir: str, step: int, quest
     )
     kept = {"step": step, "question": question, "answer": answer, "usage": reply["usage"]}
     storage.write_bytes(
-        storage.join(run_dir, "evaluate", "endpoint.json"), json.dumps(kept, ensure_ascii=False).encode()
+        storage.join(run_dir, "evaluate", "endpoint.json"),
+        json.dumps(kept, ensure_ascii=False).encode(),
+        private=True,
     )
     return answer
 

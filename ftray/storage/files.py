@@ -123,18 +123,31 @@ def _list_s3(root: str, start: str = "") -> list[FileInfo]:
     return sorted(infos, key=lambda info: info.path)
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Writes or replaces a file; a reader sees the old content or the new, never a part. Raises StorageError."""
+def write_bytes(uri: str, data: bytes, *, private: bool = False) -> None:
+    """Writes or replaces a file; a reader sees the old content or the new, never a part.
+
+    Args:
+        uri: Where.
+        data: What.
+        private: Only the owner may read it: mode 0600 on a disk, and 0700 for directories made on the way. In a bucket its
+            policy decides.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     if is_remote(uri):
         s3.request("put_object", uri, Body=data)
         return
-    with local.guarded(uri, "written") as path, local.staged(path) as staged:
+    with local.guarded(uri, "written") as path, local.staged(path, private=private) as staged:
         staged.write_bytes(data)
         local.replace(staged, path)
 
 
-def create_bytes(uri: str, data: bytes) -> bool:
-    """Writes a file only if there is none: of any number of writers one gets True. Raises StorageError."""
+def create_bytes(uri: str, data: bytes, *, private: bool = False) -> bool:
+    """Writes a file only if there is none: of any number of writers one gets True. private: as `write_bytes`.
+
+    Raises StorageError.
+    """
     if is_remote(uri):
         # A put whose answer was lost is sent again and finds its own object: the mark tells that from another's.
         mark = {"ftray-writer": uuid4().hex}
@@ -142,7 +155,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
             return True
         there = s3.request("head_object", uri, unless=s3.MISSING)
         return bool(there) and there.get("Metadata") == mark
-    with local.guarded(uri, "written") as path, local.staged(path) as staged:
+    with local.guarded(uri, "written") as path, local.staged(path, private=private) as staged:
         staged.write_bytes(data)
         local.sync(staged)
         try:

@@ -43,10 +43,19 @@ def guarded(uri: str, done: str) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` to fill and move; its directory is made, and what was not moved is removed."""
+def staged(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A temporary neighbour of `path` to fill and move; its directory is made, and what was not moved is removed.
+
+    private: the neighbour is there already, empty and of mode 0600; directories that are made have mode 0700.
+    """
+    if private:
+        missing = [directory for directory in (path.parent, *path.parent.parents) if not directory.exists()]
+        for directory in reversed(missing):  # with `parents`, those between would have the usual mode
+            directory.mkdir(mode=0o700, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid4().hex}{_TEMP_SUFFIX}"
+    if private:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         yield temporary
     finally:

@@ -6,7 +6,9 @@ The serve room knows no runs and no training; what it needs of them is looked up
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     from ftray import storage
     from ftray.serve import registry
     from ftray.serve.origin import reference_of
+    from ftray.serve.signing import Signer
     from ftray.train.identity import finished_checkpoint
     from ftray.train.timeline import best_checkpoint, has_begun
 
@@ -35,8 +38,12 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     base = _base_of(run)
     place = registry.registry_of(run.storage, base.base)
     public = f"{registry.base_name(base.base)}:{name}"
+    if arguments.list:
+        _list_registry(place, registry.base_name(base.base), run.serve, console)
+        return 0
+    owner, signer = _owner(arguments.owner), Signer(arguments.sign) if arguments.sign else None
     if arguments.remove:
-        number = registry.remove(place, name)
+        number = registry.remove(place, name, owner=owner, signer=signer, take_over=arguments.take_over)
         console.say(f"{public} is no longer published ({number} version{'s' if number > 1 else ''} removed)")
         return 0
     if run.method.type not in ("lora", "qlora"):
@@ -61,14 +68,53 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
     meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
     meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
     meta |= {"reference": reference} if (reference := reference_of(run_dir)) else {}
-    found, is_new = registry.publish(place, name, model_dir, storage.join(model_dir, "merged"), meta)
+    found, is_new = registry.publish(
+        place,
+        name,
+        model_dir,
+        storage.join(model_dir, "merged"),
+        meta,
+        owner=owner,
+        signer=signer,
+        take_over=arguments.take_over,
+    )
     said = (
         f"published {public}, version {found.version}: {found.uri}"
         if is_new
         else f"{public} is published already: {found.uri}"
     )
+    if signer is not None:
+        said += f"\nsigned; endpoints that ask for a signature trust it with serve.trusted_keys=[{signer.public_key}]"
     console.say(f"{said}\nendpoints that serve its base take it up within seconds: ftray serve {arguments.run}")
     return 0
+
+
+def _owner(typed: str | None) -> str:
+    """Who publishes: as typed, or as the environment tells. Raises ConfigError for a name that can't be kept."""
+    owner = typed or os.environ.get("FTRAY_OWNER")
+    if not owner:
+        try:
+            owner = getpass.getuser()
+        except (OSError, KeyError):  # a container's user may have no name
+            raise ConfigError("who publishes is not known; give --owner, or set FTRAY_OWNER") from None
+    if not owner.strip() or len(owner) > 256 or not owner.isprintable():
+        raise ConfigError(f"--owner {owner[:60]!r} can't be kept; give 1 to 256 printable characters")
+    return owner
+
+
+def _list_registry(place: str, base: str, serve_cfg: config.Serve, console: Console) -> None:
+    """Shows the version of each adapter that is served, and each that is not, with the reason."""
+    from ftray.serve.registry import scan
+
+    bytes_at_most = serve_cfg.max_adapter_mb * 1_000_000
+    found = scan(place, trusted=serve_cfg.trusted_keys, max_adapter_bytes=bytes_at_most)
+    for name, one in found.adapters.items():
+        signed = ", signed" if "signature" in one.meta else ""
+        console.say(f"{base}:{name}  version {one.version}, owner {one.meta.get('owner', 'unknown')}{signed}")
+    if not found.adapters:
+        console.say(f"nothing that can be served is published under {place}")
+    for rejected in found.rejected.values():
+        console.warn(str(rejected))
 
 
 def _check_gates(run_dir: str, step: int, target: str) -> None:
@@ -261,7 +307,7 @@ def _check_shares(serve_cfg: config.Serve, served: Served) -> None:
         return
     from ftray.serve.registry import list_published
 
-    published = list_published(served.registry) if served.registry else {}
+    published = list_published(served.registry, serve_cfg.trusted_keys) if served.registry else {}
     there = [served.model_id, *served.adapters, *(f"{served.model_id}:{name}" for name in published)]
     if missing := [model for model in serve_cfg.ab if model not in there]:
         raise ConfigError(f"serve.ab names {missing[0]}, which is not there; there are {', '.join(there)}")

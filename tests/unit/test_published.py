@@ -275,7 +275,7 @@ class life:  # noqa: N801 - a context manager
 def test_what_a_client_calls_a_model_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "polite")
     asked: list[str] = []
-    monkeypatch.setattr(catalog_module, "local_adapter", lambda uri: asked.append(uri) or Path(uri))
+    monkeypatch.setattr(catalog_module, "local_adapter", lambda uri, sums: asked.append(uri) or Path(uri))
     evil = [
         "small:../polite",
         "small:polite/../polite",

@@ -143,7 +143,7 @@ async def call(
         "type": "http",
         "method": method or ("GET" if body is None else "POST"),
         "path": path,
-        "raw_path": path.encode(),
+        "raw_path": path.encode("utf-8", "surrogateescape"),
         "root_path": "",
         "query_string": b"",
         "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],

@@ -80,7 +80,7 @@ class Answers:
                 "answers": {str(n): merged[n].model_dump(exclude_defaults=True) for n in sorted(merged)},
             }
             uri = storage.join(self._folder, f"{hash_of(rater).hex()}.json")
-            storage.write_bytes(uri, json.dumps(tree, ensure_ascii=False, indent=1).encode())
+            storage.write_bytes(uri, json.dumps(tree, ensure_ascii=False, indent=1).encode(), private=True)
             self.by_rater[rater] = merged
 
 

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
+from ftray.evaluate.human.agreement import alpha
 from ftray.evaluate.human.answers import Answer
 from ftray.evaluate.human.sheet import Key, Sheet
 from ftray.evaluate.intervals import Interval, bootstrap, wilson
@@ -102,22 +103,6 @@ def _matrix(
         row = [value for n in numbers for value in values(given.get(n, Answer()))]
         rows.append([np.nan if value is None else float(value) for value in row])
     return rows
-
-
-def alpha(matrix: Sequence[Sequence[float]]) -> float | None:
-    """Krippendorff's alpha for ordered values: 1 is full agreement, 0 what chance would give.
-
-    matrix: a row for each rater, nan for what was not said. None where it is not defined.
-    """
-    import krippendorff
-
-    if len(matrix) < 2:
-        return None
-    data = np.asarray(matrix, np.float64)
-    data = data[:, (~np.isnan(data)).sum(0) > 1]  # what one rater alone said can't be paired
-    if len(np.unique(data[~np.isnan(data)])) < 2:
-        return None
-    return float(krippendorff.alpha(reliability_data=data, level_of_measurement="ordinal"))
 
 
 def verdict(results: Results) -> str:

@@ -112,9 +112,11 @@ def open_sheet(run_dir: str, human: config.Human) -> tuple[Sheet, Key]:
             f"{directory} holds ratings of another sheet: the answers, or evaluate.human, have changed since; "
             "see its results with --results, then move or delete that directory"
         )
-    storage.write_bytes(storage.join(directory, "key.json"), json.dumps(asdict(key), indent=1).encode())
+    storage.write_bytes(storage.join(directory, "key.json"), json.dumps(asdict(key), indent=1).encode(), private=True)
     text = json.dumps(asdict(made), ensure_ascii=False, indent=1)
-    storage.write_bytes(storage.join(directory, "sheet.json"), text.encode())  # last: with it, the sheet is there
+    storage.write_bytes(
+        storage.join(directory, "sheet.json"), text.encode(), private=True
+    )  # last: with it, the sheet is there
     return made, key
 
 

@@ -56,7 +56,7 @@ def _known_sheet(run_dir: str) -> tuple[Sheet, Key]:
 
 def _write_csv(sheet: Sheet, uri: str, console: Console) -> None:
     data = to_csv(sheet)
-    if not storage.create_bytes(uri, data) and storage.read_bytes(uri) != data:
+    if not storage.create_bytes(uri, data, private=True) and storage.read_bytes(uri) != data:
         raise ConfigError(f"{uri} is there already, and may hold answers; give another name")
     console.say(
         f"wrote {len(sheet.samples)} samples to {uri}: fill in rater, preferred (A, B or same) and scores (1 to 5), "
