@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
-        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=sys.stderr)
+        print(shown if as_json else f"{before}ftray: {printable(redacted(text))}", file=sys.stderr)
 
     in_main = threading.current_thread() is threading.main_thread()
     kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if kept is not None:
             signal.signal(signal.SIGTERM, kept)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: names and values in it may be a stranger's, and move the cursor."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _nobody_reads() -> bool:
