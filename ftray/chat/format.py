@@ -72,7 +72,7 @@ class ChatFormat:
         self._special_starts = sorted({token[0] for token in self._specials})
         self._encode_batch = encode_batch or self._encode_one_by_one
         names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self._cutter = Cutter(_template_of(tokenizer), names)
+        self._cutter = Cutter(template_of(tokenizer), names)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._inserts_prefix = self._finds_prefix()
         self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
@@ -373,7 +373,7 @@ class ChatFormat:
         return tuple(dict.fromkeys([*ends[-1:], *([eos] if eos is not None else [])]))
 
 
-def _template_of(tokenizer: Any) -> str:
+def template_of(tokenizer: Any) -> str:
     """The template's text; of several under names, the default one. Raises ModelError."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
