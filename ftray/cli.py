@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
         stream = outlive_terminal(sys.stderr)
-        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=stream, flush=True)
+        print(shown if as_json else f"{before}ftray: {printable(redacted(text))}", file=stream, flush=True)
 
     def work() -> int:
         return _run(arguments, console, fail)
@@ -99,6 +99,11 @@ def _starts_ray(arguments: argparse.Namespace) -> bool:
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return False
     return arguments.verb in STARTS_RAY or (arguments.verb is looking.plan and arguments.probe)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: names and values in it may be a stranger's, and move the cursor."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _nobody_reads() -> bool:

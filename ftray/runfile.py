@@ -15,9 +15,22 @@ from pydantic import BaseModel, ValidationError
 
 from ftray.errors import ConfigError
 
+MAX_YAML_CHARS = 1 << 18  # a run file has a few thousand
+MAX_YAML_SIZE = (
+    100_000  # values of a file with its aliases written out; CHARS_PER_VALUE characters of text count as one
+)
+CHARS_PER_VALUE = 16
+MAX_NUMBER_CHARS = 100
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML parsers otherwise settle silently."""
+    """SafeLoader that refuses what is settled silently (a key given twice) or without bounds (aliases of aliases)."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _check_expanded(node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -28,32 +41,85 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_NUMBER_CHARS:
+            problem = f"a number of {len(node.value)} digits is more than any key takes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _check_expanded(root: yaml.Node) -> None:
+    """Refuses a document that is too large once its aliases are written out, or that holds itself.
+
+    Whoever walks the values walks an aliased one as often as it is named, so nine levels of nine aliases are a billion.
+    The nodes themselves are few: each is counted once, after those below it.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+    waiting: list[tuple[yaml.Node, bool]] = [(root, False)]
+    while waiting:
+        node, children_done = waiting.pop()
+        if id(node) in sizes:
+            continue
+        children = _children(node)
+        if not children_done:
+            if id(node) in open_nodes:
+                raise yaml.MarkedYAMLError(problem="an alias names what it is part of", problem_mark=node.start_mark)
+            open_nodes.add(id(node))
+            waiting.append((node, True))
+            waiting += [(child, False) for child in children if id(child) not in sizes]
+            continue
+        own = 1 + (len(node.value) // CHARS_PER_VALUE if isinstance(node, yaml.ScalarNode) else 0)
+        sizes[id(node)] = own + sum(sizes[id(child)] for child in children)
+        open_nodes.discard(id(node))
+        if sizes[id(node)] > MAX_YAML_SIZE:
+            problem = f"with its aliases written out this holds more than {MAX_YAML_SIZE} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping. Raises ConfigError naming file, line and remedy."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARS + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a run file such as jobs/quickstart.yaml") from None
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{path} can't be read ({err}); give the path of a YAML text file") from None
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys; a run file is a mapping with at least name, model and data")
     return tree
 
 
-def _parse(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str) -> Any:
+    """Plain values of a YAML text, which may be a stranger's. origin: what it is, for messages. Raises ConfigError."""
+    if len(text) > MAX_YAML_CHARS:
+        raise ConfigError(f"{origin} has more than {MAX_YAML_CHARS} characters; give the path of a run file")
     try:
         return yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         place = f"{origin}, line {mark.line + 1}, column {mark.column + 1}" if mark else origin
-        raise ConfigError(f"{place}: {err.problem}; correct the YAML there") from None
+        raise ConfigError(f"{place}: {_clip(err.problem)}; correct the YAML there") from None
     except yaml.YAMLError as err:
-        raise ConfigError(f"{origin} is not YAML: {' '.join(str(err).split())}; write it anew") from None
-    except (RecursionError, ValueError) as err:  # nested thousands deep; a date such as 2024-13-45
-        raise ConfigError(f"{origin} can't be read: {' '.join(str(err).split())}; correct the YAML there") from None
+        raise ConfigError(f"{origin} is not YAML: {_clip(err)}; write it anew") from None
+    except Exception as err:  # noqa: BLE001 - nested thousands deep, a date such as 2024-13-45, `!!bool x`: a KeyError
+        raise ConfigError(f"{origin} can't be read: {_clip(err)}; correct the YAML there") from None
+
+
+def _clip(problem: object) -> str:
+    text = " ".join(str(problem).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def apply_override(tree: dict[str, Any], text: str) -> None:
@@ -62,7 +128,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     parts = key.split(".")
     if not sign or not all(parts):
         raise ConfigError(f"'{text}' is not an override; write key.sub=value, for example train.max_steps=10")
-    put_value(tree, key, _parse(value, f"override {key}"))
+    put_value(tree, key, parse_yaml(value, f"override {key}"))
 
 
 def put_value(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -1,71 +1,110 @@
-"""Runs chat templates as transformers does, and never for long: a template is a program that came with a model.
+"""Runs chat templates as transformers does, within bounds: a template is a program that came with a model.
 
-The same dialect as transformers' (sandbox, `tojson`, `raise_exception`, loop controls, `{% generation %}`), with two
-differences. What a rendering does is counted (rounds of loops, calls, characters made), and above a budget it ends as
-an error: counted and not timed, so that a conversation is refused everywhere or nowhere. And `strftime_now` gives a
-fixed day, because a template that writes today's date would give other tokens tomorrow. Knows jinja; no tokenizer.
+The dialect is transformers' (Jinja2's immutable sandbox, `tojson`, `raise_exception`, loop controls,
+`{% generation %}`), with three differences. Only the filters, tests, functions and methods that public templates use
+are there; each has bounded operands. All work is counted, and above a budget the rendering is an error: counted and
+not timed, so that a conversation is refused everywhere or nowhere. And `strftime_now` gives a fixed day, because a
+template that writes today's date would give other tokens tomorrow. `trial` adds a process with a deadline and a memory
+limit, in which a template is rendered first. Knows Jinja2; no tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, wraps
-from typing import Any
+from functools import lru_cache
+from types import GeneratorType
+from typing import Any, cast
 
-TODAY = datetime(2024, 7, 26, tzinfo=UTC)  # the day that Llama 3's templates take where they know none
-BUDGET = 1_000_000  # steps of one rendering, and for each character of the conversation CHARS_BUDGET more
+from ftray.template_budget import (
+    ITEMS_A_STEP,
+    MAX_CHARS,
+    SIZED,
+    Meter,
+    TemplateLimitError,
+    bounded,
+    check_format,
+    check_operands,
+    check_operator,
+    counted,
+    current,
+    sized,
+    spend,
+    weighed,
+)
+
+TODAY = datetime(2024, 7, 26, tzinfo=UTC)  # the default date of Llama 3's templates
+BUDGET = 1_000_000  # steps of one rendering; each character of the conversation adds CHARS_BUDGET
 CHARS_BUDGET = 2
-CHARS_A_STEP = 64
-MAX_CHARS = 1 << 26  # of any text on the way
-SIZED = (str, bytes, list, tuple, dict, range)
-WIDE = re.compile(r"\d{5,}|\*")
+MAX_SOURCE_CHARS = 1 << 18
 
 
-class TooMuch(Exception):
-    """A template that does more than rendering a conversation can need."""
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-@dataclass
-class _Meter:
-    """One rendering: what it may still do, and the places of its generation marks."""
-
-    left: int
-    marks: list[tuple[int, int]] = field(default_factory=list)
-    written: list[str] = field(default_factory=list)
-
-    def take(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise TooMuch("the chat template does too much work for this conversation; it may not end")
-
-
-_meter: ContextVar[_Meter] = ContextVar("meter")
+FILTERS = _words(
+    "abs capitalize count d default dictsort e escape first float format indent int items join last length list lower map "
+    "max min reject rejectattr replace reverse safe select selectattr sort string title tojson trim unique upper"
+)
+TESTS = _words(
+    "!= < <= == > >= boolean callable defined divisibleby eq equalto even false float ge greaterthan gt in integer "
+    "iterable le lessthan lower lt mapping ne none number odd sameas sequence string true undefined upper"
+)
+GLOBALS = _words("dict namespace range")
+METHODS = {
+    str: _words(
+        "capitalize count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
+        "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip "
+        "split splitlines startswith strip swapcase title upper"
+    ),
+    dict: _words("get items keys values"),
+    list: _words("count index"),
+    tuple: _words("count index"),
+}
+LOOP_FIELDS = _words("changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. marks: where it lies in `{% generation %}` blocks: (start, end) in characters."""
+    """A conversation as text. marks: (start, end) in characters of the `{% generation %}` blocks."""
 
     text: str
     marks: list[tuple[int, int]]
 
 
 class Template:
-    """A compiled chat template. Raises what jinja raises for one that isn't well-formed."""
+    """A compiled chat template.
+
+    Raises:
+        jinja2.TemplateError: It is not well-formed, or uses a filter or test that is not there.
+        TemplateLimitError: It is too long.
+    """
 
     def __init__(self, source: str) -> None:
+        if len(source) > MAX_SOURCE_CHARS:
+            raise TemplateLimitError(f"the chat template is longer than {MAX_SOURCE_CHARS} characters")
         self._template = _environment().from_string(source)
         self.has_marks = re.search(r"{%-?\s*generation\s*-?%}", source) is not None
 
-    def render(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool, **names: Any) -> Rendered:
-        """Renders a conversation. names: special tokens by their names. Raises jinja's errors, TooMuch, RecursionError."""
-        meter = _Meter(BUDGET + CHARS_BUDGET * sum(len(turn["content"]) for turn in turns))
-        token = _meter.set(meter)
+    def render(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool, **names: Any) -> Rendered:
+        """Renders a conversation.
+
+        Args:
+            turns: The messages.
+            add_generation_prompt: Whether the text ends where the next answer begins.
+            names: Special tokens by their names.
+
+        Raises:
+            jinja2.TemplateError: The template refuses the conversation or does what it may not.
+            TemplateLimitError: It takes more steps than the budget, or makes too long a text.
+            RecursionError: Its macros call each other too deeply.
+        """
+        meter = Meter(BUDGET + CHARS_BUDGET * sum(len(turn["content"]) for turn in turns))
+        token = current.set(meter)
         try:
             num_chars = 0
             for piece in self._template.generate(
@@ -73,10 +112,10 @@ class Template:
             ):
                 num_chars += len(piece)
                 if num_chars > MAX_CHARS:
-                    raise TooMuch("the chat template writes too much for this conversation; it may not end")
+                    raise TemplateLimitError("the chat template writes too much for this conversation; it may not end")
                 meter.written.append(piece)
         finally:
-            _meter.reset(token)
+            current.reset(token)
         return Rendered("".join(meter.written), meter.marks)
 
 
@@ -86,98 +125,19 @@ def compiled(source: str) -> Template:
     return Template(source)
 
 
-def _checked(value: object) -> int:
-    """Counts a value that was made, by its size; returns the size. Raises TooMuch."""
-    size = len(value) if isinstance(value, SIZED) else 0
-    if size > MAX_CHARS:
-        raise TooMuch("the chat template makes a text that is too long; it may not end")
-    _meter.get().take(1 + size // CHARS_A_STEP)
-    return size
-
-
-def _weighed(value: Any) -> Any:
-    """The value, after all that is in it was counted: lists of lists of lists may be small and their text without end."""
-    if isinstance(value, str):
-        _checked(value)
-        return value
-    waiting = [value] if isinstance(value, list | tuple | dict) else []
-    while waiting:
-        inside = waiting.pop()
-        for each in inside.items() if isinstance(inside, dict) else inside:
-            _checked(each)
-            if isinstance(each, list | tuple | dict):
-                waiting.append(each)
-    _checked(value)
-    return value
-
-
-def _rounds(values: Iterable[Any]) -> Any:
-    """What a loop goes over, counted round by round."""
-    return _Rounds(values) if isinstance(values, Sized) else _count_rounds(values)
-
-
-def _count_rounds(values: Iterable[Any]) -> Iterator[Any]:
-    meter = _meter.get()
-    for value in values:
-        meter.take(1)
-        yield value
-
-
-class _Rounds:
-    """A sized iterable that counts: `loop.length` and `loop.last` need the size."""
-
-    def __init__(self, values: Any) -> None:
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[Any]:
-        return _count_rounds(self._values)
-
-
-def _bounded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A filter whose numbers and results are bounded."""
-
-    @wraps(function)  # keeps jinja's marks: which filters want the context
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _check_arguments(name, args, kwargs)
-        for value in args:
-            _weighed(value)
-        result = function(*args, **kwargs)
-        _checked(result)
-        return result
-
-    return call
-
-
-def _check_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Refuses, before the work, what would make a giant of small things."""
-    given = [*args, *kwargs.values()]
-    if any(isinstance(a, int) and abs(a) > MAX_CHARS for a in given):
-        raise TooMuch(f"the chat template calls {name} with a number that is too large")
-    texts = [a for a in given if isinstance(a, str)]
-    if name == "format" and any(WIDE.search(t) for t in texts):
-        raise TooMuch("the chat template formats a text that is too wide")
-    if name in ("join", "replace") and len(given) > 1:
-        # at most: every place of the longest text filled with the longest of the others
-        sizes = sorted((len(a) if isinstance(a, SIZED) else 1 for a in given), reverse=True)
-        parts = sum(len(x) for a in given if isinstance(a, list | tuple) for x in a if isinstance(x, SIZED))
-        if (sizes[0] + 1) * sizes[1] + parts > MAX_CHARS:
-            raise TooMuch(f"the chat template makes a text by {name} that may be too long")
-
-
 @lru_cache(maxsize=1)
 def _environment() -> Any:
     from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
+    from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Marks(Extension):
-        """`{% generation %}`: what the assistant says."""
+        """`{% generation %}`: marks what the assistant says."""
 
-        tags = {"generation"}  # noqa: RUF012 - as jinja has it
+        tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -186,73 +146,110 @@ def _environment() -> Any:
 
         def _mark(self, caller: Callable[[], str]) -> str:
             text = str(caller())
-            meter = _meter.get()
+            meter = current.get()
             start = sum(map(len, meter.written))
             meter.marks.append((start, start + len(text)))
             return text
 
     class Counting(ImmutableSandboxedEnvironment):
-        """Transformers' sandbox, whose work is counted."""
+        """Transformers' sandbox with allow-lists, whose work is counted."""
 
-        intercepted_binops = frozenset(["+", "*", "**", "%"])
+        intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
-            for loop in list(tree.find_all(nodes.For)):
-                loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None, lineno=loop.lineno)
-            for concat in list(tree.find_all(nodes.Concat)):
-                concat.nodes = [nodes.Filter(n, "_part", [], [], None, None, lineno=n.lineno) for n in concat.nodes]
+            _add_counting(tree)
             return tree
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ARG002 - Jinja's interface
+            if isinstance(obj, LoopContext):
+                return attr in LOOP_FIELDS
+            if isinstance(obj, Namespace):
+                return not attr.startswith("_")
+            return any(isinstance(obj, kind) and attr in names for kind, names in METHODS.items())
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise SecurityError(f"templates may not use {attribute!r} of a {type(obj).__name__}")
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             name = getattr(function, "__name__", "")
-            owner = getattr(
-                getattr(function, "__wrapped__", function), "__self__", None
-            )  # the sandbox wraps str.format
-            _check_arguments(name, [*([owner] if isinstance(owner, str) else []), *args], kwargs)
-            result = super().call(context, function, *args, **kwargs)
-            _checked(result)
-            return result
+            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # str.format is wrapped
+            operands = [owner, *args] if isinstance(owner, SIZED) else list(args)
+            for value in (*operands, *kwargs.values()):
+                weighed(value)
+            check_operands(name, operands, kwargs)
+            args = tuple(counted(a) if isinstance(a, GeneratorType) else a for a in args)
+            return sized(super().call(context, function, *args, **kwargs))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+":
-                result = left + right
-                _checked(result)
-                return result
-            if operator == "*" and any(isinstance(side, SIZED) for side in (left, right)):
-                _check_product(left, right)
-            elif operator == "**" and (abs(left) > 1 << 16 or abs(right) > 64):
-                raise TooMuch("the chat template makes a number that is too large")
-            elif operator == "%" and isinstance(left, str) and WIDE.search(left):
-                raise TooMuch("the chat template formats a text that is too wide")
-            elif operator == "*" and max(abs(left), abs(right)) > 1 << 256:
-                raise TooMuch("the chat template makes a number that is too large")
-            result = super().call_binop(context, operator, left, right)
-            _checked(result)
-            return result
+            check_operator(operator, left, right)
+            return sized(super().call_binop(context, operator, left, right))
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
+
+    def strftime_now(format: str) -> str:
+        check_format(format)
+        return TODAY.strftime(format)
 
     def tojson(
         x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    found = Counting(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, loopcontrols])
-    found.filters["tojson"] = tojson
-    found.filters = {name: _bounded(function, name) for name, function in found.filters.items()}
-    found.filters["_rounds"] = _rounds
-    found.filters["_part"] = _weighed
-    found.finalize = _weighed
-    found.globals["raise_exception"] = raise_exception
-    found.globals["strftime_now"] = TODAY.strftime
-    return found
+    made = Counting(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, loopcontrols])
+    made.filters["tojson"] = tojson
+    made.filters = {name: bounded(function, name) for name, function in made.filters.items() if name in FILTERS}
+    made.filters |= {"_spend": spend, "_sized": sized, "_weighed": weighed}
+    made.tests = {
+        name: bounded(cast("Callable[..., Any]", function), name)
+        for name, function in made.tests.items()
+        if name in TESTS
+    }
+    made.globals = {name: value for name, value in made.globals.items() if name in GLOBALS}
+    made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    made.finalize = weighed
+    return made
 
 
-def _check_product(left: Any, right: Any) -> None:
-    size = 1
-    for side in (left, right):
-        size *= len(side) if isinstance(side, SIZED) else abs(side)
-    if size > MAX_CHARS:
-        raise TooMuch("the chat template makes a text that is too long; it may not end")
+def _add_counting(tree: Any) -> None:
+    """Makes a syntax tree count what Jinja compiles to plain Python: loops, macros, comparisons, `~` and slices."""
+    from jinja2 import nodes
+    from jinja2.visitor import NodeTransformer
+
+    def filtered(node: Any, name: str, *args: Any) -> Any:
+        return nodes.Filter(node, name, [nodes.Const(a) for a in args], [], None, None, lineno=node.lineno)
+
+    class Transformer(NodeTransformer):
+        def visit_For(self, node: Any) -> Any:  # noqa: N802
+            if node.test is not None:
+                node.test = filtered(node.test, "_spend")
+            return self.visit_Macro(node)
+
+        def visit_Macro(self, node: Any) -> Any:  # noqa: N802
+            size = sum(1 for _ in node.find_all(nodes.Node))
+            self.generic_visit(node)
+            nothing = nodes.Const(None, lineno=node.lineno)
+            spent = filtered(nothing, "_spend", 1 + size // ITEMS_A_STEP)
+            node.body.insert(0, nodes.ExprStmt(spent, lineno=node.lineno))
+            return node
+
+        visit_CallBlock = visit_Macro  # noqa: N815
+
+        def visit_Concat(self, node: Any) -> Any:  # noqa: N802
+            self.generic_visit(node)
+            node.nodes = [filtered(part, "_weighed") for part in node.nodes]
+            return node
+
+        def visit_Compare(self, node: Any) -> Any:  # noqa: N802
+            self.generic_visit(node)
+            node.expr = filtered(node.expr, "_weighed")
+            for operand in node.ops:
+                operand.expr = filtered(operand.expr, "_weighed")
+            return node
+
+        def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
+            self.generic_visit(node)
+            return filtered(node, "_sized") if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+
+    Transformer().visit(tree)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ftray.chat.messages import Message
+from ftray.chat.special_tokens import find_normalizer, forgeries, special_tokens
 from ftray.chat.turns import Cutter, Document
 from ftray.errors import DataError, ModelError
 
@@ -67,12 +68,15 @@ class ChatFormat:
                 "the tokenizer has no chat template; use an instruct model, or add a template to the tokenizer"
             )
         self._tokenizer = tokenizer
-        self._specials = _special_tokens(tokenizer)
+        self._specials = special_tokens(tokenizer)
         self._special_ids = frozenset(self._specials.values())
         self._special_starts = sorted({token[0] for token in self._specials})
+        self._normalize = find_normalizer(tokenizer)
+        self._keeps_ascii = self._normalize is None or self._normalize.keeps_ascii
+        self._forgeries = forgeries(tokenizer, self._specials, self._normalize)
         self._encode_batch = encode_batch or self._encode_one_by_one
         names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self._cutter = Cutter(_template_of(tokenizer), names)
+        self._cutter = Cutter(template_of(tokenizer), names)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._inserts_prefix = self._finds_prefix()
         self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
@@ -335,7 +339,7 @@ class ChatFormat:
 
     def _is_plain(self, text: str) -> bool:
         """Nothing in it that `_check_text` could refuse, seen at a glance."""
-        return text.isascii() and not any(start in text for start in self._special_starts)
+        return self._keeps_ascii and text.isascii() and not any(start in text for start in self._special_starts)
 
     def _check_writable(self, text: str, where: str) -> None:
         if self._unwritable is not None and (found := self._unwritable.search(text)):
@@ -359,6 +363,14 @@ class ChatFormat:
         for token in self._specials:
             if token in text:
                 raise DataError(f"{where} contains the special token {token}; remove it from the text")
+        if self._normalize is None:
+            return
+        normalized = self._normalize(text)
+        for written, token in self._forgeries.items():
+            if written in normalized:
+                raise DataError(
+                    f"{where} contains the special token {token} once the tokenizer has normalized it; remove it from the text"
+                )
 
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """End token of an assistant turn, read off a rendered probe, and the tokenizer's own end token."""
@@ -373,7 +385,7 @@ class ChatFormat:
         return tuple(dict.fromkeys([*ends[-1:], *([eos] if eos is not None else [])]))
 
 
-def _template_of(tokenizer: Any) -> str:
+def template_of(tokenizer: Any) -> str:
     """The template's text; of several under names, the default one. Raises ModelError."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
@@ -383,10 +395,3 @@ def _template_of(tokenizer: Any) -> str:
             )
         found = found["default"]
     return str(found)
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """All control tokens (text → id): named ones and added ones that the tokenizer marks special."""
-    added = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    named = {str(t): int(tokenizer.convert_tokens_to_ids(t)) for t in tokenizer.all_special_tokens}
-    return {token: i for token, i in {**added, **named}.items() if token}

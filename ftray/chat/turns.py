@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from ftray.chat.messages import Message
 from ftray.errors import DataError
-from ftray.sandbox import Rendered, TooMuch, compiled
+from ftray.sandbox import Rendered, compiled
 from ftray.template import only_copies
+from ftray.template_budget import TemplateLimitError
 
 MARK, BLANK = "\ue0f7", "\u2003"  # around the places of texts in a rendered shape; in no template that is used so
 PLACE = re.compile(f"({BLANK}?){MARK}(\\d+){MARK}({BLANK}?)")
@@ -50,7 +51,7 @@ class Cutter:
                 raise DataError(f"the chat template has no {role} role ({reason}); put its text into {where}")
         try:
             return self._run(messages, add_generation_prompt)
-        except TooMuch as err:
+        except TemplateLimitError as err:
             raise DataError(str(err)) from None
         except Exception as err:  # noqa: BLE001 - a template may raise anything: jinja's errors, or raise_exception()
             raise DataError(f"the chat template refuses the conversation: {_one_line(err)}") from None

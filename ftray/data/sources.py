@@ -7,23 +7,21 @@ doesn't split by bytes or is parquet).
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from ftray import storage
-from ftray.data import embedded, hub
+from ftray.data import embedded, expand, hub
+from ftray.data.parquet import ParquetShard, StoredFile
 from ftray.errors import DataError
 
 READ_AHEAD = 1 << 16  # bytes fetched to find the end of a chunk's last record; doubled until it is found
 PIECE = 1 << 24  # bytes looked at together when lines are counted
+READ_BYTES = 1 << 20  # of a file that is read from its beginning to its end
 PACKED = (".gz", ".zst")
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 SUFFIXES = (*KINDS, *(kind + packed for packed in PACKED for kind in KINDS if kind != ".parquet"))
@@ -119,7 +117,7 @@ def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
     if shard.path.endswith((".jsonl", ".ndjson")):
         edges = [*range(0, shard.size_bytes, chunk_bytes), shard.size_bytes]
     elif shard.path.endswith(".parquet"):
-        edges = _cut_row_groups(shard, chunk_bytes)
+        edges = ParquetShard(shard.uri).edges(chunk_bytes)
     else:
         edges = [0, shard.size_bytes]
     return [Chunk(source, shard.uri, shard.path, shard.etag, a, b) for a, b in pairwise(edges)]
@@ -135,16 +133,9 @@ def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
     if chunk.path.endswith((".jsonl", ".ndjson")):
         return _read_lines(chunk)
     if chunk.path.endswith(".parquet"):
-        return _read_row_groups(chunk)
-    data = storage.read_bytes(chunk.uri)
-    if chunk.path.endswith(".gz"):
-        data = _gunzip(chunk.uri, data)
-    elif chunk.path.endswith(".zst"):
-        data = _unzstd(chunk.uri, data)
-    stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
-    if stem.endswith((".jsonl", ".ndjson")):
-        return _numbered_lines(data)
-    return _read_csv(chunk.uri, data) if stem.endswith(".csv") else _read_array(chunk.uri, data)
+        rows = ParquetShard(chunk.uri).read(chunk.start, chunk.end)
+        return (RawRecord(number, row) for number, row in rows)
+    return _read_whole(chunk)
 
 
 def line_number(uri: str, position: int) -> int | None:
@@ -169,14 +160,15 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
     if at == 0 and data.startswith(b"\xef\xbb\xbf"):
         data, at = data[3:], 3  # a byte order mark is no part of the first record
     for line in data.split(b"\n"):
+        expand.check_record(chunk.uri, len(line), f"byte {at}")
         if line.strip():
             yield RawRecord(at, line)
         at += len(line) + 1
 
 
 def _rest_of_line(uri: str, start: int) -> bytes:
-    """From a byte offset to the next newline, or to the file's end."""
-    pieces, size = [], READ_AHEAD
+    """From a byte offset to the next newline, or to the file's end. Raises DataError where that is too far away."""
+    pieces, size, begin = [], READ_AHEAD, start
     while True:
         piece = storage.read_range(uri, start, start + size)
         newline = piece.find(b"\n") + 1
@@ -184,132 +176,22 @@ def _rest_of_line(uri: str, start: int) -> bytes:
         if newline or len(piece) < size:
             return b"".join(pieces)
         start, size = start + size, size * 2
+        expand.check_record(uri, start - begin, f"byte {begin}")
 
 
-def _numbered_lines(data: bytes) -> Iterator[RawRecord]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n")):
-        if line.strip():
-            yield RawRecord(number, line)
-
-
-def _gunzip(uri: str, data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as err:
-        raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
-
-
-def _unzstd(uri: str, data: bytes) -> bytes:
-    import zstandard
-
-    pieces = []
-    try:
-        while data:  # a file may hold several frames one after the other
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            pieces.append(frame.decompress(data))
-            if not frame.eof:
-                raise zstandard.ZstdError("it ends in the middle of a frame")
-            data = frame.unused_data
-    except zstandard.ZstdError as err:
-        raise DataError(f"{uri} is not a whole zstd file ({err}); write it anew") from None
-    return b"".join(pieces)
-
-
-def _read_array(uri: str, data: bytes) -> Iterator[RawRecord]:
-    try:
-        items = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError) as err:
-        raise DataError(
-            f"{uri} is not JSON ({err}); a .json file is one array of records, use .jsonl for lines"
-        ) from None
-    if not isinstance(items, list):
-        raise DataError(f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line in .jsonl")
-    for number, item in enumerate(items):
-        yield RawRecord(number, item if isinstance(item, dict) else json.dumps(item).encode())
-
-
-def _read_csv(uri: str, data: bytes) -> Iterator[RawRecord]:
-    try:
-        text = data.removeprefix(b"\xef\xbb\xbf").decode()
-    except UnicodeDecodeError as err:
-        raise DataError(f"{uri} is not UTF-8 (byte {err.start}); convert it") from None
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # csv's own limit is 128 KB a field
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        names = list(reader.fieldnames or [])
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
-        for number, row in enumerate(reader):
-            yield RawRecord(number, dict(row))  # fields beyond the header lie under the key None
-    except csv.Error as err:
-        raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
-
-
-def _cut_row_groups(shard: Shard, chunk_bytes: int) -> list[int]:
-    metadata = _open_parquet(shard.uri).metadata
-    edges, size = [0], 0
-    for group in range(metadata.num_row_groups):
-        size += metadata.row_group(group).total_byte_size
-        if size >= chunk_bytes or group == metadata.num_row_groups - 1:
-            edges.append(group + 1)
-            size = 0
-    return edges
-
-
-def _read_row_groups(chunk: Chunk) -> Iterator[RawRecord]:
-    file = _open_parquet(chunk.uri)
-    number = sum(file.metadata.row_group(g).num_rows for g in range(chunk.start))
-    for group in range(chunk.start, chunk.end):
-        with _damage_explained(chunk.uri):
-            rows = file.read_row_group(group).to_pylist()
-        for row in rows:
-            yield RawRecord(number, row)
-            number += 1
-
-
-def _open_parquet(uri: str) -> Any:
-    import pyarrow.parquet as pq
-
-    with _damage_explained(uri):
-        return pq.ParquetFile(io.BufferedReader(_Remote(uri), READ_AHEAD) if storage.is_remote(uri) else uri)
-
-
-class _Remote(io.RawIOBase):
-    """An object of a store as a file that is read where it is asked for."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri, self._at = uri, 0
-        self._size, _ = storage.size_and_etag(uri)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        data = storage.read_range(self._uri, self._at, end) if self._at < end else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-@contextmanager
-def _damage_explained(uri: str) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
-        if isinstance(err, OSError) and err.errno is not None:
-            raise  # the disk's trouble, not the file's: it may pass
-        first = (str(err).splitlines() or ["damaged"])[0]
-        raise DataError(f"{uri} is not a whole parquet file ({first}); write it anew") from None
+def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
+    """Records of a file that is not cut: compressed, a JSON array, or CSV. Position: the number of the line or item."""
+    stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
+    size, _ = storage.size_and_etag(chunk.uri)
+    with io.BufferedReader(StoredFile(chunk.uri), READ_BYTES) as source:
+        pieces = expand.expanded(chunk.uri, size, source)
+        if stem.endswith((".jsonl", ".ndjson")):
+            for number, line in enumerate(expand.lines(chunk.uri, pieces)):
+                if line.strip():
+                    yield RawRecord(number, line)
+        elif stem.endswith(".csv"):
+            for number, row in enumerate(expand.csv_rows(chunk.uri, pieces)):
+                yield RawRecord(number, row)
+        else:
+            for number, item in enumerate(expand.json_items(chunk.uri, pieces)):
+                yield RawRecord(number, item if isinstance(item, dict) else json.dumps(item).encode())

@@ -187,6 +187,7 @@ class TravellingTokenizer:
         self._tokenizer = Tokenizer.from_str(self.backend)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.backend_tokenizer = self._tokenizer
         self.added_tokens_decoder = {i: _Added(str(t.content), t.special) for i, t in self._added()}
 
     def _added(self) -> list[tuple[int, Any]]:

@@ -27,7 +27,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from ftray.chat import ChatFormat
+from ftray.chat import ChatFormat, template_of, try_template
 from ftray.engine.capped import PAGED, caps_scores, use_capped
 from ftray.engine.mixed_lora import MixedLora
 from ftray.engine.protocol import Chunk, EngineError, SamplingParams, StuckError, check_prompt
@@ -332,7 +332,10 @@ def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def stop_tokens(tokenizer: Any, own: int | list[int] | None) -> tuple[int, ...]:
     """The same, from what a model's generation config calls eos_token_id."""
-    ids = list(ChatFormat(tokenizer).stop_token_ids) if getattr(tokenizer, "chat_template", None) else []
+    ids: list[int] = []
+    if getattr(tokenizer, "chat_template", None):
+        try_template(template_of(tokenizer))
+        ids += ChatFormat(tokenizer).stop_token_ids
     for eos in (tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])):
         if eos is not None and eos >= 0:
             ids.append(int(eos))

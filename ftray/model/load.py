@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray import config, storage
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Message, template_of, try_template
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 
@@ -69,7 +69,16 @@ def load_tokenizer(model: config.Model) -> Any:
         raise ModelError(
             f"model.base {model.base} has no fast tokenizer (tokenizer.json); convert it, or use another base"
         )
+    if getattr(tokenizer, "chat_template", None):
+        _try_template(model, tokenizer)
     return tokenizer
+
+
+def _try_template(model: config.Model, tokenizer: Any) -> None:
+    try:
+        try_template(template_of(tokenizer))
+    except ModelError as err:
+        raise ModelError(f"model.base {model.base}: {err}") from None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

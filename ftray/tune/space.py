@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from typing import Any
 
-import yaml
-
 from ftray import config
 from ftray.config import Parameter, Tune
 from ftray.errors import ConfigError
-from ftray.runfile import Schema, put_value
+from ftray.runfile import Schema, parse_yaml, put_value
 from ftray.train.zero import deepspeed_config
 
 SECTIONS = ("method", "train", "deepspeed")
@@ -129,8 +127,11 @@ def as_words(params: Mapping[str, Any]) -> str:
 
 def as_word(value: Any) -> str:
     """A value as it may be typed in an override."""
-    if isinstance(value, str) and yaml.safe_load(value) == value:
-        return value
+    try:
+        if isinstance(value, str) and parse_yaml(value, "") == value:
+            return value
+    except ConfigError:
+        pass
     return json.dumps(value)
 
 

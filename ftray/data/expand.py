@@ -1,0 +1,225 @@
+"""Compressed files and long records of strangers, within bounds: read piece by piece, never whole.
+
+A few megabytes of gzip can stand for gigabytes. So a file may expand by a factor, and one record has a largest size;
+beyond them the file is refused by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from ftray.errors import DataError
+
+MAX_RATIO = 200  # JSON lines of real data shrink by 3 to 20, of one template repeated by 100
+FREE_BYTES = 1 << 28  # what a file may expand to whatever its size
+MAX_RECORD_BYTES = 1 << 24  # four million tokens of English
+PIECE_BYTES = 1 << 18
+ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may stand for 128 KiB: 4 KiB of them for 128 MiB
+ZSTD_WINDOW_BYTES = 1 << 27
+BLANKS = " \t\r\n"
+
+
+def expanded(uri: str, size_bytes: int, source: Any) -> Iterator[bytes]:
+    """The content of a file in pieces, decompressed by its suffix.
+
+    Args:
+        uri: The file, for its suffix (`.gz`, `.zst`) and for messages.
+        size_bytes: Its size.
+        source: The file, open for reading bytes.
+
+    Raises:
+        DataError: It is damaged, or expands too far.
+    """
+    pieces, total = _pieces(uri, source), 0
+    for piece in pieces:
+        total += len(piece)
+        if total > FREE_BYTES and total > MAX_RATIO * size_bytes and uri.endswith((".gz", ".zst")):
+            raise DataError(
+                f"{uri} expands from {size_bytes} to more than {total} bytes, over {MAX_RATIO}-fold; decompress it yourself if "
+                "its content is what you expect"
+            )
+        for at in range(0, len(piece), PIECE_BYTES):  # lines of one byte cost eight in a list
+            yield piece[at : at + PIECE_BYTES]
+
+
+def _pieces(uri: str, source: Any) -> Iterator[bytes]:
+    if uri.endswith(".zst"):
+        yield from _unzstd(uri, source)
+        return
+    reader: Any = gzip.GzipFile(fileobj=source) if uri.endswith(".gz") else source
+    try:
+        while piece := reader.read(PIECE_BYTES):
+            yield piece
+    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
+        raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
+
+
+def _unzstd(uri: str, source: Any) -> Iterator[bytes]:
+    import zstandard
+
+    frame = None
+    try:
+        while data := source.read(ZSTD_PIECE_BYTES):
+            while data:  # a file may hold several frames one after the other
+                if frame is None:
+                    frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise zstandard.ZstdError("it ends in the middle of a frame")
+    except zstandard.ZstdError as err:
+        raise DataError(f"{uri} is not a whole zstd file ({err}); write it anew") from None
+
+
+def lines(uri: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines of a file without their ends; a byte order mark is left out.
+
+    Raises:
+        DataError: A line is larger than a record may be.
+    """
+    rest, number, is_first = b"", 0, True
+    for piece in pieces:
+        data = rest + piece
+        if is_first and len(data) >= 3:
+            data, is_first = data.removeprefix(b"\xef\xbb\xbf"), False
+        *whole, rest = data.split(b"\n")
+        for line in whole:
+            number += 1
+            check_record(uri, len(line), f"line {number}")
+            yield line
+        check_record(uri, len(rest), f"line {number + 1}")
+    yield rest.removeprefix(b"\xef\xbb\xbf") if is_first else rest
+
+
+def check_record(uri: str, size_bytes: int, where: str) -> None:
+    """Raises DataError for a record that is larger than MAX_RECORD_BYTES."""
+    if size_bytes > MAX_RECORD_BYTES:
+        raise DataError(
+            f"{uri}, {where}: a record of more than {MAX_RECORD_BYTES >> 20} MiB; split it, or write one record a line"
+        )
+
+
+class _Text(io.TextIOBase):
+    """Decoded pieces as something that the csv module reads line by line, with line ends as they are."""
+
+    def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
+        self._uri, self._lines = uri, lines(uri, pieces)
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        before = 0
+        for line in self._lines:
+            try:
+                yield line.decode() + "\n"
+            except UnicodeDecodeError as err:
+                raise DataError(f"{self._uri} is not UTF-8 (byte {before + err.start}); convert it") from None
+            before += len(line) + 1
+
+
+def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
+    """Rows of a CSV file by its header; fields beyond the header lie under the key None.
+
+    Raises:
+        DataError: It is not UTF-8 or not CSV, has a column twice, or a field that is too large.
+    """
+    csv.field_size_limit(MAX_RECORD_BYTES)  # csv's own limit is 128 KB a field
+    try:
+        reader = csv.DictReader(iter(_Text(uri, pieces)))
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+        for row in reader:
+            yield dict(row)
+    except csv.Error as err:
+        raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
+
+
+def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
+    """The items of a JSON array, one after the other.
+
+    Raises:
+        DataError: It is not UTF-8, not JSON or no array, or an item is too large.
+    """
+    window = _Window(uri, pieces)
+    try:
+        if window.next_character() != "[":
+            raise DataError(
+                f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line in .jsonl"
+            )
+        window.skip(1)
+        if window.next_character() == "]":
+            window.skip(1)
+        else:
+            while True:
+                yield window.item()
+                sign = window.next_character()
+                window.skip(1)
+                if sign == "]":
+                    break
+                if sign != ",":
+                    raise ValueError("Expecting ',' delimiter" if sign else "it ends in the middle")
+        if window.next_character():
+            raise ValueError("Extra data")
+    except (ValueError, RecursionError) as err:
+        reason = err.msg if isinstance(err, json.JSONDecodeError) else err
+        raise DataError(
+            f"{uri} is not JSON ({reason}); a .json file is one array of records, use .jsonl for lines"
+        ) from None
+
+
+class _Window:
+    """The part of a JSON text that is being looked at."""
+
+    def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
+        import codecs
+
+        self._uri, self._pieces = uri, pieces
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at, self._ended = "", 0, False
+        self._parse = json.JSONDecoder().raw_decode
+
+    def _more(self) -> None:
+        if self._at:
+            self._text, self._at = self._text[self._at :], 0
+        piece = next(self._pieces, None)
+        self._ended = piece is None
+        self._text += self._decode(piece or b"", self._ended)
+
+    def skip(self, number: int) -> None:
+        """Passes over characters."""
+        self._at += number
+
+    def next_character(self) -> str:
+        """The next one that is not blank, which stays; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in BLANKS:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._more()
+
+    def item(self) -> Any:
+        """The value that begins here. It is parsed anew when as much text again has come, until it is whole."""
+        self.next_character()
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+                if end < len(self._text) or self._ended:  # else a number may go on in the next piece
+                    check_record(self._uri, end - self._at, "an item")
+                    self._at = end
+                    return value
+            except json.JSONDecodeError as err:
+                if self._ended or (err.pos < len(self._text) - 64 and "Unterminated" not in err.msg):
+                    raise
+            size = len(self._text) - self._at
+            check_record(self._uri, size, "an item")
+            while not self._ended and len(self._text) - self._at < 2 * size + 1:
+                self._more()

@@ -1,0 +1,265 @@
+"""Parquet files of strangers: row groups and their records, within bounds that keep a hostile file harmless.
+
+A Parquet file can name Arrow extension types, and a type that is registered in this process may run code when its
+values are read (`ray.data.arrow_pickled_object` unpickles them). So only types on a short list are read. A small file
+can also hold billions of values, or pages that expand a thousandfold, so both are bounded before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ftray import storage
+from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.parquet_pages import page_sizes
+from ftray.errors import DataError
+
+# Extension types whose values are plain: pyarrow itself implements them, in C++.
+HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
+EXTENSION_KEY = b"ARROW:extension:name"
+READ_AHEAD = 1 << 16
+BATCH_ROWS = 256
+VALUE_BYTES = 64  # what a value costs as a Python object, at least
+FREE_VALUES = 100_000  # a file may have so many rows, and values in a column, whatever its size
+VALUES_PER_BYTE = 8
+EXPANDING_CODECS = ("GZIP", "ZSTD", "BROTLI")  # the others expand by 255 at most
+
+
+class ParquetShard:
+    """An open Parquet file.
+
+    Raises:
+        DataError: the file is damaged, has an extension type that is not harmless, a column twice, or more values than a
+            file of its size can hold in earnest.
+    """
+
+    def __init__(self, uri: str) -> None:
+        import pyarrow.parquet as pq
+
+        self._uri = uri
+        with explained(uri):
+            self._size, _ = storage.size_and_etag(uri)
+            metadata = pq.read_metadata(self._open())
+            check_schema(metadata.schema.to_arrow_schema(), uri)
+            _check_counts(metadata, self._size, uri)
+            # Text read as a dictionary loses its extension type, so the schema is checked without and with it.
+            self._file = pq.ParquetFile(self._open(), read_dictionary=_text_columns(metadata), metadata=metadata)
+            check_schema(self._file.schema_arrow, uri)
+        self.metadata = metadata
+
+    def _open(self) -> Any:
+        if storage.is_remote(self._uri):
+            return io.BufferedReader(StoredFile(self._uri), READ_AHEAD)
+        return self._uri
+
+    def edges(self, chunk_bytes: int) -> list[int]:
+        """Where chunks of about `chunk_bytes` begin, in row groups, with the end."""
+        edges, size = [0], 0
+        for group in range(self.metadata.num_row_groups):
+            size += self.metadata.row_group(group).total_byte_size
+            if size >= chunk_bytes or group == self.metadata.num_row_groups - 1:
+                edges.append(group + 1)
+                size = 0
+        return edges
+
+    def read(self, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number in the file and value of each record of the row groups [start, end), a few in memory at a time.
+
+        Raises:
+            DataError: the file is damaged, or a record or a page is too large.
+        """
+        number = sum(self.metadata.row_group(g).num_rows for g in range(start))
+        for group in range(start, end):
+            with explained(self._uri):
+                self._check_pages(group)
+            batches = self._file.iter_batches(BATCH_ROWS, [group], use_threads=False)
+            while (rows := self._next_rows(batches, number)) is not None:
+                for row in rows:
+                    yield number, row
+                    number += 1
+
+    def _next_rows(self, batches: Iterator[Any], number: int) -> Iterator[dict[str, Any]] | None:
+        with explained(self._uri):
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            if decoded_bytes(batch) <= MAX_RECORD_BYTES:
+                return iter(batch.to_pylist())
+        return self._one_by_one(batch, number)
+
+    def _one_by_one(self, batch: Any, number: int) -> Iterator[dict[str, Any]]:
+        for at in range(batch.num_rows):
+            row = batch.slice(at, 1)
+            with explained(self._uri):
+                if decoded_bytes(row) > MAX_RECORD_BYTES:
+                    raise DataError(
+                        f"{self._uri}: record {number + at} takes more than {MAX_RECORD_BYTES >> 20} MiB; split it or remove it"
+                    )
+                (value,) = row.to_pylist()
+            yield value
+
+    def _check_pages(self, group: int) -> None:
+        """Adds up what the pages of a row group expand to, as their headers say, which is what pyarrow would allocate."""
+        columns = [self.metadata.row_group(group).column(c) for c in range(self.metadata.num_columns)]
+        packed = [column for column in columns if column.compression in EXPANDING_CODECS]
+        if not packed:
+            return
+        with _opened(self._open()) as file:
+            sizes = [size for column in packed for size in page_sizes(file, column)]
+        expanded, compressed = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        if expanded > FREE_BYTES and expanded > MAX_RATIO * compressed:
+            raise DataError(
+                f"{self._uri}: row group {group} expands from {compressed} to {expanded} bytes, more than {MAX_RATIO}-fold; "
+                "write the file anew without such padding"
+            )
+
+
+def check_schema(schema: Any, uri: str) -> None:
+    """Refuses extension types that are not on the list of harmless ones, at any depth, and columns of one name.
+
+    Args:
+        schema: A pyarrow schema from a file.
+        uri: The file, for the message.
+
+    Raises:
+        DataError: There is such a type, or such a column.
+    """
+    import pyarrow as pa
+
+    names = schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+    for column in schema:
+        waiting: list[Any] = [column]
+        while waiting:
+            item = waiting.pop()
+            dtype = item
+            if isinstance(item, pa.Field):
+                # A type that is not registered in this process comes as its storage, with its name beside it.
+                _check_extension((item.metadata or {}).get(EXTENSION_KEY), column.name, uri)
+                dtype = item.type
+            if isinstance(dtype, pa.BaseExtensionType):
+                _check_extension(dtype.extension_name.encode(), column.name, uri)
+                waiting.append(dtype.storage_type)
+                continue
+            waiting += [dtype.field(i) for i in range(dtype.num_fields)]
+            if pa.types.is_dictionary(dtype) or pa.types.is_run_end_encoded(dtype):
+                waiting.append(dtype.value_type)
+
+
+def _check_extension(name: bytes | None, column: str, uri: str) -> None:
+    text = "" if name is None else name.decode("utf-8", "backslashreplace")
+    if name is not None and text not in HARMLESS_TYPES:
+        raise DataError(
+            f"{uri}: the column {column!r} has the extension type {text[:80]!r}, whose values may run code when they are read; "
+            "write the column as plain strings, numbers, lists or structs"
+        )
+
+
+def decoded_bytes(values: Any) -> int:
+    """About how many bytes a record batch or an array takes as Python objects; text that a dictionary repeats counts
+    as often as it occurs."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(values, pa.RecordBatch):
+        return sum(decoded_bytes(column) for column in values.columns)
+    dtype, own = values.type, VALUE_BYTES * len(values)
+    if pa.types.is_dictionary(dtype):
+        words = values.dictionary
+        if pa.types.is_string(dtype.value_type) or pa.types.is_binary(dtype.value_type):
+            lengths = pc.binary_length(words).take(values.indices)
+            return own + int(pc.sum(lengths).as_py() or 0)
+        return own + decoded_bytes(words)
+    if pa.types.is_struct(dtype):
+        return own + sum(decoded_bytes(part) for part in values.flatten())
+    if pa.types.is_map(dtype):
+        low, high = (values.offsets[i].as_py() if len(values) else 0 for i in (0, -1))
+        return own + sum(decoded_bytes(part.slice(low, high - low)) for part in (values.keys, values.items))
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype):
+        return own + decoded_bytes(values.flatten())
+    if isinstance(dtype, pa.BaseExtensionType):
+        return own + decoded_bytes(values.storage)
+    return own + int(values.nbytes)
+
+
+def _text_columns(metadata: Any) -> list[str]:
+    """Columns of text and bytes. They are read as dictionaries: a text that is there once and used often stays one."""
+    schema = metadata.schema
+    columns = [schema.column(i) for i in range(metadata.num_columns)]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+
+
+def _check_counts(metadata: Any, size: int, uri: str) -> None:
+    limit = FREE_VALUES + VALUES_PER_BYTE * size
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    values = [sum(group.column(c).num_values for group in groups) for c in range(metadata.num_columns)]
+    if max([rows, *values]) > limit or rows > FREE_VALUES + size or min([0, rows, *values]) < 0:
+        raise DataError(
+            f"{uri} holds {rows} records, {max([0, *values])} values in one column, in {size} bytes, which can't be training "
+            "data; remove its empty or repeated records"
+        )
+
+
+class StoredFile(io.RawIOBase):
+    """A file, local or in a store, whose ranges are read on demand."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._at = uri, 0
+        self._size, _ = storage.size_and_etag(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = storage.read_range(self._uri, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Any]:
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            yield file
+    else:
+        yield source
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turns what pyarrow raises for a damaged or hostile file into a DataError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+    ) as err:
+        if isinstance(err, OSError) and err.errno is not None:
+            raise  # the disk's trouble, not the file's: it may pass
+        first = (str(err).splitlines() or ["damaged"])[0][:200]
+        raise DataError(f"{uri} is not a whole parquet file ({first}); write it anew") from None

@@ -1,0 +1,253 @@
+"""What a hostile author of a model can do: its template, tokenizer, config and weights do no harm, or are refused."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
+
+from ftray.chat import ChatFormat, Message, trial, try_template
+from ftray.chat.turns import Cutter
+from ftray.data.tokenize import pack_tokenizer
+from ftray.errors import DataError, FtrayError, ModelError
+from ftray.sandbox import FILTERS, TESTS, Template
+from tests import tiny
+
+MIB = 1 << 20
+
+
+def render(source: str, content: str = "hello there") -> str:
+    return Template(source).render([{"role": "user", "content": content}], True, bos_token="<s>").text
+
+
+LOOP = "{% for i in range(99999) %}"
+LARGE = "{% set a = 'ab' * 1000000 %}"
+# Loops and allocations in C, which no step of the template's own shows.
+IN_C = {
+    "lipsum": "{{ lipsum(n=100000) }}",
+    "format_map": "{{ '{a:99999999}'.format_map({'a': 1}) }}",
+    "indent": LOOP + "{{ ('x\n' * 10000) | indent(60) }}{% endfor %}",
+    "indent method": "{{ ('\n' * 1000000) | indent(1000) }}",
+    "translate": LARGE + "{{ a.translate({97: 'x' * 1000000}) }}",
+    "in list": "{% set a = range(90000) | list %}" + LOOP + "{% if -1 in a %}{% endif %}{% endfor %}",
+    "in text": LARGE + LOOP + "{% if 'ba' * 500000 ~ 'x' in a %}{% endif %}{% endfor %}",
+    "not in": "{% set a = range(90000) | list %}" + LOOP + "{% if -1 not in a %}{% else %}{% endif %}{% endfor %}",
+    "in test": "{% set a = range(90000) | list %}{{ range(90000) | reject('in', a) | list | length }}",
+    "count": LARGE + LOOP + "{{ a.count('ba') }}{% endfor %}",
+    "list count": "{% set a = range(90000) | list %}" + LOOP + "{{ a.count(-1) }}{% endfor %}",
+    "slice filter": "{{ range(90000) | slice(90000) | list }}",
+    "slice": LARGE + LOOP + "{% set b = a[1:] %}{% endfor %}",
+    "step": "{% set a = range(90000) | list %}" + LOOP + "{% set b = a[::-1] %}{% endfor %}",
+    "batch": "{{ range(90000) | batch(1000000000, 'x') | list }}",
+    "expandtabs": "{{ ('\t' * 1000).expandtabs(1000000000) }}",
+    "wordwrap": "{{ ('a ' * 1000000) | wordwrap(1, wrapstring='x' * 1000000) }}",
+    "nested width": "{{ '{:{}}'.format('a', 999999999) }}",
+    "nested fields": "{{ '{a[0]:{b}}'.format(a=['x'], b=10**9) }}",
+    "precision": "{{ '{:.999999999f}'.format(1.0) }}",
+    "percent": "{{ ('%9999d' * 100000) % range(100000) }}",
+    "percent star": "{{ '%*d' % (999999999, 1) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "tojson indent": "{{ [[[[[messages] * 1000] * 100]]] | tojson(indent=64) }}",
+    "tojson indent text": "{{ messages | tojson(indent='x' * 1000000) }}",
+    "deep tojson": "{% set ns = namespace(x=[1]) %}{% for i in range(400) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ([ns.x] * 10000) | tojson(indent=60) }}",
+    "compare": "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+    "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+    "compare texts": LARGE + "{% set b = 'ab' * 1000000 %}" + LOOP + "{{ a == b }}{% endfor %}",
+    "sort": "{% set a = ['ab' * 100000] * 1000 %}" + LOOP + "{{ a | sort | length }}{% endfor %}",
+    "unique": "{% set a = range(90000) | list %}" + LOOP + "{{ a | unique | list | length }}{% endfor %}",
+    "sum": "{{ ([[1]] * 1000000) | sum(start=[]) | length }}",
+    "join": "{{ range(90000) | join('x' * 100000) }}",
+    "join method": "{{ ('x' * 100000).join('y' * 100000) }}",
+    "replace empty": "{{ ('a' * 1000000).replace('', 'b' * 1000000) }}",
+    "split": LOOP + "{% set a = ('a,' * 100000).split(',') %}{% endfor %}",
+    "upper": LARGE + LOOP + "{% set b = a.upper() %}{% endfor %}",
+    "power": "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "large body": LOOP + "{% if 1 %}" + "{{ 1 }}" * 3_000 + "{% endif %}{% endfor %}",
+    "large macro": "{% macro f() %}" + "{{ 1 }}" * 3_000 + "{% endmacro %}" + LOOP + "{{ f() }}{% endfor %}",
+    "condition": "{% set a = [1] * 1000000 %}" + LOOP + "{% for x in a if false %}{% endfor %}{% endfor %}",
+    "random": "{{ range(9) | random }}",
+    "pprint": "{{ messages | pprint }}",
+    "attr": "{{ '' | attr('__class__') }}",
+    "map attribute": "{{ [''] | map(attribute='__class__') | list }}",
+    "cycler": "{{ cycler(1, 2) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "long source": "{# " + "x" * 300_000 + " #}",
+    "deep source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
+    "marks in marks": "{% generation %}" * 60 + "{% endgeneration %}" * 60 + "{{ 1/0 }}",
+    "strftime": "{{ strftime_now('%999999999d') }}",
+}  # fmt: skip
+
+
+TAKES_MEMORY = ("expandtabs", "wordwrap", "nested width", "percent", "indent method", "join", "batch")
+
+
+@pytest.mark.parametrize("name", IN_C)
+def test_a_template_has_no_way_around_its_budget(name: str) -> None:
+    with pytest.raises(DataError, match="the chat template ") as caught:
+        Cutter(IN_C[name], {}).render([Message("user", "hello there")])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", TAKES_MEMORY)
+def test_a_template_that_would_take_gigabytes_takes_none(name: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="the chat template "):
+            Cutter(IN_C[name], {}).render([Message("user", "hello there")])
+        assert tracemalloc.get_traced_memory()[1] < 100 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+FAIR = {
+    "{{ 'a,b'.split(',')[-1] ~ 'x'.join(['1', '2']) ~ '%s-%03d' % ('a', 7) ~ '{} {x}'.format(1, x=2) }}": "b1x2a-0071 2",
+    "{% set ns = namespace(n=0) %}{% for c in messages[0].content[::-1] if c != 'l' %}{% set ns.n = ns.n + 1 %}{{ loop.last }}"
+    "{% endfor %}{{ ns.n }}": "False" * 8 + "True9",
+    "{{ messages | tojson(indent=2) | length }},{{ [1, 2] | map('string') | join('-') }},{{ {'a': 1} | items | list }}":
+    "60,1-2,[('a', 1)]",
+    "{{ range(5) | select('odd') | list }}{{ range(5) | reject('in', [1]) | list }}{{ [3, 1] | sort | first }}":
+    "[1, 3][0, 2, 3, 4]1",
+    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}": "['hello there']",
+    "{{ 'user' in messages | map(attribute='role') }}{{ 'x' not in 'abc' }}": "TrueTrue",
+    "{{ messages[0].get('tools', none) is none }}{{ messages[0].items() | list | length }}": "True2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", FAIR)
+def test_what_public_templates_do_is_done(source: str) -> None:
+    assert render(source) == FAIR[source]
+
+
+def test_long_conversations_are_not_taken_for_attacks() -> None:
+    content = "some words, <think>then</think> more\n" * 20_000
+    source = (
+        "{% set a = messages[0].content.split('</think>') %}{{ a[-1].lstrip() }}{{ messages[0].content | trim | length }}"
+        "{{ messages[0].content.replace('<think>', '<thought>') }}{{ messages[0] | tojson }}"
+    )
+    assert str(len(content) - 1) in render(source, content)
+    assert render("{{ messages[0].content | trim }}", content) == content.strip()
+
+
+def test_the_names_that_templates_may_use_are_jinjas() -> None:
+    from jinja2.defaults import DEFAULT_FILTERS
+    from jinja2.tests import TESTS as JINJAS_TESTS
+
+    assert set(DEFAULT_FILTERS) >= FILTERS
+    assert set(JINJAS_TESTS) >= TESTS
+
+
+# --- the process in which a template is tried
+
+
+def test_a_template_that_takes_too_long_or_too_much_is_refused_where_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The sandbox of the other process is replaced by one that lets everything pass: limits alone must do."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, jinja2, ftray.sandbox as s, ftray.chat.trial as t\n"
+        "t.CPU_S, t.MEMORY_BYTES = 2, 1 << 28\n"
+        "class Open:\n"
+        "    def __init__(self, source): self.t = jinja2.Template(source)\n"
+        "    def render(self, turns, prompt, **names): return self.t.render(messages=turns)\n"
+        "s.Template = t.Template = Open\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for source in ("{% for a in range(10**12) %}{% endfor %}", "{{ 'a' * 10**10 }}"):
+        try_template.cache_clear()
+        with pytest.raises(ModelError, match=r"takes more than 10 s or 1024 MiB for a short conversation"):
+            try_template(source)
+    try_template.cache_clear()
+    try_template("{{ messages }}")
+
+
+def test_the_other_process_sees_no_secrets_and_imports_nothing_from_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "jinja2.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(os.environ.get('HF_TOKEN', 'none'))"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    try_template.cache_clear()
+    try_template("{{ messages }}")
+    assert (tmp_path / "seen").read_text() == "none"
+    assert not (tmp_path / "marker").exists()
+    assert trial.CPU_S == 10
+
+
+# --- any template
+
+
+def test_any_template_gives_text_or_an_error_of_ours() -> None:
+    parts = (
+        "{{ }} {% %} | join range(9) ~ + * [1:] in messages [0] .role is defined ( ) 9**9 loop . m.content 'a' "
+        "{%for\u00a0m\u00a0in\u00a0messages%} {%endfor%} {%if\u00a01%} {%endif%} {%set\u00a0x= %}{%"
+    )
+    pieces = st.sampled_from([part.replace("\u00a0", " ") for part in [*parts.split(" "), " "]])
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(st.lists(pieces, max_size=14).map("".join) | st.text(max_size=20))
+    def holds(source: str) -> None:
+        tokenizer.chat_template = source
+        assert "\n" not in outcome(lambda: ChatFormat(tokenizer).encode_prompt([Message("user", "hi")]))
+
+    tokenizer = tiny.make_tokenizer()
+    holds()
+
+
+def outcome(action: Callable[[], object]) -> str:
+    """What an action gives, or the sentence of its error; any other error is a fault."""
+    try:
+        return repr(action())
+    except FtrayError as err:
+        return str(err)
+
+
+# --- special tokens from text
+
+
+FULLWIDTH = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(33, 127)})
+NORMALIZERS = {
+    "nfkc": (normalizers.NFKC(), "<|im_end|>".translate(FULLWIDTH)),
+    "sequence": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|im\u0301_end|>"),
+    "lowercase": (normalizers.Lowercase(), "<|IM_END|>"),
+    "replace": (normalizers.Replace("+", ""), "<|im_+end|>"),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_text_that_becomes_a_special_token_when_it_is_normalized_is_refused(name: str, normalized: bool) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer, text = NORMALIZERS[name]
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<|im_end|>", special=True, normalized=normalized)})
+    packed = pack_tokenizer(tokenizer)
+    assert packed is not None
+    for chat in (ChatFormat(tokenizer), ChatFormat(packed())):
+        forged = f"hi{text}\n"
+        match = r"contains the special token <\|im_end\|> once the tokenizer has normalized it"
+        turns = [Message("user", forged), Message("assistant", "b")]
+        for action in (
+            lambda: chat.encode_example(turns),  # noqa: B023 - called at once
+            lambda: chat.encode_prompt(turns[:1]),  # noqa: B023
+            lambda: chat.encode_text(forged),  # noqa: B023
+        ):
+            with pytest.raises(DataError, match=match):
+                action()
+        for refused in chat.encode_examples([turns, forged]):
+            assert isinstance(refused, DataError)
+            assert "once the tokenizer has normalized it" in str(refused)
+        chat.encode_example([Message("user", "ordinary <text> | with ﬁ and é"), Message("assistant", "b")])
