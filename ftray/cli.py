@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftray.command import run_in_child
-from ftray.console import Console, json_line, outlive_terminal
+from ftray.console import Console, json_line, outlive_terminal, printable
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
 from ftray.signals import termination_signals
@@ -99,11 +99,6 @@ def _starts_ray(arguments: argparse.Namespace) -> bool:
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return False
     return arguments.verb in STARTS_RAY or (arguments.verb is looking.plan and arguments.probe)
-
-
-def printable(text: str) -> str:
-    """The text with control characters written out: names and values in it may be a stranger's, and move the cursor."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _nobody_reads() -> bool:
