@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftray.command import run_in_child
-from ftray.console import Console, json_line, outlive_terminal, printable
+from ftray.console import Console, escaped, json_line, outlive_terminal
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
 from ftray.signals import termination_signals
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
         stream = outlive_terminal(sys.stderr)
-        print(shown if as_json else f"{before}ftray: {printable(redacted(text))}", file=stream, flush=True)
+        print(shown if as_json else f"{before}ftray: {escaped(redacted(text))}", file=stream, flush=True)
 
     def work() -> int:
         return _run(arguments, console, fail)

@@ -274,6 +274,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
+def escaped(text: str) -> str:
+    """A text with its control characters written out as `\\x1b`: for errors that quote names from someone else's file."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
