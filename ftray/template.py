@@ -64,7 +64,7 @@ def _parse(template: str) -> nodes.Template:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     try:
-        return Environment(extensions=[Generation, loopcontrols]).parse(template)
+        return Environment(extensions=[Generation, loopcontrols]).parse(template)  # nosec B701 # parsed, not rendered; templates make chat text, not HTML
     except (TemplateError, RecursionError) as err:
         raise _LooksInside from err
 

@@ -133,7 +133,7 @@ def _gpus() -> tuple[tuple[str, ...], str]:
     if program is None:
         return (), ""
     query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)  # nosec B603 # a list of words, no shell
     lines = [line.rpartition(", ") for line in done.stdout.splitlines() if ", " in line]
     return tuple(name for name, _, _ in lines), lines[0][2] if lines else ""
 

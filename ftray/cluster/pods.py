@@ -77,7 +77,7 @@ def head_group(image: Image, role: str, has_autoscaler: bool = False) -> Tree:
         pod["spec"]["automountServiceAccountToken"] = True
     params = {
         "num-cpus": "0",
-        "dashboard-host": "0.0.0.0",  # behind the token and the network policy; its service is ClusterIP
+        "dashboard-host": "0.0.0.0",  # behind the token and the network policy; its service is ClusterIP  # nosec B104 # a pod, behind keys and network policies
         "metrics-export-port": "8080",
         "object-store-memory": str(HEAD_SHM_GIB * 2**30 * 3 // 4),
     }

@@ -128,7 +128,7 @@ def kubernetes_name(name: str) -> str:
 
 def _configmap(run: config.Run, _: Layout, image: Image) -> Tree:
     tree = run.model_dump(mode="json", exclude_unset=True)
-    tree.setdefault("serve", {})["host"] = "0.0.0.0"  # of a pod; keys and the network policy guard it
+    tree.setdefault("serve", {})["host"] = "0.0.0.0"  # of a pod; keys and the network policy guard it  # nosec B104 # a pod, behind keys and network policies
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _meta(run, image), "data": {"run.yaml": as_yaml(tree)}}
 
 
@@ -184,7 +184,7 @@ def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     }
     served = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": 8000, "request_timeout_s": run.serve.proxy_timeout_s},
+        "http_options": {"host": "0.0.0.0", "port": 8000, "request_timeout_s": run.serve.proxy_timeout_s},  # nosec B104 # a pod, behind keys and network policies
         "applications": [application],
     }
     cluster = _cluster(image, head_group(image, "serve", has_autoscaler=most > least), [group])

@@ -43,7 +43,7 @@ def convert(converter: Path, source: Path, target: Path, precision: str) -> int:
     how = [sys.executable, str(converter)] if converter.suffix == ".py" else [str(converter)]
     words = [*how, str(source), "--outfile", str(target), "--outtype", _TYPES[precision]]
     try:
-        ended = subprocess.run(
+        ended = subprocess.run(  # nosec B603 # a list of words, no shell
             words, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
         )
     except OSError as err:

@@ -38,7 +38,7 @@ def build(args: dict[str, str]) -> serve.Application:
         model_dir if run.method.type == "full" else storage.join(model_dir, "merged"),
         served,
         run.serve,
-        key_hashes=read_key_hashes("0.0.0.0"),  # whatever the file says: a pod is reached from others
+        key_hashes=read_key_hashes("0.0.0.0"),  # whatever the file says: a pod is reached from others  # nosec B104 # a pod, behind keys and network policies
         num_cpus=run.scale.cpus_per_worker,
         num_gpus=float(run.serve.tensor_parallel if run.scale.accelerator else 0),
         place=run_dir,

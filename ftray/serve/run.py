@@ -90,7 +90,7 @@ def start_endpoint(
         reason = _failure() or str(err)
         serve.shutdown()
         raise RunError(f"the endpoint for {model_id} did not come up: {reason}") from err
-    host = "127.0.0.1" if serve_cfg.host in ("0.0.0.0", "::") else serve_cfg.host
+    host = "127.0.0.1" if serve_cfg.host in ("0.0.0.0", "::") else serve_cfg.host  # nosec B104 # compared, not bound
     host = f"[{host}]" if ":" in host else host
     return Endpoint(f"http://{host}:{port}/v1", model_id, port)
 

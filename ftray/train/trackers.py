@@ -284,7 +284,7 @@ class Wandb:
     def _open(self, place: Path) -> int:
         """Starts the process; returns the last step that W&B has."""
         place.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # nosec B603 # a list of words, no shell
             [sys.executable, "-m", "ftray.train.wandb_process", json.dumps({**self._settings, "dir": str(place)})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

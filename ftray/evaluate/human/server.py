@@ -103,7 +103,7 @@ def serving(app: Starlette, token: str, host: str, port: int) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, args=([sock],), name="ftray-human", daemon=True)
     thread.start()
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host  # nosec B104 # compared, not bound
     try:
         yield f"http://{f'[{shown}]' if ':' in shown else shown}:{sock.getsockname()[1]}/{token}/"
     finally:
