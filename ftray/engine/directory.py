@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ftray.errors import ModelError
+from ftray.model_files import check_model_files
 
 
 def check_model_directory(directory: Path) -> None:
@@ -21,3 +22,4 @@ def check_model_directory(directory: Path) -> None:
     missing = [what for what, pattern in wanted.items() if not any(directory.glob(pattern))]
     if missing:
         raise ModelError(f"{directory} is no model: it lacks {', '.join(missing)}; make one with `ftray export`")
+    check_model_files(directory)

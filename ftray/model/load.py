@@ -14,6 +14,8 @@ from ftray import config, storage
 from ftray.chat import ChatFormat, Message, template_of, try_template
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
+from ftray.model.weights_check import check_finite
+from ftray.model_files import check_config, check_model_files
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,7 @@ def resolve_base(model: config.Model) -> str:
             raise ModelError(
                 f"model.base {base} is no model directory: it has no {needed} ({pattern}); give one saved by save_pretrained"
             )
+    check_model_files(directory)
     return str(directory.resolve())
 
 
@@ -63,7 +66,7 @@ def load_tokenizer(model: config.Model) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as err:
+    except Exception as err:  # noqa: BLE001 - a damaged tokenizer.json raises what Rust and Python have
         raise ModelError(_explain(model, "tokenizer", err)) from None
     if not tokenizer.is_fast:
         raise ModelError(
@@ -127,6 +130,7 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
         raise ModelError(
             f"model.base {model.base} lacks {len(missing)} weights, the first is {missing[0]}; use a whole causal language model"
         )
+    check_finite(loaded, base)
     whole: PreTrainedModel = loaded
     whole.config.use_cache = False
     return whole
@@ -182,8 +186,10 @@ def check_base(model: config.Model) -> None:
     base = resolve_base(model)
     try:
         found = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as err:
+    except Exception as err:  # noqa: BLE001 - a config's class raises what its values lead to
         raise ModelError(_explain(model, "config", err)) from None
+    own = {"_attn_implementation": getattr(found, "_attn_implementation_internal", None)}  # to_dict() leaves it out
+    check_config(found.to_dict() | own, Path(base) / "config.json")
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
         raise ModelError(f"model.base {model.base} is of type {found.model_type}, no causal language model; use one")
     kinds = found.architectures or []

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
 from ftray.chat import ChatFormat, Message, trial, try_template
 from ftray.chat.turns import Cutter
+from ftray.config import Model
 from ftray.data.tokenize import pack_tokenizer
+from ftray.engine.directory import check_model_directory
 from ftray.errors import DataError, FtrayError, ModelError
+from ftray.model import load
+from ftray.model_files import check_model_files
 from ftray.sandbox import FILTERS, TESTS, Template
 from tests import tiny
 
@@ -251,3 +259,98 @@ def test_text_that_becomes_a_special_token_when_it_is_normalized_is_refused(name
             assert isinstance(refused, DataError)
             assert "once the tokenizer has normalized it" in str(refused)
         chat.encode_example([Message("user", "ordinary <text> | with ﬁ and é"), Message("assistant", "b")])
+
+
+# --- files of a model directory
+
+
+def spoil(directory: Path, name: str, **changes: object) -> Path:
+    path = directory / name
+    tree = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(tree | changes))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_tiny_model(tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["org/kernel", "org/kernel@v1:f", {"": "org/kernel"}, "paged|org/kernel", 5])
+def test_a_config_that_names_a_kernel_of_a_hub_is_refused(model: Path, key: str, value: object) -> None:
+    for changes in ({key: value}, {"text_config": {"deep": [{key: value}]}}):
+        spoil(model, "config.json", **changes)
+        for read in (lambda: load.check_base(Model(base=str(model))), lambda: check_model_directory(model)):
+            with pytest.raises(ModelError, match=rf"config\.json: {key} is .*which may be code from a hub"):
+                read()
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x", "..\\x", "", None, 5, "a\0b"])
+def test_an_index_that_names_a_file_outside_the_directory_is_refused(model: Path, name: object) -> None:
+    shutil.copy(model / "model.safetensors", model.parent / "x.safetensors")
+    spoil(model, "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": name})
+    with pytest.raises(ModelError, match=r"weight_map names .*no file in the model's directory"):
+        load.resolve_base(Model(base=str(model)))
+    with pytest.raises(ModelError, match="weight_map names"):
+        check_model_directory(model)
+
+
+def test_a_config_that_names_weights_or_vocabularies_elsewhere_is_refused(model: Path) -> None:
+    spoil(model, "config.json", transformers_weights="../x.safetensors")
+    with pytest.raises(ModelError, match="transformers_weights names"):
+        check_model_files(model)
+    spoil(model, "config.json", transformers_weights=None)
+    spoil(model, "tokenizer_config.json", vocab_file="/etc/passwd")
+    with pytest.raises(ModelError, match="vocab_file names"):
+        check_model_files(model)
+
+
+def test_a_tokenizer_that_replaces_a_character_by_megabytes_is_refused(model: Path) -> None:
+    one = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}
+    large = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1_000_000}
+    for normalizer in (
+        large,
+        {"type": "Sequence", "normalizers": [one] * 8},
+        {"type": "Prepend", "prepend": "x" * 100},
+    ):
+        spoil(model, "tokenizer.json", normalizer=normalizer)
+        with pytest.raises(ModelError, match=r"tokenizer\.json: the normalizer makes up to"):
+            load.resolve_base(Model(base=str(model)))
+    llama = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    spoil(model, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": llama})
+    check_model_files(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_base_with_a_weight_that_is_no_number_is_refused_by_file_and_tensor(model: Path, value: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(model / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"model\.safetensors has an infinite or NaN value in {name}; download"):
+        load.load_base(Model(base=str(model)), torch.float32)
+
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_bytes_in_a_file_of_a_model_give_a_result_or_one_sentence(model: Path, name: str) -> None:
+    path = model / name
+    seed = path.read_bytes() if path.exists() else b'{"weight_map": {"a": "model.safetensors"}}'
+    rubbish = [b"", b"{}", b"[]", b"null", b"{" * 5000, b"\xff" * 100, seed[: len(seed) // 2], b"\xff" * 8 + seed[8:]]
+    rubbish += [
+        seed.replace(b'"', b"'", 3),
+        seed[:200] + b"[" + seed[200:],
+        b"\x00" * 8 + seed,
+        seed.replace(b"2", b"-1"),
+    ]
+    for content in rubbish:
+        path.write_bytes(content)
+        assert "\n" not in outcome(lambda: load.check_base(Model(base=str(model))))
