@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ftray.console import Console, json_line
+from ftray.console import Console, json_line, printable
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
 from ftray.verbs import checking, cluster, data, evaluating, exporting, looking, serving, training
@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         as_json = _logs_json(arguments)
     except FtrayError as err:
-        print(f"ftray: {err}", file=sys.stderr)
+        print(f"ftray: {printable(redacted(str(err)))}", file=sys.stderr)
         return err.exit_code
     console = Console(as_json=as_json)
 
     def fail(text: str, before: str = "", **what: Any) -> None:
         shown = json_line("failed", text, "error", console.run, None, console.step, **what)
-        print(shown if as_json else f"{before}ftray: {redacted(text)}", file=sys.stderr)
+        print(shown if as_json else f"{before}ftray: {printable(redacted(text))}", file=sys.stderr)
 
     in_main = threading.current_thread() is threading.main_thread()
     kept = signal.signal(signal.SIGTERM, _preempted) if in_main else None
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         if as_json:
             fail(f"{type(known).__name__}: {known}", exit_code=1, traceback=trace)
         else:
-            print(redacted(trace), file=sys.stderr, end="")
+            print(printable(redacted(trace)), file=sys.stderr, end="")
         return 1
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
@@ -240,7 +240,9 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     )
     at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
     submit = verb("submit", cluster.submit, "run a file as a job of a Ray cluster, and follow it")
+    plain = "send the cluster's token over http also to another machine"
     submit.add_argument("--address", help=at)
+    submit.add_argument("--insecure", action="store_true", help=plain)
     submit.add_argument(
         "--verb", dest="what", default="run", choices=("run", "train", "evaluate", "export"), help="what it does (run)"
     )
@@ -258,6 +260,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
         jobs[name] = commands.add_parser(name, help=text, description=text)
         jobs[name].add_argument("name", nargs="?" if name == "status" else None, help="a run, or a job (<run>-<n>)")
         jobs[name].add_argument("--address", help=at)
+        jobs[name].add_argument("--insecure", action="store_true", help=plain)
         jobs[name].set_defaults(verb=function, overrides=[])
     jobs["status"].add_argument("--json", action="store_true", help="print JSON")
     jobs["logs"].add_argument("--follow", action="store_true", help="until its end, with its exit code")
