@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         as_json = _logs_json(arguments)
     except FtrayError as err:
-        print(f"ftray: {err}", file=sys.stderr)
+        print(f"ftray: {printable(redacted(str(err)))}", file=sys.stderr)
         return err.exit_code
     console = Console(as_json=as_json)
 
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, console: Console, fail: Callable[..., No
         if as_json:
             fail(f"{type(known).__name__}: {known}", exit_code=1, traceback=trace)
         else:
-            print(redacted(trace), file=sys.stderr, end="")
+            print(printable(redacted(trace)), file=sys.stderr, end="")
         return 1
     except KeyboardInterrupt:
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
@@ -272,7 +272,9 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
     render.add_argument("--role-arn", metavar="ARN", help="AWS role that pods of this run assume (IRSA)")
     at = "the cluster's dashboard, http://head:8265; RAY_API_SERVER_ADDRESS if left out"
     submit = verb("submit", cluster.submit, "run a file as a job of a Ray cluster, and follow it")
+    plain = "send the cluster's token over http also to another machine"
     submit.add_argument("--address", help=at)
+    submit.add_argument("--insecure", action="store_true", help=plain)
     submit.add_argument(
         "--verb", dest="what", default="run", choices=("run", "train", "evaluate", "export"), help="what it does (run)"
     )
@@ -290,6 +292,7 @@ def _add_cluster_verbs(commands: Any, verb: Callable[..., argparse.ArgumentParse
         jobs[name] = commands.add_parser(name, help=text, description=text)
         jobs[name].add_argument("name", nargs="?" if name == "status" else None, help="a run, or a job (<run>-<n>)")
         jobs[name].add_argument("--address", help=at)
+        jobs[name].add_argument("--insecure", action="store_true", help=plain)
         jobs[name].set_defaults(verb=function, overrides=[])
     jobs["status"].add_argument("--json", action="store_true", help="print JSON")
     jobs["logs"].add_argument("--follow", action="store_true", help="until its end, with its exit code")

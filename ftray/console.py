@@ -48,15 +48,16 @@ class Console:
         """Whether a person is watching."""
         return self._stream.isatty() and not self._as_json
 
-    def say(self, text: str = "") -> None:
-        """Prints a line."""
+    def say(self, text: str = "", *, styled: bool = False) -> None:
+        """Prints a line, without what a terminal would act on. styled: the escape sequences in it are ftray's own."""
         if self._as_json:
             if text.strip():
                 self.event("message", text)
             return
         if self._bar is not None:
             self._bar.clear()
-        print(printable(redacted(text)), file=self._stream, flush=True)
+        shown = redacted(text)
+        print(shown if styled else printable(shown), file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning."""

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
+from ftray.reach import is_loopback
 
 CONNECT_S = 10.0
 AGENT_S = 60.0  # a head that just came up has no agent for jobs yet
@@ -25,9 +26,17 @@ LIVE = ("PENDING", "RUNNING")
 
 
 class Jobs:
-    """The job server of a cluster. Raises ConfigError where it can't be reached, or asks for another token."""
+    """The job server of a cluster.
 
-    def __init__(self, address: str | None) -> None:
+    Args:
+        address: Its dashboard's; None: RAY_API_SERVER_ADDRESS.
+        insecure: Send a token over http also to another machine.
+
+    Raises:
+        ConfigError: It can't be reached, asks for another token, or a token would go over the network in plain text.
+    """
+
+    def __init__(self, address: str | None, insecure: bool = False) -> None:
         given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
         if not given:
             raise ConfigError("--address is missing: the cluster's dashboard, e.g. --address http://head:8265")
@@ -36,6 +45,8 @@ class Jobs:
             raise ConfigError(f"--address {given}: give the dashboard's, e.g. http://head:8265")
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ.get("RAY_AUTH_MODE") == "token" and not insecure:
+            self._refuse_plain_text()
         self._knock()
         from ray.job_submission import JobSubmissionClient
 
@@ -45,6 +56,20 @@ class Jobs:
             logging.getLogger(name).setLevel(logging.WARNING)  # each upload and each end of a log would be told
         with self.told():
             self.ray_version = str(self.client._server_ray_version)  # `get_version` gives the protocol's
+
+    def _refuse_plain_text(self) -> None:
+        """Raises ConfigError where anybody on the way could read the token, which lets its holder run code."""
+        try:
+            parts = urlsplit(self.address)
+            host = parts.hostname or ""
+        except ValueError:
+            raise ConfigError(f"--address {self.address} is no address; give e.g. https://head:8265") from None
+        if parts.scheme == "http" and not is_loopback(host):
+            raise ConfigError(
+                f"--address {self.address} would send the cluster's token in plain text over the network; forward a port "
+                f"(ssh -L 8265:{host}:{parts.port or 80} …, or kubectl port-forward) and give http://127.0.0.1:8265, use "
+                "https, or add --insecure where the network is yours"
+            )
 
     def _knock(self) -> None:
         parts = urlsplit(self.address)

@@ -35,7 +35,7 @@ def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console
     """Prints the first `number` records of each source as the model will see them. Raises DataError."""
     colour = console.is_terminal and not os.environ.get("NO_COLOR")
     chat = ChatFormat(stream.load_tokenizer())
-    console.say(LEGEND[colour])
+    console.say(LEGEND[colour], styled=True)
     for i, source in enumerate(stream.sources):
         console.say(f"\n{source.path}")
         lengths = []
@@ -51,7 +51,7 @@ def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console
                 lengths.append(num_tokens)
                 which = f", answer {n} of {len(documents)}" if len(documents) > 1 else ""
                 console.say(f"\n--- {where}{which}: {num_tokens} tokens, {num_learned} learned")
-                console.say(paint(pieces(chat, document), colour))
+                console.say(paint(pieces(chat, document), colour), styled=True)
         if stream.packing and lengths:
             rows = [[lengths[place] for place in row] for row in best_fit(lengths, stream.max_seq_len)]
             told = ", ".join(" + ".join(map(str, row)) for row in rows)

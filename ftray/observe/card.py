@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ftray import config
+from ftray.console import printable
 from ftray.evaluate.report import counted, figure_rows
 from ftray.evaluate.results import Comparison, read_results
 from ftray.model.quantize import KINDS, Quantized
@@ -59,22 +60,30 @@ def render_card(
     """The whole card: YAML in front, Markdown below."""
     front = yaml.safe_dump(_metadata(run, comparison, is_whole, quantized), sort_keys=False, allow_unicode=True)
     parts = [
-        f"# {run.name}",
-        f"`{run.model.base}`, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
+        f"# {escaped(run.name)}",
+        f"{code_span(run.model.base)}, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
         "The base model's licence and limits hold for this model, too.",
         "## Training",
         _table(["", ""], _training(run, found)),
         "## Data",
-        _table(["source", "weight", "format"], [[s.path, _or_dash(s.weight), s.format] for s in run.data.train]),
+        _table(
+            ["source", "weight", "format"],
+            [[code_span(s.path), _or_dash(s.weight), escaped(s.format)] for s in run.data.train],
+        ),
     ]
     if comparison is not None:
         head, rows = figure_rows(comparison)
-        parts += ["## Evaluation", _table(head, rows), counted(comparison), *comparison.verdict]
+        cells = [[escaped(cell) for cell in row] for row in rows]
+        parts += ["## Evaluation", _table(head, cells), *map(escaped, (counted(comparison), *comparison.verdict))]
     if quantized is not None:
         what = f"The weights are {KINDS[quantized.kind][2]}; the figures above are of the weights before."
         parts += ["## Quantization", what if comparison is not None else what.partition(";")[0] + ".", f"{quantized}."]
     if lineage is not None:
-        parts += ["## Origin", _table(["", ""], _origin(lineage)), f"All of it, file by file: `{LINEAGE}`."]
+        parts += [
+            "## Origin",
+            _table(["", ""], [[name, escaped(text)] for name, text in _origin(lineage)]),
+            f"All of it, file by file: `{LINEAGE}`.",
+        ]
     return redacted(f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -144,10 +153,25 @@ def _origin(lineage: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in line)} |" for line in lines
-    )
+    return "\n".join(f"| {' | '.join(' '.join(cell.split()) for cell in line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Foreign text as Markdown that shows it: no link, image, HTML, heading, table or line of its own comes of it."""
+    line = " ".join(printable(text).split())
+    line = re.sub(r"([\\`*_\[\]<>|~!#$&])", r"\\\1", line)
+    return re.sub(r"(?i)\b(https?|ftp|mailto)(:)|\b(www)(\.)", r"\1\3\\\2\4", line)  # bare addresses become links
+
+
+def code_span(text: str) -> str:
+    """Foreign text as a code span, in which nothing is Markdown. `|` would end a table's cell and is written as `¦`."""
+    line = " ".join(printable(text).split()).replace("|", "¦") or " "
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
 
 
 def _or_dash(value: float | None) -> str:

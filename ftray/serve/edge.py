@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from ftray.compat import uvicorn_with_bounded_headers
 from ftray.serve.asgi import Send, refuse
+from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
 from ftray.serve.protocol import RequestError
 from ftray.serve.replies import encode_event
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import re
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ConfigError
+from ftray.reach import is_loopback
 from ftray.serve.protocol import RequestError, encode_json
 
 ENV = "FTRAY_API_KEY"
@@ -78,7 +78,7 @@ def read_key_hashes(host: str) -> tuple[str, ...]:
     """
     keys = [key.strip() for key in os.environ.get(ENV, "").split(",")] + _keys_of_file()
     hashes = tuple(_hash_of(key) for key in keys if key)
-    if not hashes and not _is_loopback(host):
+    if not hashes and not is_loopback(host):
         raise ConfigError(
             f"serve.host is {host}, which other machines can reach, but no API key is set; "
             f"set {ENV} (several keys: separated by commas) or {FILE_ENV}, or use serve.host: 127.0.0.1"
@@ -110,15 +110,6 @@ def _keys_of_file() -> list[str]:
     if not any(keys):  # an empty Secret must not open the door
         raise ConfigError(f"{FILE_ENV} {path} holds no key; write one a line, or unset {FILE_ENV}")
     return keys
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name: who knows where it leads
-        return False
 
 
 class KeyGuard:

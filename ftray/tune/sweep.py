@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from ftray import config, storage
-from ftray.console import Console, Progress
+from ftray.console import Console, Progress, printable
 from ftray.data.pipeline import heldout_table, share_rows
 from ftray.data.prepare import Data, plan_rows, prepare_data
 from ftray.errors import (
@@ -374,9 +374,9 @@ class _TrialConsole(Console):
         with super().progress(f"{self._name}: {what}", total, done) as bar:
             yield bar
 
-    def say(self, text: str = "") -> None:
+    def say(self, text: str = "", *, styled: bool = False) -> None:  # noqa: ARG002 - a log has no styles
         """Prints a line into the log."""
-        print(redacted(f"{self._name}: {text}"), flush=True)
+        print(printable(redacted(f"{self._name}: {text}")), flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning for the user."""

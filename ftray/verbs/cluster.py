@@ -23,7 +23,7 @@ def submit(arguments: argparse.Namespace, console: Console) -> int:
 
     run = config.load_run(arguments.run, arguments.overrides)
     check_storage(run)
-    jobs = Jobs(arguments.address)
+    jobs = Jobs(arguments.address, arguments.insecure)
     manner = Manner(arguments.what, not arguments.no_check, arguments.wait_for_nodes, not arguments.no_wait)
     return start(run, Path(arguments.run).stem, manner, jobs, console)
 
@@ -33,7 +33,7 @@ def job_status(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.cluster.jobs import Jobs
     from ftray.cluster.submit import status
 
-    return status(Jobs(arguments.address), arguments.name, arguments.json, console)
+    return status(Jobs(arguments.address, arguments.insecure), arguments.name, arguments.json, console)
 
 
 def job_logs(arguments: argparse.Namespace, console: Console) -> int:
@@ -41,7 +41,7 @@ def job_logs(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.cluster.jobs import Jobs
     from ftray.cluster.submit import logs
 
-    return logs(Jobs(arguments.address), arguments.name, arguments.follow, console)
+    return logs(Jobs(arguments.address, arguments.insecure), arguments.name, arguments.follow, console)
 
 
 def job_stop(arguments: argparse.Namespace, console: Console) -> int:
@@ -49,7 +49,7 @@ def job_stop(arguments: argparse.Namespace, console: Console) -> int:
     from ftray.cluster.jobs import Jobs
     from ftray.cluster.submit import stop
 
-    return stop(Jobs(arguments.address), arguments.name, console)
+    return stop(Jobs(arguments.address, arguments.insecure), arguments.name, console)
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ftray import config
-from ftray.console import Console
+from ftray.console import Console, printable
 from ftray.errors import ConfigError
 from ftray.verbs.targets import open_target
 
@@ -93,5 +93,5 @@ def order(arguments: argparse.Namespace, console: Console) -> int:
             raise ConfigError(f"--steps {first}:{end}: the run has {data.plan.num_steps} steps; lower it")
         show = as_line if arguments.json else as_text
         for entry in trace_order(data.plan, workers, start, max(first, start), end):
-            print(show(entry), file=out, flush=True)
+            print(show(entry) if arguments.json else printable(show(entry)), file=out, flush=True)
     return 0

@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftray import bounded_json, storage
-from ftray.compat import uvicorn_with_bounded_headers
 from ftray.config import Feedback, Serve
 from ftray.serve.api import build_api
+from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
 from ftray.serve.catalog import Served
 from ftray.serve.edge import Edge
 from ftray.serve.keys import answer_id, hash_key, is_answer_of, key_id

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 
 from ftray.errors import ConfigError
 from ftray.evaluate.human.answers import Answer, check_name
 from ftray.evaluate.human.sheet import Sheet
 
 SIDES = ("a", "b")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would compute what begins so
+_FORMULA = frozenset("=+-@\t\r\n|%")  # a spreadsheet may compute what begins so, or after blanks
 _PREFERRED = {"a": "a", "b": "b", "same": "same", "tie": "same", "=": "same"}
 
 
@@ -29,9 +30,19 @@ def to_csv(sheet: Sheet) -> bytes:
     scores = _score_columns(sheet)
     writer.writerow(["sheet", "sample", "question", "reference", "answer A", "answer B", "rater", "preferred", *scores])
     for number, s in enumerate(sheet.samples, 1):
-        texts = [f"'{t}" if t.startswith(_FORMULA) else t for t in (s.question, s.reference, s.a, s.b)]
+        texts = [_as_text(t) for t in (s.question, s.reference, s.a, s.b)]
         writer.writerow([sheet.id, number, *texts, *[""] * (2 + len(scores))])
     return out.getvalue().encode("utf-8-sig")
+
+
+def _as_text(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula.
+
+    Blanks and invisible characters before a sign are looked through, and wide forms (＝ ＋ － ＠) taken for their plain ones.
+    """
+    first = next((c for c in text if not (c.isspace() or unicodedata.category(c) in ("Cc", "Cf", "Zs"))), "")
+    plain = unicodedata.normalize("NFKC", first)[:1]
+    return f"'{text}" if text[:1] in _FORMULA or plain in _FORMULA or plain == "\u2212" else text
 
 
 def from_csv(data: bytes, sheet: Sheet, origin: str) -> dict[str, dict[int, Answer]]:
