@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftray.command import run_in_child
-from ftray.console import Console, escaped, json_line, outlive_terminal
+from ftray.console import Console, escaped, json_line, outlive_terminal, printable
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
 from ftray.signals import termination_signals
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         as_json = _logs_json(arguments)
     except FtrayError as err:
-        print(f"ftray: {printable(redacted(str(err)))}", file=sys.stderr)
+        print(f"ftray: {escaped(redacted(str(err)))}", file=sys.stderr)
         return err.exit_code
     console = Console(as_json=as_json)
 
