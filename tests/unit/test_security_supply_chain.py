@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests import inventory
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LICENCES = runpy.run_path(str(ROOT / ".ci/licences.py"))
@@ -136,3 +138,28 @@ def test_images_are_pinned_by_digest() -> None:
     for path in (ROOT / "k8s").rglob("*.yaml"):
         images = re.findall(r"^\s*(?:- )?image: (\S+)", path.read_text(), re.MULTILINE)
         assert [image for image in images if not image.startswith("ftray:") and not re.search(digest, image)] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "heading"), [("parses", "Parsers of foreign bytes"), ("starts", "Processes"), ("templates", "Templates")]
+)
+def test_the_docs_list_every_parser_process_and_template(kind: str, heading: str) -> None:
+    text = (ROOT / "docs/security.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 4 and row[3].strip() for row in rows)
+    listed = {row[0].strip().strip("`"): set(re.findall("`([^`]+)`", row[1])) for row in rows}
+    assert listed == inventory.calls(kind)
+
+
+def test_a_new_parser_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ftray").mkdir()
+    source = (
+        "import pickle, subprocess\npickle.loads(b'')\nsubprocess.run(['x'])\nenvironment.from_string('')\neval('1')\n"
+    )
+    (tmp_path / "ftray/new.py").write_text(source)
+    monkeypatch.setattr(inventory, "ROOT", tmp_path)
+    assert [inventory.calls(kind) for kind in inventory.KINDS] == [
+        {"ftray/new.py": {"pickle.loads", "eval"}},
+        {"ftray/new.py": {"subprocess.run"}},
+        {"ftray/new.py": {"from_string"}},
+    ]
