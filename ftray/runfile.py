@@ -15,12 +15,13 @@ from pydantic import BaseModel, ValidationError
 
 from ftray.errors import ConfigError
 
-MAX_YAML_CHARS = 1 << 18  # a run file has a few thousand
+MAX_YAML_CHARS = 1 << 16  # a run file has a few thousand; PyYAML reads as many in a second or two
 MAX_YAML_SIZE = (
     100_000  # values of a file with its aliases written out; CHARS_PER_VALUE characters of text count as one
 )
 CHARS_PER_VALUE = 16
 MAX_NUMBER_CHARS = 100
+MAX_COMPLAINTS = 100
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -163,14 +164,17 @@ def explain(err: ValidationError, root: type[BaseModel], tree: Mapping[str, Any]
     """One sentence for each wrong key of the tree: dotted key, value, what it must be, remedy."""
     schema = Schema(root)
     complaints: dict[tuple[str, ...], list[Any]] = {}
-    for item in err.errors():
+    errors = err.errors()
+    for item in errors[:MAX_COMPLAINTS]:
         complaints.setdefault(_written_key(item, tree), []).append(item)
     # Of a key that may be several things, pydantic complains for each; what is wrong further down says which was meant.
-    return [
+    sentences = [
         _sentence(parts, items, schema)
         for parts, items in complaints.items()
         if not any(other[: len(parts)] == parts and other != parts for other in complaints) or not parts
     ]
+    more = len(errors) - MAX_COMPLAINTS
+    return [*sentences, f"and {more} more; correct these first"] if more > 0 else sentences
 
 
 def _written_key(item: Any, tree: Any) -> tuple[str, ...]:

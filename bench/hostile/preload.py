@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import ray.data  # noqa: F401 - registers Ray's extension types with pyarrow, as every worker has them
 import torch  # noqa: F401
 import transformers  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+import ftray.chat
 import ftray.cli
 import ftray.data.preview
 import ftray.model.load  # noqa: F401

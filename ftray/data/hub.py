@@ -9,9 +9,11 @@ library's own. Knows nothing of records.
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,38 @@ def _load(
     datasets.disable_progress_bars()
     try:
         base = str(Path(directory).expanduser().resolve()) if directory else str(name)
-        return datasets.load_dataset(base, config, split=split or "train", revision=revision)
+        builder = datasets.load_dataset_builder(base, config, revision=revision)
+        _check_files(path, builder.config.data_files, base if directory else f"hf://datasets/{base}@")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split or "train")
+    except DataError:
+        raise
     except Exception as err:  # noqa: BLE001 - the library raises its own errors, the hub's, and those of every file format
         reason = " ".join(str(err).split())[:300] or type(err).__name__
         raise DataError(f"{path} can't be had: {reason}") from None
     finally:
         datasets.utils.logging.set_verbosity(quiet)
+
+
+def _check_files(path: str, data_files: Mapping[str, Sequence[str]] | None, root: str) -> None:
+    """Refuses a dataset that names files of others: the patterns in its README.md may begin with `/` or hold `..`.
+
+    Args:
+        path: The source, for the message.
+        data_files: By split, the addresses that the patterns found.
+        root: How an address within the dataset begins.
+
+    Raises:
+        DataError: A file lies outside the dataset.
+    """
+    for files in (data_files or {}).values():
+        for name in map(str, files):
+            scheme, _, rest = name.rpartition("://")
+            plain = f"{scheme}://{posixpath.normpath(rest)}" if scheme else posixpath.normpath(name)
+            if not plain.startswith(root if root.endswith("@") else f"{root}/"):
+                raise DataError(
+                    f"{path} names {name} as its data, which is no file of that dataset; correct data_files in its README.md"
+                )
 
 
 def _write(dataset: Any, directory: Path) -> None:

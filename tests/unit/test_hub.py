@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,13 +97,23 @@ def test_a_path_names_dataset_config_split_and_revision(
 ) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def refuse(base: str, config: str | None, split: str, revision: str | None) -> None:
-        asked.append((base, config, split, revision))
-        raise ValueError("no such dataset\nanywhere")
+    class Builder:
+        config = SimpleNamespace(data_files=None)
+
+        def __init__(self, base: str, config: str | None, revision: str | None) -> None:
+            self.names = (base, config, revision)
+
+        def download_and_prepare(self) -> None:
+            pass
+
+        def as_dataset(self, split: str) -> None:
+            base, config, revision = self.names
+            asked.append((base, config, split, revision))
+            raise ValueError("no such dataset\nanywhere")
 
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     with pytest.raises(DataError) as caught:
         list_shards(path)
     assert str(caught.value) == f"{path} can't be had: no such dataset anywhere"

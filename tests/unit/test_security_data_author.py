@@ -288,3 +288,28 @@ def test_any_bytes_give_records_or_one_sentence(tmp_path: Path, name: str) -> No
         assert "\n" not in outcome(path)
 
     holds()
+
+
+# --- datasets of a hub
+
+
+@pytest.mark.parametrize("pattern", ["../secret.jsonl", "../*.jsonl", "{root}/secret.jsonl", "sub/../../secret.jsonl"])
+def test_a_dataset_that_names_files_outside_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    import datasets
+
+    monkeypatch.setenv("FTRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "secret.jsonl").write_text('{"prompt": "secret-7919", "completion": "b"}\n')
+    dataset = tmp_path / "set"
+    (dataset / "sub").mkdir(parents=True)
+    (dataset / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    names = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{pattern.format(root=tmp_path)}'\n"
+    (dataset / "README.md").write_text(f"---\n{names}---\n")
+    with pytest.raises(DataError, match=r"secret\.jsonl as its data, which is no file of that dataset|can't be had"):
+        list_shards(f"hf:{dataset}")
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
+    (dataset / "README.md").write_text(f"---\n{names.replace(pattern.format(root=tmp_path), 'train.jsonl')}---\n")
+    assert len(list_shards(f"hf:{dataset}")) == 1

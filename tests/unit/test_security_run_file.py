@@ -50,7 +50,7 @@ BOMBS = {
     "merges": "a: &a0 {x: 1}\n"
     + "".join(f"m{n}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}\n" for n in range(9)),
     "keys": bomb() + "? *a8\n: 1\n",
-    "long text": "t: &t " + "x" * 100_000 + "\nl: [" + ", ".join(["*t"] * 1000) + "]\n",
+    "long text": "t: &t " + "x" * 40_000 + "\nl: [" + ", ".join(["*t"] * 1000) + "]\n",
     "itself": "a: &a [1, *a]\n",
     "itself below": "a: &a {b: {c: [*a]}}\n",
 }  # fmt: skip
@@ -155,3 +155,14 @@ def test_control_characters_of_a_message_are_written_out(tmp_path: Path, capsys:
     assert "\x1b" not in said
     assert "\x07" not in said
     assert "unknown key na\\x1b]0;owned\\x07me" in said
+
+
+def test_of_thousands_of_wrong_keys_the_first_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "".join(f"k{n}: 1\n" for n in range(5_000)))
+    with pytest.raises(ConfigError) as caught:
+        config.load_run(path)
+    lines = str(caught.value).splitlines()
+    assert "unknown key k0;" in str(caught.value)
+    assert len(lines) == 102
+    assert lines[-1].strip() == "and 4900 more; correct these first"

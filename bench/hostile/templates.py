@@ -1,0 +1,63 @@
+"""Chat templates that would not end, or take gigabytes."""
+
+from __future__ import annotations
+
+LOOP = "{% for i in range(99999) %}"
+LARGE = "{% set a = 'ab' * 1000000 %}"
+# Loops and allocations in C, which no step of the template's own shows.
+IN_C = {
+    "lipsum": "{{ lipsum(n=100000) }}",
+    "format_map": "{{ '{a:99999999}'.format_map({'a': 1}) }}",
+    "indent": LOOP + "{{ ('x\n' * 10000) | indent(60) }}{% endfor %}",
+    "indent method": "{{ ('\n' * 1000000) | indent(1000) }}",
+    "translate": LARGE + "{{ a.translate({97: 'x' * 1000000}) }}",
+    "in list": "{% set a = range(90000) | list %}" + LOOP + "{% if -1 in a %}{% endif %}{% endfor %}",
+    "in text": LARGE + LOOP + "{% if 'ba' * 500000 ~ 'x' in a %}{% endif %}{% endfor %}",
+    "not in": "{% set a = range(90000) | list %}" + LOOP + "{% if -1 not in a %}{% else %}{% endif %}{% endfor %}",
+    "in test": "{% set a = range(90000) | list %}{{ range(90000) | reject('in', a) | list | length }}",
+    "count": LARGE + LOOP + "{{ a.count('ba') }}{% endfor %}",
+    "list count": "{% set a = range(90000) | list %}" + LOOP + "{{ a.count(-1) }}{% endfor %}",
+    "slice filter": "{{ range(90000) | slice(90000) | list }}",
+    "slice": LARGE + LOOP + "{% set b = a[1:] %}{% endfor %}",
+    "step": "{% set a = range(90000) | list %}" + LOOP + "{% set b = a[::-1] %}{% endfor %}",
+    "batch": "{{ range(90000) | batch(1000000000, 'x') | list }}",
+    "expandtabs": "{{ ('\t' * 1000).expandtabs(1000000000) }}",
+    "wordwrap": "{{ ('a ' * 1000000) | wordwrap(1, wrapstring='x' * 1000000) }}",
+    "nested width": "{{ '{:{}}'.format('a', 999999999) }}",
+    "nested fields": "{{ '{a[0]:{b}}'.format(a=['x'], b=10**9) }}",
+    "precision": "{{ '{:.999999999f}'.format(1.0) }}",
+    "percent": "{{ ('%9999d' * 100000) % range(100000) }}",
+    "percent star": "{{ '%*d' % (999999999, 1) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "tojson indent": "{{ [[[[[messages] * 1000] * 100]]] | tojson(indent=64) }}",
+    "tojson indent text": "{{ messages | tojson(indent='x' * 1000000) }}",
+    "deep tojson": "{% set ns = namespace(x=[1]) %}{% for i in range(400) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ([ns.x] * 10000) | tojson(indent=60) }}",
+    "compare": "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+    "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+    "compare texts": LARGE + "{% set b = 'ab' * 1000000 %}" + LOOP + "{{ a == b }}{% endfor %}",
+    "sort": "{% set a = ['ab' * 100000] * 1000 %}" + LOOP + "{{ a | sort | length }}{% endfor %}",
+    "unique": "{% set a = range(90000) | list %}" + LOOP + "{{ a | unique | list | length }}{% endfor %}",
+    "sum": "{{ ([[1]] * 1000000) | sum(start=[]) | length }}",
+    "join": "{{ range(90000) | join('x' * 100000) }}",
+    "join method": "{{ ('x' * 100000).join('y' * 100000) }}",
+    "replace empty": "{{ ('a' * 1000000).replace('', 'b' * 1000000) }}",
+    "split": LOOP + "{% set a = ('a,' * 100000).split(',') %}{% endfor %}",
+    "upper": LARGE + LOOP + "{% set b = a.upper() %}{% endfor %}",
+    "power": "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "large body": LOOP + "{% if 1 %}" + "{{ 1 }}" * 3_000 + "{% endif %}{% endfor %}",
+    "large macro": "{% macro f() %}" + "{{ 1 }}" * 3_000 + "{% endmacro %}" + LOOP + "{{ f() }}{% endfor %}",
+    "condition": "{% set a = [1] * 1000000 %}" + LOOP + "{% for x in a if false %}{% endfor %}{% endfor %}",
+    "random": "{{ range(9) | random }}",
+    "pprint": "{{ messages | pprint }}",
+    "attr": "{{ '' | attr('__class__') }}",
+    "map attribute": "{{ [''] | map(attribute='__class__') | list }}",
+    "cycler": "{{ cycler(1, 2) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "long source": "{# " + "x" * 300_000 + " #}",
+    "deep source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,
+    "marks in marks": "{% generation %}" * 60 + "{% endgeneration %}" * 60 + "{{ 1/0 }}",
+    "strftime": "{{ strftime_now('%999999999d') }}",
+}  # fmt: skip
