@@ -38,7 +38,7 @@ from ftray.train.journal import Journal
 from ftray.train.lineage import record_lineage, what_changed
 from ftray.train.monitor import Monitor
 from ftray.train.network import Ranks
-from ftray.train.supervise import Wish, supervise
+from ftray.train.supervise import Wish, store_lost, supervise
 from ftray.train.timeline import Found, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.trackers import tracked
 from ftray.train.worker import Job, train_worker
@@ -115,16 +115,18 @@ def train(
             return ended
 
         try:
-            supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
+            with store_lost():
+                supervise(run, run_dir, use_gpu, start, console, lease, follower.caught if follower else None)
         except (Interrupted, Preempted, RunError):
             with suppress(StorageError):
                 if committed := list_checkpoints(run_dir):
                     merge_metrics(run_dir, committed[0].progress)
             raise
-    last = find_newest(run_dir, console.warn)
-    if last is None:
-        raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
-    merge_metrics(run_dir, last.progress, console.warn)
+    with store_lost():
+        last = find_newest(run_dir, console.warn)
+        if last is None:
+            raise RunError(f"{run_dir} has no checkpoint although training ended; look at the log file")
+        merge_metrics(run_dir, last.progress, console.warn)
     return last
 
 

@@ -67,6 +67,15 @@ def supervise(
                 console.say(f"train: {ended.wish}; its workers left at step {step}")
 
 
+@contextmanager
+def store_lost() -> Iterator[None]:
+    """Once a run has started, a store that is gone is no wrong input. Raises RunError, which says how to continue."""
+    try:
+        yield
+    except StorageError as err:
+        raise RunError(f"{err}. What was committed is sound; {AGAIN}") from None
+
+
 def _start(start: Callable[[int, Wish], Ended], size: int, wish: Wish) -> Ended:
     try:
         return start(size, wish)

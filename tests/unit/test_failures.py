@@ -11,11 +11,12 @@ from ray.train import ControllerError, WorkerGroupError
 
 from ftray import config
 from ftray.console import Console
-from ftray.errors import ConfigError
+from ftray.errors import ConfigError, RunError
 from ftray.train.capacity import fitting, world_size_for
 from ftray.train.causes import explain, out_of_memory
 from ftray.train.group import OTHER_PHASES_S, Clock
-from ftray.train.supervise import Cluster
+from ftray.train.supervise import Cluster, store_lost
+from ftray.train.timeline import list_checkpoints
 
 
 class Hand:
@@ -47,6 +48,18 @@ def test_a_missing_step_counts_and_loading_compiling_saving_and_evaluating_do_no
     assert clock.hangs == "no step for 11 s (train.hang_timeout_s: 10)"
     clock.heard({"event": "step"})
     assert clock.hangs == ""
+
+
+def test_a_store_that_is_gone_while_a_run_trains_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("FTRAY_STORAGE_RETRY_S", "0.1")
+    with pytest.raises(RunError) as caught, store_lost():
+        list_checkpoints("s3://data/runs/one")
+    assert caught.value.exit_code == 1
+    assert "can't be reached" in str(caught.value)
+    assert str(caught.value).endswith("What was committed is sound; run the same command again to continue")
 
 
 def test_even_what_does_not_count_ends_some_day() -> None:
