@@ -208,6 +208,10 @@ def check_base(model: config.Model) -> None:
 
 def _check_vocabulary(model: config.Model, chat: ChatFormat, tokenizer: Any, num_embeddings: int) -> None:
     """Ids beyond the embeddings would be an error inside a kernel. Special tokens count only where chats have them."""
+    if not any(chat.can_write(character) for character in "aA0"):
+        raise ModelError(
+            f"model.base {model.base}: its tokenizer has no token for letters and digits, so that text would be lost; use another"
+        )
     written = {*chat.encode_prompt([Message("user", "Hello")]), *chat.stop_token_ids}
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - written
     token_id, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in unused)

@@ -294,3 +294,9 @@ def test_any_bytes_in_a_file_of_a_model_give_a_result_or_one_sentence(model: Pat
     for content in rubbish:
         path.write_bytes(content)
         assert "\n" not in outcome(lambda: load.check_base(Model(base=str(model))))
+
+
+def test_a_tokenizer_that_would_lose_all_text_is_refused(model: Path) -> None:
+    spoil(model, "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
+    with pytest.raises(ModelError, match="has no token for letters and digits"):
+        load.check_base(Model(base=str(model)))
