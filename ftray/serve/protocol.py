@@ -384,20 +384,17 @@ def _explain(err: ValidationError) -> RequestError:
     return RequestError(400, text, param=param)
 
 
-_FIELDS = frozenset(
-    f
-    for m in (
-        ChatRequest,
-        CompletionRequest,
-        ChatMessage,
-        TextPart,
-        StreamOptions,
-        FeedbackRequest,
-        ResponseFormat,
-        JsonSchema,
-    )
-    for f in m.model_fields
-) | {"schema"}
+_BODIES = (
+    ChatRequest,
+    CompletionRequest,
+    ChatMessage,
+    TextPart,
+    StreamOptions,
+    FeedbackRequest,
+    ResponseFormat,
+    JsonSchema,
+)
+_FIELDS = frozenset(field for body in _BODIES for field in body.model_fields) | {"schema"}
 
 
 def encode_json(value: Any) -> bytes:
