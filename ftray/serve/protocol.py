@@ -18,10 +18,8 @@ from ftray import bounded_json
 from ftray.engine.protocol import MAX_LOGPROBS
 
 MAX_BODY_BYTES = 1 << 20
-MAX_DEPTH = 64
-MAX_MESSAGES = 256
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
+MAX_DEPTH, MAX_MESSAGES = 64, 256
+MAX_STOPS, MAX_STOP_CHARS = 4, 256
 MAX_N = 8
 MAX_NAME_CHARS = 256
 MAX_SCHEMA_CHARS = 1 << 14
@@ -384,23 +382,19 @@ def _explain(err: ValidationError) -> RequestError:
     return RequestError(400, text, param=param)
 
 
-_FIELDS = frozenset(
-    f
-    for m in (
-        ChatRequest,
-        CompletionRequest,
-        ChatMessage,
-        TextPart,
-        StreamOptions,
-        FeedbackRequest,
-        ResponseFormat,
-        JsonSchema,
-    )
-    for f in m.model_fields
-) | {"schema"}
+_BODIES = (
+    ChatRequest,
+    CompletionRequest,
+    ChatMessage,
+    TextPart,
+    StreamOptions,
+    FeedbackRequest,
+    ResponseFormat,
+    JsonSchema,
+)
+_FIELDS = frozenset(field for body in _BODIES for field in body.model_fields) | {"schema"}
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON in UTF-8. Half a surrogate pair, of a token or of a client's own words, stays the escape that it came as."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    """JSON in UTF-8; half a surrogate pair stays the escape that it came as."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

@@ -19,10 +19,12 @@ import uvicorn
 import uvicorn.protocols.http.auto
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from ftray import bounded_json, storage
 from ftray.config import Feedback, Serve
 from ftray.serve.api import build_api
+from ftray.serve.asgi import read_body
 from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
 from ftray.serve.catalog import Served
 from ftray.serve.edge import Edge
@@ -166,6 +168,15 @@ def test_hostile_headers_and_paths_are_no_500(headers: dict[str, str], path: str
         assert answer.error["message"]
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("length", [b"\xb2", b"\xb9\xb3", b"+5", b"1e9"])
+def test_a_length_that_only_looks_like_a_number_is_none(length: bytes) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", length)]}
+    assert asyncio.run(read_body(Request(scope, receive))) == b"x"
 
 
 def test_what_is_not_utf8_stays_valid_json() -> None:

@@ -117,9 +117,11 @@ def test_a_bad_entry_is_skipped_alone_counted_and_told_once(
     monkeypatch.setattr(catalog_module, "POLL_S", 0.01)
     make, kind = HOSTILE[case]
     good = Path(put(tmp_path, "polite"))
-    bad = plant(tmp_path, "evil", make(good))
+    # The version's name fits the files, so that nothing else is wrong with the entry.
+    content = "0123456789ab" if case == "files of another version" else good.name.split("-")[1]
+    bad = plant(tmp_path, "evil", make(good), version=f"0007-{content}")
     put(tmp_path, "victim")
-    plant(tmp_path, "victim", make(good), version="0009-0123456789ab")  # a bad newer version hides no good one
+    plant(tmp_path, "victim", make(good), version=f"0009-{content}")  # a bad newer version hides no good one
 
     async def work() -> None:
         meters = Meters()
