@@ -18,9 +18,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ftray.model import embedded
-from ftray.train.checkpoint import CheckpointWriter
-from ftray.train.state import local_bytes, local_parts
-from ftray.train.timeline import Progress
+from ftray.train.checkpoint.catalog import RunProgress
+from ftray.train.checkpoint.writer import CheckpointWriter
+from ftray.train.zero.state import local_bytes, local_parts
 from tests import cluster, ranks
 
 
@@ -47,7 +47,7 @@ def measure(rank: int, workers: int, stage: int, saves: int, directory: str) -> 
         return time.monotonic() - began_s
 
     def save() -> None:
-        writer.save(Progress(step=step, num_updates=step), local_parts(engine, parameters, *place), [])
+        writer.save(RunProgress(step=step, num_updates=step), local_parts(engine, parameters, *place), [])
 
     train()
     writer.wait()

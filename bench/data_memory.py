@@ -37,7 +37,7 @@ from bench.data_corpus import write_corpus  # noqa: E402
 from ftray import config  # noqa: E402
 from ftray.data.chunks import streams  # noqa: E402
 from ftray.data.index import build_index  # noqa: E402
-from ftray.data.pipeline import FeedConfig, Plan, make_plan  # noqa: E402
+from ftray.data.loader import LoaderConfig, LoadPlan, make_plan  # noqa: E402
 from ftray.model.load import load_tokenizer, tokenizer_hash  # noqa: E402
 
 MB = 1 << 20
@@ -101,9 +101,9 @@ def phase(name: str, found: dict[str, Any]) -> Iterator[None]:
     print(json.dumps({"phase": name, **found}), flush=True)
 
 
-def feed(plan: Plan, start: int, stop: int, found: dict[str, Any]) -> None:
+def feed(plan: LoadPlan, start: int, stop: int, found: dict[str, Any]) -> None:
     """Takes steps [start, stop) as one rank; notes how long the first took."""
-    (shard,) = [named["train"] for named in FeedConfig(plan).configure(None, 1)]
+    (shard,) = [named["train"] for named in LoaderConfig(plan).configure(None, 1)]
     began = time.monotonic()
     for batch in shard.batches(start):
         found.setdefault("first_batch_s", round(time.monotonic() - began, 2))
@@ -113,10 +113,10 @@ def feed(plan: Plan, start: int, stop: int, found: dict[str, Any]) -> None:
     found["rows_per_s"] = round(found["steps"] * plan.global_batch_size / (time.monotonic() - began))
 
 
-def measure(directory: Path, base: config.Model, chunk_mb: float, batch: int, clean: str) -> list[dict[str, Any]]:
+def measure(directory: Path, base: config.ModelConfig, chunk_mb: float, batch: int, clean: str) -> list[dict[str, Any]]:
     """The three phases over a directory of shards. Needs a started Ray."""
     rules = dict.fromkeys(("duplicates", "near_duplicates", "overlap", "quality"), clean)
-    data = config.Data.model_validate(
+    data = config.DataConfig.model_validate(
         {
             "max_seq_len": 4096,
             "train": [{"path": str(directory)}],
@@ -150,7 +150,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         directory = write_corpus(Path(scratch), args.mb, shard_mb=min(64, args.mb))
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-        measure(directory, config.Model(base=args.base), args.chunk_mb, args.batch, args.clean)
+        measure(directory, config.ModelConfig(base=args.base), args.chunk_mb, args.batch, args.clean)
     return 0
 
 

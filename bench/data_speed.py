@@ -34,20 +34,20 @@ sys.path.insert(0, str(ROOT))
 from bench.data_corpus import write_corpus  # noqa: E402
 from ftray import config  # noqa: E402
 from ftray.data import chunks  # noqa: E402
-from ftray.data.chunks import Stream, pack_chunk  # noqa: E402
+from ftray.data.chunks import DatasetSpec, pack_chunk  # noqa: E402
 from ftray.data.index import ChunkFacts  # noqa: E402
+from ftray.data.loader import _rows_table  # noqa: E402
 from ftray.data.packing import IGNORE_INDEX, best_fit  # noqa: E402
-from ftray.data.pipeline import _rows_table  # noqa: E402
-from ftray.data.raydata import open_dataset  # noqa: E402
+from ftray.data.ray_options import open_dataset  # noqa: E402
 from ftray.data.sources import cut_shard, list_shards  # noqa: E402
-from ftray.data.tokenize import TokenizerLoader  # noqa: E402
+from ftray.data.tokenizer import TokenizerLoader  # noqa: E402
 from ftray.model.load import load_tokenizer  # noqa: E402
 
 SEQ_LEN = 4096
 COLUMNS = ("input_ids", "labels", "position_ids")
 
 
-def rows_by_ftray(stream: Stream) -> pa.Table:
+def rows_by_ftray(stream: DatasetSpec) -> pa.Table:
     """All rows in packing order. cpu_s: seconds of the task, in each of its rows."""
     cut = [c for shard in list_shards(stream.sources[0].path) for c in cut_shard(shard, 0, 4_000_000)]
     items = [(i, 0, ChunkFacts(c, 0, 0, 0, 0, pack_chunk(c, stream).digest)) for i, c in enumerate(cut)]
@@ -65,7 +65,7 @@ def rows_by_ftray(stream: Stream) -> pa.Table:
 class PlainRows:
     """What one writes by hand. A batch is a shard, so that both ways pack the same records together."""
 
-    def __init__(self, base: config.Model, with_masks: bool) -> None:
+    def __init__(self, base: config.ModelConfig, with_masks: bool) -> None:
         self._base, self._with_masks = base, with_masks
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
@@ -102,11 +102,11 @@ class PlainRows:
 
 
 @lru_cache(maxsize=1)
-def _plain_tokenizer(base: config.Model) -> Any:
+def _plain_tokenizer(base: config.ModelConfig) -> Any:
     return load_tokenizer(base)
 
 
-def rows_by_hand(directory: Path, base: config.Model, with_masks: bool) -> pa.Table:
+def rows_by_hand(directory: Path, base: config.ModelConfig, with_masks: bool) -> pa.Table:
     """All rows in the shards' order."""
     files = sorted(str(path) for path in directory.glob("*.jsonl"))
     tables = []
@@ -127,10 +127,15 @@ def matrix(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table.column(name).combine_chunks().flatten()).reshape(-1, SEQ_LEN)
 
 
-def measure(directory: Path, base: config.Model) -> dict[str, Any]:
+def measure(directory: Path, base: config.ModelConfig) -> dict[str, Any]:
     """Both ways over the shards of a directory. Needs a started Ray."""
-    stream = Stream(
-        (config.Source(path=str(directory)),), SEQ_LEN, True, None, None, TokenizerLoader(partial(load_tokenizer, base))
+    stream = DatasetSpec(
+        (config.SourceConfig(path=str(directory)),),
+        SEQ_LEN,
+        True,
+        None,
+        None,
+        TokenizerLoader(partial(load_tokenizer, base)),
     )
     ours = rows_by_ftray(stream)
     plain = rows_by_hand(directory, base, with_masks=True)
@@ -160,7 +165,7 @@ def main() -> int:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(write_corpus(Path(scratch), args.mb), config.Model(base=args.base))
+        found = measure(write_corpus(Path(scratch), args.mb), config.ModelConfig(base=args.base))
     print(json.dumps({"mb": args.mb, **found}))
     return 0 if found["equal"] else 1
 

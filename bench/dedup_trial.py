@@ -92,12 +92,12 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
     from ftray.model.load import load_tokenizer
 
     source = {"columns": columns}
-    data = config.Data(
+    data = config.DataConfig(
         max_seq_len=8192,
         train=[{"path": str(directory / "train"), **source}],  # type: ignore[list-item]
         eval=[{"path": str(directory / "eval"), **source}],  # type: ignore[arg-type]
     )
-    stream, _ = streams(data, partial(load_tokenizer, config.Model(base=str(model))))
+    stream, _ = streams(data, partial(load_tokenizer, config.ModelConfig(base=str(model))))
     begin = time.monotonic()
     index = build_index(stream, CHUNK_BYTES, str(directory / "index"), "trial")
     found = read_findings(index, str(directory / "index"))
@@ -107,7 +107,7 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
 def likeness(one: Record, other: Record) -> float:
     """True likeness (Jaccard of five-character sequences) of two records."""
     from ftray.chat import Message
-    from ftray.data.duplicates import SHINGLE, spoken_text
+    from ftray.data.checks.dedup import SHINGLE, spoken_text
 
     texts = [spoken_text([Message("user", text) for text in record.values()]) for record in (one, other)]
     sets = [{text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1)} for text in texts]

@@ -43,8 +43,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from ftray import storage  # noqa: E402
-from ftray.train.loop import rows_sum  # noqa: E402
-from ftray.train.timeline import list_checkpoints, merge_metrics  # noqa: E402
+from ftray.train.checkpoint.catalog import list_checkpoints, merge_metrics  # noqa: E402
+from ftray.train.trainer import rows_sum  # noqa: E402
 from tests import tiny  # noqa: E402
 
 EACH_STEP = "import sys; from ftray import cli, console; console.PLAIN_EVERY_S = 0.0; sys.exit(cli.main(sys.argv[1:]))"
@@ -142,7 +142,7 @@ def write_run(directory: Path, checkpoint_every: str) -> None:
 
 def rows_told(directory: Path, env: dict[str, str], num_steps: int) -> dict[int, str]:
     """The digest of the rows of each step, from the plan's own order."""
-    command = [sys.executable, "-m", "ftray.cli", "data", "order", "run.yaml", "--json", "--workers", "1"]
+    command = [sys.executable, "-m", "ftray.cli.main", "data", "order", "run.yaml", "--json", "--workers", "1"]
     done = subprocess.run(
         [*command, "--steps", f"0:{num_steps}"], cwd=directory, env=env, capture_output=True, text=True, check=True
     )

@@ -32,7 +32,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from bench.drill import rows_told, write_run  # noqa: E402
 from ftray import storage  # noqa: E402
-from ftray.train.timeline import list_checkpoints  # noqa: E402
+from ftray.train.checkpoint.catalog import list_checkpoints  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
 EACH_STEP = "import sys; from ftray import cli, console; console.PLAIN_EVERY_S = 0.0; sys.exit(cli.main())"

@@ -17,12 +17,12 @@ from typing import Any
 from ray import serve
 
 from ftray import config
-from ftray.engine.protocol import Chunk, SamplingParams
+from ftray.engine.protocol import OutputChunk, SamplingParams
 from ftray.errors import ModelError
-from ftray.serve.api import build_api
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.app import QUIET, deployment_options
-from ftray.serve.catalog import Served
-from ftray.serve.scaling import METRIC, FirstTimes
+from ftray.serve.autoscaling import METRIC, TtftWindow
+from ftray.serve.routes import build_api
 
 TOKENS_PER_S = 30.0
 APP = "ftray"
@@ -57,26 +57,26 @@ class FakeEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[OutputChunk]:
         if adapter is not None and adapter not in self._replies:
             raise ModelError(f"the adapter {adapter} is not loaded")
         return self._generate(len(prompt_ids), params.max_tokens, self._replies[adapter] if adapter else None)
 
-    async def _generate(self, num_prompt_tokens: int, num_tokens: int, word: str | None) -> AsyncIterator[Chunk]:
+    async def _generate(self, num_prompt_tokens: int, num_tokens: int, word: str | None) -> AsyncIterator[OutputChunk]:
         begin = time.monotonic() + self._delay_s
         for i in range(num_tokens):
             await asyncio.sleep(begin + i * self._every_s - time.monotonic())
             last = "length" if i == num_tokens - 1 else None
             text = f"{word or format(time.time(), '.6f')} "
-            yield Chunk(text, [i], last, num_prompt_tokens, i + 1)  # type: ignore[arg-type]
+            yield OutputChunk(text, [i], last, num_prompt_tokens, i + 1)  # type: ignore[arg-type]
 
 
 @serve.ingress()
 class FakeReplica:
     """Our API around the fake engine, as ModelReplica is around a real one."""
 
-    def __init__(self, served: Served, engine: dict[str, float]) -> None:
-        self._served, self._engine, self._first_times = served, engine, FirstTimes()
+    def __init__(self, served: ServedModels, engine: dict[str, float]) -> None:
+        self._served, self._engine, self._first_times = served, engine, TtftWindow()
 
     def __serve_build_asgi_app__(self) -> Any:
         engine: Any = FakeEngine(**self._engine)
@@ -90,9 +90,11 @@ class FakeReplica:
         return os.getpid()
 
 
-def start_fake(serve_cfg: config.Serve, served: Served | None = None, *, port: int = 8123, **engine: float) -> str:
+def start_fake(
+    serve_cfg: config.ServeConfig, served: ServedModels | None = None, *, port: int = 8123, **engine: float
+) -> str:
     """Deploys it as a model is deployed, or other settings in place of those before; returns the address."""
     deployment = serve.deployment(FakeReplica, name="model", **deployment_options(serve_cfg, num_cpus=0))
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
-    serve.run(deployment.bind(served or Served("fake"), engine), name=APP, route_prefix="/")
+    serve.run(deployment.bind(served or ServedModels("fake"), engine), name=APP, route_prefix="/")
     return f"http://127.0.0.1:{port}/v1"

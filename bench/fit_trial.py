@@ -21,13 +21,13 @@ import torch
 from bench.plain_loop import OPTIMIZERS, batch_of, take_step, wait
 from ftray import config
 from ftray.model.lora import build_model, trainable
-from ftray.train.adamw import AdamW
-from ftray.train.fit import fit_memory
-from ftray.train.loss import MicroBatch, SummedLoss
-from ftray.train.memory import Fit
+from ftray.train.memory import MemoryChoice
+from ftray.train.memory_tuning import fit_memory
+from ftray.train.objectives.sft import MicroBatch, SummedLossModel
+from ftray.train.optim.adamw import AdamW
 
 
-def run_of(given: Any, rows: int | str, recompute: str) -> config.Run:
+def run_of(given: Any, rows: int | str, recompute: str) -> config.RunConfig:
     """One setting as a run's."""
     train = {"global_batch_size": given.batch, "micro_batch_size": rows, "recompute": recompute}
     tree = {"name": "fit", "model": {"base": given.model}, "train": train | {"optimizer": given.optimizer}}
@@ -36,7 +36,9 @@ def run_of(given: Any, rows: int | str, recompute: str) -> config.Run:
     return config.parse_run({**tree, "method": method, "data": data, "deepspeed": {"zero_stage": 0}}, "bench")
 
 
-def measure(given: Any, fit: Fit, model: SummedLoss, optimizer: AdamW, batch: MicroBatch) -> dict[str, Any]:
+def measure(
+    given: Any, fit: MemoryChoice, model: SummedLossModel, optimizer: AdamW, batch: MicroBatch
+) -> dict[str, Any]:
     """Tokens/s and GiB of a setting; what was wrong where memory ran out."""
     on_gpu, accumulate = batch.input_ids.is_cuda, given.batch // fit.micro_batch_size
     told: dict[str, Any] = {"rows": fit.micro_batch_size, "recomputed": f"{fit.layers}/{fit.num_layers}"}
@@ -78,7 +80,7 @@ def main() -> None:
     run = run_of(given, "auto", "auto")
     built = build_model(run.model, run.method, "bf16", 0)
     vocabulary = built.config.vocab_size
-    model = SummedLoss(built.to(device)).train()
+    model = SummedLossModel(built.to(device)).train()
     fit = fit_memory(run, model, device, 1)
     optimizer = AdamW(list(trainable(built).values()), 1e-6, 0.0, 1.0, given.optimizer)
     about = {"model": given.model.rsplit("/", 1)[-1], "method": given.method, "seq": given.seq, "batch": given.batch}

@@ -97,7 +97,7 @@ def write_spoiled(path: Path, number: int, seed: int = 0) -> int:
 def main(number: int = 10_000, seed: int = 0) -> int:
     """Returns 0 when all came out."""
     from ftray.chat import ChatFormat
-    from ftray.data.clean import Example, Rules, read_examples
+    from ftray.data.examples import Example, Rules, read_examples
     from ftray.data.sources import cut_shard, list_shards
     from tests import tiny
 

@@ -24,8 +24,8 @@ import torch
 from ftray import config, storage
 from ftray.model import embedded
 from ftray.model.load import resolve_base
-from ftray.train.adamw import AdamW
-from ftray.train.loss import SummedLoss, flatten_rows
+from ftray.train.objectives.sft import SummedLossModel, flatten_rows
+from ftray.train.optim.adamw import AdamW
 
 SEQ, ROWS, RATES = 1024, 4, {"lora": 5e-4, "full": 3e-5}
 PATHS = {  # name: (method, base, optimizer)
@@ -71,7 +71,7 @@ def batch_of(rows: Arrays, split: str, first: int, number: int) -> Arrays:
     return {field: rows[f"{split}_{field}"][first : first + number] for field in fields}
 
 
-def packed_loss(loss: SummedLoss, batch: Arrays, device: torch.device) -> torch.Tensor:
+def packed_loss(loss: SummedLossModel, batch: Arrays, device: torch.device) -> torch.Tensor:
     """Our way: rows laid end to end."""
     out: torch.Tensor = loss(*vars(flatten_rows(**batch, device=device)).values())
     return out
@@ -128,7 +128,7 @@ def reference(base: str, method: str, rows: Arrays, steps: int, device: torch.de
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    directory = resolve_base(config.Model(base=base))
+    directory = resolve_base(config.ModelConfig(base=base))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").to(device)
     if method == "lora":
         model = get_peft_model(
@@ -149,16 +149,16 @@ def reference(base: str, method: str, rows: Arrays, steps: int, device: torch.de
 
 def fast(base: str, path: str, rows: Arrays, steps: int, device: torch.device) -> tuple[list[float], float]:
     """One of PATHS, as a run at stage 0 computes it."""
-    from ftray.model.eight_bit import use_eight_bits
+    from ftray.model.fp8 import use_eight_bits
     from ftray.model.lora import build_model, trainable
 
     method, precision, optimizer_name = PATHS[path]
-    settings = config.Method.model_validate({"type": method, "base_precision": precision})
-    built = build_model(config.Model(base=base), settings, "bf16", 0)
+    settings = config.MethodConfig.model_validate({"type": method, "base_precision": precision})
+    built = build_model(config.ModelConfig(base=base), settings, "bf16", 0)
     if precision is not None:
         use_eight_bits(built, settings, device)
     seed_adapters(built)
-    loss = SummedLoss(built).train().to(device)
+    loss = SummedLossModel(built).train().to(device)
     rate = RATES["full" if method == "full" else "lora"]
     optimizer = AdamW(trainable(built).values(), rate, 0.0, 1.0, optimizer_name)
 

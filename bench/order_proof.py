@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers too
 
-from ftray.data.pipeline import FeedConfig, Plan  # noqa: E402
-from ftray.data.trace import _Rank  # noqa: E402
+from ftray.data.loader import LoaderConfig, LoadPlan  # noqa: E402
+from ftray.data.order_trace import _TracingRank  # noqa: E402
 from tests import cluster, rows, tiny  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
@@ -51,10 +51,10 @@ def report(case: str, found: Steps, expected: Steps, began_s: float, **more: Any
     return same
 
 
-def fed_slowly(plan: Plan, world_size: int, seed: int) -> Steps:
+def fed_slowly(plan: LoadPlan, world_size: int, seed: int) -> Steps:
     """As `rows.fed_steps`, but each rank goes at a pace of its own, with pauses."""
-    shards = [named["train"] for named in FeedConfig(plan).configure(None, world_size)]
-    ranks = [ray.remote(_Rank).options(num_cpus=0).remote(shard, 0) for shard in shards]
+    shards = [named["train"] for named in LoaderConfig(plan).configure(None, world_size)]
+    ranks = [ray.remote(_TracingRank).options(num_cpus=0).remote(shard, 0) for shard in shards]
     taken: list[list[Any]] = [[] for _ in ranks]
 
     def consume(rank: int) -> None:
@@ -123,11 +123,11 @@ def main() -> int:
             for path in source.iterdir():
                 s3.request("PUT", f"/data/{source.name}/{path.name}", path.read_bytes())
 
-        def plan_of(paths: list[str], name: str, **overrides: Any) -> Plan:
+        def plan_of(paths: list[str], name: str, **overrides: Any) -> LoadPlan:
             settings = {"train__global_batch_size": 8, "train__max_steps": None, "train__epochs": 1.5} | overrides
             return rows.make_plan(root / name, base, [{"path": p} for p in paths], scale__num_workers=1, **settings)
 
-        def case(name: str, plan: Plan, run: Callable[[], Steps], start: int = 0, **more: Any) -> None:
+        def case(name: str, plan: LoadPlan, run: Callable[[], Steps], start: int = 0, **more: Any) -> None:
             began_s = time.monotonic()
             expected = dict(list(enumerate(rows.expected_steps(plan)))[start:])
             good.append(report(name, run(), expected, began_s, **more))

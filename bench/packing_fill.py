@@ -23,16 +23,16 @@ sys.path.insert(0, str(ROOT))
 
 from bench.data_corpus import write_corpus  # noqa: E402
 from ftray import config  # noqa: E402
-from ftray.data.chunks import Stream, pack_chunk  # noqa: E402
+from ftray.data.chunks import DatasetSpec, pack_chunk  # noqa: E402
 from ftray.data.packing import best_fit  # noqa: E402
 from ftray.data.sources import cut_shard, list_shards  # noqa: E402
-from ftray.data.tokenize import TokenizerLoader  # noqa: E402
+from ftray.data.tokenizer import TokenizerLoader  # noqa: E402
 from ftray.model.load import load_tokenizer  # noqa: E402
 
 
-def measure_fill(source: config.Source, load: TokenizerLoader, seq_len: int, chunk_mb: float) -> dict[str, Any]:
+def measure_fill(source: config.SourceConfig, load: TokenizerLoader, seq_len: int, chunk_mb: float) -> dict[str, Any]:
     """Fill over all chunks of a source, each packed and forgotten."""
-    stream = Stream((source,), seq_len, True, None, None, load)
+    stream = DatasetSpec((source,), seq_len, True, None, None, load)
     num_chunks = num_rows = num_records = num_tokens = 0
     for shard in list_shards(source.path):
         for chunk in cut_shard(shard, 0, int(chunk_mb * 1e6)):
@@ -74,12 +74,12 @@ def main() -> int:
     parser.add_argument("--gsm8k", default="", help="train.jsonl of gsm8k")
     parser.add_argument("--base", default="embedded:smollm2-135m-instruct")
     args = parser.parse_args()
-    load = TokenizerLoader(partial(load_tokenizer, config.Model(base=args.base)))
+    load = TokenizerLoader(partial(load_tokenizer, config.ModelConfig(base=args.base)))
     print(json.dumps(measure_best_fit()), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        sources = {"generated": config.Source(path=str(write_corpus(Path(scratch), args.mb, shard_mb=args.mb)))}
+        sources = {"generated": config.SourceConfig(path=str(write_corpus(Path(scratch), args.mb, shard_mb=args.mb)))}
         if args.gsm8k:
-            sources["gsm8k"] = config.Source(path=args.gsm8k, columns={"user": "question", "assistant": "answer"})
+            sources["gsm8k"] = config.SourceConfig(path=args.gsm8k, columns={"user": "question", "assistant": "answer"})
         for name, source in sources.items():
             for chunk_mb in args.chunk_mb:
                 print(json.dumps({"set": name, **measure_fill(source, load, args.seq_len, chunk_mb)}), flush=True)

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from ftray import config
-from ftray.model.eight_bit import use_eight_bits
+from ftray.model.fp8 import use_eight_bits
 from ftray.model.lora import build_model, trainable
-from ftray.train.adamw import FULL, AdamW
-from ftray.train.fit import fit_memory
-from ftray.train.loss import MicroBatch, SummedLoss, flatten_rows
 from ftray.train.memory import EIGHT_BIT, PAGED
+from ftray.train.memory_tuning import fit_memory
+from ftray.train.objectives.sft import MicroBatch, SummedLossModel, flatten_rows
+from ftray.train.optim.adamw import FULL, AdamW
 
 OPTIMIZERS = (FULL, EIGHT_BIT, FULL + PAGED, EIGHT_BIT + PAGED)
 
 
-def run_of(given: Any) -> config.Run:
+def run_of(given: Any) -> config.RunConfig:
     """The settings as a run's."""
     rows = given.rows if given.rows == "auto" else int(given.rows)
     train = {"global_batch_size": given.batch or given.accumulate * int(rows), "micro_batch_size": rows}
@@ -48,7 +48,7 @@ def batch_of(given: Any, rows: int, vocabulary: int, device: torch.device) -> Mi
     return flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
 
 
-def take_step(model: SummedLoss, optimizer: AdamW, batch: MicroBatch, accumulate: int) -> None:
+def take_step(model: SummedLossModel, optimizer: AdamW, batch: MicroBatch, accumulate: int) -> None:
     """What is timed: the gradients of so many micro-batches, and the optimizer. A GPU may still be at it: see `wait`."""
     for _ in range(accumulate):
         (model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)).backward()
@@ -86,7 +86,7 @@ def main() -> None:
     built = build_model(run.model, run.method, "bf16", 0)
     if given.base_precision:
         use_eight_bits(built, run.method, device)
-    model = SummedLoss(built.to(device)).train()
+    model = SummedLossModel(built.to(device)).train()
     fit = fit_memory(run, model, device, 1)
     rows = fit.micro_batch_size
     accumulate = run.train.global_batch_size // rows

@@ -82,8 +82,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def train(run: Any, stream: cluster.Watched) -> Any:
     from ftray import console
-    from ftray.train.identity import open_run
-    from ftray.train.launch import train as launch
+    from ftray.driver.launch import train as launch
+    from ftray.driver.run_record import open_run
 
     console.PLAIN_EVERY_S = 0.0
     return launch(run, open_run(run), console.Console(stream))

@@ -31,8 +31,8 @@ from ray import serve
 from bench.fake_engine import TOKENS_PER_S, FakeEngine, start_fake
 from ftray import config
 from ftray.engine.protocol import SamplingParams
-from ftray.serve import edge
-from ftray.serve.catalog import Served
+from ftray.serve import proxy
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.run import start_endpoint
 
 HUNG_S = 120.0
@@ -157,8 +157,8 @@ def cpu_s() -> float:
     return sum(sum(p.cpu_times()[:2]) for p in serving_processes())
 
 
-def _config(num_ongoing: int, num_queued: int) -> config.Serve:
-    return config.Serve(port=0, target_ongoing_requests=num_ongoing / 1.5, max_queued_requests=num_queued)
+def _config(num_ongoing: int, num_queued: int) -> config.ServeConfig:
+    return config.ServeConfig(port=0, target_ongoing_requests=num_ongoing / 1.5, max_queued_requests=num_queued)
 
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         capacity = max_ongoing / (options.tokens / TOKENS_PER_S)
     else:
         cfg = _config(options.ongoing, options.queued)
-        url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus).url
+        url = start_endpoint(Path(options.model), ServedModels("real"), cfg, num_cpus=options.cpus).url
         model, max_ongoing = "real", options.ongoing
         capacity = asyncio.run(closed_loop(url, model, max_ongoing, 20, tokens)).statuses[200] / 20
     at = asyncio.run(open_loop(url, model, 0.8 * capacity, options.seconds, tokens))
@@ -240,7 +240,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
 
 def ratio(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second at 1 and at 8 requests at a time: of the engine in this process, then of an endpoint around it."""
-    from ftray.engine.offline import complete
+    from ftray.engine.batch import complete
 
     tokens, levels = (options.tokens // 2, options.tokens * 3 // 2), (1, 8)
 
@@ -267,7 +267,7 @@ def ratio(options: argparse.Namespace) -> dict[str, Any]:
 
     alone = asyncio.run(bare())
     cfg = _config(8, 8).model_copy(update={"engine": options.engine})
-    url = start_endpoint(Path(options.model), Served("real"), cfg, num_cpus=options.cpus, max_context=1024).url
+    url = start_endpoint(Path(options.model), ServedModels("real"), cfg, num_cpus=options.cpus, max_context=1024).url
     behind = []
     for level in levels:
         begin = time.monotonic()
@@ -281,10 +281,10 @@ def ratio(options: argparse.Namespace) -> dict[str, Any]:
 
 def _engine(options: argparse.Namespace) -> Any:
     if options.engine == "vllm":
-        from ftray.engine.vllm import VllmEngine
+        from ftray.engine.vllm.engine import VllmEngine
 
         return VllmEngine(options.model, max_context=1024)
-    from ftray.engine.offline import load_engine
+    from ftray.engine.batch import load_engine
 
     return load_engine(Path(options.model), num_threads=int(options.cpus), max_context=1024)
 
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32, help="at once (overhead)")
     parser.add_argument("--spread", type=float, default=1.0, help="seconds over which the streams begin; 0: at once")
     options = parser.parse_args()
-    edge.announce()
+    proxy.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
     try:
         print(json.dumps({"load": load, "overhead": overhead, "ratio": ratio}[options.what](options), indent=1))

@@ -32,7 +32,7 @@ def losses_of(run: Path) -> list[float]:
 def ftray(*arguments: str) -> float:
     """Runs a verb; its seconds."""
     began_s = time.monotonic()
-    subprocess.run([sys.executable, "-m", "ftray.cli", *arguments], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "ftray.cli.main", *arguments], check=True, stdout=sys.stderr)
     return round(time.monotonic() - began_s, 1)
 
 

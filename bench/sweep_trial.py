@@ -23,9 +23,9 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ftray.config import Tune  # noqa: E402
-from ftray.tune.judge import Judge  # noqa: E402
-from ftray.tune.state import State  # noqa: E402
+from ftray.config import TuneConfig  # noqa: E402
+from ftray.tune.scheduler import TrialPruner  # noqa: E402
+from ftray.tune.state import SweepState  # noqa: E402
 
 SPACE = {"train.learning_rate": {"type": "loguniform", "low": 3e-5, "high": 3e-2}}
 
@@ -67,7 +67,7 @@ def run_sweep(directory: Path, tree: dict[str, Any]) -> None:
     file = directory / f"{tree['name']}.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     began_s = time.monotonic()
-    subprocess.run([sys.executable, "-m", "ftray.cli", "tune", str(file)], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "ftray.cli.main", "tune", str(file)], check=True, stdout=sys.stderr)
     results = read(directory, tree["name"])
     print(
         json.dumps(
@@ -93,7 +93,11 @@ def replay(directory: Path, **tune: Any) -> tuple[float, float]:
     sweep's curves, two trials at once, each taking the same time a step."""
     trees = json.loads((directory / "none" / "tune" / "state.json").read_text())["trials"]
     curves = [[(r["share"], r["loss"]) for r in tree["reports"]] for tree in trees]
-    judge, waiting, going = Judge(Tune(space=SPACE, num_trials=8, **tune), State({})), list(range(len(curves))), {}
+    judge, waiting, going = (
+        TrialPruner(TuneConfig(space=SPACE, num_trials=8, **tune), SweepState({})),
+        list(range(len(curves))),
+        {},
+    )
     taken, best = 0.0, float("inf")
     while waiting or going:
         while waiting and len(going) < 2:

@@ -159,7 +159,7 @@ class Site:
     def join(self) -> None:
         """Starts Ray on h1, and waits until both hosts are seen."""
         self._node = self._ray(self.h1, f"--address={GCS}", "--num-cpus=2")
-        doctor = ("-m", "ftray.cli", "doctor")
+        doctor = ("-m", "ftray.cli.main", "doctor")
         wait_for(lambda: "2 answer" in self.h0.start(sys.executable, *doctor).communicate()[0], "Ray on both hosts")
 
     def link(self, state: str) -> None:

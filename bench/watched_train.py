@@ -74,17 +74,17 @@ def _wait_for_memory() -> None:
 
 def main() -> None:
     """The watched process."""
-    from ftray import cli
-    from ftray.train import hearing
+    from ftray.cli import main as cli
+    from ftray.events import bus
 
-    show = hearing._show
+    show = bus._show
     out = os.fdopen(os.dup(1), "w", buffering=1)  # a run sends its own output elsewhere
 
     def told(event: dict[str, Any], bar: Any, console: Any) -> None:
         out.write(MARK + json.dumps(event) + "\n")
         show(event, bar, console)
 
-    hearing._show = told
+    bus._show = told
     sys.argv = ["ftray", "train", *sys.argv[1:]]
     cli.main()
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from bench.train_throughput import SHAPES
 from ftray.compat import deepspeed_without_compiler
-from ftray.train.loop import Trainer
-from ftray.train.loss import MicroBatch
+from ftray.train.objectives.sft import MicroBatch
+from ftray.train.trainer import Trainer
 from tests import cluster, ranks
 
 GIB = 2**30

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from bench.plain_loop import batch_of, wait
 from bench.train_throughput import SHAPES
 from ftray.compat import deepspeed_without_compiler
-from ftray.train.loop import Trainer
+from ftray.train.trainer import Trainer
 from tests import cluster, ranks
 
 GIB = 2**30

@@ -5,11 +5,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ftray.config.compatible import CHOICES, RULES, Rule, impossible
+from ftray.config.constraints import CHOICES, RULES, Rule, impossible
 
 PAGE = Path(__file__).with_name("compatibility.md")
 HEAD = """\
-<!-- Made by `python docs/make_compatibility.py` from ftray/config/compatible.py; a unit test says when it is out of date. -->
+<!-- Made by `python docs/make_compatibility.py` from ftray/config/constraints.py; a unit test says when it is out of date. -->
 
 # Which settings go together
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from ftray.config import Run
-from ftray.runfile import Schema
+from ftray.config import RunConfig
+from ftray.config.loader import Schema
 
 PAGE = Path(__file__).with_name("run-file.md")
 HEAD = """\
@@ -23,7 +23,7 @@ data.train.0.path=s3://bucket/more/`. Numbers may be written as `2e-4`. Keys wit
 
 def render() -> str:
     """The whole page."""
-    schema = Schema(Run)
+    schema = Schema(RunConfig)
     return "\n".join([HEAD, *_tables(schema, schema.tree, "")])
 
 

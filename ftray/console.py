@@ -34,7 +34,7 @@ class Console:
 
     def __init__(self, stream: IO[str] | None = None, as_json: bool = False) -> None:
         self._stream, self._as_json = outlive_terminal(stream or sys.stdout), as_json
-        self._bar: Progress | Table | None = None
+        self._bar: ProgressLine | LiveTable | None = None
         self.run: str | None = None
         self.step: int | None = None
 
@@ -73,9 +73,9 @@ class Console:
             print(line, file=self._stream, flush=True)
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Progress]:
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[ProgressLine]:
         """A progress display over `total` units, `done` of them done before."""
-        self._bar = bar = Progress(self._stream, what, total, done, self.event if self._as_json else None)
+        self._bar = bar = ProgressLine(self._stream, what, total, done, self.event if self._as_json else None)
         try:
             yield bar
         finally:
@@ -83,9 +83,9 @@ class Console:
             self._bar = None
 
     @contextmanager
-    def table(self) -> Iterator[Table]:
+    def table(self) -> Iterator[LiveTable]:
         """Lines that are rewritten in place below all others; nothing in a log."""
-        self._bar = table = Table(self._stream, self.is_terminal)
+        self._bar = table = LiveTable(self._stream, self.is_terminal)
         try:
             yield table
         finally:
@@ -118,7 +118,7 @@ class Console:
             self._stream = own
 
 
-class Progress:
+class ProgressLine:
     """Done and total, with rate-based time left: one line that is rewritten on a terminal, a line now and then else."""
 
     def __init__(
@@ -164,7 +164,7 @@ class Progress:
         return f"{printable(self._what)} {self._done}/{self._total}{fields}{left}"
 
 
-class Table:
+class LiveTable:
     """Lines below all others that are rewritten on a terminal, as many and as long as fit on it."""
 
     def __init__(self, stream: IO[str], is_terminal: bool) -> None:

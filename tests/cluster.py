@@ -20,9 +20,9 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from ftray import config, console, storage
-from ftray.train.identity import open_run
-from ftray.train.launch import train
-from ftray.train.timeline import Found
+from ftray.driver.launch import train
+from ftray.driver.run_record import open_run
+from ftray.train.checkpoint.catalog import CheckpointRef
 
 DEADLINE_S = 300.0
 
@@ -38,7 +38,7 @@ def local_ray(num_cpus: int = 4) -> Iterator[None]:
         ray.shutdown()
 
 
-def make_run(directory: Path, model: Path, data: Path, **overrides: Any) -> config.Run:
+def make_run(directory: Path, model: Path, data: Path, **overrides: Any) -> config.RunConfig:
     """A small run: 2 workers, rows of 128 tokens, global batch 4, fp32. overrides: dotted keys with __ for the dot."""
     tree: dict[str, Any] = {
         "name": "tiny",
@@ -85,8 +85,8 @@ class Watched(io.StringIO):
 
 
 def run_training(
-    run: config.Run, *script: Any, parent: str | None = None, tell: Callable[[dict[str, Any]], None] | None = None
-) -> tuple[Found, str]:
+    run: config.RunConfig, *script: Any, parent: str | None = None, tell: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[CheckpointRef, str]:
     """Trains in this process; returns the last checkpoint and what the user saw.
 
     script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from. tell: as in `train`.
@@ -156,9 +156,9 @@ def losses(run_dir: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-def weights_hash(found: Found) -> str:
+def weights_hash(found: CheckpointRef) -> str:
     """sha256 over a checkpoint's tensors: weights and moments."""
-    from ftray.train.checkpoint import load_checkpoint
+    from ftray.train.checkpoint.writer import load_checkpoint
 
     digest = hashlib.sha256()
     for name, tensor in sorted(load_checkpoint(found).items()):

@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 
 from ftray import config
 from ftray.data.packing import pack_examples
-from ftray.train.loop import Trainer
-from ftray.train.loss import MicroBatch, flatten_rows
-from ftray.train.shards import Halves, Part
+from ftray.train.checkpoint.tensors import SplitFp32, TensorPart
+from ftray.train.objectives.sft import MicroBatch, flatten_rows
+from ftray.train.trainer import Trainer
 from tests import tiny
 
 # At stage 3 DeepSpeed keeps small weights whole on every rank, and in a tiny model all are small: not with this.
@@ -51,7 +51,7 @@ def _enter(rank: int, world_size: int, port: int, scratch: str, act: Callable[..
         dist.destroy_process_group()
 
 
-def build_engine(run: config.Run) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+def build_engine(run: config.RunConfig) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """Engine and trainable parameters of this rank, as the Trainer builds them."""
     trainer = object.__new__(Trainer)
     trainer._run, trainer._device, trainer._world_size = run, torch.device("cpu"), dist.get_world_size()
@@ -87,6 +87,6 @@ def lift_fp16_gate() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
-def values(parts: list[Part]) -> list[torch.Tensor]:
+def values(parts: list[TensorPart]) -> list[torch.Tensor]:
     """Copies of what parts hold."""
-    return [part.values.whole() if isinstance(part.values, Halves) else part.values.clone() for part in parts]
+    return [part.values.whole() if isinstance(part.values, SplitFp32) else part.values.clone() for part in parts]

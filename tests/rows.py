@@ -17,10 +17,10 @@ from typing import Any
 from ftray import config
 from ftray.console import Console
 from ftray.data.chunks import pack_chunk
+from ftray.data.loader import LoadPlan
 from ftray.data.order import chunk_order, row_order
-from ftray.data.pipeline import Plan
+from ftray.data.order_trace import trace_order
 from ftray.data.prepare import prepare_data
-from ftray.data.trace import trace_order
 from ftray.model.load import load_tokenizer, tokenizer_hash
 from tests import cluster, tiny
 
@@ -35,22 +35,22 @@ def save_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def make_plan(directory: Path, base: Path, sources: list[dict[str, Any]], **overrides: Any) -> Plan:
+def make_plan(directory: Path, base: Path, sources: list[dict[str, Any]], **overrides: Any) -> LoadPlan:
     """Index and plan of a run over these sources. Needs Ray."""
-    run: config.Run = cluster.make_run(directory, base, Path("/"), data__train=sources, **overrides)
+    run: config.RunConfig = cluster.make_run(directory, base, Path("/"), data__train=sources, **overrides)
     load = partial(load_tokenizer, run.model)
     directory.mkdir(parents=True, exist_ok=True)
     return prepare_data(run, str(directory / run.name), Console(io.StringIO()), load, tokenizer_hash(load())).plan
 
 
-def replay(plan: Plan) -> Iterator[tuple[Row, list[tuple[str, int]]]]:
+def replay(plan: LoadPlan) -> Iterator[tuple[Row, list[tuple[str, int]]]]:
     """Row after row of the run with its records, by the rules of `order` alone: no Ray, no cursors, no stops."""
     streams = [_replay_source(plan, source) for source in range(len(plan.sources))]
     for source in plan.mixture.sources(0):
         yield next(streams[source])
 
 
-def _replay_source(plan: Plan, source: int) -> Iterator[tuple[Row, list[tuple[str, int]]]]:
+def _replay_source(plan: LoadPlan, source: int) -> Iterator[tuple[Row, list[tuple[str, int]]]]:
     packed = [pack_chunk(f.chunk, plan.stream) for f in plan.sources[source]]
     keys = [(f.chunk.path, f.chunk.start) for f in plan.sources[source]]
     epoch = 0
@@ -65,13 +65,13 @@ def _replay_source(plan: Plan, source: int) -> Iterator[tuple[Row, list[tuple[st
         epoch += 1
 
 
-def expected_steps(plan: Plan) -> list[list[Row]]:
+def expected_steps(plan: LoadPlan) -> list[list[Row]]:
     """Rows of each step of the run, by replay."""
     rows = (row for row, _ in replay(plan))
     return [list(islice(rows, plan.global_batch_size)) for _ in range(plan.num_steps)]
 
 
-def fed_steps(plan: Plan, world_size: int, start: int = 0, end: int | None = None) -> dict[int, list[Row]]:
+def fed_steps(plan: LoadPlan, world_size: int, start: int = 0, end: int | None = None) -> dict[int, list[Row]]:
     """Rows of each step as the Ray pipeline gives them to the ranks, rank after rank, when the feed starts at `start`."""
     steps: dict[int, list[Row]] = {}
     last = plan.num_steps if end is None else end

@@ -11,8 +11,8 @@ from typing import Any
 
 from ftray import config, storage
 from ftray.evaluate.bootstrap import Difference
-from ftray.evaluate.results import Comparison, Scores, write_results
-from ftray.train.timeline import Progress
+from ftray.evaluate.results import Comparison, ModelScores, write_results
+from ftray.train.checkpoint.catalog import RunProgress
 
 BEGAN_S = 1_800_000_000.0
 SETTINGS: dict[str, Any] = {
@@ -33,7 +33,7 @@ def line(step: int, loss: float, unix_s: float, **more: Any) -> dict[str, Any]:
 
 def write_run(
     storage_dir: Path, lines: Iterable[Mapping[str, Any]], weights: object = None, **sections: Any
-) -> tuple[config.Run, Path]:
+) -> tuple[config.RunConfig, Path]:
     """run.json, one checkpoint at the last step and its metrics. weights: anything that the checkpoint holds."""
     run = config.parse_run({**SETTINGS, "storage": str(storage_dir), **sections}, "test")
     run_dir, lines = storage_dir / run.name, list(lines)
@@ -44,7 +44,7 @@ def write_run(
     segment = f"00000000-{len(lines) - 1:08d}.jsonl"
     (run_dir / "metrics" / segment).write_text("".join(json.dumps(each) + "\n" for each in lines))
     step = lines[-1]["step"] + 1
-    progress = Progress(step=step, finished=step == run.train.max_steps, segments=[segment])
+    progress = RunProgress(step=step, finished=step == run.train.max_steps, segments=[segment])
     held_out = [(each["heldout_loss"], each["step"] + 1) for each in lines if "heldout_loss" in each]
     progress.best = dict(zip(("loss", "step"), min(held_out), strict=True)) if held_out else None
     files = run_dir / "made"
@@ -65,10 +65,10 @@ def write_session(run_dir: Path, name: str, events: Iterable[tuple[float, str, M
     file.write_text("".join(lines))
 
 
-def write_evaluation(run: config.Run, run_dir: Path, num_answers: int = 4) -> None:
+def write_evaluation(run: config.RunConfig, run_dir: Path, num_answers: int = 4) -> None:
     """A comparison with its answers, some of them long, some of them markup."""
-    base = Scores(500, 50, num_answers, 2.0, 7.39, 0.5, rouge_l=0.2)
-    tuned = Scores(500, 50, num_answers, 1.0, 2.72, 0.7, rouge_l=0.4)
+    base = ModelScores(500, 50, num_answers, 2.0, 7.39, 0.5, rouge_l=0.2)
+    tuned = ModelScores(500, 50, num_answers, 1.0, 2.72, 0.7, rouge_l=0.4)
     sure = {
         "loss": Difference(-1.0, -1.1, -0.9, 50, -0.5, -0.55, -0.45),
         "rouge_l": Difference(0.2, 0.1, 0.3, 50, 1, 0.5, 1.5),
@@ -101,7 +101,7 @@ def write_evaluation(run: config.Run, run_dir: Path, num_answers: int = 4) -> No
     (run_dir / "evaluate/generations.jsonl").write_text(text)
 
 
-def with_two_kills(storage_dir: Path) -> tuple[config.Run, Path]:
+def with_two_kills(storage_dir: Path) -> tuple[config.RunConfig, Path]:
     """A run of 40 steps of a second: a worker lost after 20, its command killed after 30, an hour of nothing, the rest."""
     times = [10 + n if n < 20 else 40 + n if n < 30 else 3700 + n for n in range(40)]
     lines = [

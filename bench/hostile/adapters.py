@@ -22,7 +22,7 @@ def load_adapter() -> None:
     """Loads `adapter/` over a base with one layer, as a replica does. Raises ModelError."""
     import torch
 
-    from ftray.engine.mixed_lora import MixedLora
+    from ftray.engine.transformers.mixed_lora import MixedLora
 
     class Base(torch.nn.Module):
         def __init__(self) -> None:

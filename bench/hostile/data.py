@@ -28,12 +28,12 @@ class Payload:
 def read_records() -> None:
     """Reads every record below `data/` as the index pass does. Raises the first error; a bad record is one, too."""
     from ftray.chat import ChatFormat
-    from ftray.data.clean import Quarantined, Rules, read_examples
+    from ftray.data.examples import Quarantined, Rules, read_examples
     from ftray.data.sources import cut_shard, list_shards
-    from ftray.data.tokenize import TravellingTokenizer
+    from ftray.data.tokenizer import PortableTokenizer
     from ftray.errors import DataError
 
-    chat = ChatFormat(TravellingTokenizer(tokenizer_state()))
+    chat = ChatFormat(PortableTokenizer(tokenizer_state()))
     bad, first = 0, None
     for shard in list_shards("data"):
         for chunk in cut_shard(shard, 0, 4_000_000):

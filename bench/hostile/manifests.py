@@ -19,14 +19,14 @@ META = {"base": "org/small", "revision": None, "run": "r", "step": 3, "rank": 2}
 def serve_registry() -> None:
     """Reads the registry as a replica does; the good adapter must be served. Raises ModelError for the bad one."""
     from ftray.errors import ModelError
-    from ftray.serve.catalog import Catalog, Served
-    from ftray.serve.entries import Rejected
+    from ftray.serve.adapter_cache import AdapterCache, ServedModels
+    from ftray.serve.registry_schema import Rejected
 
     rejected: list[Rejected] = []
 
     async def look() -> list[str]:
-        served = Served("small", {}, os.path.abspath(REGISTRY), "org/small", None, 8)  # noqa: PTH100
-        catalog = Catalog(None, served, rejected.append)  # type: ignore[arg-type] # nothing is loaded
+        served = ServedModels("small", {}, os.path.abspath(REGISTRY), "org/small", None, 8)  # noqa: PTH100
+        catalog = AdapterCache(None, served, rejected.append)  # type: ignore[arg-type] # nothing is loaded
         await catalog.start()
         for name in catalog.model_ids():
             catalog.lineage(name), catalog.reference(name)

@@ -17,30 +17,30 @@ from bench.hostile.templates import IN_C
 
 def check_model() -> None:
     """What every command does with `model.base` before a worker starts."""
-    from ftray.config import Model
+    from ftray.config import ModelConfig
     from ftray.model.load import check_base
 
-    check_base(Model(base="model"))
+    check_base(ModelConfig(base="model"))
 
 
 def load_model() -> None:
     """What each worker does with it."""
     import torch
 
-    from ftray.config import Model
+    from ftray.config import ModelConfig
     from ftray.model.load import load_base
 
-    load_base(Model(base="model"), torch.float32)
+    load_base(ModelConfig(base="model"), torch.float32)
 
 
 def try_template_of_model() -> None:
     """Tries the template in a process of its own, and renders a conversation with it."""
     from ftray.chat import Message, try_template
-    from ftray.chat.turns import Cutter
+    from ftray.chat.segments import TemplateSegmenter
 
     source = Path("template.jinja").read_text()
     try_template(source)
-    Cutter(source, {}).render([Message("user", "hello there")])
+    TemplateSegmenter(source, {}).render([Message("user", "hello there")])
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,6 @@ import transformers  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 import ftray.chat
-import ftray.cli
+import ftray.cli.main
 import ftray.data.preview
 import ftray.model.load  # noqa: F401

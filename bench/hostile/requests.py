@@ -54,9 +54,9 @@ class Engine:
         return self._answer(len(prompt_ids))
 
     async def _answer(self, length: int) -> AsyncIterator[Any]:
-        from ftray.engine.protocol import Chunk
+        from ftray.engine.protocol import OutputChunk
 
-        yield Chunk("yes", [1], "stop", length, 1)
+        yield OutputChunk("yes", [1], "stop", length, 1)
 
 
 def post() -> None:
@@ -66,8 +66,8 @@ def post() -> None:
     """
     from ftray import config
     from ftray.errors import ConfigError
-    from ftray.serve.api import build_api
-    from ftray.serve.catalog import Served
+    from ftray.serve.adapter_cache import ServedModels
+    from ftray.serve.routes import build_api
     from ftray.serve.routing import Router
 
     path, body = Path("path").read_text(), Path("body").read_bytes()
@@ -86,7 +86,7 @@ def post() -> None:
 
     app = build_api(
         Engine(),  # type: ignore[arg-type]
-        Served("m"),
+        ServedModels("m"),
         max_tokens=50,
         router=Router({"m": 1.0}),
         place=str(Path("place").absolute()),

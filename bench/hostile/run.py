@@ -186,7 +186,7 @@ def _child(command: object, directory: str, root: str, output: str, mark: str) -
         }
     )
     tempfile.tempdir = tmp
-    from ftray import cli
+    from ftray.cli import main
     from ftray.errors import FtrayError
 
     code = 0
@@ -199,7 +199,7 @@ def _child(command: object, directory: str, root: str, output: str, mark: str) -
     else:
         assert isinstance(command, tuple)
         try:
-            code = cli.main(list(command))
+            code = main.main(list(command))
         except SystemExit as err:
             code = err.code if isinstance(err.code, int) else 1
     sys.stdout.flush()

@@ -9,8 +9,8 @@ itself (`format`). A prompt of the endpoint therefore is, id for id, the beginni
 turns: no token ever spans the border between what was asked and what is to be answered.
 """
 
-from ftray.chat.format import ChatFormat, Encoded, template_of
+from ftray.chat.encode import ChatFormat, Encoded, template_of
 from ftray.chat.messages import Message, read_messages
-from ftray.chat.trial import try_template
+from ftray.chat.template_trial import try_template
 
 __all__ = ["ChatFormat", "Encoded", "Message", "read_messages", "template_of", "try_template"]

@@ -37,7 +37,7 @@ Verdict = Literal["ok", "warn", "bad"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthCheck:
     """One check: its verdict, what was seen, and what to do where that is not well."""
 
     check: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
+class NodeFacts:
     """What one machine says of itself. skew_s: its clock less the driver's; store_skew_s: less the store's.
 
     resources: what Ray counts there; without Ray, {}. error: why nothing was seen.
@@ -69,10 +69,10 @@ class Facts:
     error: str = ""
 
 
-def examine(place: str | None, size_bytes: int = PROBE_BYTES) -> Facts:
+def examine(place: str | None, size_bytes: int = PROBE_BYTES) -> NodeFacts:
     """Looks at this machine. place: a directory or s3:// prefix that is written to, read from and left clean."""
     gpus, driver = _gpus()
-    facts = Facts(
+    facts = NodeFacts(
         host=socket.gethostname(),
         versions=_versions(),
         gpus=gpus,
@@ -144,7 +144,7 @@ def _free_gib(path: Path) -> float:
     return shutil.disk_usage(path).free / GIB
 
 
-def examine_cluster(place: str | None) -> list[Facts]:
+def examine_cluster(place: str | None) -> list[NodeFacts]:
     """Facts of every live node of the Ray that this process has joined. What a node can't tell is its `error`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -161,9 +161,9 @@ def examine_cluster(place: str | None) -> list[Facts]:
             skew_s = _skew(ray.remote(_now).options(num_cpus=0, scheduling_strategy=here))
             facts = replace(facts, host=host, skew_s=skew_s, resources=dict(node["Resources"]))
         except ray.exceptions.GetTimeoutError:
-            facts = Facts(host, error=f"no answer within {NODE_S:.0f} s", resources=dict(node["Resources"]))
+            facts = NodeFacts(host, error=f"no answer within {NODE_S:.0f} s", resources=dict(node["Resources"]))
         except ray.exceptions.RayError as err:
-            facts = Facts(host, error=" ".join(str(err).split())[-200:], resources=dict(node["Resources"]))
+            facts = NodeFacts(host, error=" ".join(str(err).split())[-200:], resources=dict(node["Resources"]))
         found.append(facts)
     return found
 
@@ -186,7 +186,7 @@ def _skew(clock: Any) -> float:
     return skew_s
 
 
-def judge(nodes: list[Facts], run: config.Run | None = None) -> list[Finding]:
+def judge(nodes: list[NodeFacts], run: config.RunConfig | None = None) -> list[HealthCheck]:
     """Verdicts over all machines, one for each check. run: whose needs are looked at besides."""
     lost = [node for node in nodes if node.error]
     well = [node for node in nodes if not node.error]
@@ -197,15 +197,15 @@ def judge(nodes: list[Facts], run: config.Run | None = None) -> list[Finding]:
     return findings
 
 
-def _nodes(nodes: list[Facts], lost: list[Facts]) -> Finding:
+def _nodes(nodes: list[NodeFacts], lost: list[NodeFacts]) -> HealthCheck:
     if lost:
-        return Finding(
+        return HealthCheck(
             "nodes", "bad", f"{lost[0].host}: {lost[0].error}", "install the same image there, or take the node away"
         )
-    return Finding("nodes", "ok", f"{len(nodes)} answer")
+    return HealthCheck("nodes", "ok", f"{len(nodes)} answer")
 
 
-def _packages(nodes: list[Facts]) -> Finding:
+def _packages(nodes: list[NodeFacts]) -> HealthCheck:
     for name in ("python", *PACKAGES):
         at: dict[str, list[str]] = defaultdict(list)
         for node in nodes:
@@ -214,14 +214,14 @@ def _packages(nodes: list[Facts]) -> Finding:
             told = ", ".join(
                 f"{version} on {' '.join(sorted(set(hosts))[:3])}" for version, hosts in sorted(at.items())
             )
-            return Finding("versions", "bad", f"{name} is {told}", "give all nodes one image")
+            return HealthCheck("versions", "bad", f"{name} is {told}", "give all nodes one image")
     one = nodes[0].versions if nodes else {}
-    return Finding(
+    return HealthCheck(
         "versions", "ok", ", ".join(f"{name} {one.get(name)}" for name in ("python", "ftray", "ray", "torch"))
     )
 
 
-def _gpu_kinds(nodes: list[Facts]) -> Finding:
+def _gpu_kinds(nodes: list[NodeFacts]) -> HealthCheck:
     counts: dict[str, int] = defaultdict(int)
     for node in nodes:
         for name in node.gpus:
@@ -231,42 +231,42 @@ def _gpu_kinds(nodes: list[Facts]) -> Finding:
     if unseen := [n for n in nodes if n.resources and n.resources.get("GPU", 0) < len(n.gpus)]:
         node = unseen[0]
         fact = f"{node.host} has {len(node.gpus)} and gives Ray {node.resources.get('GPU', 0):g}"
-        return Finding("gpus", "warn", fact, "start Ray there without --num-gpus")
+        return HealthCheck("gpus", "warn", fact, "start Ray there without --num-gpus")
     if len(counts) > 1:
-        return Finding("gpus", "warn", told, "a run is as slow as its slowest GPU: set scale.accelerator")
+        return HealthCheck("gpus", "warn", told, "a run is as slow as its slowest GPU: set scale.accelerator")
     if len(drivers) > 1:
-        return Finding("gpus", "warn", f"{told}, drivers {', '.join(sorted(drivers))}", "give all nodes one driver")
-    return Finding("gpus", "ok", f"{told}{f', driver {drivers.pop()}' if drivers else ''}")
+        return HealthCheck("gpus", "warn", f"{told}, drivers {', '.join(sorted(drivers))}", "give all nodes one driver")
+    return HealthCheck("gpus", "ok", f"{told}{f', driver {drivers.pop()}' if drivers else ''}")
 
 
-def _storage(nodes: list[Facts]) -> Finding:
+def _storage(nodes: list[NodeFacts]) -> HealthCheck:
     if failed := [node for node in nodes if node.storage_error]:
         node = failed[0]
-        return Finding("storage", "bad", f"{node.host}: {node.storage_error}", "give the nodes a role that may")
+        return HealthCheck("storage", "bad", f"{node.host}: {node.storage_error}", "give the nodes a role that may")
     measured = [node for node in nodes if node.write_mb_s is not None and node.read_mb_s is not None]
     if not measured:
-        return Finding("storage", "ok", "not asked for (give a run file, or --storage)")
+        return HealthCheck("storage", "ok", "not asked for (give a run file, or --storage)")
     write, read = min(n.write_mb_s or 0 for n in measured), min(n.read_mb_s or 0 for n in measured)
     told = f"written at {write:.0f} MB/s, read at {read:.0f} MB/s{' by the slowest' if len(measured) > 1 else ''}"
     if min(write, read) < SLOW_MB_S:
-        return Finding(
+        return HealthCheck(
             "storage", "warn", told, "put the bucket into the nodes' region, and an S3 gateway endpoint there"
         )
-    return Finding("storage", "ok", told)
+    return HealthCheck("storage", "ok", told)
 
 
-def _clock(nodes: list[Facts]) -> Finding:
+def _clock(nodes: list[NodeFacts]) -> HealthCheck:
     skews = [(abs(s), node.host) for node in nodes for s in (node.skew_s, node.store_skew_s or 0.0)]
     worst, host = max(skews, default=(0.0, ""))
     if worst < SKEW_WARN_S:
-        return Finding("clock", "ok", f"within {SKEW_WARN_S:g} s")
+        return HealthCheck("clock", "ok", f"within {SKEW_WARN_S:g} s")
     verdict: Verdict = "bad" if worst >= SKEW_BAD_S else "warn"
-    return Finding(
+    return HealthCheck(
         "clock", verdict, f"{host} is {worst:.0f} s off", "run chrony there: S3 refuses signatures of other times"
     )
 
 
-def _disk(nodes: list[Facts]) -> Finding:
+def _disk(nodes: list[NodeFacts]) -> HealthCheck:
     return _least(
         nodes,
         "disk",
@@ -278,24 +278,30 @@ def _disk(nodes: list[Facts]) -> Finding:
     )
 
 
-def _shm(nodes: list[Facts]) -> Finding:
+def _shm(nodes: list[NodeFacts]) -> HealthCheck:
     remedy = "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory at /dev/shm"
     return _least(nodes, "shm", lambda node: node.shm_gib, "in /dev/shm", SHM_WARN_GIB, SHM_BAD_GIB, remedy)
 
 
 def _least(
-    nodes: list[Facts], check: str, of: Callable[[Facts], float], what: str, warn: float, bad: float, remedy: str
-) -> Finding:
+    nodes: list[NodeFacts],
+    check: str,
+    of: Callable[[NodeFacts], float],
+    what: str,
+    warn: float,
+    bad: float,
+    remedy: str,
+) -> HealthCheck:
     least = min(nodes, key=of, default=None)
     if least is None:
-        return Finding(check, "ok", "no node was seen")
+        return HealthCheck(check, "ok", "no node was seen")
     told = f"{least.host} has {of(least):.1f} GiB {what}"
     if of(least) >= warn:
-        return Finding(check, "ok", told)
-    return Finding(check, "bad" if of(least) < bad else "warn", told, remedy)
+        return HealthCheck(check, "ok", told)
+    return HealthCheck(check, "bad" if of(least) < bad else "warn", told, remedy)
 
 
-def _room(run: config.Run, nodes: list[Facts]) -> Finding:
+def _room(run: config.RunConfig, nodes: list[NodeFacts]) -> HealthCheck:
     """Whether the run's fewest workers find their GPUs and CPUs, as `ftray train` will ask."""
     kind, fewest = run.scale.accelerator, run.world_sizes[-1]
     those = [
@@ -309,19 +315,21 @@ def _room(run: config.Run, nodes: list[Facts]) -> Finding:
     what = f"{kind or 'GPU'}s" if kind or has_gpus else "workers' CPUs"
     if int(number) < fewest and (kind or has_gpus or any(n.resources for n in nodes)):
         remedy = "lower scale.num_workers, or add nodes"
-        return Finding("room", "bad", f"{int(number)} {what}, the run needs {fewest}", remedy)
-    return Finding("room", "ok", f"for {fewest} workers")
+        return HealthCheck("room", "bad", f"{int(number)} {what}, the run needs {fewest}", remedy)
+    return HealthCheck("room", "ok", f"for {fewest} workers")
 
 
-def has_room(run: config.Run) -> bool:
+def has_room(run: config.RunConfig) -> bool:
     """Whether the joined cluster holds the run's fewest workers now."""
     import ray
 
-    nodes = [Facts(node["NodeManagerHostname"], resources=node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        NodeFacts(node["NodeManagerHostname"], resources=node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
     return _room(run, nodes).verdict == "ok"
 
 
-def lines_of(findings: list[Finding]) -> list[str]:
+def lines_of(findings: list[HealthCheck]) -> list[str]:
     """Findings for people, one line each, remedies below."""
     lines = []
     for finding in findings:
@@ -331,11 +339,11 @@ def lines_of(findings: list[Finding]) -> list[str]:
     return lines
 
 
-def worst_of(findings: list[Finding]) -> Finding | None:
+def worst_of(findings: list[HealthCheck]) -> HealthCheck | None:
     """The first that is bad."""
     return next((finding for finding in findings if finding.verdict == "bad"), None)
 
 
-def place_of(run: config.Run | None, given: str | None) -> str | None:
+def place_of(run: config.RunConfig | None, given: str | None) -> str | None:
     """Where bandwidth is measured: what was given, or the run's storage."""
     return given or (run.storage if run is not None else None)

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
-from ftray.reach import is_loopback
+from ftray.storage.ports import is_loopback
 
 CONNECT_S = 10.0
 AGENT_S = 60.0  # a head that just came up has no agent for jobs yet
@@ -25,7 +25,7 @@ STOP_S = 600  # seconds that a stopped job has to commit its checkpoint
 LIVE = ("PENDING", "RUNNING")
 
 
-class Jobs:
+class JobClient:
     """The job server of a cluster.
 
     Args:

@@ -16,18 +16,18 @@ from typing import Any
 import yaml
 
 from ftray import config
-from ftray.cluster.nodes import Layout, find_machine, lay_out
-from ftray.cluster.places import check_pods, reads_hub
-from ftray.cluster.pods import (
+from ftray.cluster.instance_types import PodLayout, find_instance_type, plan_pods
+from ftray.cluster.pod_spec import (
     CONTAINER_SECURITY,
     PART_OF,
     RUN_FILE,
-    Image,
+    RunImage,
     Tree,
     head_group,
     submitter,
     worker_group,
 )
+from ftray.cluster.uri_check import check_pods, reads_hub
 from ftray.errors import ConfigError
 
 ACCESS_PARTS = ("serviceaccount", "networkpolicy", "pdb-train", "pdb-serve")
@@ -39,7 +39,7 @@ RETRIES = 3
 
 
 def render(
-    run: config.Run,
+    run: config.RunConfig,
     machine_name: str | None = None,
     image: str | None = None,
     parts: tuple[str, ...] = DEFAULT_PARTS,
@@ -63,9 +63,9 @@ def render(
     check_pods(run)
     if "rayservice" in parts and run.method.type == "prompt":
         parts = tuple(part for part in parts if part not in ("rayservice", "pdb-serve"))  # only PEFT serves these
-    layout = lay_out(run, find_machine(run.scale.accelerator, machine_name))
+    layout = plan_pods(run, find_instance_type(run.scale.accelerator, machine_name))
     kind = "cuda" if layout.gpus else "cpu"
-    made = Image(
+    made = RunImage(
         image or f"ftray:{importlib.metadata.version('ftray')}-{kind}",
         kubernetes_name(run.name),
         importlib.metadata.version("ray"),
@@ -78,7 +78,7 @@ def render(
     return manifests
 
 
-def hub_roles(run: config.Run) -> frozenset[str]:
+def hub_roles(run: config.RunConfig) -> frozenset[str]:
     """The roles whose pods may download from the model hub: none where neither base nor data comes from it.
 
     A submitter never does, and an endpoint serves what the run exported to its storage.
@@ -111,7 +111,7 @@ def write(manifests: dict[str, Tree], directory: Path) -> list[Path]:
     return paths
 
 
-def head_gib(run: config.Run) -> int:
+def head_gib(run: config.RunConfig) -> int:
     """Memory of the head, whose driver merges and writes the model: 3 bytes for each weight that the base's name tells."""
     found = re.search(r"(\d+(?:\.\d+)?)b\b", run.model.base.lower())
     return 16 + math.ceil(3e9 * float(found[1]) / 2**30) if found else 16
@@ -126,13 +126,13 @@ def kubernetes_name(name: str) -> str:
     return f"{plain[: NAME_CHARS - 7].strip('-') or 'run'}-{digest}"
 
 
-def _configmap(run: config.Run, _: Layout, image: Image) -> Tree:
+def _configmap(run: config.RunConfig, _: PodLayout, image: RunImage) -> Tree:
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree.setdefault("serve", {})["host"] = "0.0.0.0"  # of a pod; keys and the network policy guard it  # nosec B104 # a pod, behind keys and network policies
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _meta(run, image), "data": {"run.yaml": as_yaml(tree)}}
 
 
-def _rayjob(run: config.Run, layout: Layout, image: Image) -> Tree:
+def _rayjob(run: config.RunConfig, layout: PodLayout, image: RunImage) -> Tree:
     spec = {
         "entrypoint": f"ftray run {RUN_FILE}",
         "metadata": {"run": run.name, "config_hash": run.config_hash},
@@ -156,20 +156,20 @@ def _rayjob(run: config.Run, layout: Layout, image: Image) -> Tree:
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": _meta(run, image), "spec": spec}
 
 
-def _raycluster(run: config.Run, layout: Layout, image: Image) -> Tree:
+def _raycluster(run: config.RunConfig, layout: PodLayout, image: RunImage) -> Tree:
     """A cluster that stays, for `ftray submit`. Its workers stay too: what can't hold a run refuses it."""
     group = _training_workers(image, layout, "cluster", layout.pods)
     spec = _cluster(image, head_group(image, "cluster"), [group])
     return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": _meta(run, image), "spec": spec}
 
 
-def _training_workers(image: Image, layout: Layout, role: str, pods: int) -> Tree:
+def _training_workers(image: RunImage, layout: PodLayout, role: str, pods: int) -> Tree:
     return worker_group(image, role, layout, (pods, layout.min_pods, pods), is_spread=pods > 1)
 
 
-def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
+def _rayservice(run: config.RunConfig, layout: PodLayout, image: RunImage) -> Tree:
     least, most = run.serve.min_replicas, run.serve.max_replicas
-    replica = lay_out(run.model_copy(update={"scale": _one_replica(run)}), layout.machine)
+    replica = plan_pods(run.model_copy(update={"scale": _one_replica(run)}), layout.machine)
     if replica.pods != 1:
         raise ConfigError(
             f"serve.tensor_parallel is {run.serve.tensor_parallel}, more GPUs than one machine gives a replica "
@@ -211,11 +211,11 @@ def _rayservice(run: config.Run, layout: Layout, image: Image) -> Tree:
     return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": _meta(run, image), "spec": spec}
 
 
-def _one_replica(run: config.Run) -> config.Scale:
+def _one_replica(run: config.RunConfig) -> config.ScaleConfig:
     return run.scale.model_copy(update={"num_workers": run.serve.tensor_parallel})
 
 
-def _cluster(image: Image, head: Tree, workers: list[Tree]) -> Tree:
+def _cluster(image: RunImage, head: Tree, workers: list[Tree]) -> Tree:
     return {
         "rayVersion": image.ray_version,
         "authOptions": {"mode": "token", "secretName": image.ray_token},
@@ -225,11 +225,11 @@ def _cluster(image: Image, head: Tree, workers: list[Tree]) -> Tree:
     }
 
 
-def _labels(image: Image) -> Tree:
+def _labels(image: RunImage) -> Tree:
     return {"app.kubernetes.io/name": "ftray", "app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run}
 
 
-def _meta(run: config.Run, image: Image) -> Tree:
+def _meta(run: config.RunConfig, image: RunImage) -> Tree:
     return {
         "name": image.run,
         "labels": _labels(image),
@@ -237,7 +237,7 @@ def _meta(run: config.Run, image: Image) -> Tree:
     }
 
 
-def _service_account(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+def _service_account(_run: config.RunConfig, _layout: PodLayout, image: RunImage) -> Tree:
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
@@ -246,7 +246,7 @@ def _service_account(_run: config.Run, _layout: Layout, image: Image) -> Tree:
     }
 
 
-def _network_policy(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+def _network_policy(_run: config.RunConfig, _layout: PodLayout, image: RunImage) -> Tree:
     """Ray and NCCL use many ports: all are open between the pods of this run, and closed to every other pod."""
     pods = {"matchLabels": {"app.kubernetes.io/part-of": PART_OF, "ftray/run": image.run}}
     spec = {
@@ -263,7 +263,7 @@ def _network_policy(_run: config.Run, _layout: Layout, image: Image) -> Tree:
     }
 
 
-def _disruption_budget(image: Image, role: str, node_type: str) -> Tree:
+def _disruption_budget(image: RunImage, role: str, node_type: str) -> Tree:
     labels = {"ftray/run": image.run, "app.kubernetes.io/component": role, "ray.io/node-type": node_type}
     return {
         "apiVersion": "policy/v1",
@@ -273,12 +273,12 @@ def _disruption_budget(image: Image, role: str, node_type: str) -> Tree:
     }
 
 
-def _pdb_train(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+def _pdb_train(_run: config.RunConfig, _layout: PodLayout, image: RunImage) -> Tree:
     """The head carries the driver of the run, so a drain does not evict it."""
     return _disruption_budget(image, "train", "head")
 
 
-def _pdb_serve(_run: config.Run, _layout: Layout, image: Image) -> Tree:
+def _pdb_serve(_run: config.RunConfig, _layout: PodLayout, image: RunImage) -> Tree:
     """A drain evicts replicas one at a time, and never the last."""
     return _disruption_budget(image, "serve", "worker")
 

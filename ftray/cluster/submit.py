@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 
 from ftray import config
-from ftray.cluster.jobs import LIVE, STOP_S, Jobs, exit_code, next_id, short
-from ftray.cluster.places import local_extras
+from ftray.cluster.jobs import LIVE, STOP_S, JobClient, exit_code, next_id, short
+from ftray.cluster.uri_check import local_extras
 from ftray.console import Console, duration
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 
@@ -32,7 +32,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Manner:
+class SubmitOptions:
     """How a run is submitted. verb: what it does; look: at the cluster first; start_nodes: wait until a cluster that
     starts machines has them; wait: for the end."""
 
@@ -42,7 +42,7 @@ class Manner:
     wait: bool = True
 
 
-def submit(run: config.Run, stem: str, manner: Manner, jobs: Jobs, console: Console) -> int:
+def submit(run: config.RunConfig, stem: str, manner: SubmitOptions, jobs: JobClient, console: Console) -> int:
     """Submits a run, or follows its live job; returns the exit code of the job's command.
 
     stem: of the run file's name. Raises ConfigError for a run or a cluster that can't carry it, Interrupted when
@@ -70,7 +70,7 @@ def submit(run: config.Run, stem: str, manner: Manner, jobs: Jobs, console: Cons
 
 
 @contextmanager
-def packed(run: config.Run, stem: str) -> Iterator[Path]:
+def packed(run: config.RunConfig, stem: str) -> Iterator[Path]:
     """A directory with the run file, overrides applied, and the local files that it names. Raises ConfigError."""
     extras = local_extras(run)
     files = [file for extra in extras for file in _files_of(extra)]
@@ -101,7 +101,7 @@ def _files_of(extra: str) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
-def _check_version(jobs: Jobs) -> None:
+def _check_version(jobs: JobClient) -> None:
     import ray
 
     if jobs.ray_version.split(".")[:2] != ray.__version__.split(".")[:2]:
@@ -110,7 +110,9 @@ def _check_version(jobs: Jobs) -> None:
         )
 
 
-def _look(jobs: Jobs, run: config.Run, stem: str, manner: Manner, directory: Path, console: Console) -> None:
+def _look(
+    jobs: JobClient, run: config.RunConfig, stem: str, manner: SubmitOptions, directory: Path, console: Console
+) -> None:
     """Looks at the cluster from inside: versions, GPUs, storage. Raises ConfigError for what a run can't live with."""
     job_id = f"{run.name}-check-{int(time.time() * 1000):x}"
     metadata = {"run": run.name, "config_hash": run.config_hash, "verb": "doctor"}
@@ -147,7 +149,7 @@ def _look(jobs: Jobs, run: config.Run, stem: str, manner: Manner, directory: Pat
     )
 
 
-def follow(jobs: Jobs, job_id: str, console: Console) -> int:
+def follow(jobs: JobClient, job_id: str, console: Console) -> int:
     """Shows a job's log to its end; returns the exit code of its command."""
     try:
         asyncio.run(_tail(jobs, job_id, console))
@@ -159,7 +161,7 @@ def follow(jobs: Jobs, job_id: str, console: Console) -> int:
     return exit_code(jobs.info(job_id), job_id)
 
 
-async def _tail(jobs: Jobs, job_id: str, console: Console) -> None:
+async def _tail(jobs: JobClient, job_id: str, console: Console) -> None:
     """Prints the log as it grows. A connection that breaks is opened again, and what was shown isn't shown twice."""
     shown, line, heard_s = 0, "", time.monotonic()
     while True:
@@ -212,7 +214,7 @@ def rows_of(found: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def status(jobs: Jobs, name: str | None, as_json: bool, console: Console) -> int:
+def status(jobs: JobClient, name: str | None, as_json: bool, console: Console) -> int:
     """Shows the jobs of a run, or of all runs."""
     rows = rows_of(jobs.of(name))
     if as_json:
@@ -226,7 +228,7 @@ def status(jobs: Jobs, name: str | None, as_json: bool, console: Console) -> int
     return 0
 
 
-def logs(jobs: Jobs, name: str, wait: bool, console: Console) -> int:
+def logs(jobs: JobClient, name: str, wait: bool, console: Console) -> int:
     """Shows a job's log; follows it to its end if asked, and then returns its exit code."""
     job = jobs.find(name)
     if wait:
@@ -236,7 +238,7 @@ def logs(jobs: Jobs, name: str, wait: bool, console: Console) -> int:
     return 0
 
 
-def stop(jobs: Jobs, name: str, console: Console) -> int:
+def stop(jobs: JobClient, name: str, console: Console) -> int:
     """Stops a job: it commits a checkpoint and ends."""
     job = jobs.find(name)
     if job.status not in LIVE:

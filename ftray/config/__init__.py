@@ -5,40 +5,40 @@ what can be derived is a property. A run file is `load_run(path, overrides)`; ev
 the key, the value and the remedy.
 """
 
-from ftray.config.after import Canary, Evaluate, Feedback, Serve
 from ftray.config.base import Section
-from ftray.config.data import Clean, Data, Source, Split
+from ftray.config.data import CleanConfig, DataConfig, SourceConfig, SplitConfig
+from ftray.config.evaluate import CanaryConfig, EvaluateConfig, Feedback, ServeConfig
 from ftray.config.gates import FIGURES, Gate
-from ftray.config.observe import Observe
-from ftray.config.opinions import Human, Judge
-from ftray.config.run import Run, differing_keys, load_run, parse_run
-from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
-from ftray.config.tune import Parameter, Tune
+from ftray.config.raters import HumanEvalConfig, JudgeConfig
+from ftray.config.run import RunConfig, differing_keys, load_run, parse_run
+from ftray.config.tracking import TrackingConfig
+from ftray.config.training import CheckpointConfig, DeepSpeedConfig, MethodConfig, ModelConfig, ScaleConfig, TrainConfig
+from ftray.config.tune import TuneConfig, TuneParameter
 
 __all__ = [
     "FIGURES",
-    "Canary",
-    "CheckpointSection",
-    "Clean",
-    "Data",
-    "DeepSpeed",
-    "Evaluate",
+    "CanaryConfig",
+    "CheckpointConfig",
+    "CleanConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "EvaluateConfig",
     "Feedback",
     "Gate",
-    "Human",
-    "Judge",
-    "Method",
-    "Model",
-    "Observe",
-    "Parameter",
-    "Run",
-    "Scale",
+    "HumanEvalConfig",
+    "JudgeConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "RunConfig",
+    "ScaleConfig",
     "Section",
-    "Serve",
-    "Source",
-    "Split",
-    "Train",
-    "Tune",
+    "ServeConfig",
+    "SourceConfig",
+    "SplitConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "TuneParameter",
     "differing_keys",
     "load_run",
     "parse_run",

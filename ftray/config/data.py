@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ftray.config.base import Float, Int, Section
 
 
-class Source(Section):
+class SourceConfig(Section):
     """A set of shards."""
 
     path: str = Field(min_length=1)
@@ -24,7 +24,7 @@ class Source(Section):
     """For records of any shape: which column holds whose turn, e.g. `{user: question, assistant: answer}`."""
 
     @model_validator(mode="after")
-    def _columns_fit_format(self) -> Source:
+    def _columns_fit_format(self) -> SourceConfig:
         if self.columns is None and self.format == "columns":
             raise ValueError("format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}")
         if self.columns is not None and self.format not in ("auto", "columns"):
@@ -34,7 +34,7 @@ class Source(Section):
         return self
 
 
-class Split(Section):
+class SplitConfig(Section):
     """Held-out records taken from the training sources."""
 
     fraction: Annotated[Float, Field(gt=0, lt=1)]
@@ -45,7 +45,7 @@ class Split(Section):
     """Column of a group (a customer, a document): held out as a whole, by the hash of its value."""
 
     @model_validator(mode="after")
-    def _one_column(self) -> Split:
+    def _one_column(self) -> SplitConfig:
         if self.stratify is not None and self.group is not None:
             raise ValueError(
                 "stratify and group exclude each other: a whole group can't be shared out; drop one of them"
@@ -60,7 +60,7 @@ def _off_is_text(value: object) -> object:
 Mode = Annotated[Literal["report", "drop", "off"], BeforeValidator(_off_is_text)]
 
 
-class Clean(Section):
+class CleanConfig(Section):
     """What is looked for over all records: counted and listed (`report`), taken out of training (`drop`), or not (`off`)."""
 
     duplicates: Mode = "report"
@@ -76,20 +76,20 @@ class Clean(Section):
     """Answers shorter than this count as very short (with data.labels, none does)."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Where records come from and how they become rows."""
 
     max_seq_len: Annotated[Int, Field(ge=16)] = 2048
     """Tokens in a packed row. A longer record is a bad record; nothing is cut."""
-    train: Annotated[list[Source], Field(min_length=1)]
+    train: Annotated[list[SourceConfig], Field(min_length=1)]
     """Training sources."""
-    eval: Split | list[Source] | None = None
+    eval: SplitConfig | list[SourceConfig] | None = None
     """Held-out data: `{fraction: 0.1}` of the training records, or sources of their own."""
     packing: bool = True
     """Pack several records into a row, with attention kept inside each. Off: one record a row."""
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """For classification: the only answers allowed; any other makes a bad record."""
-    clean: Clean = Clean()
+    clean: CleanConfig = CleanConfig()
     max_bad_records: Annotated[Int, Field(ge=0)] = 0
     """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts. What
     `data.clean` drops is wanted and isn't counted."""
@@ -99,7 +99,7 @@ class Data(Section):
     @field_validator("eval", mode="before")
     @classmethod
     def _eval_shape(cls, value: object) -> object:
-        if (isinstance(value, dict) and "path" in value) or not isinstance(value, (dict, list, Split, NoneType)):
+        if (isinstance(value, dict) and "path" in value) or not isinstance(value, (dict, list, SplitConfig, NoneType)):
             raise ValueError("must be {fraction: 0.1} or a list of sources [{path: …}]")
         if isinstance(value, list) and not value:
             raise ValueError("is an empty list; name a source, or leave the key out")
@@ -117,7 +117,7 @@ class Data(Section):
 
     @field_validator("train")
     @classmethod
-    def _weights_all_or_none(cls, value: list[Source]) -> list[Source]:
+    def _weights_all_or_none(cls, value: list[SourceConfig]) -> list[SourceConfig]:
         given = [s.weight is not None for s in value]
         if any(given) and not all(given):
             bare = value[given.index(False)].path

@@ -10,36 +10,36 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from ftray import runfile
-from ftray.config.after import Evaluate, Serve
+from ftray.config import loader
 from ftray.config.base import Section
-from ftray.config.compatible import impossible
-from ftray.config.data import Data
-from ftray.config.observe import Observe
-from ftray.config.training import CheckpointSection, DeepSpeed, Method, Model, Scale, Train
-from ftray.config.tune import Tune
+from ftray.config.constraints import impossible
+from ftray.config.data import DataConfig
+from ftray.config.evaluate import EvaluateConfig, ServeConfig
+from ftray.config.tracking import TrackingConfig
+from ftray.config.training import CheckpointConfig, DeepSpeedConfig, MethodConfig, ModelConfig, ScaleConfig, TrainConfig
+from ftray.config.tune import TuneConfig
 from ftray.errors import ConfigError
 from ftray.redact import holds_secret
 
 
-class Run(Section):
+class RunConfig(Section):
     """One run: the whole file."""
 
     name: str
     """Names the run and makes it resumable; it owns `<storage>/<name>/`."""
     storage: str = Field("runs", min_length=1)
     """Directory or `s3://bucket/prefix` under which runs live."""
-    model: Model
-    method: Method = Method()
-    data: Data
-    train: Train = Train()
-    deepspeed: DeepSpeed = DeepSpeed()
-    scale: Scale = Scale()
-    checkpoint: CheckpointSection = CheckpointSection()
-    evaluate: Evaluate = Evaluate()
-    serve: Serve = Serve()
-    observe: Observe = Observe()
-    tune: Tune | None = None
+    model: ModelConfig
+    method: MethodConfig = MethodConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    scale: ScaleConfig = ScaleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+    observe: TrackingConfig = TrackingConfig()
+    tune: TuneConfig | None = None
 
     @field_validator("name")
     @classmethod
@@ -49,7 +49,7 @@ class Run(Section):
         return value
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Run:
+    def _batch_divides(self) -> RunConfig:
         batch, workers, micro = self.train.global_batch_size, self.scale.num_workers, self.train.micro_batch_size
         if not isinstance(workers, int):
             if not self.world_sizes:
@@ -72,7 +72,7 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
-    def _heldout_is_there(self) -> Run:
+    def _heldout_is_there(self) -> RunConfig:
         for key, value in (("every", self.evaluate.every), ("early_stopping", self.evaluate.early_stopping)):
             if value is not None and self.data.eval is None:
                 raise ValueError(
@@ -81,13 +81,13 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
-    def _method_fits(self) -> Run:
+    def _method_fits(self) -> RunConfig:
         if (sentence := impossible(self.model_dump(include={"method", "train", "deepspeed"}))) is not None:
             raise ValueError(sentence)
         return self
 
     @model_validator(mode="after")
-    def _gates_have_data(self) -> Run:
+    def _gates_have_data(self) -> RunConfig:
         if self.evaluate.gates and self.data.eval is None:
             raise ValueError("evaluate.gates needs held-out data to judge by; add data.eval: {fraction: 0.1}")
         return self
@@ -135,23 +135,23 @@ class Run(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def parse_run(tree: dict[str, Any], origin: str) -> Run:
+def parse_run(tree: dict[str, Any], origin: str) -> RunConfig:
     """Validates a tree of plain values. Raises ConfigError with one line for each wrong key; `origin` names the file."""
     try:
-        return Run.model_validate(tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as err:
-        lines = runfile.explain(err, Run, tree)
+        lines = loader.explain(err, RunConfig, tree)
     raise ConfigError(f"{origin}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{origin}:", *lines]))
 
 
-def load_run(path: str | Path, overrides: list[str] | None = None) -> Run:
+def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a run file and applies `key.sub=value` overrides.
 
     Raises ConfigError for a missing or malformed file, unknown keys (naming the closest), wrong values, a password or key.
     """
-    tree = runfile.read_yaml(Path(path))
+    tree = loader.read_yaml(Path(path))
     for text in overrides or []:
-        runfile.apply_override(tree, text)
+        loader.apply_override(tree, text)
     run = parse_run(tree, str(path))
     if (key := _key_with_secret(tree)) is not None:
         raise ConfigError(

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ftray.config.base import Float, Int, Positive, Section
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The base model."""
 
     base: str = Field(min_length=1)
@@ -21,7 +21,7 @@ class Model(Section):
     """Run Python code that comes with the model. Off unless you say so here."""
 
 
-class Method(Section):
+class MethodConfig(Section):
     """What is trained."""
 
     type: Literal["full", "lora", "qlora", "prompt"] = "lora"
@@ -50,7 +50,7 @@ class Method(Section):
     `train.precision`."""
 
 
-class Train(Section):
+class TrainConfig(Section):
     """Optimization."""
 
     epochs: Annotated[Float, Field(gt=0)] = 1.0
@@ -94,7 +94,7 @@ class Train(Section):
     evaluating don't count."""
 
 
-class DeepSpeed(Section):
+class DeepSpeedConfig(Section):
     """DeepSpeed's settings; the rest is derived."""
 
     zero_stage: Annotated[Int, Field(ge=0, le=3)] = 2
@@ -122,7 +122,7 @@ class WorkerRange(Section):
         return self
 
 
-class Scale(Section):
+class ScaleConfig(Section):
     """How many workers; never changes the result beyond rounding."""
 
     num_workers: Positive | WorkerRange = 1
@@ -141,7 +141,7 @@ class Scale(Section):
     """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
 
     @model_validator(mode="after")
-    def _shares_alone(self) -> Scale:
+    def _shares_alone(self) -> ScaleConfig:
         if self.gpus_per_worker < 1 and self.max_workers > 1:
             raise ValueError(
                 f"gpus_per_worker ({self.gpus_per_worker:g}) needs num_workers 1: two workers of a run can't talk on one GPU"
@@ -159,7 +159,7 @@ class Scale(Section):
         return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
-class CheckpointSection(Section):
+class CheckpointConfig(Section):
     """Checkpoints."""
 
     every: Positive | str = 200

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ftray.config.base import Float, Int, Positive, Section
 
 
-class Parameter(Section):
+class TuneParameter(Section):
     """A key of the run file that trials set to different values."""
 
     type: Literal["choice", "uniform", "loguniform", "randint"]
@@ -24,7 +24,7 @@ class Parameter(Section):
     """Only where other keys of the space have these values, e.g. `{method.type: lora}`; a list: one of them."""
 
     @model_validator(mode="after")
-    def _type_fits(self) -> Parameter:
+    def _type_fits(self) -> TuneParameter:
         low, high = self.low, self.high
         if self.type == "choice":
             if self.values is None or low is not None or high is not None:
@@ -43,10 +43,10 @@ class Parameter(Section):
         return self
 
 
-class Tune(Section):
+class TuneConfig(Section):
     """A sweep: `ftray tune` trains the run with different settings and says which are best."""
 
-    space: dict[str, Parameter] = Field(min_length=1)
+    space: dict[str, TuneParameter] = Field(min_length=1)
     """Dotted keys of `method`, `train`, `deepspeed` (of `model` and `data` under `own_data`), and where their values
     come from: `{train.learning_rate: {type: loguniform, low: 5e-5, high: 5e-4}}`."""
     num_trials: Positive | None = None
@@ -72,7 +72,7 @@ class Tune(Section):
 
     @field_validator("space")
     @classmethod
-    def _conditions_end(cls, space: dict[str, Parameter]) -> dict[str, Parameter]:
+    def _conditions_end(cls, space: dict[str, TuneParameter]) -> dict[str, TuneParameter]:
         """Each condition names keys of the space, and none waits for itself."""
         settled: set[str] = set()
         for key, parameter in space.items():
@@ -88,7 +88,7 @@ class Tune(Section):
         return space
 
     @model_validator(mode="after")
-    def _number_is_known(self) -> Tune:
+    def _number_is_known(self) -> TuneConfig:
         if self.search == "grid":
             if ranges := [k for k, p in self.space.items() if p.type not in ("choice", "randint")]:
                 raise ValueError(f"space.{ranges[0]} is a range, and search grid tries every value; make it a choice")

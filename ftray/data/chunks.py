@@ -14,14 +14,14 @@ from typing import Any
 
 from ftray import config
 from ftray.chat import ChatFormat
-from ftray.data.clean import Example, Quarantined, Rules, read_examples
+from ftray.data.examples import Example, Quarantined, Rules, read_examples
 from ftray.data.packing import PackedRow, pack_examples
 from ftray.data.sources import Chunk
-from ftray.data.tokenize import BatchTokenizer, TokenizerLoader, backend_json
+from ftray.data.tokenizer import BatchTokenizer, TokenizerLoader, backend_json
 
 
 @dataclass(frozen=True)
-class Stream:
+class DatasetSpec:
     """Training or held-out data: its sources, and how a chunk of them becomes rows.
 
     part: `train` or `eval` where one set of sources is split by `eval_fraction`, else None. load_tokenizer: picklable,
@@ -29,13 +29,13 @@ class Stream:
     column that examples keep (`Example.slice`); it changes no row.
     """
 
-    sources: tuple[config.Source, ...]
+    sources: tuple[config.SourceConfig, ...]
     max_seq_len: int
     packing: bool
     eval_fraction: float | None
     part: str | None
     load_tokenizer: Callable[[], Any]
-    data: config.Data | None = None
+    data: config.DataConfig | None = None
     is_heldout: bool = False
     slices: str | None = None
 
@@ -43,7 +43,7 @@ class Stream:
         """Cleaning rules of one source."""
         s = self.sources[source]
         columns = None if s.columns is None else {str(role): column for role, column in s.columns.items()}
-        split = self.data.eval if self.data and isinstance(self.data.eval, config.Split) else None
+        split = self.data.eval if self.data and isinstance(self.data.eval, config.SplitConfig) else None
         labels = tuple(label.strip() for label in self.data.labels) if self.data and self.data.labels else None
         return Rules(
             self.max_seq_len,
@@ -78,23 +78,25 @@ class PackedChunk:
         return digest.hexdigest()
 
 
-def streams(data: config.Data, load_tokenizer: Callable[[], Any]) -> tuple[Stream, Stream | None]:
+def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple[DatasetSpec, DatasetSpec | None]:
     """Training stream and, where the run file has one, the held-out stream. load_tokenizer: picklable."""
     loader = load_tokenizer if isinstance(load_tokenizer, TokenizerLoader) else TokenizerLoader(load_tokenizer)
 
-    def stream(sources: list[config.Source], fraction: float | None, part: str | None, is_heldout: bool) -> Stream:
+    def stream(
+        sources: list[config.SourceConfig], fraction: float | None, part: str | None, is_heldout: bool
+    ) -> DatasetSpec:
         shape = (data.max_seq_len, data.packing, fraction, part, loader)
-        return Stream(tuple(sources), *shape, data, is_heldout)
+        return DatasetSpec(tuple(sources), *shape, data, is_heldout)
 
     if data.eval is None:
         return stream(data.train, None, None, False), None
-    if isinstance(data.eval, config.Split):
+    if isinstance(data.eval, config.SplitConfig):
         fraction = data.eval.fraction
         return stream(data.train, fraction, "train", False), stream(data.train, fraction, "eval", True)
     return stream(data.train, None, None, False), stream(data.eval, None, None, True)
 
 
-def pack_chunk(chunk: Chunk, stream: Stream) -> PackedChunk:
+def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:
     """Reads, cleans, tokenizes and packs a chunk. Raises DataError when the shard changed or can't be read."""
     chat, pad_id = _tokenizer(stream.load_tokenizer)
     examples: list[Example] = []

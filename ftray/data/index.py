@@ -23,16 +23,16 @@ from itertools import groupby
 from typing import Any
 
 from ftray import config, storage
-from ftray.data.chunks import Stream, streams
-from ftray.data.clean import Quarantined
-from ftray.data.findings import Finding, Found, find_all, find_moved, with_changes
+from ftray.data.checks.findings import CheckResult, DataFinding, find_all, find_moved, with_changes
+from ftray.data.chunks import DatasetSpec, streams
+from ftray.data.examples import Quarantined
 from ftray.data.order import Mixture
-from ftray.data.raydata import map_in_order
-from ftray.data.records import (
+from ftray.data.ray_options import map_in_order
+from ftray.data.record_table import (
+    ChunkRecords,
     ChunkSummary,
-    Described,
-    Survey,
-    Wants,
+    RecordTable,
+    RequiredFields,
     describe_chunk,
     open_writer,
     read_described,
@@ -43,7 +43,7 @@ from ftray.errors import DataError
 VERSION = 5  # raise it when a chunk's rows, facts or records change their meaning
 SUM = "sha256"  # of all else in an index: a number that changed would look like data that changed
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
-NOTHING = Wants(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
+NOTHING = RequiredFields(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
 _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers end a line there
 
@@ -89,7 +89,7 @@ class Index:
         """Chunks of a source that give rows, in file order."""
         return [f for f in self.facts if f.chunk.source == source and f.num_rows]
 
-    def mixture(self, stream: Stream) -> Mixture:
+    def mixture(self, stream: DatasetSpec) -> Mixture:
         """How the sources' rows are mixed."""
         rows = tuple(sum(f.num_rows for f in self.of_source(i)) for i in range(len(stream.sources)))
         weights = [s.weight for s in stream.sources]
@@ -107,7 +107,7 @@ class Index:
 
 
 def build_index(
-    stream: Stream, chunk_bytes: int, directory: str, tokenizer_hash: str, on_progress: Progress | None = None
+    stream: DatasetSpec, chunk_bytes: int, directory: str, tokenizer_hash: str, on_progress: Progress | None = None
 ) -> Index:
     """Index of a stream: read from `directory` if it is there, else made by one Ray Data pass and kept there.
 
@@ -167,33 +167,33 @@ def _sum_of(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
-def read_survey(index: Index, directory: str) -> Survey:
+def read_survey(index: Index, directory: str) -> RecordTable:
     """The record tables behind an index; what `data.clean` took out is in them."""
     return _open_survey([f.chunk for f in index.facts], index.shards, directory)
 
 
-def read_findings(index: Index, directory: str) -> Iterator[Finding]:
+def read_findings(index: Index, directory: str) -> Iterator[DataFinding]:
     """All that was found over the whole set, record by record."""
     if index.findings is None:
         return
-    names = [f.name for f in fields(Finding)]
+    names = [f.name for f in fields(DataFinding)]
     mapped = storage.map_file(storage.join(directory, index.findings))
     for line in iter(mapped.readline, b""):
         try:
             tree = storage.parse_object(line)
-            yield Finding(**{name: tree[name] for name in names})
+            yield DataFinding(**{name: tree[name] for name in names})
         except (ValueError, KeyError) as err:
             raise _damaged(storage.join(directory, index.findings), err) from None
 
 
-def _both(stream: Stream) -> list[Stream]:
+def _both(stream: DatasetSpec) -> list[DatasetSpec]:
     """Training stream and held-out stream of the section that a stream comes from."""
     if stream.data is None:
         return [stream]
     return [s for s in streams(stream.data, stream.load_tokenizer) if s is not None]
 
 
-def _list_chunks(stream: Stream, chunk_bytes: int) -> list[Chunk]:
+def _list_chunks(stream: DatasetSpec, chunk_bytes: int) -> list[Chunk]:
     return [
         chunk
         for i, source in enumerate(stream.sources)
@@ -203,12 +203,12 @@ def _list_chunks(stream: Stream, chunk_bytes: int) -> list[Chunk]:
 
 
 def _survey(
-    both: Sequence[Stream],
+    both: Sequence[DatasetSpec],
     listed: Sequence[Sequence[Chunk]],
     directory: str,
     tokenizer_hash: str,
     on_progress: Progress | None,
-) -> tuple[list[tuple[str, ...]], list[Survey]]:
+) -> tuple[list[tuple[str, ...]], list[RecordTable]]:
     """What the pass finds in each stream, and in which files it is kept; shards that are known already are not read."""
     shards: list[tuple[int, list[Chunk], str]] = []
     for number, chunks in enumerate(listed):
@@ -234,13 +234,13 @@ def _survey(
     return names, [_open_survey(listed[i], names[i], directory) for i in range(len(both))]
 
 
-def _open_survey(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> Survey:
+def _open_survey(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> RecordTable:
     """Raises DataError for a record table that is missing or damaged."""
     files = [_open_shard(storage.join(directory, "shards", name)) for name in names]
-    return Survey(tuple(chunks), tuple(described for file in files for described in file))
+    return RecordTable(tuple(chunks), tuple(described for file in files for described in file))
 
 
-def _open_shard(uri: str) -> list[Described]:
+def _open_shard(uri: str) -> list[ChunkRecords]:
     try:
         return read_described(storage.map_file(uri))
     except storage.MissingFile:
@@ -272,30 +272,32 @@ def _damaged(uri: str, reason: object) -> DataError:
     )
 
 
-def _describe(both: tuple[Stream, ...], wants: tuple[Wants, ...], item: tuple[int, Chunk]) -> bytes:
+def _describe(both: tuple[DatasetSpec, ...], wants: tuple[RequiredFields, ...], item: tuple[int, Chunk]) -> bytes:
     number, chunk = item
     return describe_chunk(chunk, both[number], wants[number])
 
 
-def _wants(stream: Stream, num_streams: int) -> Wants:
+def _wants(stream: DatasetSpec, num_streams: int) -> RequiredFields:
     if stream.data is None:
         return NOTHING
     clean, compares = stream.data.clean, stream.data.clean.overlap != "off" and num_streams > 1
     near = clean.near_duplicates != "off" and not stream.is_heldout
-    return Wants(near or compares, compares, stream.is_heldout, 0 if stream.data.labels else clean.min_answer_chars)
+    return RequiredFields(
+        near or compares, compares, stream.is_heldout, 0 if stream.data.labels else clean.min_answer_chars
+    )
 
 
-def _moved(stream: Stream, surveys: Sequence[Survey]) -> dict[int, tuple[int, ...]]:
+def _moved(stream: DatasetSpec, surveys: Sequence[RecordTable]) -> dict[int, tuple[int, ...]]:
     split = stream.data.eval if stream.data else None
-    if not isinstance(split, config.Split) or split.stratify is None:
+    if not isinstance(split, config.SplitConfig) or split.stratify is None:
         return {}
     return find_moved(surveys[0], surveys[1], split.fraction)
 
 
 def _assemble(
-    stream: Stream,
-    survey: Survey,
-    found: Found | None,
+    stream: DatasetSpec,
+    survey: RecordTable,
+    found: CheckResult | None,
     moved: dict[int, tuple[int, ...]],
 ) -> Index:
     """Chunks with dropped records are packed and counted again, so that the index says what training will see."""
@@ -324,21 +326,23 @@ def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:
     return s.num_records, s.num_rows, s.num_tokens, s.num_supervised, s.digest, s.most_documents
 
 
-def _settings(stream: Stream, tokenizer_hash: str) -> list[Any]:
-    split = stream.data.eval if stream.data and isinstance(stream.data.eval, config.Split) else None
+def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
+    split = stream.data.eval if stream.data and isinstance(stream.data.eval, config.SplitConfig) else None
     labels = stream.data.labels if stream.data else None
     shape = [stream.max_seq_len, stream.packing, stream.eval_fraction, stream.part]
     return [VERSION, shape, split.stratify if split else None, split.group if split else None, labels, tokenizer_hash]
 
 
-def _shard_key(stream: Stream, wants: Wants, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
+def _shard_key(stream: DatasetSpec, wants: RequiredFields, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
     """Name of a shard's file. Which source it belongs to is not in it: one may be put in front of it."""
     source = stream.sources[chunks[0].source]
     places = [{**asdict(chunk), "source": 0} for chunk in chunks]
     return _hash([_settings(stream, tokenizer_hash), asdict(wants), source.format, source.columns, places])
 
 
-def _index_key(stream: Stream, both: Iterable[Stream], listed: Iterable[Sequence[Chunk]], tokenizer_hash: str) -> str:
+def _index_key(
+    stream: DatasetSpec, both: Iterable[DatasetSpec], listed: Iterable[Sequence[Chunk]], tokenizer_hash: str
+) -> str:
     shapes = [[(s.format, s.columns) for s in each.sources] for each in both]
     clean = stream.data.clean.model_dump() if stream.data else None
     chunks = [[asdict(chunk) for chunk in each] for each in listed]
@@ -349,7 +353,7 @@ def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, directory: str) -> None:
+def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: int, directory: str) -> None:
     """Writes the quarantine file; raises DataError for too many bad records, or no rows in a source.
 
     what: `train` or `eval`, for messages and the quarantine file's name. What `data.clean` took out is in the quarantine
@@ -382,14 +386,14 @@ def check_index(index: Index, stream: Stream, what: str, max_bad_records: int, d
         raise DataError(f"data.{what}: {source.path} has no usable record; put records into it or remove the source")
 
 
-def _write_lines(uri: str, entries: Iterable[Quarantined | Finding]) -> None:
+def _write_lines(uri: str, entries: Iterable[Quarantined | DataFinding]) -> None:
     """One JSON object a line; of the first NUM_LINES also the line number, which has to be counted in the shard."""
     with tempfile.NamedTemporaryFile("w", prefix="ftray-", encoding="utf-8") as file:
         for i, entry in enumerate(entries):
             tree = asdict(entry)
             if i < NUM_LINES:
                 tree["line"] = line_number(entry.uri, entry.position)
-            if isinstance(entry, Finding):
+            if isinstance(entry, DataFinding):
                 tree["detail"] = entry.detail
             file.write(json.dumps(tree, ensure_ascii=False).translate(_LINE_ENDS) + "\n")
         file.flush()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.decompress import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 

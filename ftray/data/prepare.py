@@ -13,12 +13,12 @@ from typing import Any
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.data.chunks import Stream, streams
+from ftray.data.chunks import DatasetSpec, streams
+from ftray.data.drift_baseline import write_reference
 from ftray.data.index import Index, build_index, check_index
-from ftray.data.pipeline import Plan, make_plan
-from ftray.data.proof import prove_sample
-from ftray.data.reference import write_reference
+from ftray.data.loader import LoadPlan, make_plan
 from ftray.data.sources import other_files
+from ftray.data.verify import prove_sample
 from ftray.errors import ConfigError, DataError, StorageError
 
 SUMMARY = "summary.json"
@@ -26,19 +26,19 @@ COUNTS = ("num_records", "num_tokens", "num_supervised", "num_rows")
 
 
 @dataclass(frozen=True)
-class Data:
+class PreparedData:
     """A run's data as the index knows it. data_hash: identity of training and held-out rows."""
 
-    plan: Plan
+    plan: LoadPlan
     index: Index
-    heldout_stream: Stream | None
+    heldout_stream: DatasetSpec | None
     heldout_index: Index | None
     data_hash: str
 
 
 def prepare_data(
-    run: config.Run, run_dir: str, console: Console, load_tokenizer: Callable[[], Any], tokenizer_hash: str
-) -> Data:
+    run: config.RunConfig, run_dir: str, console: Console, load_tokenizer: Callable[[], Any], tokenizer_hash: str
+) -> PreparedData:
     """Index of training and held-out data, checked, and the plan. Needs a started Ray.
 
     load_tokenizer: picklable. Raises DataError, ConfigError.
@@ -55,10 +55,12 @@ def prepare_data(
     except (DataError, StorageError) as err:
         console.warn(f"figures for endpoints' drift were not kept: {err}")
     hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
-    return Data(plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h))
+    return PreparedData(
+        plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h)
+    )
 
 
-def _keep_summary(data: config.Data, rows: int, index: Index, heldout: Index | None, directory: str) -> None:
+def _keep_summary(data: config.DataConfig, rows: int, index: Index, heldout: Index | None, directory: str) -> None:
     """Writes the counts that a plan of the run is made from, without Ray, tokenizer or the data."""
     counts = [
         {name: each.total(name) for name in COUNTS} | {"most_documents": each.most_documents} if each else None
@@ -68,7 +70,7 @@ def _keep_summary(data: config.Data, rows: int, index: Index, heldout: Index | N
     storage.write_bytes(storage.join(directory, SUMMARY), json.dumps(tree, indent=1).encode())
 
 
-def read_summary(run: config.Run, run_dir: str) -> dict[str, Any] | None:
+def read_summary(run: config.RunConfig, run_dir: str) -> dict[str, Any] | None:
     """Counts of a run's data as they were indexed last: `rows_per_epoch`; of `train` and `eval` COUNTS and `most_documents`.
 
     None where the data was not indexed yet, or with other settings.
@@ -91,11 +93,11 @@ def _is_count(counts: object) -> bool:
     return all(isinstance(value, int) for value in values)
 
 
-def _shape_of(data: config.Data) -> dict[str, Any]:
+def _shape_of(data: config.DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include={"train", "eval", "max_seq_len", "packing", "labels", "clean"})
 
 
-def plan_rows(index: Index, stream: Stream, train: config.Train) -> Plan:
+def plan_rows(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> LoadPlan:
     """Which rows the steps of a run take. Raises DataError, ConfigError for fewer rows than a step takes."""
     plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
     if plan.mixture.rows_per_epoch < train.global_batch_size:
@@ -108,7 +110,7 @@ def plan_rows(index: Index, stream: Stream, train: config.Train) -> Plan:
     return plan
 
 
-def _say_left_out(data: config.Data, console: Console) -> None:
+def _say_left_out(data: config.DataConfig, console: Console) -> None:
     for source in [*data.train, *(data.eval if isinstance(data.eval, list) else [])]:
         if names := other_files(source.path):
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -119,7 +121,13 @@ def _say_left_out(data: config.Data, console: Console) -> None:
 
 
 def _index(
-    stream: Stream, what: str, run: config.Run, directory: str, chunk_bytes: int, token_hash: str, console: Console
+    stream: DatasetSpec,
+    what: str,
+    run: config.RunConfig,
+    directory: str,
+    chunk_bytes: int,
+    token_hash: str,
+    console: Console,
 ) -> Index:
     with console.progress(f"data: indexing data.{what}, chunk", 1) as bar:
 
@@ -139,7 +147,7 @@ def _index(
     return index
 
 
-def say_steps(plan: Plan, train: config.Train, console: Console) -> None:
+def say_steps(plan: LoadPlan, train: config.TrainConfig, console: Console) -> None:
     """Tells what an epoch is, how many steps it gives, and what becomes of the tail."""
     size, per_epoch = plan.global_batch_size, plan.mixture.rows_per_epoch
     steps, tail = divmod(per_epoch, size)

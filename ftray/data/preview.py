@@ -9,8 +9,8 @@ from itertools import islice
 
 from ftray.chat import ChatFormat, Encoded
 from ftray.console import Console
-from ftray.data.chunks import Stream
-from ftray.data.clean import Example, Quarantined, read_examples
+from ftray.data.chunks import DatasetSpec
+from ftray.data.examples import Example, Quarantined, read_examples
 from ftray.data.packing import best_fit
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 
@@ -23,7 +23,7 @@ LEGEND = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenSpan:
     """Tokens in a row of one kind: `learned`, `context` or `special`."""
 
     text: str
@@ -31,7 +31,7 @@ class Piece:
     learned: bool
 
 
-def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console) -> None:
+def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Console) -> None:
     """Prints the first `number` records of each source as the model will see them. Raises DataError."""
     colour = console.is_terminal and not os.environ.get("NO_COLOR")
     chat = ChatFormat(stream.load_tokenizer())
@@ -59,7 +59,7 @@ def show_preview(stream: Stream, chunk_bytes: int, number: int, console: Console
 
 
 def _records(
-    stream: Stream, source: int, chunk_bytes: int, chat: ChatFormat
+    stream: DatasetSpec, source: int, chunk_bytes: int, chat: ChatFormat
 ) -> Iterator[tuple[Chunk, Example | Quarantined]]:
     for shard in list_shards(stream.sources[source].path):
         for chunk in cut_shard(shard, source, chunk_bytes):
@@ -67,23 +67,23 @@ def _records(
                 yield chunk, item
 
 
-def pieces(chat: ChatFormat, encoded: Encoded) -> list[Piece]:
+def pieces(chat: ChatFormat, encoded: Encoded) -> list[TokenSpan]:
     """The whole text, cut wherever tokens begin or cease to be learned or special; together it is the decoded text."""
     kinds = [
         ("special" if chat.is_special(token) else "learned" if learned else "context", learned)
         for token, learned in zip(encoded.input_ids, encoded.loss_mask, strict=True)
     ]
-    found: list[Piece] = []
+    found: list[TokenSpan] = []
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start]:
             text = chat.decode(encoded.input_ids[start:end], before=encoded.input_ids[:start])
-            found.append(Piece(text, *kinds[start]))
+            found.append(TokenSpan(text, *kinds[start]))
             start = end
     return found
 
 
-def paint(shown: list[Piece], colour: bool) -> str:
+def paint(shown: list[TokenSpan], colour: bool) -> str:
     """Pieces as text for a terminal, or with plain marks. Control characters of the data are shown, not obeyed."""
     if not colour:
         parts, open_ = [], False

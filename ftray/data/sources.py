@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from ftray import storage
-from ftray.data import embedded, expand, hub
+from ftray.data import decompress, embedded, hub
 from ftray.data.parquet import ParquetShard, StoredFile
 from ftray.errors import DataError
 
@@ -160,7 +160,7 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
     if at == 0 and data.startswith(b"\xef\xbb\xbf"):
         data, at = data[3:], 3  # a byte order mark is no part of the first record
     for line in data.split(b"\n"):
-        expand.check_record(chunk.uri, len(line), f"byte {at}")
+        decompress.check_record(chunk.uri, len(line), f"byte {at}")
         if line.strip():
             yield RawRecord(at, line)
         at += len(line) + 1
@@ -176,7 +176,7 @@ def _rest_of_line(uri: str, start: int) -> bytes:
         if newline or len(piece) < size:
             return b"".join(pieces)
         start, size = start + size, size * 2
-        expand.check_record(uri, start - begin, f"byte {begin}")
+        decompress.check_record(uri, start - begin, f"byte {begin}")
 
 
 def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
@@ -184,14 +184,14 @@ def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
     stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
     size, _ = storage.size_and_etag(chunk.uri)
     with io.BufferedReader(StoredFile(chunk.uri), READ_BYTES) as source:
-        pieces = expand.expanded(chunk.uri, size, source)
+        pieces = decompress.expanded(chunk.uri, size, source)
         if stem.endswith((".jsonl", ".ndjson")):
-            for number, line in enumerate(expand.lines(chunk.uri, pieces)):
+            for number, line in enumerate(decompress.lines(chunk.uri, pieces)):
                 if line.strip():
                     yield RawRecord(number, line)
         elif stem.endswith(".csv"):
-            for number, row in enumerate(expand.csv_rows(chunk.uri, pieces)):
+            for number, row in enumerate(decompress.csv_rows(chunk.uri, pieces)):
                 yield RawRecord(number, row)
         else:
-            for number, item in enumerate(expand.json_items(chunk.uri, pieces)):
+            for number, item in enumerate(decompress.json_items(chunk.uri, pieces)):
                 yield RawRecord(number, item if isinstance(item, dict) else json.dumps(item).encode())

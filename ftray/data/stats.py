@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.data.chunks import Stream
+from ftray.data.checks.labels import count_labels
+from ftray.data.chunks import DatasetSpec
 from ftray.data.index import Index, read_survey
-from ftray.data.labels import count_labels
-from ftray.data.prepare import Data
-from ftray.data.records import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, Survey
+from ftray.data.prepare import PreparedData
+from ftray.data.record_table import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, RecordTable
 
 PERCENTILES = (1, 10, 50, 90, 99)
 NUM_BINS = 24
@@ -38,7 +38,7 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitStats:
     """Figures of the training or of the held-out data. lengths: tokens of each record, sorted. labels: None where the
     answers are no labels. styles: share of answers written in each way. bad, found: records by rule; left: of the found ones
     those that are still in the rows."""
@@ -72,15 +72,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stats:
+class DatasetStats:
     """Both parts, and what a person should look at."""
 
-    train: Part
-    heldout: Part | None
+    train: SplitStats
+    heldout: SplitStats | None
     warnings: list[str]
 
 
-def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: list[str] | None) -> Part:
+def collect(stream: DatasetSpec, index: Index, survey: RecordTable, name: str, labels: list[str] | None) -> SplitStats:
     """Figures of a stream, of the records that are in its rows."""
     kept = np.concatenate(
         [
@@ -94,7 +94,7 @@ def collect(stream: Stream, index: Index, survey: Survey, name: str, labels: lis
     scripts = sum((Counter(s.scripts) for s in survey.summaries), Counter[str]())
     letters = max(1, scripts.total())
     rows, tokens = index.total("num_rows"), index.total("num_tokens")
-    return Part(
+    return SplitStats(
         name,
         index.total("num_records"),
         tokens,
@@ -123,7 +123,7 @@ def _count(entries: Sequence[Any]) -> dict[str, int]:
     return dict(Counter(entry.rule for entry in entries).most_common())
 
 
-def warn(train: Part, heldout: Part | None, num_steps_rows: int) -> list[str]:
+def warn(train: SplitStats, heldout: SplitStats | None, num_steps_rows: int) -> list[str]:
     """What the field's guides advise against, each with what to do. num_steps_rows: rows of a global batch."""
     said = []
     if train.num_records < FEW_RECORDS:
@@ -176,7 +176,9 @@ _WORDS = {
 }
 
 
-def show_stats(data: Data, run: config.Run, run_dir: str, console: Console, html: str | Path | None = None) -> Stats:
+def show_stats(
+    data: PreparedData, run: config.RunConfig, run_dir: str, console: Console, html: str | Path | None = None
+) -> DatasetStats:
     """Prints the figures of a run's data; html: where the page is written."""
     directory = storage.join(run_dir, "data")
     pairs = [("train", data.plan.stream, data.index), ("eval", data.heldout_stream, data.heldout_index)]
@@ -186,20 +188,20 @@ def show_stats(data: Data, run: config.Run, run_dir: str, console: Console, html
         if stream is not None and index is not None
     ]
     heldout = parts[1] if len(parts) > 1 else None
-    stats = Stats(parts[0], heldout, warn(parts[0], heldout, run.train.global_batch_size))
+    stats = DatasetStats(parts[0], heldout, warn(parts[0], heldout, run.train.global_batch_size))
     for line in as_text(stats):
         console.say(line)
     if data.index.findings is not None:
         console.say(f"\nwhat was found, record by record: {storage.join(directory, data.index.findings)}")
     if html is not None:
-        from ftray.data.page import render_page
+        from ftray.report.data_page import render_page
 
         storage.write_bytes(str(html), render_page(stats, run.name).encode())
         console.say(f"as a page: {html}")
     return stats
 
 
-def as_text(stats: Stats) -> list[str]:
+def as_text(stats: DatasetStats) -> list[str]:
     """The figures as lines."""
     lines = []
     for part in (stats.train, stats.heldout):
@@ -211,7 +213,7 @@ def as_text(stats: Stats) -> list[str]:
     return lines
 
 
-def facts(part: Part) -> list[tuple[str, str]]:
+def facts(part: SplitStats) -> list[tuple[str, str]]:
     """(name, text) of everything but the plots."""
     supervised = part.num_supervised / max(1, part.num_tokens)
     told = [
@@ -235,12 +237,12 @@ def facts(part: Part) -> list[tuple[str, str]]:
     return told
 
 
-def _of_these(part: Part, rule: str) -> str:
+def _of_these(part: SplitStats, rule: str) -> str:
     gone = part.found[rule] - part.left.get(rule, 0)
     return f" ({gone} taken out)" if gone else ""
 
 
-def _bars(part: Part) -> list[tuple[int, int, int, str]]:
+def _bars(part: SplitStats) -> list[tuple[int, int, int, str]]:
     bins = part.histogram()
     most = max((number for _, _, number in bins), default=1)
     return [(low, high, number, "█" * round(40 * number / most)) for low, high, number in bins]

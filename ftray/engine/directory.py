@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ftray.errors import ModelError
-from ftray.model_files import check_model_files
+from ftray.storage.model_directory import check_model_files
 
 
 def check_model_directory(directory: Path) -> None:

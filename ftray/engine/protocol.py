@@ -75,7 +75,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class OutputChunk:
     """What came since the last chunk. The last one has a finish_reason.
 
     text: never half a character, never a part of a stop string, never the end token. token_ids: all that was generated,
@@ -116,7 +116,7 @@ class Engine(Protocol):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[OutputChunk]:
         """adapter: one that is loaded (ModelError if it isn't); None: the base. Unloading it ends no request."""
 
     def check_schema(self, schema: str) -> None:

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ftray import bounded_json
 from ftray.errors import ModelError
+from ftray.storage import strict_json
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 200_000
@@ -56,7 +56,7 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
     if data_bytes < 0:
         raise ModelError(f"{where} is no safetensors file: its header is longer than the file")
     try:
-        tree = bounded_json.parse(header, max_bytes=MAX_HEADER_BYTES, max_depth=4)
+        tree = strict_json.parse(header, max_bytes=MAX_HEADER_BYTES, max_depth=4)
     except ValueError as err:
         raise ModelError(f"{where} is no safetensors file: its header can't be read: {err}") from None
     if not isinstance(tree, dict) or len(tree) > MAX_TENSORS:

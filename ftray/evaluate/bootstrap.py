@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ftray.evaluate.intervals import resamples
 from ftray.evaluate.metrics import Statistic
+from ftray.evaluate.stats import resamples
 
 NUM_RESAMPLES = 2000
 

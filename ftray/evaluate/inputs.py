@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
-from ftray.data.heldout import check_heldout
+from ftray.data.eval_examples import check_heldout
 from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError
 
@@ -21,7 +21,7 @@ LIBRARIES = {  # metric → the module that it needs, the extra that brings it
 }
 
 
-def check_inputs(run: config.Run) -> None:
+def check_inputs(run: config.RunConfig) -> None:
     """Raises ConfigError or DataError, in one sentence, for what `ftray evaluate` would stumble over later."""
     check_heldout(run.data)
     read_schema(run.evaluate)
@@ -45,12 +45,12 @@ def check_inputs(run: config.Run) -> None:
         )
 
 
-def general_path(section: config.Evaluate) -> str:
+def general_path(section: config.EvaluateConfig) -> str:
     """Where the general set is; what is embedded comes with the package."""
     return str(Path(__file__).with_name("general.jsonl")) if section.general == EMBEDDED else section.general
 
 
-def read_schema(section: config.Evaluate) -> Any:
+def read_schema(section: config.EvaluateConfig) -> Any:
     """The JSON schema of the metric `json`, or None. Raises ConfigError."""
     if section.json_schema is None:
         return None
@@ -72,7 +72,7 @@ def read_schema(section: config.Evaluate) -> Any:
     return schema
 
 
-def read_pairs(section: config.Evaluate) -> list[tuple[str, str]]:
+def read_pairs(section: config.EvaluateConfig) -> list[tuple[str, str]]:
     """Pairs of prompts that differ in one attribute. Raises ConfigError naming the line that is none."""
     if section.pairs is None:
         return []

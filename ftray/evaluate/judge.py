@@ -24,7 +24,7 @@ from ftray.console import Console
 from ftray.data.order import key as hash_of
 from ftray.errors import ConfigError, RunError
 from ftray.evaluate.generations import Generation, read_generations
-from ftray.evaluate.intervals import Interval, wilson
+from ftray.evaluate.stats import Interval, wilson
 
 NUM_AT_ONCE = 8
 NUM_TRIES = 7
@@ -92,7 +92,7 @@ class Judgement:
     win_rate: Interval | None
 
 
-def judge(run: config.Run, console: Console) -> Judgement:
+def judge(run: config.RunConfig, console: Console) -> Judgement:
     """Judges a run's answers, writes evaluate/judge.json and judge.jsonl (each verdict), prints the win rate.
 
     Verdicts that are there are kept, but for malformed ones: the same command continues. Raises ConfigError (no
@@ -130,7 +130,7 @@ def judge(run: config.Run, console: Console) -> Judgement:
     return found
 
 
-def _headers(asked: config.Judge) -> dict[str, str]:
+def _headers(asked: config.JudgeConfig) -> dict[str, str]:
     if asked.key_env is None:
         return {}
     if not (key := os.environ.get(asked.key_env, "").strip()):
@@ -146,7 +146,7 @@ def _pick(generations: Sequence[Generation], number: int) -> list[int]:
     return sorted(sorted(ranks, key=lambda n: ranks[n])[:number])
 
 
-def _pair_of(g: Generation, asked: config.Judge, criteria: Sequence[str]) -> str:
+def _pair_of(g: Generation, asked: config.JudgeConfig, criteria: Sequence[str]) -> str:
     """Changes with anything that a verdict hangs on."""
     return hash_of(asked.model, asked.url, *_prompts(g, criteria)).hex()
 
@@ -175,7 +175,7 @@ def _read_verdicts(uri: str) -> list[Verdict]:
 
 
 async def _ask_all(
-    asked: config.Judge,
+    asked: config.JudgeConfig,
     headers: Mapping[str, str],
     prompts: Mapping[int, tuple[str, str]],
     pairs: Mapping[int, str],
@@ -213,7 +213,7 @@ def _proxy_for(url: str) -> str | None:
 class _Endpoint:
     """Asks, and asks again what may go well the next time: 429, 5xx, a broken connection."""
 
-    def __init__(self, session: aiohttp.ClientSession, asked: config.Judge) -> None:
+    def __init__(self, session: aiohttp.ClientSession, asked: config.JudgeConfig) -> None:
         self._session, self._asked = session, asked
         self._settings: dict[str, Any] = {"temperature": 0}
 
@@ -267,7 +267,7 @@ def _text_of(data: bytes) -> str:
         return ""
 
 
-def summarize(verdicts: Sequence[Verdict], asked: config.Judge) -> Judgement:
+def summarize(verdicts: Sequence[Verdict], asked: config.JudgeConfig) -> Judgement:
     """Counts verdicts."""
     scores = [v.score for v in verdicts if v.score is not None]
     return Judgement(

@@ -14,11 +14,11 @@ import numpy as np
 from ftray import config, storage
 from ftray.chat import ChatFormat, Message
 from ftray.data.chunks import streams
-from ftray.data.heldout import Sample, pick_shots, read_samples, read_set
+from ftray.data.eval_examples import EvalExample, pick_shots, read_samples, read_set
 from ftray.data.index import build_index, check_index
 from ftray.errors import DataError
 from ftray.evaluate.inputs import general_path, read_pairs
-from ftray.evaluate.score import Work
+from ftray.evaluate.score import ScoreTask
 from ftray.model.load import load_tokenizer, resolve_base, tokenizer_hash
 
 NO_ANSWERS = {"loss", "general"}  # metrics that need none
@@ -26,16 +26,16 @@ MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """What is scored. asked: the samples that models answer, by their place among `samples`; works: of each model.
 
     few_shot_of: places of the samples that the few-shot base is scored on. labels: of the metric `classes`.
     """
 
-    samples: list[Sample]
+    samples: list[EvalExample]
     asked: list[int]
     pairs: list[tuple[str, str]]
-    works: dict[str, Work]
+    works: dict[str, ScoreTask]
     few_shot_of: list[int]
     labels: list[str]
 
@@ -45,7 +45,7 @@ class Plan:
         return [turns_of(self.samples[i])[-1].content for i in self.asked]
 
 
-def make_plan(run: config.Run, run_dir: str) -> Plan:
+def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
     """Reads the held-out records and says what each model is to be scored on. Needs a started Ray."""
     section = run.evaluate
     load = partial(load_tokenizer, run.model)
@@ -69,17 +69,17 @@ def make_plan(run: config.Run, run_dir: str) -> Plan:
         else []
     )
     prompts = [chat.encode_prompt(turns_of(samples[i])[:-1]) for i in asked]
-    whole = Work([s.documents for s in samples], [g.documents for g in general], prompts + asides)
+    whole = ScoreTask([s.documents for s in samples], [g.documents for g in general], prompts + asides)
     works, few_shot_of = {"base": whole, "tuned": whole}, []
     if section.few_shot:
         train_index = build_index(train_stream, chunk_bytes, data_dir, identity)
         shots = pick_shots(train_index, train_stream, section.few_shot, [s for s in samples if s.is_question])
         few_shot_of = [i for i, s in enumerate(samples) if s.messages is not None]
         works = {"base": whole, "few_shot": _few_shot(run, chat, samples, few_shot_of, asked, shots), "tuned": whole}
-    return Plan(samples, asked, pairs, works, few_shot_of, labels)
+    return EvalPlan(samples, asked, pairs, works, few_shot_of, labels)
 
 
-def _labels(run: config.Run, questions: Sequence[Sample]) -> list[str]:
+def _labels(run: config.RunConfig, questions: Sequence[EvalExample]) -> list[str]:
     """The labels of `data.labels`, or else all held-out answers."""
     if run.data.labels is not None:
         return [label.strip() for label in run.data.labels]
@@ -92,13 +92,13 @@ def _labels(run: config.Run, questions: Sequence[Sample]) -> list[str]:
 
 
 def _few_shot(
-    run: config.Run,
+    run: config.RunConfig,
     chat: ChatFormat,
-    samples: Sequence[Sample],
+    samples: Sequence[EvalExample],
     places: Sequence[int],
     asked: Sequence[int],
     shots: Sequence[Sequence[Message]],
-) -> Work:
+) -> ScoreTask:
     """Conversations with the shots as earlier turns, behind what the system says; nothing of the shots is scored."""
     from transformers import AutoConfig
 
@@ -121,10 +121,10 @@ def _few_shot(
             f"evaluate.few_shot ({len(shots)}) makes conversations of up to {longest} tokens, more than the model's context of "
             f"{context}; lower it"
         )
-    return Work([[(np.asarray(i, np.int32), np.asarray(m, bool)) for i, m in e] for e in examples], [], prompts)
+    return ScoreTask([[(np.asarray(i, np.int32), np.asarray(m, bool)) for i, m in e] for e in examples], [], prompts)
 
 
-def turns_of(sample: Sample) -> list[Message]:
+def turns_of(sample: EvalExample) -> list[Message]:
     """The turns of a sample that is a conversation."""
     assert sample.messages is not None
     return sample.messages

@@ -17,21 +17,21 @@ import torch
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.data.heldout import Document
+from ftray.data.eval_examples import Document
 from ftray.errors import RunError
 from ftray.evaluate.plan import make_plan
 from ftray.evaluate.score import score_documents
 from ftray.model.load import absolute_base
-from ftray.model.quantize import Quantized, load_saved, quantize
+from ftray.model.quantize import QuantizationResult, load_saved, quantize
+from ftray.train.checkpoint.catalog import CheckpointRef, best_checkpoint
 from ftray.train.export import fetch_part, whole_weights
-from ftray.train.loss import SummedLoss
-from ftray.train.timeline import Found, best_checkpoint
+from ftray.train.objectives.sft import SummedLossModel
 
-Describe = Callable[[Found, bool, Quantized], Mapping[str, bytes]]
+Describe = Callable[[CheckpointRef, bool, QuantizationResult], Mapping[str, bytes]]
 
 
 def export_quantized(
-    run: config.Run, run_dir: str, kind: str, console: Console, describe: Describe, step: int | None = None
+    run: config.RunConfig, run_dir: str, kind: str, console: Console, describe: Describe, step: int | None = None
 ) -> str:
     """Writes the exported model's quantized form unless it is there already; returns its URI. Needs a started Ray.
 
@@ -42,7 +42,7 @@ def export_quantized(
     known = None if storage.verify_directory(target) else storage.read_manifest(target)
     if known is not None and known["meta"].get("step") == found.step:
         console.say(f"step {found.step} in {kind} is there already: {target}")
-        console.say(str(Quantized(**known["meta"]["quantized"])))
+        console.say(str(QuantizationResult(**known["meta"]["quantized"])))
         return target
     examples = _heldout(run, run_dir)
     console.say(f"quantize: writing step {found.step} in {kind} to {target}")
@@ -53,7 +53,7 @@ def export_quantized(
     return target
 
 
-def _heldout(run: config.Run, run_dir: str) -> list[list[Document]]:
+def _heldout(run: config.RunConfig, run_dir: str) -> list[list[Document]]:
     """The held-out records that `ftray evaluate` takes the loss over."""
     if run.data.eval is None:
         return []
@@ -63,14 +63,14 @@ def _heldout(run: config.Run, run_dir: str) -> list[list[Document]]:
 
 
 def _quantize(
-    run: config.Run,
-    found: Found,
+    run: config.RunConfig,
+    found: CheckpointRef,
     source: str,
     target: str,
     kind: str,
     examples: Sequence[Sequence[Document]],
     describe: Describe,
-) -> Quantized:
+) -> QuantizationResult:
     """The whole of it, in one process, since a directory of one machine is not seen from another."""
     torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
     with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
@@ -95,20 +95,22 @@ def quantize_scored(
     examples: Sequence[Sequence[Document]],
     max_seq_len: int,
     rows_at_once: int,
-) -> Quantized:
+) -> QuantizationResult:
     """Quantizes the model of one local directory into another and takes the loss of both over the examples."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
     def costs(directory: Path) -> tuple[float | None, int]:
         if not examples:
             return None, 0
-        model = SummedLoss(load_saved(directory, precision, device)).eval()
+        model = SummedLossModel(load_saved(directory, precision, device)).eval()
         sums = score_documents(model, examples, max_seq_len, rows_at_once, 0, device).sum(0)
         return float(sums[0] / sums[2]), int(sums[2])
 
     (loss_before, num_supervised) = costs(before)
     quantize(before, after, kind, precision, device)
-    return Quantized(kind, loss_before, costs(after)[0], num_supervised, _weight_bytes(before), _weight_bytes(after))
+    return QuantizationResult(
+        kind, loss_before, costs(after)[0], num_supervised, _weight_bytes(before), _weight_bytes(after)
+    )
 
 
 def _weight_bytes(directory: Path) -> int:

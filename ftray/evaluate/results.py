@@ -37,7 +37,7 @@ _LIMITS = {
 
 
 @dataclass(frozen=True)
-class Scores:
+class ModelScores:
     """One model's figures (see `config.FIGURES`), None for what wasn't asked for.
 
     Loss, perplexity and token accuracy are over num_supervised tokens of num_examples held-out records; loss in nats.
@@ -98,9 +98,9 @@ class Comparison:
     step: int
     config_hash: str
     settings: dict[str, Any]
-    base: Scores
-    tuned: Scores
-    few_shot: Scores | None
+    base: ModelScores
+    tuned: ModelScores
+    few_shot: ModelScores | None
     differences: dict[str, dict[str, Difference]]
     verdict: list[str]
     gates: list[GateResult]
@@ -109,7 +109,7 @@ class Comparison:
     pairs: dict[str, Any] | None = None
 
     @property
-    def models(self) -> dict[str, Scores]:
+    def models(self) -> dict[str, ModelScores]:
         """Scores by model, in the order of the table."""
         return {"base": self.base, **({"few_shot": self.few_shot} if self.few_shot else {}), "tuned": self.tuned}
 
@@ -127,7 +127,7 @@ class Comparison:
             )
 
 
-def settings_of(run: config.Run) -> dict[str, Any]:
+def settings_of(run: config.RunConfig) -> dict[str, Any]:
     """What the figures depend on besides the run's identity."""
     return run.evaluate.model_dump(mode="json", include=_SETTINGS)
 
@@ -144,7 +144,7 @@ def read_results(run_dir: str, warn: Callable[[str], None] | None = None) -> Com
         return None
 
 
-def known_results(run: config.Run, run_dir: str, step: int) -> Comparison | None:
+def known_results(run: config.RunConfig, run_dir: str, step: int) -> Comparison | None:
     """The comparison of this checkpoint by these settings, if there is one; its gates are the run file's as it is now."""
     known = read_results(run_dir)
     if known is None or (known.step, known.settings) != (step, settings_of(run)):
@@ -163,7 +163,7 @@ def with_gates(comparison: Comparison, gates: Mapping[str, config.Gate]) -> Comp
     return replace(comparison, gates=judge(gates, comparison.base, comparison.tuned))
 
 
-def judge(gates: Mapping[str, config.Gate], base: Scores, tuned: Scores) -> list[GateResult]:
+def judge(gates: Mapping[str, config.Gate], base: ModelScores, tuned: ModelScores) -> list[GateResult]:
     """Each limit of each gate, in their order. What wasn't computed, or is no number, misses its limit."""
     return [
         _judge(name, limit, wanted, base.figure(name), tuned.figure(name))

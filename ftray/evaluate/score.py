@@ -14,30 +14,30 @@ import numpy as np
 import torch
 
 from ftray import config
-from ftray.data.heldout import Document
+from ftray.data.eval_examples import Document
 from ftray.data.packing import IGNORE_INDEX, pack_examples
-from ftray.engine.offline import generate_all
+from ftray.engine.batch import generate_all
 from ftray.engine.protocol import Completion, SamplingParams
 from ftray.evaluate.metrics import Floats
-from ftray.evaluate.virtual import generate_virtual
+from ftray.evaluate.prompt_tuning import generate_virtual
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import dtype_of
-from ftray.train.loss import SummedLoss, flatten_rows
-from ftray.train.restore import load_tuned
-from ftray.train.timeline import Found
+from ftray.train.checkpoint.catalog import CheckpointRef
+from ftray.train.checkpoint.restore import load_tuned
+from ftray.train.objectives.sft import SummedLossModel, flatten_rows
 
 
 @dataclass(frozen=True)
-class Work:
+class ScoreTask:
     """What a model is scored on. examples, general: records as documents; prompts: ids that it answers."""
 
     examples: list[list[Document]] = field(default_factory=list)
     general: list[list[Document]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
 
-    def share(self, part: int, num_parts: int) -> Work:
+    def share(self, part: int, num_parts: int) -> ScoreTask:
         """Every num_parts-th by length, so that shares take equally long."""
-        return Work(
+        return ScoreTask(
             [self.examples[i] for i in _dealt([_size(e) for e in self.examples], part, num_parts)],
             [self.general[i] for i in _dealt([_size(e) for e in self.general], part, num_parts)],
             [self.prompts[i] for i in _dealt([len(p) for p in self.prompts], part, num_parts)],
@@ -50,7 +50,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreResult:
     """What came of it. tokens, general: [examples, 3]: summed loss, targets that had the highest logit, supervised tokens.
 
     busy_s: seconds in which answers were generated, over all tasks.
@@ -64,7 +64,7 @@ class Scored:
     busy_s: float
 
 
-def merge(parts: Sequence[Scored], work: Work) -> Scored:
+def merge(parts: Sequence[ScoreResult], work: ScoreTask) -> ScoreResult:
     """The whole from what came of its shares."""
 
     def places(sizes: list[int]) -> list[int]:
@@ -77,7 +77,7 @@ def merge(parts: Sequence[Scored], work: Work) -> Scored:
         [[x for p in parts for x in getattr(p, name)][i] for i in prompts]
         for name in ("answers", "num_tokens", "seconds")
     )
-    return Scored(
+    return ScoreResult(
         np.concatenate([p.tokens for p in parts])[examples],
         np.concatenate([p.general for p in parts])[general],
         answers,
@@ -96,7 +96,7 @@ def _dealt(sizes: list[int], part: int, num_parts: int) -> list[int]:
     return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[part::num_parts]
 
 
-def score(run: config.Run, found: Found | None, work: Work, monitor: Any) -> Scored:
+def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, monitor: Any) -> ScoreResult:
     """Scores and answers of one model: the base (found: None), or a checkpoint of it."""
     torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -108,14 +108,14 @@ def score(run: config.Run, found: Found | None, work: Work, monitor: Any) -> Sco
     model = model.to(device).eval()
     tokenizer = load_tokenizer(run.model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    summed, size = SummedLoss(model).eval(), run.micro_batch_size
+    summed, size = SummedLossModel(model).eval(), run.micro_batch_size
     tokens, general = (
         score_documents(summed, records, run.data.max_seq_len, size, int(pad), device)
         for records in (work.examples, work.general)
     )
     began_s = time.monotonic()
     answered = _answer(model, tokenizer, work.prompts, run.evaluate.max_new_tokens, monitor)
-    return Scored(
+    return ScoreResult(
         tokens,
         general,
         [a.text.strip() for a in answered],
@@ -138,7 +138,7 @@ def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: in
 
 
 def score_documents(
-    model: SummedLoss,
+    model: SummedLossModel,
     records: Sequence[Sequence[Document]],
     max_seq_len: int,
     rows_at_once: int,

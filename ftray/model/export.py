@@ -17,7 +17,7 @@ from ftray.model.load import absolute_base, load_tokenizer
 from ftray.model.lora import dtype_of
 
 
-def write_adapter(model: Any, base: config.Model, precision: str, directory: Path) -> None:
+def write_adapter(model: Any, base: config.ModelConfig, precision: str, directory: Path) -> None:
     """Saves a PeftModel's adapter, in the run's precision, for PEFT's own `from_pretrained`."""
     model.to(dtype_of(precision))
     model.save_pretrained(directory, safe_serialization=True)
@@ -28,7 +28,7 @@ def write_adapter(model: Any, base: config.Model, precision: str, directory: Pat
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
-def write_whole(model: Any, base: config.Model, precision: str, directory: Path) -> None:
+def write_whole(model: Any, base: config.ModelConfig, precision: str, directory: Path) -> None:
     """Saves whole weights, adapters merged in float32 and then rounded once to the run's precision, and the tokenizer.
 
     Raises CheckpointError if a weight is empty or not finite.

@@ -12,7 +12,7 @@ WHOLE_BYTES, END_BYTES = 1 << 26, 1 << 20  # larger files are known by their siz
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
 
-def base_files(model: config.Model) -> dict[str, str]:
+def base_files(model: config.ModelConfig) -> dict[str, str]:
     """Hash by file name of a base's directory; of a base from the hub its commit; {} where that is not known here.
 
     Workers download a hub's files when they need them, so that which of them are here says nothing.
@@ -26,7 +26,7 @@ def base_files(model: config.Model) -> dict[str, str]:
     return {path.name: _hash(path) for path in files}
 
 
-def _commit(model: config.Model) -> dict[str, str]:
+def _commit(model: config.ModelConfig) -> dict[str, str]:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.base, "config.json", revision=model.revision)

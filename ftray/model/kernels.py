@@ -1,6 +1,6 @@
 """Fused kernels where a package for them is installed: RMSNorm, RoPE and SwiGLU by Liger, on GPUs.
 
-Equal to eager within bf16 rounding (`tests/gpu`). The loss is ours (`train/loss.py`), so Liger's is left out.
+Equal to eager within bf16 rounding (`tests/gpu`). The loss is ours (`train/objectives/sft.py`), so Liger's is left out.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ from ftray.chat import ChatFormat, Message, template_of, try_template
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 from ftray.model.weights_check import check_finite
-from ftray.model_files import check_config, check_model_files
+from ftray.storage.model_directory import check_config, check_model_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-def resolve_base(model: config.Model) -> str:
+def resolve_base(model: config.ModelConfig) -> str:
     """Local directory or hub id of `model.base`. Raises ModelError for a directory that holds no model."""
     base = model.base
     if base.startswith("embedded:"):
@@ -50,14 +50,14 @@ def resolve_base(model: config.Model) -> str:
     return str(directory.resolve())
 
 
-def absolute_base(model: config.Model) -> config.Model:
+def absolute_base(model: config.ModelConfig) -> config.ModelConfig:
     """The same base for processes with another working directory, as Ray's workers have. Raises as `resolve_base`."""
     if model.base.startswith("embedded:"):
         return model  # each machine has its own cache
     return model.model_copy(update={"base": resolve_base(model)})
 
 
-def load_tokenizer(model: config.Model) -> Any:
+def load_tokenizer(model: config.ModelConfig) -> Any:
     """The base's tokenizer. Raises ModelError when it can't be had or is not a fast one."""
     from transformers import AutoTokenizer
 
@@ -77,7 +77,7 @@ def load_tokenizer(model: config.Model) -> Any:
     return tokenizer
 
 
-def _try_template(model: config.Model, tokenizer: Any) -> None:
+def _try_template(model: config.ModelConfig, tokenizer: Any) -> None:
     try:
         try_template(template_of(tokenizer))
     except ModelError as err:
@@ -95,7 +95,7 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
 
 
-def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -> PreTrainedModel:
+def load_base(model: config.ModelConfig, dtype: torch.dtype, quantize: bool = False) -> PreTrainedModel:
     """The base as a causal language model in `dtype` on the CPU, or in 4 bits (nf4, double quantization).
 
     Raises ModelError when it can't be had or isn't a causal language model.
@@ -153,7 +153,7 @@ def unquantized(base: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def outline_base(model: config.Model, dtype: torch.dtype) -> PreTrainedModel:
+def outline_base(model: config.ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The same model as `load_base` gives, without values: on torch's meta device. Reads no weights.
 
     Raises ModelError when its config can't be had.
@@ -178,7 +178,7 @@ def outline_base(model: config.Model, dtype: torch.dtype) -> PreTrainedModel:
     return outline
 
 
-def check_base(model: config.Model) -> None:
+def check_base(model: config.ModelConfig) -> None:
     """Fails early, before any worker starts, if the base isn't a causal language model for chats. Raises ModelError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -206,7 +206,7 @@ def check_base(model: config.Model) -> None:
         raise ModelError(text if "model.base" in text else f"model.base {model.base}: {text}") from None
 
 
-def _check_vocabulary(model: config.Model, chat: ChatFormat, tokenizer: Any, num_embeddings: int) -> None:
+def _check_vocabulary(model: config.ModelConfig, chat: ChatFormat, tokenizer: Any, num_embeddings: int) -> None:
     """Ids beyond the embeddings would be an error inside a kernel. Special tokens count only where chats have them."""
     if not any(chat.can_write(character) for character in "aA0"):
         raise ModelError(
@@ -222,7 +222,7 @@ def _check_vocabulary(model: config.Model, chat: ChatFormat, tokenizer: Any, num
         )
 
 
-def _check_weights(model: config.Model, directory: Path) -> None:
+def _check_weights(model: config.ModelConfig, directory: Path) -> None:
     """Reads the headers: a file that is cut off, or of another kind, is told before hours are spent on its way."""
     from safetensors import SafetensorError, safe_open
 
@@ -248,7 +248,7 @@ def _check_weights(model: config.Model, directory: Path) -> None:
         )
 
 
-def _explain(model: config.Model, what: str, err: Exception) -> str:
+def _explain(model: config.ModelConfig, what: str, err: Exception) -> str:
     first = " ".join(str(err).split()).split(". ")[0][:240]
     if Path(model.base).expanduser().is_dir():
         return f"model.base {model.base}: its {what} can't be loaded ({first}); copy or download it again"

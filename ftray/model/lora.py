@@ -27,7 +27,9 @@ def dtype_of(precision: str) -> torch.dtype:
     return found
 
 
-def build_model(model: config.Model, method: config.Method, precision: str, seed: int, outline: bool = False) -> Any:
+def build_model(
+    model: config.ModelConfig, method: config.MethodConfig, precision: str, seed: int, outline: bool = False
+) -> Any:
     """What is trained: the base with all weights trainable but those that `method.freeze` names, or a frozen base with
     seeded adapters or virtual tokens in its own dtype. Raises ConfigError for names that fit nothing, or everything.
 
@@ -68,7 +70,7 @@ def frozen_names(names: list[str], patterns: list[str]) -> list[str]:
     return [name for name in names if name in frozen]
 
 
-def add_virtual_tokens(base: PreTrainedModel, method: config.Method, seed: int) -> Any:
+def add_virtual_tokens(base: PreTrainedModel, method: config.MethodConfig, seed: int) -> Any:
     """Wraps the base with prompt tuning (Lester et al. 2021): virtual tokens' embeddings, drawn from the vocabulary's.
 
     `SummedLoss` puts them in front of every document of a row. They keep the base's dtype, as adapters do.
@@ -88,7 +90,7 @@ def add_virtual_tokens(base: PreTrainedModel, method: config.Method, seed: int) 
     return tuned
 
 
-def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any:
+def add_adapters(base: PreTrainedModel, method: config.MethodConfig, seed: int) -> Any:
     """Wraps the base with LoRA adapters (Hu et al. 2021); A is seeded, B is zero. Raises ConfigError for no target.
 
     The adapters keep the base's dtype: PEFT's cast to float32 would cost a third of the speed, and the optimizer holds
@@ -119,7 +121,7 @@ def add_adapters(base: PreTrainedModel, method: config.Method, seed: int) -> Any
         ) from None
 
 
-def check_targets(model: config.Model, method: config.Method) -> None:
+def check_targets(model: config.ModelConfig, method: config.MethodConfig) -> None:
     """Raises ConfigError for a name in target_modules or freeze that the base has not. Loads no weights."""
     has_targets = method.type in ("lora", "qlora") and not isinstance(method.target_modules, str)
     if not has_targets and not method.freeze:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import Linear
 
-from ftray.model.eight_bit import FrozenLinear
+from ftray.model.fp8 import FrozenLinear
 
 
-class Frozen(Protocol):
+class FrozenLayer(Protocol):
     """A linear layer that isn't trained: its product, and what its input's gradient is."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ class Frozen(Protocol):
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseLayer:
     """Weights [out, in] as they are. Looked up anew in backward, where ZeRO-3 has gathered them again."""
 
     layer: Any
@@ -41,7 +41,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class FourBit:
+class FourBitLayer:
     """A bitsandbytes layer; its weights are made whole for each product and forgotten."""
 
     layer: Any
@@ -69,7 +69,7 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: Frozen, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any, x: torch.Tensor, frozen: FrozenLayer, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[..., out]"""
         flat = x.reshape(-1, x.shape[-1])
@@ -108,10 +108,10 @@ def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
     return out
 
 
-def _frozen(base: Any) -> Frozen:
+def _frozen(base: Any) -> FrozenLayer:
     if isinstance(base, FrozenLinear):
         return base
-    return FourBit(base) if hasattr(base.weight, "quant_state") else Dense(base)
+    return FourBitLayer(base) if hasattr(base.weight, "quant_state") else DenseLayer(base)
 
 
 class FusedLoraLinear(Linear):

@@ -26,7 +26,7 @@ KINDS = {  # kind → the module that it needs, what brings it, what it is calle
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizationResult:
     """What came of it. Losses in nats a supervised held-out token, None where the run holds no data out; sizes in bytes."""
 
     kind: str

@@ -17,12 +17,12 @@ from ray.serve.schema import LoggingConfig
 
 from ftray import config
 from ftray.engine.protocol import Engine
-from ftray.serve.catalog import Served
-from ftray.serve.keys import read_key_hashes
-from ftray.serve.meters import Meters
-from ftray.serve.mirror import Mirror
-from ftray.serve.models import is_hub_id
-from ftray.serve.scaling import METRIC, FirstTimes, FirstTokenPolicy
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.auth import read_key_hashes
+from ftray.serve.autoscaling import METRIC, TtftPolicy, TtftWindow
+from ftray.serve.metrics import ServeMetrics
+from ftray.serve.model_files import is_hub_id
+from ftray.serve.ray_metrics import RayMetricsMirror
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _MORE_S = 30  # beyond the longest answer, for what else a replica that goes away has to end
@@ -33,8 +33,8 @@ class ReplicaSettings:
     """What a replica is told. model_dir: a directory, one committed in a bucket, or a hub id. API keys come hashed."""
 
     model_dir: str
-    served: Served
-    serve_cfg: config.Serve
+    served: ServedModels
+    serve_cfg: config.ServeConfig
     max_num_seqs: int
     max_context: int | None
     dtype: str | None
@@ -48,11 +48,11 @@ class ModelReplica:
     """Loads the model, then builds its app around it: engines hold threads and can't be sent from the driver."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
-        from ftray.serve.models import local_model
+        from ftray.serve.model_files import local_model
 
         self._settings, served, cfg = settings, settings.served, settings.serve_cfg
-        self._first_times, self._meters = FirstTimes(), Meters()
-        self._mirror: Mirror | None = None
+        self._first_times, self._meters = TtftWindow(), ServeMetrics()
+        self._mirror: RayMetricsMirror | None = None
         options: dict[str, Any] = {
             "name": served.model_id,
             "dtype": settings.dtype,
@@ -64,19 +64,19 @@ class ModelReplica:
         has_adapters = bool(served.adapters or served.registry)
         self._engine: Engine
         if cfg.engine == "vllm":
-            from ftray.engine.vllm import VllmEngine
+            from ftray.engine.vllm.engine import VllmEngine
 
             most = max(1, served.max_adapters) if has_adapters else 0
             options |= {"max_adapters": most, "tensor_parallel": cfg.tensor_parallel}
             self._engine = VllmEngine(directory, **options)
         else:
-            from ftray.engine.offline import load_engine
+            from ftray.engine.batch import load_engine
 
             self._engine = load_engine(directory, num_threads=settings.num_threads, adapters=has_adapters, **options)
 
     def __serve_build_asgi_app__(self) -> Any:
-        from ftray.serve.api import build_api
-        from ftray.serve.limits import Limits
+        from ftray.serve.rate_limit import RateLimits
+        from ftray.serve.routes import build_api
         from ftray.serve.routing import Router
 
         settings, cfg = self._settings, self._settings.serve_cfg
@@ -91,7 +91,7 @@ class ModelReplica:
             max_tokens=cfg.max_tokens,
             key_hashes=settings.key_hashes,
             max_answer_s=cfg.max_answer_s,
-            limits=Limits(cfg.requests_per_minute, cfg.tokens_per_minute, cfg.tokens_per_day),
+            limits=RateLimits(cfg.requests_per_minute, cfg.tokens_per_minute, cfg.tokens_per_day),
             router=Router(cfg.ab, cfg.canary, settings.place),
             place=settings.place,
             feedback=cfg.feedback,
@@ -107,11 +107,11 @@ class ModelReplica:
         """Asked by Serve every few seconds: a replica whose engine died is replaced."""
         self._engine.health()
         if self._mirror is None:
-            self._mirror = Mirror(self._meters, serve.get_replica_context().replica_id.unique_id)
+            self._mirror = RayMetricsMirror(self._meters, serve.get_replica_context().replica_id.unique_id)
         await asyncio.to_thread(self._mirror.copy)  # thousands of series take longer than a token may
 
 
-def deployment_options(serve_cfg: config.Serve, num_cpus: float = 1.0, num_gpus: float = 0.0) -> dict[str, Any]:
+def deployment_options(serve_cfg: config.ServeConfig, num_cpus: float = 1.0, num_gpus: float = 0.0) -> dict[str, Any]:
     """What Serve is told of the replicas: how many there are, what they take on, how they go.
 
     A replica answers up to 1.5 × target_ongoing_requests at once, so that autoscaling sees load above its target before
@@ -131,11 +131,11 @@ def deployment_options(serve_cfg: config.Serve, num_cpus: float = 1.0, num_gpus:
     }
 
 
-def _autoscaling(serve_cfg: config.Serve) -> AutoscalingConfig:
+def _autoscaling(serve_cfg: config.ServeConfig) -> AutoscalingConfig:
     options: dict[str, Any] = {}
     if serve_cfg.target_first_token_s is not None:
         kwargs = {"target_s": serve_cfg.target_first_token_s}
-        options["policy"] = AutoscalingPolicy(policy_function=FirstTokenPolicy, policy_kwargs=kwargs)
+        options["policy"] = AutoscalingPolicy(policy_function=TtftPolicy, policy_kwargs=kwargs)
     return AutoscalingConfig(
         min_replicas=serve_cfg.min_replicas,
         initial_replicas=max(1, serve_cfg.min_replicas),  # a start shows whether the model loads
@@ -151,8 +151,8 @@ def _autoscaling(serve_cfg: config.Serve) -> AutoscalingConfig:
 
 def build_app(
     model_dir: str,
-    served: Served,
-    serve_cfg: config.Serve,
+    served: ServedModels,
+    serve_cfg: config.ServeConfig,
     *,
     key_hashes: tuple[str, ...] = (),
     num_cpus: float = 1.0,
@@ -188,6 +188,6 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     API keys come from the environment of the cluster, never from the config. Raises ConfigError as `read_key_hashes`.
     """
     options = dict(arguments)
-    serve_cfg = config.Serve.model_validate(options.pop("serve"))
-    served = Served(**options.pop("served"))
+    serve_cfg = config.ServeConfig.model_validate(options.pop("serve"))
+    served = ServedModels(**options.pop("served"))
     return build_app(options.pop("model_dir"), served, serve_cfg, key_hashes=read_key_hashes(serve_cfg.host), **options)

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ftray.serve.protocol import MAX_BODY_BYTES, RequestError, encode_json
+from ftray.serve.openai import MAX_BODY_BYTES, RequestError, encode_json
 
 Send = Callable[[Any], Awaitable[None]]
 MAX_BODY_S = 30.0  # a body that takes longer to arrive is given up
@@ -24,7 +24,7 @@ EVENT_STREAM = [
 logger = logging.getLogger(__name__)
 
 
-class Worked(Response):
+class StreamedResponse(Response):
     """A response sent by a coroutine, which ends when the client leaves."""
 
     def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
@@ -92,7 +92,7 @@ def unavailable(err: BaseException) -> RequestError:
 def on_request_error(_: Request, err: Exception) -> Response:
     """Starlette's handler for RequestError."""
     assert isinstance(err, RequestError)
-    return Worked(lambda send: refuse(send, err))
+    return StreamedResponse(lambda send: refuse(send, err))
 
 
 def on_http_error(request: Request, err: Exception) -> Response:
@@ -105,7 +105,7 @@ def on_http_error(request: Request, err: Exception) -> Response:
     return Response(encode_json(body), status_code=err.status_code, headers=headers)
 
 
-class Shield:
+class ErrorMiddleware:
     """The last net: a surprise becomes a 500. Starlette's own would raise it again, and Serve then log its text."""
 
     def __init__(self, app: Any) -> None:

@@ -13,10 +13,10 @@ from ray import serve
 
 from ftray import config, storage
 from ftray.errors import StorageError
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.app import build_app
-from ftray.serve.catalog import Served
-from ftray.serve.keys import read_key_hashes
-from ftray.serve.origin import lineages_of, reference_of
+from ftray.serve.auth import read_key_hashes
+from ftray.serve.model_metadata import lineages_of, reference_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def build(args: dict[str, str]) -> serve.Application:
     run = config.load_run(args["run"])
     run_dir = storage.absolute(run.directory)
     model_dir = storage.join(run_dir, "model")
-    served = Served(run.name)
+    served = ServedModels(run.name)
     try:
         reference = reference_of(run_dir)
         served = replace(

@@ -20,7 +20,7 @@ MAX_CHARS = 20_000  # of a prompt: a longer one's beginning tells its scripts
 
 
 @dataclass(frozen=True)
-class Seen:
+class RequestSample:
     """One request. scripts: letters of its prompt by script."""
 
     num_prompt_tokens: int
@@ -29,7 +29,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Figures:
+class DriftFigures:
     """prompt_tokens: population stability index of prompts' lengths over the training set's deciles (0: the same; above
     0.25 is usually called a shift). scripts: share of letters that would have to be of another script (0 to 1). empty:
     share of answers without text; training has none. None: unknown."""
@@ -39,30 +39,30 @@ class Figures:
     empty: float
 
 
-class Drift:
+class DriftMonitor:
     """The last requests of each model."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, deque[Seen]] = {}
+        self._seen: dict[str, deque[RequestSample]] = {}
 
-    def add(self, model: str, seen: Seen) -> None:
+    def add(self, model: str, seen: RequestSample) -> None:
         self._seen.setdefault(model, deque(maxlen=LAST)).append(seen)
 
     def models(self) -> list[str]:
         """Those that have answered often enough."""
         return [model for model, seen in list(self._seen.items()) if len(seen) >= LEAST]
 
-    def figures(self, model: str, reference: Mapping[str, Any] | None) -> Figures:
+    def figures(self, model: str, reference: Mapping[str, Any] | None) -> DriftFigures:
         """Of the last requests of one of `models`, against its training data where that is known."""
         seen = list(self._seen[model])  # at once: others may be added from another thread
         empty = sum(one.is_empty for one in seen) / len(seen)
         if not reference:
-            return Figures(None, None, empty)
+            return DriftFigures(None, None, empty)
         letters = Counter[str]()
         for one in seen:
             letters.update(one.scripts)
         deciles = reference.get("prompt_tokens") or []
-        return Figures(
+        return DriftFigures(
             _stability([one.num_prompt_tokens for one in seen], deciles) if len(deciles) == 9 else None,
             _distance(letters, reference.get("scripts") or {}) if letters.total() else None,
             empty,

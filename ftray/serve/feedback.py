@@ -16,9 +16,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from ftray import config, storage
-from ftray.serve.keys import is_answer_of, key_id
-from ftray.serve.limits import Bucket
-from ftray.serve.protocol import FeedbackRequest, RequestError
+from ftray.serve.auth import is_answer_of, key_id
+from ftray.serve.openai import FeedbackRequest, RequestError
+from ftray.serve.rate_limit import TokenBucket
 
 _DAY_S = 86400.0
 _MAX_CALLERS = 10_000
@@ -35,7 +35,7 @@ class FeedbackBox:
 
     def __init__(self, place: str, bounds: config.Feedback, clock: Callable[[], float] = time.monotonic) -> None:
         self._place, self._bounds, self._clock = place, bounds, clock
-        self._quotas: OrderedDict[str, tuple[Bucket, Bucket]] = OrderedDict()
+        self._quotas: OrderedDict[str, tuple[TokenBucket, TokenBucket]] = OrderedDict()
 
     @property
     def max_bytes(self) -> int:
@@ -68,7 +68,7 @@ class FeedbackBox:
         now = self._clock()
         if caller not in self._quotas:
             bounds = (self._bounds.records_per_day, self._bounds.bytes_per_day)
-            records, size = (Bucket(bound, _DAY_S, now) for bound in bounds)
+            records, size = (TokenBucket(bound, _DAY_S, now) for bound in bounds)
             self._quotas[caller] = (records, size)
             if len(self._quotas) > _MAX_CALLERS:
                 self._quotas.popitem(last=False)

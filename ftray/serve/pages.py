@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ftray.serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, FeedbackRequest
-from ftray.serve.replies import ModelList
+from ftray.serve.openai import MAX_BODY_BYTES, ChatRequest, CompletionRequest, FeedbackRequest
+from ftray.serve.openai_responses import ModelList
 
 _FILES = {
     "/": ("chat.html", "text/html; charset=utf-8"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray import storage
-from ftray.engine.adapter import (
+from ftray.engine.adapters import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
@@ -29,7 +29,7 @@ from ftray.engine.adapter import (
 )
 from ftray.engine.safetensors_header import TensorInfo, header_length, read_header
 from ftray.errors import ConfigError, ModelError, StorageError
-from ftray.serve.entries import Published, Rejected, content_of, read_entry
+from ftray.serve.registry_schema import PublishedAdapter, Rejected, content_of, read_entry
 from ftray.serve.signing import Signer
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -44,7 +44,7 @@ _VERSION = re.compile(r"(\d{4,9})-[0-9a-f]{12}")
 class Scan:
     """What one look at the registry found. adapters: the version of each that is served, by name. rejected: by URI."""
 
-    adapters: Mapping[str, Published] = field(default_factory=dict)
+    adapters: Mapping[str, PublishedAdapter] = field(default_factory=dict)
     rejected: Mapping[str, Rejected] = field(default_factory=dict)
 
 
@@ -70,7 +70,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def list_published(registry: str, trusted: Collection[str] = ()) -> dict[str, Published]:
+def list_published(registry: str, trusted: Collection[str] = ()) -> dict[str, PublishedAdapter]:
     """The newest version of each adapter that can be served, by name. Raises StorageError."""
     return dict(scan(registry, trusted=trusted).adapters)
 
@@ -98,7 +98,7 @@ def scan(
     """
     known = known or Scan()
     versions, rejected = _versions(registry)
-    adapters: dict[str, Published] = {}
+    adapters: dict[str, PublishedAdapter] = {}
     for name, found in sorted(versions.items())[:MAX_NAMES]:
         before = known.adapters.get(name)
         for version, manifest in sorted(found, key=_age, reverse=True)[:MAX_VERSIONS_TRIED]:
@@ -106,7 +106,7 @@ def scan(
             if before is not None and before.uri == uri:
                 adapters[name] = before
                 break
-            one: Published | Rejected
+            one: PublishedAdapter | Rejected
             bad = known.rejected.get(uri)
             if (
                 bad is not None
@@ -116,7 +116,7 @@ def scan(
                 one = bad
             else:
                 one = _read_one(name, version, manifest, uri, trusted, max_adapter_bytes)
-            if isinstance(one, Published):
+            if isinstance(one, PublishedAdapter):
                 adapters[name] = one
                 break
             rejected[uri] = one
@@ -133,7 +133,7 @@ def _read_one(
     uri: str,
     trusted: Collection[str],
     max_adapter_bytes: int | None,
-) -> Published | Rejected:
+) -> PublishedAdapter | Rejected:
     """As `read_entry`; an entry that the store doesn't hand out is passed over too, for a while: the others are served."""
     try:
         with storage.brief(5.0):
@@ -206,7 +206,7 @@ def publish(
     owner: str | None = None,
     signer: Signer | None = None,
     take_over: bool = False,
-) -> tuple[Published, bool]:
+) -> tuple[PublishedAdapter, bool]:
     """Commits the adapter at `source` as the newest version of `name`.
 
     Args:
@@ -257,7 +257,7 @@ def publish(
             files = {f: {"size": Path(scratch, f).stat().st_size, "sha256": sum_} for f, sum_ in sums.items()}
             whole["signature"] = signer.sign(name, version, files, whole)
         created = storage.commit_directory(scratch, uri, whole)
-    return Published(name, version, uri, whole, sums), created
+    return PublishedAdapter(name, version, uri, whole, sums), created
 
 
 def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> dict[str, str]:
@@ -272,7 +272,7 @@ def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> di
     return sums
 
 
-def _check_owner(name: str, newest: Published, owner: str | None, signer: Signer | None) -> None:
+def _check_owner(name: str, newest: PublishedAdapter, owner: str | None, signer: Signer | None) -> None:
     """Raises ConfigError where a name belongs to somebody else. An entry without owner and signature is anybody's."""
     theirs, key = newest.meta.get("owner"), newest.meta.get("signature", {}).get("key")
     if key is not None and (signer is None or signer.public_key != key):

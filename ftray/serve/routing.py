@@ -51,7 +51,7 @@ class Router:
     """Shares, what the models' last answers were like, and whether the canary was returned."""
 
     def __init__(
-        self, weights: Mapping[str, float], canary: config.Canary | None = None, place: str | None = None
+        self, weights: Mapping[str, float], canary: config.CanaryConfig | None = None, place: str | None = None
     ) -> None:
         self._weights, self._canary, self._place = dict(weights), canary, place
         self._failed: dict[str, deque[tuple[int, bool]]] = {}  # with its number among all answers
@@ -194,7 +194,7 @@ def _log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
-def event_uri(place: str, weights: Mapping[str, float], canary: config.Canary | None) -> str:
+def event_uri(place: str, weights: Mapping[str, float], canary: config.CanaryConfig | None) -> str:
     """Where the return of this canary, under these shares, is told."""
     settings = json.dumps([sorted(weights.items()), canary and canary.model_dump()])
     return storage.join(place, "serve", "events", f"canary-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json")

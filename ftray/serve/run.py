@@ -17,9 +17,9 @@ from typing import Any
 
 from ftray import config, storage
 from ftray.errors import ConfigError, FtrayError, RunError
-from ftray.serve.catalog import Served
-from ftray.serve.keys import read_key_hashes
-from ftray.serve.models import check_model, is_hub_id
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.auth import read_key_hashes
+from ftray.serve.model_files import check_model, is_hub_id
 from ftray.signals import termination_signals
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Endpoint:
         serve.shutdown()
 
 
-def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str, ...]:
+def check_endpoint(model_dir: str | Path, serve_cfg: config.ServeConfig) -> tuple[str, ...]:
     """What can be known before Ray starts; returns the hashed API keys.
 
     Raises ConfigError (no key on an open host, port taken), ModelError (no model in the directory).
@@ -56,8 +56,8 @@ def check_endpoint(model_dir: str | Path, serve_cfg: config.Serve) -> tuple[str,
 
 def start_endpoint(
     model_dir: str | Path,
-    served: Served,
-    serve_cfg: config.Serve,
+    served: ServedModels,
+    serve_cfg: config.ServeConfig,
     *,
     name: str | None = None,
     warn: Callable[[str], None] = logger.warning,
@@ -117,7 +117,7 @@ def _start_serve(http: dict[str, Any], logging_config: Any, warn: Callable[[str]
         warn(f"Ray Serve did not start ({reason}); trying again ({attempt + 1} of {START_TRIES})")
 
 
-def serve_config(model_dir: str, served: Served, serve_cfg: config.Serve, **replica: Any) -> dict[str, Any]:
+def serve_config(model_dir: str, served: ServedModels, serve_cfg: config.ServeConfig, **replica: Any) -> dict[str, Any]:
     """The same endpoint as a config for `serve deploy` and RayService. Holds no key: the cluster's environment does."""
     arguments = {
         "model_dir": model_dir,
@@ -135,7 +135,7 @@ def serve_config(model_dir: str, served: Served, serve_cfg: config.Serve, **repl
     }
 
 
-def _http(serve_cfg: config.Serve, port: int) -> dict[str, Any]:
+def _http(serve_cfg: config.ServeConfig, port: int) -> dict[str, Any]:
     return {"host": serve_cfg.host, "port": port, "request_timeout_s": serve_cfg.proxy_timeout_s}
 
 

@@ -11,14 +11,14 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.errors import RunError
 from ftray.model.export import write_adapter, write_whole
-from ftray.train.restore import load_tuned
-from ftray.train.timeline import Found, best_checkpoint
+from ftray.train.checkpoint.catalog import CheckpointRef, best_checkpoint
+from ftray.train.checkpoint.restore import load_tuned
 
-Describe = Callable[[Found, bool], Mapping[str, bytes]]
+Describe = Callable[[CheckpointRef, bool], Mapping[str, bytes]]
 
 
 def export(
-    run: config.Run, run_dir: str, console: Console, describe: Describe | None = None, step: int | None = None
+    run: config.RunConfig, run_dir: str, console: Console, describe: Describe | None = None, step: int | None = None
 ) -> str:
     """Writes the model directory unless it holds this checkpoint already; returns the URI of the whole weights.
 
@@ -46,7 +46,7 @@ def export(
     return whole_weights(run, run_dir)
 
 
-def whole_weights(run: config.Run, run_dir: str) -> str:
+def whole_weights(run: config.RunConfig, run_dir: str) -> str:
     """URI of a run's whole weights, there or not."""
     parts = ("model",) if run.method.type in ("full", "prompt") else ("model", "merged")
     return storage.join(run_dir, *parts)
@@ -66,14 +66,14 @@ def fetch_part(uri: str, scratch: Path, alone: bool = False) -> Path:
     return copy
 
 
-def _holds(target: str, found: Found) -> bool:
+def _holds(target: str, found: CheckpointRef) -> bool:
     if storage.verify_directory(target):
         return False  # not there, or damaged
     manifest = storage.read_manifest(target)
     return manifest is not None and manifest["meta"].get("step") == found.step
 
 
-def _write(run: config.Run, found: Found, directory: Path) -> None:
+def _write(run: config.RunConfig, found: CheckpointRef, directory: Path) -> None:
     if run.method.type == "full":
         write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
         return

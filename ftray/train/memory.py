@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from ftray import config
-from ftray.train.zero import owns_optimizer, size_of
+from ftray.train.zero.config import owns_optimizer, size_of
 
 EIGHT_BIT = "adamw-8bit"
 PAGED = "-paged"  # behind an optimizer's name: moments live in the host's memory
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadMemory:
     """Bytes at the output head. fixed: whatever the tokens; token: of a token's logits; at_once: tokens that have theirs."""
 
     fixed: float
@@ -37,7 +37,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryModel:
     """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states.
 
     kept, recomputed: a token's activations when all layers keep theirs, and when none does; hidden: a token's hidden
@@ -50,7 +50,7 @@ class Memory:
     recomputed: float
     num_layers: int
     hidden: float
-    head: Head
+    head: HeadMemory
     update: float = 0.0
 
     def activations(self, tokens: int, layers: int) -> float:
@@ -70,7 +70,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryChoice:
     """What was chosen. layers: recomputed ones; peak: bytes expected, None where nothing was measured."""
 
     micro_batch_size: int
@@ -79,7 +79,9 @@ class Fit:
     peak: float | None = None
 
 
-def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, before: int | None = None) -> Fit:
+def best_fit(
+    memory: MemoryModel, rows: list[int], layers: list[int], seq: int, before: int | None = None
+) -> MemoryChoice:
     """The fastest of rows × layers by a model of time; the smallest if none fits.
 
     rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row. before: the
@@ -95,16 +97,16 @@ def best_fit(memory: Memory, rows: list[int], layers: list[int], seq: int, befor
     fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
     kept = [pair for pair in fitting if pair[0] == before]
     chosen = min(kept or fitting, key=cost) if fitting else (min(rows), max(layers))
-    return Fit(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
+    return MemoryChoice(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
-def longest_row(run: config.Run, documents: int) -> int:
+def longest_row(run: config.RunConfig, documents: int) -> int:
     """Tokens of a row at most. documents: most of them in one; prompt tuning puts its virtual tokens in front of each."""
     return run.data.max_seq_len + (run.method.num_virtual_tokens * documents if run.method.type == "prompt" else 0)
 
 
 @dataclass(frozen=True)
-class States:
+class StateMemory:
     """Bytes on one GPU besides weights and activations.
 
     optimizer: masters and moments; bucket: where gradients are summed over ranks; update: only in the step itself.
@@ -121,7 +123,7 @@ class States:
         return self.gradients + self.optimizer + self.bucket
 
 
-def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> States:
+def state_bytes(run: config.RunConfig, number: int, world_size: int, largest: int) -> StateMemory:
     """Of `number` trained weights, with everything on the GPU but paged moments: these come for one parameter at a time.
 
     largest: weights of the largest parameter.
@@ -130,22 +132,22 @@ def state_bytes(run: config.Run, number: int, world_size: int, largest: int) -> 
     if owns_optimizer(run.train, run.deepspeed):
         moments = 2.2 if run.train.optimizer.removesuffix(PAGED) == EIGHT_BIT else 8.0
         near = largest if run.train.optimizer.endswith(PAGED) else number
-        return States(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0, 0.0)
+        return StateMemory(number * own, number * (2 if own == 2 else 0) + near * moments, 0.0, 0.0)
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32
     bucket = own * size_of(run.deepspeed, "reduce_bucket_size")
     if run.deepspeed.offload != "none":  # masters, moments and the step itself are the host's
-        return States(number * gradients, 0.0, bucket, 0.0)
-    return States(number * gradients, number * 12 / world_size, bucket, number * update)
+        return StateMemory(number * gradients, 0.0, bucket, 0.0)
+    return StateMemory(number * gradients, number * 12 / world_size, bucket, number * update)
 
 
-def gathered_bytes(run: config.Run, number: int) -> float:
+def gathered_bytes(run: config.RunConfig, number: int) -> float:
     """Weights that ZeRO-3 keeps whole on a GPU at once, and those under way, of a model of `number`."""
     most = size_of(run.deepspeed, "stage3_max_live_parameters") + size_of(run.deepspeed, "stage3_prefetch_bucket_size")
     return min(number, most) * (4 if run.train.precision == "fp32" else 2)
 
 
-def head_of(run: config.Run, vocabulary: int, width: int, is_trained: bool, in_pieces: bool = True) -> Head:
+def head_of(run: config.RunConfig, vocabulary: int, width: int, is_trained: bool, in_pieces: bool = True) -> HeadMemory:
     """What logits of the vocabulary take.
 
     Logits of a piece of the tokens and their gradient, with label smoothing or in fp32 their float32 forms besides; of a
@@ -154,10 +156,10 @@ def head_of(run: config.Run, vocabulary: int, width: int, is_trained: bool, in_p
     """
     in_fp32 = run.train.precision == "fp32"
     if not in_pieces:
-        return Head(0.0, 8.0 * vocabulary, math.inf)
+        return HeadMemory(0.0, 8.0 * vocabulary, math.inf)
     each = 12 if run.train.label_smoothing else 8 if in_fp32 else 4
     fixed = (8 if in_fp32 else 4) * vocabulary * width if is_trained else 0
-    return Head(fixed, each * vocabulary, piece_tokens(vocabulary))
+    return HeadMemory(fixed, each * vocabulary, piece_tokens(vocabulary))
 
 
 def piece_tokens(vocabulary: int) -> int:

@@ -15,12 +15,12 @@ import ray.train
 
 from ftray import config, storage
 from ftray.errors import ConfigError, FtrayError, innermost
-from ftray.train.causes import out_of_memory
-from ftray.train.monitor import WorkerPlace
+from ftray.train.driver_channel import WorkerLocation
+from ftray.train.failures import out_of_memory
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What the driver hands to each worker.
 
     meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
@@ -29,7 +29,7 @@ class Job:
     does no step more.
     """
 
-    run: config.Run
+    run: config.RunConfig
     run_dir: str
     meta: dict[str, Any]
     heldout: Any
@@ -39,7 +39,7 @@ class Job:
     waits: bool = False
 
 
-def train_worker(arguments: dict[str, Job]) -> None:
+def train_worker(arguments: dict[str, TrainJob]) -> None:
     """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
 
     An FtrayError is one that trying again won't cure, and so is too little memory for a step: the driver is told.
@@ -52,7 +52,7 @@ def train_worker(arguments: dict[str, Job]) -> None:
                 f"storage: {job.run_dir} is not to be seen from {socket.gethostname()}, where a worker runs; give a "
                 "directory that all nodes share, or s3://…"
             )
-        from ftray.train.loop import Trainer
+        from ftray.train.trainer import Trainer
 
         Trainer(job).train()
     except Exception as err:
@@ -64,7 +64,7 @@ def train_worker(arguments: dict[str, Job]) -> None:
         raise
 
 
-def _place() -> WorkerPlace:
+def _place() -> WorkerLocation:
     context = ray.get_runtime_context()
     rank = ray.train.get_context().get_world_rank()
-    return WorkerPlace(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)
+    return WorkerLocation(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)

@@ -11,15 +11,15 @@ import yaml
 
 from ftray import config, storage
 from ftray.console import Console
-from ftray.train.identity import versions
-from ftray.train.timeline import best_checkpoint
-from ftray.tune.page import render_page
+from ftray.driver.run_record import versions
+from ftray.report.sweep_page import render_page
+from ftray.train.checkpoint.catalog import best_checkpoint
 from ftray.tune.search import importance
 from ftray.tune.space import as_word, has_optuna, trial_run
-from ftray.tune.state import State, Trial
+from ftray.tune.state import SweepState, TrialRecord
 
 
-def as_table(state: State, steps: Mapping[int, int] | None = None) -> list[str]:
+def as_table(state: SweepState, steps: Mapping[int, int] | None = None) -> list[str]:
     """The trials as lines. steps: newest step of those that train just now, which come first; then the best."""
     training = steps or {}
     keys = list(dict.fromkeys(key for trial in state.trials for key in trial.params))
@@ -41,18 +41,20 @@ def as_table(state: State, steps: Mapping[int, int] | None = None) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def command_of(run: config.Run, winner: Trial, target: str) -> str:
+def command_of(run: config.RunConfig, winner: TrialRecord, target: str) -> str:
     """The command that trains the winner's settings under a name of their own."""
     words = [f"{key}={as_word(value)}" for key, value in winner.params.items()]
     return shlex.join(["ftray", "train", target, f"name={best_name(run)}", *words])
 
 
-def best_name(run: config.Run) -> str:
+def best_name(run: config.RunConfig) -> str:
     """Name of a run with the winner's settings."""
     return f"{run.name[:58]}-best"
 
 
-def write_report(run: config.Run, tune_dir: str, state: State, winner: Trial, target: str, console: Console) -> None:
+def write_report(
+    run: config.RunConfig, tune_dir: str, state: SweepState, winner: TrialRecord, target: str, console: Console
+) -> None:
     """Writes results.json, report.html and best.yaml; prints the table, what mattered, and the winner's command."""
     assert run.tune is not None  # `check_tune` asks for it
     assert winner.best is not None  # only such a trial wins
@@ -96,10 +98,10 @@ def write_report(run: config.Run, tune_dir: str, state: State, winner: Trial, ta
 
 
 def _say(
-    run: config.Run,
+    run: config.RunConfig,
     tune_dir: str,
-    state: State,
-    winner: Trial,
+    state: SweepState,
+    winner: TrialRecord,
     found: tuple[float, dict[str, float]] | None,
     command: str,
     checkpoint: str,

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ftray.config import Parameter, Tune
+from ftray.config import TuneConfig, TuneParameter
 from ftray.tune.space import Params, grid, has_optuna, in_order, is_on, number_of_trials, sample, tidy
-from ftray.tune.state import Trial
+from ftray.tune.state import TrialRecord
 
 if TYPE_CHECKING:
     import optuna
 
 
-def propose(tune: Tune, trials: Sequence[Trial]) -> Params:
+def propose(tune: TuneConfig, trials: Sequence[TrialRecord]) -> Params:
     """Values for the trial after those that are known."""
     number = len(trials)
     if tune.search == "grid":
@@ -39,7 +39,7 @@ def propose(tune: Tune, trials: Sequence[Trial]) -> Params:
     return params
 
 
-def _suggest(asked: optuna.Trial, key: str, parameter: Parameter) -> Any:
+def _suggest(asked: optuna.Trial, key: str, parameter: TuneParameter) -> Any:
     if parameter.type == "choice":
         values = parameter.values or []
         return values[asked.suggest_categorical(key, list(range(len(values))))]
@@ -50,7 +50,9 @@ def _suggest(asked: optuna.Trial, key: str, parameter: Parameter) -> Any:
     return tidy(asked.suggest_float(key, parameter.low, parameter.high, log=parameter.type == "loguniform"), parameter)
 
 
-def make_study(tune: Tune, trials: Sequence[Trial], sampler: Any = None, share: float | None = None) -> optuna.Study:
+def make_study(
+    tune: TuneConfig, trials: Sequence[TrialRecord], sampler: Any = None, share: float | None = None
+) -> optuna.Study:
     """The trials as Optuna sees them: choices by their place among the values. share: they ended there, for comparisons."""
     import optuna
 
@@ -79,11 +81,11 @@ def make_study(tune: Tune, trials: Sequence[Trial], sampler: Any = None, share: 
     return study
 
 
-def _place(parameter: Parameter, value: Any) -> Any:
+def _place(parameter: TuneParameter, value: Any) -> Any:
     return (parameter.values or []).index(value) if parameter.type == "choice" else value
 
 
-def _distribution(parameter: Parameter) -> Any:
+def _distribution(parameter: TuneParameter) -> Any:
     from optuna import distributions
 
     if parameter.type == "choice":
@@ -94,7 +96,7 @@ def _distribution(parameter: Parameter) -> Any:
     return distributions.FloatDistribution(low or 0.0, high or 0.0, log=parameter.type == "loguniform")
 
 
-def importance(tune: Tune, trials: Sequence[Trial]) -> tuple[float, dict[str, float]] | None:
+def importance(tune: TuneConfig, trials: Sequence[TrialRecord]) -> tuple[float, dict[str, float]] | None:
     """How much each key decided the held-out loss, in shares of 1 (PED-ANOVA), and at which share of the steps the trials
     were compared: the last that all of them reached. None without Optuna, or with too few trials."""
     seen = [t for t in trials if t.status in ("done", "stopped") and t.best]

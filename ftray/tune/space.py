@@ -14,10 +14,10 @@ from itertools import islice, product
 from typing import Any
 
 from ftray import config
-from ftray.config import Parameter, Tune
+from ftray.config import TuneConfig, TuneParameter
+from ftray.config.loader import Schema, parse_yaml, put_value
 from ftray.errors import ConfigError
-from ftray.runfile import Schema, parse_yaml, put_value
-from ftray.train.zero import deepspeed_config
+from ftray.train.zero.config import deepspeed_config
 
 SECTIONS = ("method", "train", "deepspeed")
 OWN_DATA = ("model", "data")
@@ -26,7 +26,7 @@ MAX_LISTED = 32  # whole numbers of a range that are all tried; of a longer one 
 Params = dict[str, Any]
 
 
-def check_tune(run: config.Run) -> Tune:
+def check_tune(run: config.RunConfig) -> TuneConfig:
     """The section of a sweep that can be carried out.
 
     Raises ConfigError, in one sentence: for a key that doesn't exist or isn't for trials, a value or a combination that
@@ -37,7 +37,7 @@ def check_tune(run: config.Run) -> Tune:
         raise ConfigError(
             f"tune.metric {tune.metric} needs held-out data, and data.eval is missing; add data.eval: {{fraction: 0.1}}"
         )
-    schema = Schema(config.Run)
+    schema = Schema(config.RunConfig)
     for key in tune.space:
         _check_key(key, tune, schema)
     if not shares_data(tune) and run.evaluate.every is None:
@@ -55,7 +55,7 @@ def has_optuna() -> bool:
     return importlib.util.find_spec("optuna") is not None
 
 
-def number_of_trials(tune: Tune) -> int:
+def number_of_trials(tune: TuneConfig) -> int:
     """How many trials there are in all."""
     if tune.search != "grid":
         assert tune.num_trials is not None  # `Tune` asks for it
@@ -63,7 +63,7 @@ def number_of_trials(tune: Tune) -> int:
     return sum(1 for _ in islice(grid(tune), tune.num_trials))
 
 
-def describe(tune: Tune) -> str:
+def describe(tune: TuneConfig) -> str:
     """A sweep in a line."""
     early = {"asha": "successive halving gives the worse up", "median": "those below the median are given up"}
     return (
@@ -72,7 +72,7 @@ def describe(tune: Tune) -> str:
     )
 
 
-def _section(run: config.Run) -> Tune:
+def _section(run: config.RunConfig) -> TuneConfig:
     if run.tune is None:
         raise ConfigError(
             "the section tune is missing; add what to try, for example "
@@ -81,7 +81,7 @@ def _section(run: config.Run) -> Tune:
     return run.tune
 
 
-def _check_key(key: str, tune: Tune, schema: Schema) -> None:
+def _check_key(key: str, tune: TuneConfig, schema: Schema) -> None:
     parts = key.split(".")
     plain, known = ".".join(part for part in parts if not part.isdecimal()), set(schema.known())
     if plain not in known and not plain.startswith("deepspeed.overrides."):
@@ -96,12 +96,12 @@ def _check_key(key: str, tune: Tune, schema: Schema) -> None:
         )
 
 
-def shares_data(tune: Tune) -> bool:
+def shares_data(tune: TuneConfig) -> bool:
     """Whether all trials train on the same data."""
     return not any(key.split(".")[0] in OWN_DATA for key in tune.space)
 
 
-def trial_run(run: config.Run, params: Mapping[str, Any], name: str, storage: str) -> config.Run:
+def trial_run(run: config.RunConfig, params: Mapping[str, Any], name: str, storage: str) -> config.RunConfig:
     """The run of a trial: the file's with these values, on as few workers as the file allows.
 
     Raises ConfigError naming the values.
@@ -135,7 +135,7 @@ def as_word(value: Any) -> str:
     return json.dumps(value)
 
 
-def in_order(tune: Tune) -> list[str]:
+def in_order(tune: TuneConfig) -> list[str]:
     """Keys of the space, each after those that its `when` asks."""
     order: list[str] = []
     while len(order) < len(tune.space):
@@ -143,7 +143,7 @@ def in_order(tune: Tune) -> list[str]:
     return order
 
 
-def is_on(parameter: Parameter, params: Mapping[str, Any]) -> bool:
+def is_on(parameter: TuneParameter, params: Mapping[str, Any]) -> bool:
     """Whether a key is set, after the values that were chosen before it."""
     for key, wanted in (parameter.when or {}).items():
         if key not in params or params[key] not in (wanted if isinstance(wanted, list) else [wanted]):
@@ -151,7 +151,7 @@ def is_on(parameter: Parameter, params: Mapping[str, Any]) -> bool:
     return True
 
 
-def sample(tune: Tune, number: int) -> Params:
+def sample(tune: TuneConfig, number: int) -> Params:
     """Values of trial `number` at random: a function of seed, number and key alone."""
     params: Params = {}
     for key in in_order(tune):
@@ -160,7 +160,7 @@ def sample(tune: Tune, number: int) -> Params:
     return params
 
 
-def _draw(parameter: Parameter, rng: random.Random) -> Any:
+def _draw(parameter: TuneParameter, rng: random.Random) -> Any:
     if parameter.type == "choice":
         return rng.choice(parameter.values or [])
     low, high = _ends(parameter)
@@ -171,18 +171,18 @@ def _draw(parameter: Parameter, rng: random.Random) -> Any:
     return tidy(rng.uniform(low, high), parameter)
 
 
-def tidy(number: float, parameter: Parameter) -> float:
+def tidy(number: float, parameter: TuneParameter) -> float:
     """A number of a range in four digits: nobody learns more from more, and they can be typed."""
     low, high = _ends(parameter)
     return min(high, max(low, float(f"{number:.4g}")))
 
 
-def grid(tune: Tune) -> Iterator[Params]:
+def grid(tune: TuneConfig) -> Iterator[Params]:
     """Every combination of values, the last key moving fastest."""
     return _combinations(tune, {key: _all_values(parameter) for key, parameter in tune.space.items()})
 
 
-def corners(tune: Tune) -> Iterator[Params]:
+def corners(tune: TuneConfig) -> Iterator[Params]:
     """Combinations of every choice and the ends of every range; of very many, each value at least once."""
     values = {key: _corner_values(parameter) for key, parameter in tune.space.items()}
     if math.prod(map(len, values.values())) <= MAX_CORNERS:
@@ -197,14 +197,14 @@ def corners(tune: Tune) -> Iterator[Params]:
         yield from _combinations(tune, picked)
 
 
-def _switched_on(tune: Tune, key: str) -> dict[str, list[Any]]:
+def _switched_on(tune: TuneConfig, key: str) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for other, wanted in (tune.space[key].when or {}).items():
         found |= {**_switched_on(tune, other), other: wanted if isinstance(wanted, list) else [wanted]}
     return found
 
 
-def _combinations(tune: Tune, values: Mapping[str, list[Any]]) -> Iterator[Params]:
+def _combinations(tune: TuneConfig, values: Mapping[str, list[Any]]) -> Iterator[Params]:
     keys, seen = in_order(tune), set()
     is_conditional = any(parameter.when for parameter in tune.space.values())
     for combination in product(*(values[key] for key in keys)):
@@ -220,14 +220,14 @@ def _combinations(tune: Tune, values: Mapping[str, list[Any]]) -> Iterator[Param
         yield params
 
 
-def _all_values(parameter: Parameter) -> list[Any]:
+def _all_values(parameter: TuneParameter) -> list[Any]:
     if parameter.type == "choice":
         return list(parameter.values or [])
     low, high = _ends(parameter)
     return list(range(int(low), int(high) + 1))
 
 
-def _corner_values(parameter: Parameter) -> list[Any]:
+def _corner_values(parameter: TuneParameter) -> list[Any]:
     if parameter.type == "choice":
         return list(parameter.values or [])
     low, high = _ends(parameter)
@@ -238,7 +238,7 @@ def _corner_values(parameter: Parameter) -> list[Any]:
     return [int(low), int(low + high) // 2, int(high)]
 
 
-def _ends(parameter: Parameter) -> tuple[float, float]:
+def _ends(parameter: TuneParameter) -> tuple[float, float]:
     assert parameter.low is not None  # `Parameter` asks for both
     assert parameter.high is not None
     return parameter.low, parameter.high

@@ -21,7 +21,7 @@ FREE = {"num_trials", "max_concurrent"}  # keys of `tune` that may change while 
 
 
 @dataclass(frozen=True)
-class Report:
+class EvalReport:
     """A held-out loss. at: its place among all reports of the sweep. share: of the trial's steps. stop: what was decided."""
 
     at: int
@@ -32,14 +32,14 @@ class Report:
 
 
 @dataclass
-class Trial:
+class TrialRecord:
     """A trial. params: values by dotted key. running: not ended yet, whether or not it trains just now."""
 
     number: int
     params: dict[str, Any]
     status: Status = "running"
     num_steps: int = 0
-    reports: list[Report] = field(default_factory=list)
+    reports: list[EvalReport] = field(default_factory=list)
     error: str = ""
 
     @property
@@ -48,7 +48,7 @@ class Trial:
         return f"trial-{self.number:03d}"
 
     @property
-    def best(self) -> Report | None:
+    def best(self) -> EvalReport | None:
         """Its lowest held-out loss."""
         return min((r for r in self.reports if math.isfinite(r.loss)), key=lambda r: r.loss, default=None)
 
@@ -57,24 +57,24 @@ class Trial:
         """Steps that are known to be done."""
         return self.num_steps if self.status == "done" else max((r.step for r in self.reports), default=0)
 
-    def report_of(self, step: int) -> Report | None:
+    def report_of(self, step: int) -> EvalReport | None:
         """What was reported at a step."""
         return next((report for report in self.reports if report.step == step), None)
 
 
 @dataclass
-class State:
+class SweepState:
     """A sweep. settings, data_hash: what must be the same when it is continued; the hash is known once data is indexed."""
 
     settings: dict[str, Any]
-    trials: list[Trial] = field(default_factory=list)
+    trials: list[TrialRecord] = field(default_factory=list)
     data_hash: str = ""
 
-    def reports(self) -> list[tuple[Trial, Report]]:
+    def reports(self) -> list[tuple[TrialRecord, EvalReport]]:
         """All reports in the order in which they came."""
         return sorted(((t, r) for t in self.trials for r in t.reports), key=lambda pair: pair[1].at)
 
-    def winner(self) -> Trial | None:
+    def winner(self) -> TrialRecord | None:
         """The trial with the lowest held-out loss, of those trained to the end; where there is none, of all."""
         ended = [t for t in self.trials if t.status == "done" and t.best] or [
             t for t in self.trials if t.status != "failed" and t.best
@@ -82,7 +82,7 @@ class State:
         return min(ended, key=lambda t: (t.best.loss, t.number) if t.best else (math.inf, 0), default=None)
 
 
-def settings_of(run: config.Run) -> dict[str, Any]:
+def settings_of(run: config.RunConfig) -> dict[str, Any]:
     """What must be the same when a sweep is continued."""
     assert run.tune is not None
     every = run.evaluate.model_dump(mode="json", include={"every", "early_stopping"})
@@ -90,7 +90,7 @@ def settings_of(run: config.Run) -> dict[str, Any]:
     return {**run.identity(), "evaluate": every, "tune": tune}
 
 
-def open_state(run: config.Run, tune_dir: str) -> State:
+def open_state(run: config.RunConfig, tune_dir: str) -> SweepState:
     """The state of a sweep that was started, or a new one.
 
     Raises ConfigError, naming the keys, for a sweep that was started with other settings.
@@ -101,7 +101,7 @@ def open_state(run: config.Run, tune_dir: str) -> State:
     except (storage.DamagedFile, ValueError) as err:
         raise ConfigError(f"{uri} is damaged ({err}); restore it, or delete {tune_dir} to sweep anew") from None
     if state is None:
-        return State(settings)
+        return SweepState(settings)
     if differing := config.differing_keys(state.settings, settings):
         raise ConfigError(
             f"the sweep in {tune_dir} was started with other settings: {'; '.join(differing)}. Choose another name, "
@@ -110,7 +110,7 @@ def open_state(run: config.Run, tune_dir: str) -> State:
     return state
 
 
-def read_state(tune_dir: str, warn: Callable[[str], None] | None = None) -> State | None:
+def read_state(tune_dir: str, warn: Callable[[str], None] | None = None) -> SweepState | None:
     """The state of a sweep, if there is one that can be read. warn: told of one that can't be."""
     try:
         return _read(_uri(tune_dir))
@@ -120,12 +120,12 @@ def read_state(tune_dir: str, warn: Callable[[str], None] | None = None) -> Stat
         return None
 
 
-def _read(uri: str) -> State | None:
+def _read(uri: str) -> SweepState | None:
     tree = storage.find_object(uri)
-    return None if tree is None else storage.parse_as(State, tree)
+    return None if tree is None else storage.parse_as(SweepState, tree)
 
 
-def save_state(state: State, tune_dir: str) -> None:
+def save_state(state: SweepState, tune_dir: str) -> None:
     """Writes the state. Raises StorageError."""
     tree = {"version": VERSION, **asdict(state)}
     storage.write_bytes(_uri(tune_dir), json.dumps(tree, indent=1).encode())

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import ray
 
-from ftray import cli, session, storage
+from ftray import storage
+from ftray.cli import main, session
 from tests import cluster, tiny
 from tests.e2e.command import Ended, Place, assert_refused
 
@@ -62,7 +63,7 @@ class Typed:
 
     def __call__(self, *arguments: str) -> Ended:
         self._capfd.readouterr()
-        code = cli.main(list(arguments))
+        code = main.main(list(arguments))
         text = self._capfd.readouterr()
         return Ended(code, text.out, text.err, 0.0)
 
@@ -407,7 +408,7 @@ def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
 
 
 def test_output_that_nobody_reads_any_more_is_no_fault(desk: Place) -> None:
-    command = [sys.executable, "-m", "ftray.cli", "check", "run.yaml"]
+    command = [sys.executable, "-m", "ftray.cli.main", "check", "run.yaml"]
     ends: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=desk.directory, env=desk.env, **ends) as process:
         process.stdout.close()  # type: ignore[union-attr] - as `| head` does

@@ -15,9 +15,9 @@ import pytest
 import uvicorn
 
 from ftray import config, storage
-from ftray.engine.protocol import Chunk
-from ftray.serve.api import build_api
-from ftray.serve.keys import hash_key
+from ftray.engine.protocol import OutputChunk
+from ftray.serve.auth import hash_key
+from ftray.serve.routes import build_api
 from tests.browser import chromium
 from tests.unit.test_published import HoldingEngine, put, served
 
@@ -30,11 +30,11 @@ class Slow(HoldingEngine):
 
     pause_s = 0.02
 
-    async def _say(self, reply: str) -> AsyncIterator[Chunk]:
+    async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
         words = [*f"{reply} says {EVIL}".split(" "), ""]
         for i, word in enumerate(words):
             await asyncio.sleep(self.pause_s)
-            yield Chunk(f"{word} " if word else "", [i], None if word else "stop", 9, i + 1)
+            yield OutputChunk(f"{word} " if word else "", [i], None if word else "stop", 9, i + 1)
 
 
 @contextmanager

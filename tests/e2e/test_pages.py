@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftray.data.page import render_page as render_data
-from ftray.data.stats import Part, Stats
-from ftray.observe.report import write_report
-from ftray.tune.page import render_page as render_sweep
-from ftray.tune.state import Report, State, Trial
+from ftray.data.stats import DatasetStats, SplitStats
+from ftray.report.data_page import render_page as render_data
+from ftray.report.run_report import write_report
+from ftray.report.sweep_page import render_page as render_sweep
+from ftray.tune.state import EvalReport, SweepState, TrialRecord
 from tests.browser import chromium
 from tests.runs import with_two_kills
 
@@ -47,16 +47,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def sweep() -> str:
     trials = [
-        Trial(
+        TrialRecord(
             n,
             {"train.learning_rate": 10.0 ** (-2 - n), "method.rank": 4 * (n + 1), "train.schedule": "cosine"},
             "done",
             10,
-            [Report(n, s, s / 10, 3.0 - n * 0.2 - s * 0.1, False) for s in (2, 6, 10)],
+            [EvalReport(n, s, s / 10, 3.0 - n * 0.2 - s * 0.1, False) for s in (2, 6, 10)],
         )
         for n in range(5)
     ]
-    state = State({}, trials)
+    state = SweepState({}, trials)
     winner = state.winner()
     assert winner is not None
     importance = (0.5, {"train.learning_rate": 0.8, "method.rank": 0.2})
@@ -66,7 +66,7 @@ def sweep() -> str:
 def data() -> str:
     lengths = np.sort(np.random.default_rng(0).integers(10, 900, 1000).astype(np.int32))
     labels = {f"label {n} with quite a long name": 10 * (n + 1) for n in range(6)}
-    part = Part(
+    part = SplitStats(
         "train",
         1000,
         40_000,
@@ -81,7 +81,7 @@ def data() -> str:
         {},
         {},
     )
-    return render_data(Stats(part, None, ["nothing is held out"]), "some data")
+    return render_data(DatasetStats(part, None, ["nothing is held out"]), "some data")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,20 +10,20 @@ import torch
 
 from ftray import config
 from ftray.model.attention import VARLEN, choose_attention
-from ftray.model.eight_bit import (
+from ftray.model.fp8 import (
     FP8,
     INT8,
-    Format,
     FrozenLinear,
+    NumberFormat,
     TrainedLinear,
     quantize_columns,
     quantize_rows,
     use_eight_bits,
 )
 from ftray.model.lora import add_adapters, build_model, trainable
-from ftray.train import adamw
-from ftray.train.adamw import AdamW, whole
-from ftray.train.loss import LinearCrossEntropy, MicroBatch, SummedLoss, flatten_rows
+from ftray.train.objectives.sft import LinearCrossEntropy, MicroBatch, SummedLossModel, flatten_rows
+from ftray.train.optim import adamw
+from ftray.train.optim.adamw import AdamW, whole
 from tests import tiny
 
 pytestmark = [
@@ -52,7 +52,7 @@ def _model(attention: str) -> torch.nn.Module:
 def test_varlen_attention_is_chosen_and_equals_sdpa_within_rounding() -> None:
     assert choose_attention(tiny.make_model().config) == VARLEN
     batch = _batch(LENGTHS)
-    losses = {name: float(SummedLoss(_model(name))(*vars(batch).values())) for name in (VARLEN, "sdpa")}
+    losses = {name: float(SummedLossModel(_model(name))(*vars(batch).values())) for name in (VARLEN, "sdpa")}
     assert losses[VARLEN] == pytest.approx(losses["sdpa"], rel=5e-3)
 
 
@@ -72,7 +72,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 def test_packed_loss_equals_the_sum_of_single_documents() -> None:
     choose_attention(tiny.make_model().config)
-    loss, batch = SummedLoss(_model(VARLEN)), _batch(LENGTHS)
+    loss, batch = SummedLossModel(_model(VARLEN)), _batch(LENGTHS)
     packed, single, at = float(loss(*vars(batch).values())), 0.0, 0
     for n in LENGTHS:
         part = slice(at, at + n)
@@ -102,7 +102,7 @@ def test_linear_cross_entropy_equals_eager_in_value_and_gradient() -> None:
 def test_fused_lora_follows_pefts_layer() -> None:
     losses = []
     for fused in (True, False):
-        model = add_adapters(_model("sdpa"), config.Method(rank=4), seed=0).cuda()
+        model = add_adapters(_model("sdpa"), config.MethodConfig(rank=4), seed=0).cuda()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator("cuda").manual_seed(1))
@@ -110,7 +110,7 @@ def test_fused_lora_follows_pefts_layer() -> None:
             for module in model.modules():
                 if hasattr(module, "lora_dropout") and module.lora_dropout:
                     module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
-        losses.append(float(SummedLoss(model)(*vars(_batch(LENGTHS)).values())))
+        losses.append(float(SummedLossModel(model)(*vars(_batch(LENGTHS)).values())))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
@@ -204,7 +204,7 @@ FORMAT = pytest.mark.parametrize("format", [pytest.param(FP8, marks=hopper, id="
 
 
 @FORMAT
-def test_8_bit_rows_and_columns_are_those_of_the_text_and_products_are_near(format: Format) -> None:
+def test_8_bit_rows_and_columns_are_those_of_the_text_and_products_are_near(format: NumberFormat) -> None:
     torch.manual_seed(0)
     x = torch.randn(70, 3072, device="cuda").bfloat16()
     x[3] *= 100
@@ -240,7 +240,7 @@ def test_a_trained_fp8_layer_has_near_gradients() -> None:
 
 
 @FORMAT
-def test_8_bit_layers_beside_each_other_share_rows_only_of_the_same_input(format: Format) -> None:
+def test_8_bit_layers_beside_each_other_share_rows_only_of_the_same_input(format: NumberFormat) -> None:
     layer = FrozenLinear(torch.nn.Linear(64, 32, bias=False).cuda().bfloat16(), format)
     x = torch.randn(16, 64, device="cuda").bfloat16()
     first, again = layer.product(x), layer.product(x)
@@ -255,8 +255,8 @@ def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: P
     found = []
     for fused in (True, False):
         settings = {"type": "qlora"} if base == "nf4" else {"type": "lora", "base_precision": base}
-        method = config.Method.model_validate({**settings, "rank": 4})
-        model = build_model(config.Model(base=str(directory)), method, "bf16", 0)
+        method = config.MethodConfig.model_validate({**settings, "rank": 4})
+        model = build_model(config.ModelConfig(base=str(directory)), method, "bf16", 0)
         if base != "nf4":
             assert use_eight_bits(model, method, torch.device("cuda")) == 3
         model = model.cuda().train()
@@ -269,7 +269,7 @@ def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: P
             for module in model.modules():
                 if hasattr(module, "lora_dropout") and module.lora_dropout:
                     module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
-        loss = SummedLoss(model)(*vars(_batch(LENGTHS)).values())
+        loss = SummedLossModel(model)(*vars(_batch(LENGTHS)).values())
         loss.backward()
         found.append((float(loss), torch.cat([p.grad.float().flatten() for p in trainable(model).values()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)

@@ -11,20 +11,20 @@ import pytest
 from bench import data_memory, data_speed, packing_fill
 from bench.data_corpus import write_corpus
 from ftray import config
-from ftray.data.tokenize import TokenizerLoader
+from ftray.data.tokenizer import TokenizerLoader
 from ftray.model.load import load_tokenizer
 from tests import cluster, tiny
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[config.Model]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[config.ModelConfig]:
     with cluster.local_ray(2):
-        yield config.Model(base=str(tiny.write_tiny_model(tmp_path_factory.mktemp("model"))))
+        yield config.ModelConfig(base=str(tiny.write_tiny_model(tmp_path_factory.mktemp("model"))))
 
 
 @pytest.mark.slow
 def test_the_quick_way_gives_the_rows_of_the_plain_one_at_a_fraction_of_the_cost(
-    base: config.Model, tmp_path: Path
+    base: config.ModelConfig, tmp_path: Path
 ) -> None:
     found = data_speed.measure(write_corpus(tmp_path, 1.2, shard_mb=0.3), base)
     assert found["equal"]
@@ -33,8 +33,8 @@ def test_the_quick_way_gives_the_rows_of_the_plain_one_at_a_fraction_of_the_cost
     assert found["ratio"] >= 3
 
 
-def test_rows_are_full_in_one_streaming_pass(base: config.Model, tmp_path: Path) -> None:
-    source = config.Source(path=str(write_corpus(tmp_path, 0.6, shard_mb=0.6)))
+def test_rows_are_full_in_one_streaming_pass(base: config.ModelConfig, tmp_path: Path) -> None:
+    source = config.SourceConfig(path=str(write_corpus(tmp_path, 0.6, shard_mb=0.6)))
     load = TokenizerLoader(partial(load_tokenizer, base))
     large, small = (packing_fill.measure_fill(source, load, 4096, chunk_mb) for chunk_mb in (0.3, 0.05))
     assert large["records"] == small["records"]
@@ -46,7 +46,7 @@ def test_rows_are_full_in_one_streaming_pass(base: config.Model, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_indexing_streaming_and_resuming_keep_to_their_memory(base: config.Model, tmp_path: Path) -> None:
+def test_indexing_streaming_and_resuming_keep_to_their_memory(base: config.ModelConfig, tmp_path: Path) -> None:
     directory = write_corpus(tmp_path, 3, shard_mb=1)
     index, stream, resume = data_memory.measure(directory, base, chunk_mb=0.25, batch=4, clean="off")
     assert index["chunks"] >= 12

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from ftray import cli, config, console, session
-from ftray.evaluate.compare import compare
+from ftray import config, console
+from ftray.cli import main, session
 from ftray.evaluate.results import Comparison, read_results
-from ftray.train.restore import load_tuned
-from ftray.train.timeline import best_checkpoint
+from ftray.evaluate.run import compare
+from ftray.train.checkpoint.catalog import best_checkpoint
+from ftray.train.checkpoint.restore import load_tuned
 from tests import cluster, tiny
 
 NUM_SHOTS, NUM_HELDOUT, NUM_ASKED = 2, 24, 8
@@ -81,7 +82,7 @@ def teach(directory: Path, num_steps: int = 150) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def run_of(parts: dict[str, Path], directory: Path, data: str, **overrides: Any) -> config.Run:
+def run_of(parts: dict[str, Path], directory: Path, data: str, **overrides: Any) -> config.RunConfig:
     settings = {
         "data__eval": [{"path": str(parts["heldout"])}],
         "method__dropout": 0.0,
@@ -96,12 +97,12 @@ def run_of(parts: dict[str, Path], directory: Path, data: str, **overrides: Any)
 class Trained:
     """A trained and compared run."""
 
-    def __init__(self, run: config.Run) -> None:
+    def __init__(self, run: config.RunConfig) -> None:
         self.run = run
         cluster.run_training(run)
         self.comparison, self.text = self.compare(run)
 
-    def compare(self, run: config.Run) -> tuple[Comparison, str]:
+    def compare(self, run: config.RunConfig) -> tuple[Comparison, str]:
         stream = cluster.Watched()
         return compare(run, run.directory, console.Console(stream))[0], stream.getvalue()
 
@@ -133,7 +134,7 @@ def shots_of(trained: Trained) -> list[dict[str, str]]:
     from functools import partial
 
     from ftray.data.chunks import streams
-    from ftray.data.heldout import pick_shots
+    from ftray.data.eval_examples import pick_shots
     from ftray.data.index import build_index
     from ftray.model.load import load_tokenizer, tokenizer_hash
 
@@ -259,9 +260,9 @@ def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(
     assert bad.comparison.base.loss == pytest.approx(good.comparison.base.loss)
     monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
     gates = ["evaluate.gates.loss.min_gain=0.01", "evaluate.gates.general_loss.max_rise=9"]
-    assert cli.main(["evaluate", good.run.directory, *gates]) == 0
+    assert main.main(["evaluate", good.run.directory, *gates]) == 0
     capfd.readouterr()
-    assert cli.main(["evaluate", bad.run.directory, *gates]) == 3
+    assert main.main(["evaluate", bad.run.directory, *gates]) == 3
     said = capfd.readouterr()
     assert said.err.count("\n") == 1
     assert said.err.startswith(
@@ -281,7 +282,7 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
     from huggingface_hub import ModelCard
 
     monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
-    assert cli.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
+    assert main.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
     said = capfd.readouterr().out
     place = Path(good.run.directory, "quantized/nf4")
     found = json.loads((place / "lineage.json").read_text())["quantized"]
@@ -299,7 +300,7 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
         part: ModelCard(Path(good.run.directory, "model", part, "MODEL_CARD.md").read_text()) for part in ("", "merged")
     }
     assert [parts[part].data.library_name for part in ("", "merged")] == ["peft", "transformers"]
-    assert cli.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
+    assert main.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
     said = capfd.readouterr().out
     assert f"step {good.comparison.step} in nf4 is there already" in said
     assert sentence in said

@@ -21,16 +21,16 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from ftray import config, storage
 from ftray.console import Console
+from ftray.driver.launch import train
+from ftray.driver.run_record import open_run, parent_of
+from ftray.driver.supervisor import Wish, WorkerSupply, supervise
+from ftray.driver.worker_group import GroupResult
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.model.lora import build_model, trainable
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
-from ftray.train.group import Ended
-from ftray.train.identity import open_run, parent_of
-from ftray.train.launch import train
-from ftray.train.restore import open_parent, parent_parts
-from ftray.train.shards import Part
-from ftray.train.supervise import Cluster, Wish, supervise
-from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
+from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints, merge_metrics
+from ftray.train.checkpoint.restore import open_parent, parent_parts
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from tests import cluster, tiny
 
 
@@ -52,7 +52,7 @@ def nodes() -> Iterator[Nodes]:
     found.shutdown()
 
 
-def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> config.Run:
+def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> config.RunConfig:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
 
 
@@ -94,11 +94,11 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_path_and_the_last_checkpoint
     assert caught.value.exit_code == 1
 
 
-def scripted(nodes: Nodes, run: config.Run, act: Callable[[int], Ended]) -> tuple[int, RunError]:
+def scripted(nodes: Nodes, run: config.RunConfig, act: Callable[[int], GroupResult]) -> tuple[int, RunError]:
     """Supervises groups that end as `act` says, without any worker; how many were started, and the error at the end."""
     run_dir, started = open_run(run), 0
 
-    def start(size: int, wish: Wish) -> Ended:
+    def start(size: int, wish: Wish) -> GroupResult:
         nonlocal started
         started += 1
         return act(started)
@@ -112,7 +112,7 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_renews_the_bu
     nodes: Nodes, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     run = run_of(parts, tmp_path / "a", scale__max_failures=1)
-    started, error = scripted(nodes, run, lambda _: Ended(False, failure="it broke"))
+    started, error = scripted(nodes, run, lambda _: GroupResult(False, failure="it broke"))
     assert started == 2
     assert str(error) == (
         "training failed 2 times in a row without a new checkpoint (scale.max_failures: 1): it broke. There is no "
@@ -122,11 +122,11 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_renews_the_bu
     run = run_of(parts, tmp_path / "b", scale__max_failures=1)
     writer = CheckpointWriter(str(tmp_path / "b/tiny"), 2, {}, whole=True)
 
-    def moves_on(number: int) -> Ended:
+    def moves_on(number: int) -> GroupResult:
         if number <= 6:
-            writer.save(Progress(step=number), [Part("weights.a", (1,), 0, torch.ones(1))], [])
+            writer.save(RunProgress(step=number), [TensorPart("weights.a", (1,), 0, torch.ones(1))], [])
             writer.wait()
-        return Ended(False, failure="it broke")
+        return GroupResult(False, failure="it broke")
 
     assert scripted(nodes, run, moves_on)[0] == 7, "the seventh failure is the second in a row at step 6"
 
@@ -135,15 +135,15 @@ def test_a_run_that_lost_its_room_waits_and_says_for_what(nodes: Nodes, parts: d
     run = run_of(parts, tmp_path, scale__num_workers=6, train__global_batch_size=6, scale__wait_s=1)
     stream = cluster.Watched()
     with pytest.raises(Preempted, match=r"room for 4 of at least 6 workers .* since 1 s\. There is no checkpoint yet"):
-        Cluster(run, False, Console(stream), [], None).wait_for_room(str(tmp_path), 6)
+        WorkerSupply(run, False, Console(stream), [], None).wait_for_room(str(tmp_path), 6)
     assert "waiting up to 1 s (scale.wait_s) for nodes" in stream.getvalue()
 
 
-def with_checkpoint(run: config.Run) -> str:
+def with_checkpoint(run: config.RunConfig) -> str:
     """The directory of a run that was begun."""
     run_dir = open_run(run)
     writer = CheckpointWriter(run_dir, 2, {}, whole=True)
-    writer.save(Progress(step=1), [Part("weights.a", (1,), 0, torch.ones(1))], [])
+    writer.save(RunProgress(step=1), [TensorPart("weights.a", (1,), 0, torch.ones(1))], [])
     writer.wait()
     return run_dir
 
@@ -203,7 +203,7 @@ def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goe
         if found.step >= 4:
             storage.delete_tree(found.uri)
         if found.step == 4:
-            bad = [Part(name, tuple(t.shape), 0, t.flatten() * float("nan")) for name, t in tensors.items()]
+            bad = [TensorPart(name, tuple(t.shape), 0, t.flatten() * float("nan")) for name, t in tensors.items()]
             progress, writer = found.progress, CheckpointWriter(run_dir, 9, found.meta, whole=True)
             writer.save(progress, bad, [])
             writer.wait()

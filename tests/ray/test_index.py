@@ -16,9 +16,9 @@ from bench.fuzz_records import write_spoiled
 from ftray import config
 from ftray.console import Console
 from ftray.data import index as index_module
-from ftray.data.chunks import Stream, pack_chunk, streams
+from ftray.data.chunks import DatasetSpec, pack_chunk, streams
 from ftray.data.index import Index, build_index, check_index, read_findings, read_survey
-from ftray.data.pipeline import heldout_table, make_plan
+from ftray.data.loader import heldout_table, make_plan
 from ftray.data.prepare import prepare_data, read_summary
 from ftray.data.stats import show_stats
 from ftray.errors import DataError
@@ -49,22 +49,22 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-def data_of(train: Path, **keys: Any) -> config.Data:
-    return config.Data(**{"max_seq_len": 256, "train": [{"path": str(train)}], **keys})
+def data_of(train: Path, **keys: Any) -> config.DataConfig:
+    return config.DataConfig(**{"max_seq_len": 256, "train": [{"path": str(train)}], **keys})
 
 
-def both_streams(model: Path, data: config.Data) -> tuple[Stream, Stream | None]:
-    return streams(data, partial(load_tokenizer, config.Model(base=str(model))))
+def both_streams(model: Path, data: config.DataConfig) -> tuple[DatasetSpec, DatasetSpec | None]:
+    return streams(data, partial(load_tokenizer, config.ModelConfig(base=str(model))))
 
 
-def indexed(model: Path, directory: Path, data: config.Data) -> tuple[Index, Index | None]:
+def indexed(model: Path, directory: Path, data: config.DataConfig) -> tuple[Index, Index | None]:
     stream, heldout = both_streams(model, data)
     of = [build_index(s, CHUNK_BYTES, str(directory), HASH) if s else None for s in (stream, heldout)]
     assert of[0] is not None
     return of[0], of[1]
 
 
-def positions(model: Path, index: Index, data: config.Data, heldout: bool = False) -> list[tuple[str, int]]:
+def positions(model: Path, index: Index, data: config.DataConfig, heldout: bool = False) -> list[tuple[str, int]]:
     """(path, position) of every record in the rows, as the pipeline makes them."""
     stream = both_streams(model, data)[heldout]
     assert stream is not None
@@ -150,7 +150,7 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
         "near_duplicate": "s0.jsonl",
         "overlap": "e.jsonl",
     }
-    off = data.model_copy(update={"clean": config.Clean(duplicates="off", near_duplicates="off", overlap="off")})
+    off = data.model_copy(update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", overlap="off")})
     assert indexed(model, tmp_path, off)[0].found == {}
 
 
@@ -158,7 +158,9 @@ def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
     model: Path, planted: dict[str, Any], tmp_path: Path
 ) -> None:
     told = data_of(planted["train"], eval=[{"path": str(planted["eval"])}])
-    drop = told.model_copy(update={"clean": config.Clean(duplicates="drop", near_duplicates="drop", overlap="drop")})
+    drop = told.model_copy(
+        update={"clean": config.CleanConfig(duplicates="drop", near_duplicates="drop", overlap="drop")}
+    )
     index, _ = indexed(model, tmp_path, told)
     dropping, heldout = indexed(model, tmp_path, drop)
     places = planted["places"]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ftray.data.pipeline import Plan, share_rows
+from ftray.data.loader import LoadPlan, share_rows
+from ftray.data.order_trace import trace_order
 from ftray.data.sources import list_shards
-from ftray.data.trace import trace_order
 from ftray.errors import DataError, innermost
 from tests import cluster, rows, tiny
 from tests.s3 import FaultyProxy, S3Server
@@ -42,7 +42,7 @@ def with_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plan(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> LoadPlan:
     """A run without weights of two and a half epochs, whose epochs don't end where a step does."""
     found = rows.make_plan(
         tmp_path_factory.mktemp("plain"),
@@ -59,7 +59,7 @@ def plan(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def weighted(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def weighted(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> LoadPlan:
     return rows.make_plan(
         tmp_path_factory.mktemp("weighted"),
         base,
@@ -72,7 +72,7 @@ def weighted(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("which", ["plan", "weighted"])
 def test_any_world_size_gives_each_step_the_same_rows(which: str, request: pytest.FixtureRequest) -> None:
-    plan: Plan = request.getfixturevalue(which)
+    plan: LoadPlan = request.getfixturevalue(which)
     expected = dict(enumerate(rows.expected_steps(plan)))
     for world_size in (1, 2, 4):
         assert rows.fed_steps(plan, world_size) == expected
@@ -80,7 +80,7 @@ def test_any_world_size_gives_each_step_the_same_rows(which: str, request: pytes
 
 @pytest.mark.parametrize("which", ["plan", "weighted"])
 def test_rows_that_several_runs_share_come_in_the_same_order(which: str, request: pytest.FixtureRequest) -> None:
-    plan: Plan = request.getfixturevalue(which)
+    plan: LoadPlan = request.getfixturevalue(which)
     assert share_rows(plan, most_bytes=1000) is None, "too many bytes"
     shared = replace(plan, packed=share_rows(plan, most_bytes=1e9))
     assert shared.packed is not None
@@ -90,7 +90,7 @@ def test_rows_that_several_runs_share_come_in_the_same_order(which: str, request
     assert rows.fed_steps(shared, 4, late) == {step: expected[step] for step in range(late, plan.num_steps)}
 
 
-def test_each_row_comes_once_an_epoch_and_the_tail_is_carried_over(plan: Plan) -> None:
+def test_each_row_comes_once_an_epoch_and_the_tail_is_carried_over(plan: LoadPlan) -> None:
     fed = rows.fed_steps(plan, 2)
     drawn = [row for step in sorted(fed) for row in fed[step]]
     per_epoch = plan.mixture.rows_per_epoch
@@ -111,7 +111,7 @@ def test_each_row_comes_once_an_epoch_and_the_tail_is_carried_over(plan: Plan) -
     assert len(drawn) == plan.num_steps * 8 == int(2.5 * per_epoch) // 8 * 8
 
 
-def test_weights_hold_in_every_window_of_rows(weighted: Plan) -> None:
+def test_weights_hold_in_every_window_of_rows(weighted: LoadPlan) -> None:
     fed = rows.fed_steps(weighted, 4)
     drawn = [row[0] for step in sorted(fed) for row in fed[step]]
     assert len(drawn) == 200
@@ -121,7 +121,7 @@ def test_weights_hold_in_every_window_of_rows(weighted: Plan) -> None:
 
 
 @pytest.mark.long
-def test_after_a_stop_anywhere_at_any_world_size_the_rest_is_the_same(plan: Plan) -> None:
+def test_after_a_stop_anywhere_at_any_world_size_the_rest_is_the_same(plan: LoadPlan) -> None:
     expected = rows.expected_steps(plan)
     rng = random.Random(0)
     world_size, starts = 1, []
@@ -133,13 +133,13 @@ def test_after_a_stop_anywhere_at_any_world_size_the_rest_is_the_same(plan: Plan
     assert len(set(starts)) >= NUM_STOPS - 1
 
 
-def test_the_records_told_are_those_in_the_rows(plan: Plan) -> None:
+def test_the_records_told_are_those_in_the_rows(plan: LoadPlan) -> None:
     expected = [record for _, (_, found) in zip(range(16), rows.replay(plan), strict=False) for record in found]
     told = [tuple(record) for entry in trace_order(plan, 2, 0, 0, 2) for record in entry["records"]]
     assert told == expected
 
 
-def test_an_entry_is_as_it_was_promised(plan: Plan) -> None:
+def test_an_entry_is_as_it_was_promised(plan: LoadPlan) -> None:
     (entry,) = trace_order(plan, 1, 3, 4, 5)
     assert list(entry) == ["step", "rank", "rows", "records"]
     assert (entry["step"], entry["rank"]) == (4, 0)

@@ -18,12 +18,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ftray.chat import ChatFormat, Message
-from ftray.config import Serve
-from ftray.engine.offline import generate_all
+from ftray.config import ServeConfig
+from ftray.engine.batch import generate_all
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
-from ftray.serve import edge
-from ftray.serve.catalog import Served
+from ftray.serve import proxy
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.run import Endpoint, run_until_signal, start_endpoint
 from tests.cluster import ray_metric, ray_metrics, wait_for
 from tests.unit.test_engine import byte_tokenizer, make_prompts, tiny_model
@@ -46,13 +46,13 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     byte_tokenizer().save_pretrained(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTRAY_API_KEY", "key one,key two")
-        for name, value in edge.SETTINGS.items():
+        for name, value in proxy.SETTINGS.items():
             patch.setenv(name, value)
         ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
         try:
             # two at once (1.5 × 1, rounded up) and two that wait
-            config = Serve(port=0, target_ongoing_requests=1, max_queued_requests=2, max_tokens=1000)
-            yield start_endpoint(directory, Served("tiny"), config, num_cpus=0.5)
+            config = ServeConfig(port=0, target_ongoing_requests=1, max_queued_requests=2, max_tokens=1000)
+            yield start_endpoint(directory, ServedModels("tiny"), config, num_cpus=0.5)
         finally:
             ray.shutdown()
 
@@ -210,7 +210,7 @@ def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tm
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ConfigError, match="serves an endpoint already"):
-        start_endpoint(tmp_path, Served("other"), Serve(port=0))
+        start_endpoint(tmp_path, ServedModels("other"), ServeConfig(port=0))
 
 
 def test_on_sigterm_streams_end_and_then_the_endpoint_is_gone(endpoint: Endpoint, client: openai.OpenAI) -> None:

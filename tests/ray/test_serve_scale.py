@@ -22,7 +22,7 @@ from ray import serve
 
 from bench.fake_engine import APP, start_fake
 from ftray import config
-from ftray.serve import edge
+from ftray.serve import proxy
 from ftray.serve.registry import registry_of, remove
 from tests.cluster import local_ray
 from tests.unit.test_published import put, served
@@ -37,24 +37,24 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
         patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-        for name in edge.SETTINGS:
+        for name in proxy.SETTINGS:
             patch.delenv(name, raising=False)
-        edge.announce()
+        proxy.announce()
         with local_ray():
             yield
             serve.shutdown()
-        for name in edge.SETTINGS:
+        for name in proxy.SETTINGS:
             del os.environ[name]
 
 
-def settings(**change: Any) -> config.Serve:
+def settings(**change: Any) -> config.ServeConfig:
     usual: dict[str, Any] = {
         "upscale_delay_s": 1,
         "downscale_delay_s": 2,
         "max_answer_s": 60,
         "max_queued_requests": 200,
     }
-    return config.Serve(**{**usual, **change})
+    return config.ServeConfig(**{**usual, **change})
 
 
 @dataclass

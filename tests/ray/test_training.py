@@ -16,19 +16,19 @@ import pytest
 import torch
 import yaml
 
-from ftray import cli, console, session, storage
+from ftray import console, storage
+from ftray.cli import main, serve, session
 from ftray.errors import ConfigError, DataError, Interrupted
-from ftray.evaluate.compare import compare
-from ftray.observe.gauges import Gauges
-from ftray.observe.plan import START_S
-from ftray.observe.reproduce import check_before
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
+from ftray.evaluate.run import compare
+from ftray.events.event_log import read_events
+from ftray.report.plan import START_S
+from ftray.report.ray_metrics import TrainingMetrics
+from ftray.report.reproduce import check_before
+from ftray.train.checkpoint.catalog import CheckpointRef, list_checkpoints, read_metrics
+from ftray.train.checkpoint.restore import load_tuned
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from ftray.train.export import export
-from ftray.train.journal import read_events
-from ftray.train.restore import load_tuned
-from ftray.train.shards import Part
-from ftray.train.timeline import Found, list_checkpoints, read_metrics
-from ftray.verbs import serving
 from tests import cluster, tiny
 from tests.s3 import FaultyProxy, S3Server
 
@@ -109,7 +109,7 @@ def test_other_world_sizes_see_the_same_rows_and_losses(parts: dict[str, Path], 
     assert one == pytest.approx(two, rel=1e-5)
 
 
-def recorded_as(found: Found, run_dir: str, micro_batch_size: int) -> None:
+def recorded_as(found: CheckpointRef, run_dir: str, micro_batch_size: int) -> None:
     """Makes a checkpoint the newest, and its run one that was begun on other cards, where so many rows went at once."""
     tensors, progress = load_checkpoint(found), found.progress
     for other in list_checkpoints(run_dir):
@@ -117,7 +117,7 @@ def recorded_as(found: Found, run_dir: str, micro_batch_size: int) -> None:
             storage.delete_tree(other.uri)
     progress.micro_batch_size = micro_batch_size
     writer = CheckpointWriter(run_dir, 9, found.meta, whole=True)
-    writer.save(progress, [Part(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors.items()], [])
+    writer.save(progress, [TensorPart(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors.items()], [])
     writer.wait()
 
 
@@ -165,7 +165,7 @@ def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
         checkpoint__keep=1,
     )
     began_s = time.time()
-    found, text = cluster.run_training(run, tell=Gauges(run).heard)
+    found, text = cluster.run_training(run, tell=TrainingMetrics(run).heard)
     assert found.progress.finished
     assert found.progress.best is not None
     best = int(found.progress.best["step"])
@@ -232,7 +232,7 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     old = cluster.make_run(tmp_path, parts["model"], data, train__max_steps=4)
     first, _ = cluster.run_training(old)
     monkeypatch.setattr(session, "ray_session", lambda *_: nullcontext())
-    assert cli.main(["reproduce", old.directory]) == 0
+    assert main.main(["reproduce", old.directory]) == 0
     told = "the same once more: rows and losses of 4 steps, and the weights of step 4, bit for bit"
     assert told in capfd.readouterr().out
     second = list_checkpoints(f"{old.directory}-again")[0]
@@ -242,7 +242,7 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     shard = data / "part-001.jsonl"
     shard.write_text(shard.read_text().replace("hears", "heard", 1))
     check_before(old, old.directory, False, console.Console(cluster.Watched()))  # reads nothing
-    assert cli.main(["reproduce", old.directory, "--name", "third"]) == 2
+    assert main.main(["reproduce", old.directory, "--name", "third"]) == 2
     assert "part-001.jsonl gives other rows than it did; restore it" in capfd.readouterr().err
     assert list_checkpoints(str(tmp_path / "third")) == [], "it stopped before it trained"
 
@@ -254,7 +254,7 @@ def test_a_probe_measures_steps_of_the_run_itself_and_leaves_nothing(
     run = run_of(parts, tmp_path / "runs", evaluate__every=1, data__eval=[{"path": str(parts["heldout"])}])
     file.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_unset=True)))
     monkeypatch.setattr(session, "ray_session", lambda _: nullcontext())
-    assert cli.main(["plan", str(file), "--card", "H200", "--probe", "--json"]) == 0
+    assert main.main(["plan", str(file), "--card", "H200", "--probe", "--json"]) == 0
     said = capfd.readouterr()
     assert "probe: 10 steps of the run, as 'tiny-probe-" in said.err
     assert "step 10/10" in said.err
@@ -291,7 +291,7 @@ def test_virtual_tokens_are_trained_compared_with_the_base_and_exported(parts: d
     trained = load_checkpoint(found, "weights.")
     assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, *trained.values())
     with pytest.raises(ConfigError, match=r"method\.type prompt can't be served"):
-        serving.serve(Namespace(run=run.directory, overrides=[], config=False), shown)
+        serve.serve(Namespace(run=run.directory, overrides=[], config=False), shown)
 
 
 def test_adapters_of_a_base_in_4_bits_are_merged_with_what_they_were_trained_on(
@@ -353,9 +353,9 @@ def test_a_worker_that_is_held_up_is_told_and_nothing_else(parts: dict[str, Path
 def test_data_that_comes_late_is_told_and_nothing_else(
     parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ftray.train import alarms
+    from ftray.events import alerts
 
-    monkeypatch.setattr(alarms, "WAIT_S", 3.0)  # ten times shorter, as the run is
+    monkeypatch.setattr(alerts, "WAIT_S", 3.0)  # ten times shorter, as the run is
     run = run_of(parts, tmp_path, train__max_steps=400)
     with cluster.slowed("ray::Feed", 3.0, 0.2) as slow:
         kinds, text = told_of(run, slow, "of the time for data")

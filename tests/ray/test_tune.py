@@ -13,12 +13,12 @@ import ray
 from ray.util import placement_group_table
 
 from ftray import config, console, storage
+from ftray.driver.run_record import open_run
 from ftray.errors import DataError, Interrupted, RunError
-from ftray.train.identity import open_run
-from ftray.train.timeline import list_checkpoints
+from ftray.train.checkpoint.catalog import list_checkpoints
+from ftray.tune.runner import sweep, winning_run
 from ftray.tune.space import check_tune
-from ftray.tune.state import State, Trial, open_state, save_state
-from ftray.tune.sweep import sweep, winning_run
+from ftray.tune.state import SweepState, TrialRecord, open_state, save_state
 from tests import cluster, tiny
 
 RATES = [1e-2, 2e-2, 1e-6]  # the last one learns nothing
@@ -36,7 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
         yield found
 
 
-def run_of(parts: dict[str, Path], directory: Path, data: Path | None = None, **overrides: Any) -> config.Run:
+def run_of(parts: dict[str, Path], directory: Path, data: Path | None = None, **overrides: Any) -> config.RunConfig:
     tune = {
         "search": "grid",
         "space": {"train.learning_rate": {"type": "choice", "values": RATES}},
@@ -55,7 +55,7 @@ def run_of(parts: dict[str, Path], directory: Path, data: Path | None = None, **
     return cluster.make_run(directory, parts["model"], data or parts["data"], **settings)
 
 
-def run_sweep(run: config.Run, *script: Any, told: dict[str, list[Any]] | None = None) -> tuple[Trial, str]:
+def run_sweep(run: config.RunConfig, *script: Any, told: dict[str, list[Any]] | None = None) -> tuple[TrialRecord, str]:
     """Sweeps in this process, as the verb does; returns the winner and what the user saw. told: gets each trial's events."""
     stream = cluster.Watched(*script)
     check_tune(run)
@@ -64,7 +64,7 @@ def run_sweep(run: config.Run, *script: Any, told: dict[str, list[Any]] | None =
     return sweep(run, open_run(run), console.Console(stream), "run.yaml", None, teller), stream.getvalue()
 
 
-def state_of(run: config.Run) -> State:
+def state_of(run: config.RunConfig) -> SweepState:
     return open_state(run, f"{run.directory}/tune")
 
 

@@ -20,14 +20,14 @@ import pytest
 import ray
 
 from ftray.cluster.dashboards import dashboards
-from ftray.config import Serve
+from ftray.config import ServeConfig
 from ftray.console import Console
-from ftray.observe.gauges import Gauges
-from ftray.serve import edge
-from ftray.serve.catalog import Served
+from ftray.driver.launch import train
+from ftray.driver.run_record import open_run
+from ftray.report.ray_metrics import TrainingMetrics
+from ftray.serve import proxy
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.run import start_endpoint
-from ftray.train.identity import open_run
-from ftray.train.launch import train
 from tests import tiny
 from tests.cluster import Watched, make_run, wait_for
 from tests.ray.test_serve import endless_model
@@ -62,7 +62,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = ["prometheus", f"--config.file={root}/prometheus.yml", f"--storage.tsdb.path={root}/tsdb"]
     server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in edge.SETTINGS.items():
+        for name, value in proxy.SETTINGS.items():
             patch.setenv(name, value)
         ray.init(
             address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, _metrics_export_port=metrics_port
@@ -80,10 +80,10 @@ def _work(root: Path) -> None:
     """Trains to the end, with some answers beside it."""
     model, data = tiny.write_tiny_model(root / "model"), tiny.write_records(root / "data", 400)
     run = make_run(root, model, data, train__max_steps=60, data__eval={"fraction": 0.1}, evaluate__every=10)
-    gauges = Gauges(run)
+    gauges = TrainingMetrics(run)
     endless_model().save_pretrained(root / "served")
     byte_tokenizer().save_pretrained(root / "served")
-    endpoint = start_endpoint(root / "served", Served("tiny"), Serve(port=0, max_tokens=1000), num_cpus=0.5)
+    endpoint = start_endpoint(root / "served", ServedModels("tiny"), ServeConfig(port=0, max_tokens=1000), num_cpus=0.5)
     client = openai.OpenAI(base_url=endpoint.url, api_key="none", max_retries=0, timeout=60)
     train(run, open_run(run), Console(Watched()), tell=gauges.heard)
     for _ in range(60):

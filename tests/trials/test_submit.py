@@ -36,7 +36,7 @@ class Site:
 
     def ftray(self, verb: str, *arguments: str, code: int = 0, **env: str) -> str:
         """Runs a command against the cluster, checks its exit code, and returns what it printed, errors last."""
-        command = [sys.executable, "-m", "ftray.cli", verb, *arguments, "--address", self.cluster.address]
+        command = [sys.executable, "-m", "ftray.cli.main", verb, *arguments, "--address", self.cluster.address]
         done = subprocess.run(command, env={**self.cluster.env, **env}, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
@@ -136,7 +136,7 @@ def test_storage_that_the_cluster_can_not_write_is_told_before_anything_is_submi
 
 
 def test_the_doctor_joins_a_cluster_and_says_in_one_line_why_it_can_not(site: Site) -> None:
-    command = [sys.executable, "-m", "ftray.cli", "doctor", str(site.run_file), "--json", "--links"]
+    command = [sys.executable, "-m", "ftray.cli.main", "doctor", str(site.run_file), "--json", "--links"]
     env = {**site.cluster.env, "RAY_ADDRESS": site.cluster.gcs_address}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"check"')]

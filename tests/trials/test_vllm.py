@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftray import config
 from ftray.chat import ChatFormat, read_messages
-from ftray.engine.offline import complete, load_engine
+from ftray.engine.batch import complete, load_engine
 from ftray.engine.protocol import Completion, ContextLengthError, EngineError, SamplingParams
 from ftray.errors import DataError, ModelError
 from ftray.model.load import resolve_base
@@ -54,7 +54,7 @@ class Loop:
 
 @pytest.fixture(scope="module")
 def base() -> Path:
-    return Path(resolve_base(config.Model(base="embedded:smollm2-135m-instruct")))
+    return Path(resolve_base(config.ModelConfig(base="embedded:smollm2-135m-instruct")))
 
 
 def load(base: Path) -> Any:
@@ -91,7 +91,7 @@ def loop() -> Loop:
 
 @pytest.fixture(scope="module")
 def engine(base: Path, adapters: dict[str | None, Path], loop: Loop) -> Iterator[Any]:
-    from ftray.engine.vllm import VllmEngine
+    from ftray.engine.vllm.engine import VllmEngine
 
     made = VllmEngine(base, name="base", dtype="float32", max_num_seqs=8, max_context=1024, max_adapters=2)
     loop.run(made.start())

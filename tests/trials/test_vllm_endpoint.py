@@ -15,9 +15,9 @@ import pytest
 from peft import PeftModel
 
 from ftray import storage
-from ftray.config import Serve
-from ftray.serve import edge
-from ftray.serve.catalog import Served
+from ftray.config import ServeConfig
+from ftray.serve import proxy
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.registry import publish, registry_of, remove
 from ftray.serve.run import Endpoint, start_endpoint
 from tests.cluster import local_ray
@@ -35,10 +35,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def endpoint(base: Path, registry: str) -> Iterator[Endpoint]:  # noqa: F811
-    edge.announce()
+    proxy.announce()
     with local_ray():
-        cfg = Serve(port=0, engine="vllm", target_ongoing_requests=4, max_adapters=2, max_tokens=900)
-        served = Served("small", {}, registry, "small", None, 2)
+        cfg = ServeConfig(port=0, engine="vllm", target_ongoing_requests=4, max_adapters=2, max_tokens=900)
+        served = ServedModels("small", {}, registry, "small", None, 2)
         made = start_endpoint(base, served, cfg, dtype="float32", max_context=1024, num_cpus=2)
         yield made
         made.stop()

@@ -8,18 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ftray.train.adamw import (
-    FULL,
-    AdamW,
-    decode_mean,
-    decode_square,
-    encode_mean,
-    encode_square,
-    whole,
-)
+from ftray.train.checkpoint.tensors import HostBuffer, assemble, check_complete, layout, num_bytes
 from ftray.train.memory import EIGHT_BIT, PAGED
-from ftray.train.shards import HostBuffer, assemble, check_complete, layout, num_bytes
-from ftray.train.state import local_parts, restore_parts
+from ftray.train.optim.adamw import FULL, AdamW, decode_mean, decode_square, encode_mean, encode_square, whole
+from ftray.train.zero.state import local_parts, restore_parts
 
 SHAPE = (37, 50)
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from ftray import storage
-from ftray.config import Serve
-from ftray.engine.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ftray.config import ServeConfig
+from ftray.engine.adapters import CONFIG_FILE, WEIGHTS_FILE
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.app import build_app
-from ftray.serve.catalog import Served
 from ftray.serve.registry import publish, registry_of, remove
 from tests.e2e.test_chat_page import serving
 from tests.unit.test_adapters import of_peft, write_adapter
@@ -43,8 +43,8 @@ def endpoint_of(root: Path, max_adapters: int) -> Any:
     model = tiny_model()
     model.save_pretrained(root / "tiny")
     byte_tokenizer().save_pretrained(root / "tiny")
-    served = Served("tiny", {}, registry_of(str(root), "tiny"), "tiny", None, max_adapters)
-    cfg = Serve(target_ongoing_requests=4)
+    served = ServedModels("tiny", {}, registry_of(str(root), "tiny"), "tiny", None, max_adapters)
+    cfg = ServeConfig(target_ongoing_requests=4)
     app = build_app(str(root / "tiny"), served, cfg, dtype="float32", place=str(root / "runs/r"))
     deployment = app._bound_deployment
     (settings,) = deployment.init_args

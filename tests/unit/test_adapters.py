@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from ftray.engine.mixed_lora import MixedLora
-from ftray.engine.offline import complete, generate_all
+from ftray.engine.batch import complete, generate_all
 from ftray.engine.protocol import SamplingParams
-from ftray.engine.transformers import TransformersEngine
+from ftray.engine.transformers.engine import TransformersEngine
+from ftray.engine.transformers.mixed_lora import MixedLora
 from ftray.errors import ModelError
 from tests.unit.test_engine import assert_same_but_for_ties, by_generate, byte_tokenizer, make_prompts, run, tiny_model
 
@@ -135,7 +135,7 @@ def test_adapters_are_not_mixed_over_a_base_in_whole_numbers(adapters: dict[str,
 def test_long_prompts_in_pieces_and_evicted_requests_keep_their_adapter(
     adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftray.engine.transformers._MAX_BATCH_TOKENS", 32)
+    monkeypatch.setattr("ftray.engine.transformers.engine._MAX_BATCH_TOKENS", 32)
     monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
     prompts = [list(range(100)) + p for p in make_prompts(4)]
     names = [None, "plain", "dora", "plain"]

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from ftray import config
-from ftray.train.alarms import RULES, Alarm, Watch
+from ftray.events.alerts import RULES, Alert, AlertMonitor
 
 
-def run_of(**train: Any) -> config.Run:
+def run_of(**train: Any) -> config.RunConfig:
     tree = {"name": "a", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
     return config.parse_run({**tree, "train": {"global_batch_size": 4, **train}}, "test")
 
@@ -39,9 +39,9 @@ def healthy(num_steps: int, seed: int, noise: float = 0.06) -> list[dict[str, An
     return lines
 
 
-def alarms(lines: Sequence[dict[str, Any]], num_steps: int = 0, **train: Any) -> list[Alarm]:
+def alarms(lines: Sequence[dict[str, Any]], num_steps: int = 0, **train: Any) -> list[Alert]:
     """What a run of these lines hears, each step when it comes."""
-    watch = Watch(run_of(**train), num_steps or len(lines))
+    watch = AlertMonitor(run_of(**train), num_steps or len(lines))
     found = watch.heard({"event": "start", "step": 0})
     for each in lines:
         plain = {name: value for name, value in each.items() if name != "heldout_loss"}
@@ -153,7 +153,7 @@ def test_data_that_comes_late_after_a_start_counts_from_then_on() -> None:
     lines = healthy(120, 3)
     for each in lines[60:]:
         each["data_wait_s"] = 0.4
-    watch = Watch(run_of(), 120, before=lines[:60])
+    watch = AlertMonitor(run_of(), 120, before=lines[:60])
     assert watch.heard({"event": "start", "step": 60}) == []
     (alarm,) = [alarm for each in lines[60:] for alarm in watch.heard({"event": "step", **each})]
     assert (alarm.kind, alarm.step) == ("starving", 92), "three steps to settle, then thirty seconds"
@@ -172,7 +172,7 @@ def test_one_slow_worker_is_named_but_not_now_this_one_now_that() -> None:
 
 
 def test_steps_that_are_done_again_after_a_failure_count_once() -> None:
-    watch = Watch(run_of(), 200, before=healthy(200, 5)[:40])
+    watch = AlertMonitor(run_of(), 200, before=healthy(200, 5)[:40])
     assert watch.heard({"event": "start", "step": 30}) == []
     found = [alarm for each in healthy(200, 5)[30:] for alarm in watch.heard({"event": "step", **each})]
     assert found == []

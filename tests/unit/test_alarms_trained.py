@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ftray.train.loop import _timed
-from ftray.train.loss import SummedLoss, flatten_rows
-from ftray.train.pace import Stopwatch, slowest
+from ftray.train.objectives.sft import SummedLossModel, flatten_rows
+from ftray.train.step_timer import Stopwatch, slowest
+from ftray.train.trainer import _timed
 from tests import tiny
 from tests.unit.test_alarms import alarms, kinds, line
 
@@ -37,7 +37,7 @@ def trained(
     """Lines of a real training by AdamW with warm-up and clipping. few: so many batches, again and again. taught: steps at
     RATE that the model learned before. bad: steps whose loss is no number."""
     torch.set_num_threads(1)
-    loss_of = SummedLoss(tiny.make_model()).train()
+    loss_of = SummedLossModel(tiny.make_model()).train()
     optimizer = torch.optim.AdamW(loss_of.parameters(), lr=rate, weight_decay=0.0)
     data, held_out = list(batches(few or num_steps, 1)), list(batches(4, 2))
     before = list(batches(taught, 3))
@@ -98,7 +98,7 @@ def test_a_step_tells_how_long_it_waited_for_its_own_batch(monkeypatch: pytest.M
             clock[0] += n
             yield n
 
-    monkeypatch.setattr("ftray.train.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("ftray.train.trainer.time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = []
     for batch, wait_s in _timed(slow()):
         clock[0] += 10  # the step itself

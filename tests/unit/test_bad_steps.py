@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from ftray.data.loader import RankBatch
 from ftray.data.packing import pack_examples
-from ftray.data.pipeline import Batch
 from ftray.errors import RunError
-from ftray.train.loop import Trainer
-from ftray.train.pace import Stopwatch
-from ftray.train.state import local_parts
-from ftray.train.timeline import Progress
+from ftray.train.checkpoint.catalog import RunProgress
+from ftray.train.step_timer import Stopwatch
+from ftray.train.trainer import Trainer
+from ftray.train.zero.state import local_parts
 from tests import cluster, ranks, tiny
 
 CASES: dict[str, dict[str, Any]] = {
@@ -47,15 +47,15 @@ def trainer_of(run: Any, rank: int) -> Trainer:
     trainer._rank, trainer._world_size = rank, 2
     trainer._engine, trainer._parameters = trainer._build_engine()
     trainer._own_time = Stopwatch(trainer._device)
-    trainer._shard, trainer._progress, trainer._lines, trainer._link = Shard, Progress(), [], None  # type: ignore[assignment]
+    trainer._shard, trainer._progress, trainer._lines, trainer._link = Shard, RunProgress(), [], None  # type: ignore[assignment]
     return trainer
 
 
-def batch_of(step: int, rank: int) -> Batch:
+def batch_of(step: int, rank: int) -> RankBatch:
     rng = np.random.default_rng((step, rank))
     (row,) = pack_examples([(rng.integers(3, tiny.VOCAB_SIZE, 50).tolist(), [True] * 50)], 64, 1)
     arrays = (np.asarray(one)[None] for one in (row.input_ids, row.labels, row.position_ids))
-    return Batch(step, 2 * step + rank, *arrays, np.array([row.num_tokens]), [(0, 0, step, rank)])
+    return RankBatch(step, 2 * step + rank, *arrays, np.array([row.num_tokens]), [(0, 0, step, rank)])
 
 
 def take_steps(rank: int, root: Path) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_a_step_with_an_infinite_loss_and_finite_gradients_is_left_out_on_all_ra
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
 def test_a_heldout_loss_that_is_not_finite_is_never_the_best_and_counts_against_patience(nothing: float) -> None:
-    progress, seen = Progress(), []
+    progress, seen = RunProgress(), []
     for step, loss in enumerate([nothing, 3.0, nothing, 2.0, nothing, 2.5, 2.0, nothing], 1):
         progress.step = step
         seen.append((progress.note_heldout(loss), progress.since_best))
@@ -112,6 +112,6 @@ def test_a_heldout_loss_that_is_not_finite_is_never_the_best_and_counts_against_
 
 
 def test_a_run_of_heldout_losses_that_are_none_runs_out_of_patience_without_a_best() -> None:
-    progress = Progress()
+    progress = RunProgress()
     assert [progress.note_heldout(math.nan) for _ in range(3)] == [False] * 3
     assert (progress.best, progress.since_best) == (None, 3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftray import storage
 from ftray.chat import ChatFormat, Encoded, Message, read_messages
-from ftray.config import Model
+from ftray.config import ModelConfig
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 from ftray.model.load import load_tokenizer
@@ -55,7 +55,7 @@ def chat() -> ChatFormat:
 @pytest.fixture(scope="module")
 def real_chat() -> ChatFormat:
     """SmolLM2's tokenizer and template; its GGUF is read and converted where no test has done so before."""
-    return ChatFormat(load_tokenizer(Model(base=embedded.NAME)))
+    return ChatFormat(load_tokenizer(ModelConfig(base=embedded.NAME)))
 
 
 @pytest.fixture(params=["tiny", "trimming", pytest.param("real", marks=pytest.mark.slow)], scope="module")

@@ -12,9 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from ftray import storage
 from ftray.errors import CheckpointError, StorageError
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
-from ftray.train.shards import HostBuffer, Part, PartReader, assemble, check_complete, layout, pieces, write_parts
-from ftray.train.timeline import Progress, find_newest, list_checkpoints
+from ftray.train.checkpoint.catalog import RunProgress, find_newest, list_checkpoints
+from ftray.train.checkpoint.tensors import (
+    HostBuffer,
+    TensorPart,
+    TensorPartReader,
+    assemble,
+    check_complete,
+    layout,
+    pieces,
+    write_parts,
+)
+from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from tests.s3 import S3Server
 
 LINE = {"step": 0, "learning_rate": 1e-3, "grad_norm": 2.0}
@@ -30,23 +39,23 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def whole_parts(found: dict[str, torch.Tensor]) -> list[Part]:
-    return [Part(name, tuple(t.shape), 0, t.flatten()) for name, t in found.items()]
+def whole_parts(found: dict[str, torch.Tensor]) -> list[TensorPart]:
+    return [TensorPart(name, tuple(t.shape), 0, t.flatten()) for name, t in found.items()]
 
 
-def split(found: dict[str, torch.Tensor], num_writers: int) -> list[list[Part]]:
+def split(found: dict[str, torch.Tensor], num_writers: int) -> list[list[TensorPart]]:
     """Each tensor cut into as many pieces as there are writers, some of them empty."""
-    shares: list[list[Part]] = [[] for _ in range(num_writers)]
+    shares: list[list[TensorPart]] = [[] for _ in range(num_writers)]
     for name, tensor in found.items():
         size = tensor.numel()
         for writer in range(num_writers):
             start, end = size * writer // num_writers, size * (writer + 1) // num_writers
             if start < end:
-                shares[writer].append(Part(name, tuple(tensor.shape), start, tensor.flatten()[start:end]))
+                shares[writer].append(TensorPart(name, tuple(tensor.shape), start, tensor.flatten()[start:end]))
     return shares
 
 
-def write_shares(directory: Path, shares: list[list[Part]]) -> None:
+def write_shares(directory: Path, shares: list[list[TensorPart]]) -> None:
     for number, share in enumerate(shares):
         buffer = HostBuffer()
         held = buffer.hold(share)
@@ -56,7 +65,7 @@ def write_shares(directory: Path, shares: list[list[Part]]) -> None:
 
 def save(run_dir: Path | str, found: dict[str, torch.Tensor], step: int = 1, **keys: Any) -> None:
     writer = CheckpointWriter(str(run_dir), 9, {"config_hash": "c"}, whole=keys.pop("whole", False))
-    writer.save(Progress(step=step, num_updates=step), whole_parts(found), [LINE | keys])
+    writer.save(RunProgress(step=step, num_updates=step), whole_parts(found), [LINE | keys])
     writer.wait()
 
 
@@ -64,7 +73,7 @@ def save(run_dir: Path | str, found: dict[str, torch.Tensor], step: int = 1, **k
 def test_any_elements_come_back_whoever_wrote_them(tmp_path: Path, num_writers: int) -> None:
     found = tensors()
     write_shares(tmp_path, split(found, num_writers))
-    reader = PartReader(str(tmp_path))
+    reader = TensorPartReader(str(tmp_path))
     assert reader.shapes() == {name: tuple(tensor.shape) for name, tensor in found.items()}
     for name, tensor in found.items():
         assert torch.equal(reader.whole(name), tensor)
@@ -84,7 +93,7 @@ def test_one_writer_s_file_is_plain_safetensors_and_plain_safetensors_can_be_rea
     assert all(torch.equal(loaded[name], tensor) for name, tensor in found.items())
     (tmp_path / "other").mkdir()
     save_file(found, tmp_path / "other" / "state.safetensors")
-    reader = PartReader(str(tmp_path / "other"))
+    reader = TensorPartReader(str(tmp_path / "other"))
     assert all(torch.equal(reader.whole(name), tensor) for name, tensor in found.items())
 
 
@@ -101,10 +110,10 @@ def test_shares_are_put_together_to_whole_tensors() -> None:
 
 def test_the_host_buffer_is_kept_and_what_it_holds_does_not_change_with_the_weights() -> None:
     weights, buffer = torch.ones(1000), HostBuffer()
-    (held,) = buffer.hold([Part("weights.a", (1000,), 0, weights)])
+    (held,) = buffer.hold([TensorPart("weights.a", (1000,), 0, weights)])
     weights.zero_()
     assert held.values.sum() == 1000
-    (again,) = buffer.hold([Part("weights.a", (1000,), 0, weights)])
+    (again,) = buffer.hold([TensorPart("weights.a", (1000,), 0, weights)])
     assert again.values.data_ptr() == held.values.data_ptr()
 
 
@@ -178,7 +187,7 @@ def test_in_a_bucket_it_is_the_same(s3: S3Server, tmp_path: Path) -> None:
         assert newest.step == step
         loaded = load_checkpoint(newest)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in large.items())
-        values = PartReader(newest.uri).read("weights.large", 4_000_001, 4_000_004)
+        values = TensorPartReader(newest.uri).read("weights.large", 4_000_001, 4_000_004)
         assert torch.equal(values, large["weights.large"][4_000_001:4_000_004])
     storage.delete(storage.join(newest.uri, "state.safetensors"))
     warnings: list[str] = []
@@ -197,7 +206,7 @@ def test_a_file_that_is_no_safetensors_is_said_to_be_damaged(tmp_path: Path) -> 
     ):
         (tmp_path / "state.safetensors").write_bytes(data)
         with pytest.raises(CheckpointError, match="is damaged"):
-            PartReader(str(tmp_path))
+            TensorPartReader(str(tmp_path))
 
 
 def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path) -> None:
@@ -212,12 +221,12 @@ def test_a_file_that_was_never_committed_is_not_read(tmp_path: Path) -> None:
     save(tmp_path, tensors())
     (found,) = list_checkpoints(str(tmp_path))
     save_file({"weights.a": torch.zeros(7, 5)}, Path(found.uri, "state-00001-of-00002.safetensors"))
-    assert torch.equal(PartReader(found.uri).whole("weights.a"), tensors()["weights.a"])
+    assert torch.equal(TensorPartReader(found.uri).whole("weights.a"), tensors()["weights.a"])
 
 
 def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     write_shares(tmp_path, split(tensors(), 3)[:2])  # one file is missing
-    reader = PartReader(str(tmp_path))
+    reader = TensorPartReader(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"has 23 of 35 elements of weights\.a"):
         reader.whole("weights.a")
     with pytest.raises(CheckpointError, match=r"the checkpoint has no weights\.z"):

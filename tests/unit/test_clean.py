@@ -12,7 +12,7 @@ import pytest
 
 from bench.fuzz_records import write_spoiled
 from ftray.chat import ChatFormat
-from ftray.data.clean import EXCERPT_CHARS, FIXES, Example, Quarantined, Rules, read_examples, split_part
+from ftray.data.examples import EXCERPT_CHARS, FIXES, Example, Quarantined, Rules, read_examples, split_part
 from ftray.data.sources import cut_shard, list_shards
 from tests import tiny
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ftray import cli
-from ftray.observe.compare import compare_known
-from ftray.observe.report import read_known
+from ftray.cli import main
+from ftray.report.compare_runs import compare_known
+from ftray.report.run_report import read_known
 from tests.runs import BEGAN_S, line, with_two_kills, write_evaluation, write_run
 
 
@@ -19,7 +19,7 @@ def test_settings_data_and_figures_of_two_runs_side_by_side(tmp_path: Path, caps
     changed = {"train": {"global_batch_size": 4, "max_steps": 20, "learning_rate": 1e-3}}
     other, other_dir = write_run(tmp_path, lines, name="other", **changed)
     write_evaluation(other, other_dir)
-    assert cli.main(["runs", "compare", str(run_dir), str(other_dir)]) == 0
+    assert main.main(["runs", "compare", str(run_dir), str(other_dir)]) == 0
     out = capsys.readouterr().out
     assert "settings   train.learning_rate (0.0002 → 0.001); train.max_steps (40 → 20)\n" in out
     assert "data       the same\n" in out
@@ -64,5 +64,5 @@ def test_files_and_packages_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["runs", "compare", str(tmp_path), str(tmp_path)]) == 2
+    assert main.main(["runs", "compare", str(tmp_path), str(tmp_path)]) == 2
     assert "neither a run file" in capsys.readouterr().err

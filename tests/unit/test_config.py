@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray import cli, config
+from ftray import config
+from ftray.cli import main
 from ftray.config import load_run, parse_run
 from ftray.errors import ConfigError
 
@@ -449,7 +450,7 @@ SAME: dict[str, dict[str, Any]] = {
 }
 
 
-def changed(section: str, key: str, value: object) -> config.Run:
+def changed(section: str, key: str, value: object) -> config.RunConfig:
     tree = yaml.safe_load(SMALL)
     tree.setdefault(section, {})[key] = value
     if key == "early_stopping":
@@ -485,7 +486,7 @@ def test_the_hash_covers_what_changes_the_result_and_nothing_else() -> None:
     # and no key is forgotten by this test
     sections = {
         name: field.annotation
-        for name, field in config.Run.model_fields.items()
+        for name, field in config.RunConfig.model_fields.items()
         if name not in ("name", "storage", "tune")
     }
     for name, section in sections.items():
@@ -502,7 +503,7 @@ def test_what_is_only_reported_changes_no_hash_and_what_is_dropped_does() -> Non
 
 def test_no_rule_changes_the_hash_unless_it_drops() -> None:
     base = parse_run(yaml.safe_load(SMALL), "f").config_hash
-    rules = [name for name in config.Clean.model_fields if name != "min_answer_chars"]
+    rules = [name for name in config.CleanConfig.model_fields if name != "min_answer_chars"]
     for rule in rules:
         assert changed("data", "clean", {rule: "off"}).config_hash == base
         assert changed("data", "clean", {rule: "drop"}).config_hash != base
@@ -533,8 +534,8 @@ def test_a_parsed_run_can_not_be_changed() -> None:
 
 
 def test_checkpoint_intervals_are_read() -> None:
-    def section(every: object) -> config.CheckpointSection:
-        return config.CheckpointSection(every=every)  # type: ignore[arg-type]
+    def section(every: object) -> config.CheckpointConfig:
+        return config.CheckpointConfig(every=every)  # type: ignore[arg-type]
 
     assert (section(7).every_epochs, section(7).every_s) == (None, None)
     assert (section("1 epoch").every_epochs, section("0.5 epochs").every_epochs) == (1.0, 0.5)
@@ -542,25 +543,25 @@ def test_checkpoint_intervals_are_read() -> None:
 
 
 def test_check_ends_with_code_2_and_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", str(run_file), "train.learning_rat=1"]) == 2
+    assert main.main(["check", str(run_file), "train.learning_rat=1"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == f"ftray: {run_file}: unknown key train.learning_rat; did you mean train.learning_rate?\n"
-    assert cli.main(["check", str(run_file.with_name("none.yaml"))]) == 2
+    assert main.main(["check", str(run_file.with_name("none.yaml"))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["check", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
+    assert main.main(["check", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
     told = "deepspeed.overrides.zero_optimization.stage is decided by deepspeed.zero_stage; set that instead"
     assert capsys.readouterr().err == f"ftray: {told}\n"
 
 
 def test_check_prints_what_follows_from_the_file(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train.global_batch_size=8", "scale.num_workers=2", "train.micro_batch_size=2", "train.max_steps=5"]
-    assert cli.main(["check", str(run_file), *arguments]) == 0
+    assert main.main(["check", str(run_file), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "step       8 rows = 2 workers × micro-batch 2 × 2 accumulated" in lines
     assert "tokens     at most 16384 a step" in lines
@@ -577,7 +578,7 @@ def test_every_key_is_described() -> None:
     bare = [
         f"{section.__name__}.{name}"
         for section in config.Section.__subclasses__()
-        if section is not config.Run
+        if section is not config.RunConfig
         for name, field in section.model_fields.items()
         if not field.description and field.annotation not in config.Section.__subclasses__()
     ]
@@ -585,8 +586,8 @@ def test_every_key_is_described() -> None:
 
 
 def test_overrides_may_stand_before_and_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
+    assert main.main(["check", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
     shown = json.loads(capsys.readouterr().out)["train"]
     assert (shown["seed"], shown["epochs"]) == (3, 2.0)
     with pytest.raises(SystemExit):
-        cli.main(["check", "jobs/quickstart.yaml", "--jsn"])
+        main.main(["check", "jobs/quickstart.yaml", "--jsn"])

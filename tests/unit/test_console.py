@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ftray import cli, config, console
+from ftray import config, console
+from ftray.cli import main
 from ftray.errors import ConfigError
 from ftray.redact import redacted
 
@@ -102,12 +103,12 @@ def test_the_variable_is_checked_and_answers_stay_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FTRAY_LOG", "xml")
-    assert cli.main(["check", "jobs/quickstart.yaml"]) == 2
+    assert main.main(["check", "jobs/quickstart.yaml"]) == 2
     assert capsys.readouterr().err == "ftray: FTRAY_LOG is xml; use json, text, or unset it\n"
     monkeypatch.setenv("FTRAY_LOG", "json")
-    assert cli.main(["check", "jobs/quickstart.yaml"]) == 0
+    assert main.main(["check", "jobs/quickstart.yaml"]) == 0
     assert "config hash" in capsys.readouterr().out.splitlines()[0]
-    assert cli.main(["train", "no.yaml"]) == 2
+    assert main.main(["train", "no.yaml"]) == 2
     failed = json.loads(capsys.readouterr().err)
     assert (failed["level"], failed["event"], failed["exit_code"]) == ("error", "failed", 2)
     assert failed["message"].startswith("no.yaml does not exist")

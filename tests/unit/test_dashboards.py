@@ -13,8 +13,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from ftray.cluster.dashboards import dashboards
-from ftray.observe.gauges import GAUGES, PREFIX
-from ftray.serve.meters import Meters
+from ftray.report.ray_metrics import GAUGES, PREFIX
+from ftray.serve.metrics import ServeMetrics
 
 K8S = Path(__file__).parents[2] / "k8s"
 OF_RAY = {  # (Ray 2.56) dashboard/modules/reporter/reporter_agent.py, serve/_private/router.py
@@ -38,7 +38,7 @@ def metrics_in(expr: Any) -> set[str]:
 
 def served() -> set[str]:
     """What a replica tells, with one series of each."""
-    meters = Meters()
+    meters = ServeMetrics()
     meters.answers.labels("m", "200").inc()
     meters.tokens.labels("m", "prompt").inc()
     for histogram in (meters.first_token, meters.answer, meters.prompt):

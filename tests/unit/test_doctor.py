@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from ftray import cli, config, storage
-from ftray.cluster import doctor, links, room
-from ftray.cluster.doctor import Facts, Finding, examine, judge, worst_of
+from ftray import config, storage
+from ftray.cli import main
+from ftray.cluster import autoscaler, doctor, network_test
+from ftray.cluster.doctor import HealthCheck, NodeFacts, examine, judge, worst_of
 from ftray.errors import Preempted
 from tests.s3 import S3Server, free_ports
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"python": "3.11.7", **dict.fromkeys(doctor.PACKAGES, "1.0")}
-WELL = Facts(
+WELL = NodeFacts(
     "a",
     VERSIONS,
     gpus=("NVIDIA A100-SXM4-40GB",) * 8,
@@ -37,7 +38,7 @@ WELL = Facts(
 OTHER = replace(WELL, host="b")
 
 
-def found(check: str, *nodes: Facts, run: config.Run | None = None) -> Finding:
+def found(check: str, *nodes: NodeFacts, run: config.RunConfig | None = None) -> HealthCheck:
     return next(finding for finding in judge([*nodes], run) if finding.check == check)
 
 
@@ -89,7 +90,7 @@ def test_a_run_that_finds_no_room_is_told_what_lacks() -> None:
     one = replace(WELL, gpus=(), resources={"CPU": 1})
     assert found("room", one, run=cpu).fact == "1 workers' CPUs, the run needs 2"
     assert found("room", replace(one, resources={"CPU": 4}), run=cpu).verdict == "ok"
-    assert room.bundles_of(run) == [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] * 16
+    assert autoscaler.bundles_of(run) == [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:A100": 0.001}] * 16
 
 
 def test_this_machine_is_described_truly(tmp_path: Path) -> None:
@@ -130,45 +131,45 @@ def test_the_verb_prints_lines_or_json_and_fails_where_something_is_bad(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(doctor, "SHM_BAD_GIB", 0.0)
     monkeypatch.setattr(doctor, "DISK_BAD_GIB", 0.0)
-    assert cli.main(["doctor", "--storage", str(tmp_path), "--json"]) == 0
+    assert main.main(["doctor", "--storage", str(tmp_path), "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["check"] for row in rows] == ["nodes", "versions", "gpus", "storage", "clock", "disk", "shm"]
     monkeypatch.setattr(doctor, "DISK_BAD_GIB", 1e9)
     monkeypatch.setattr(doctor, "DISK_WARN_GIB", 1e9)
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "bad  disk      " in said
     assert "→ free some, or set HOME" in said
-    assert worst_of([Finding("a", "warn", ""), Finding("b", "bad", "")]) == Finding("b", "bad", "")
+    assert worst_of([HealthCheck("a", "warn", ""), HealthCheck("b", "bad", "")]) == HealthCheck("b", "bad", "")
 
 
 def test_machines_are_asked_for_and_the_wish_is_withdrawn_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     wishes: list[list[dict[str, float]]] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: wishes.append(bundles))  # noqa: PLW0108 - by its name
-    monkeypatch.setattr(room, "POLL_S", 0.0)
+    monkeypatch.setattr(autoscaler, "POLL_S", 0.0)
     run = config.load_run(ROOT / "jobs/full-8b.yaml", ["scale.wait_s=60"])
     answers = iter([False, False, True])
-    room.wait_for_nodes(run, lambda: next(answers))
-    assert wishes == [room.bundles_of(run), []]
+    autoscaler.wait_for_nodes(run, lambda: next(answers))
+    assert wishes == [autoscaler.bundles_of(run), []]
     wishes.clear()
-    room.wait_for_nodes(run, lambda: True)
+    autoscaler.wait_for_nodes(run, lambda: True)
     assert wishes == [], "what is there isn't asked for"
     short = config.load_run(ROOT / "jobs/full-8b.yaml", ["scale.wait_s=0"])
     with pytest.raises(Preempted, match=r"no machines for 16 workers within 0 s \(scale\.wait_s\)"):
-        room.wait_for_nodes(short, lambda: False)
-    assert wishes == [room.bundles_of(short), []]
+        autoscaler.wait_for_nodes(short, lambda: False)
+    assert wishes == [autoscaler.bundles_of(short), []]
 
 
 def test_ranks_measure_the_link_between_them() -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    command = [sys.executable, "-m", "ftray.cluster.links"]
+    command = [sys.executable, "-m", "ftray.cluster.network_test"]
     ranks = [
         subprocess.Popen([*command, str(rank), "2", address, "gloo"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for rank in range(2)
     ]
     speeds = [float(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
     assert all(0.001 < speed < 1000 for speed in speeds)
-    assert links.verdict_of(0.4, 2, "gloo").verdict == "ok"
-    assert links.verdict_of(0.4, 2, "nccl") == Finding(
-        "links", "warn", "all-reduce over 2 nodes at 0.4 GB/s (nccl)", links.REMEDY["nccl"]
+    assert network_test.verdict_of(0.4, 2, "gloo").verdict == "ok"
+    assert network_test.verdict_of(0.4, 2, "nccl") == HealthCheck(
+        "links", "warn", "all-reduce over 2 nodes at 0.4 GB/s (nccl)", network_test.REMEDY["nccl"]
     )

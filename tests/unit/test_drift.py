@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Served
-from ftray.serve.drift import LAST, LEAST, Drift, Seen, scripts_of
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.drift import LAST, LEAST, DriftMonitor, RequestSample, scripts_of
+from ftray.serve.routes import build_api
 from tests.unit.test_serve_protocol import PaperEngine, call
 
 REFERENCE = {"prompt_tokens": [10, 20, 30, 40, 50, 60, 70, 80, 90], "scripts": {"LATIN": 0.9, "GREEK": 0.1}}
 
 
 def figures_of(lengths: list[int], text: str = "a" * 9 + "α", empty: bool = False, reference: Any = REFERENCE) -> Any:
-    drift = Drift()
+    drift = DriftMonitor()
     for length in lengths:
-        drift.add("m", Seen(length, scripts_of(text), empty))
+        drift.add("m", RequestSample(length, scripts_of(text), empty))
     return drift.figures("m", reference)
 
 
@@ -50,18 +50,18 @@ def test_what_is_unknown_is_not_told() -> None:
 
 
 def test_only_the_last_requests_count_and_a_few_say_nothing() -> None:
-    drift = Drift()
+    drift = DriftMonitor()
     for _ in range(LEAST - 1):
-        drift.add("m", Seen(1, {}, True))
+        drift.add("m", RequestSample(1, {}, True))
     assert drift.models() == []
     for _ in range(LAST):
-        drift.add("m", Seen(1, {}, False))
+        drift.add("m", RequestSample(1, {}, False))
     assert drift.models() == ["m"]
     assert drift.figures("m", None).empty == 0
 
 
 def test_metrics_tell_the_drift_of_chats_and_completions(tmp_path: Path) -> None:
-    app = build_api(PaperEngine(words=("",)), Served("m", references={"m": REFERENCE}), max_tokens=50)
+    app = build_api(PaperEngine(words=("",)), ServedModels("m", references={"m": REFERENCE}), max_tokens=50)
     chat = {"model": "m", "messages": [{"role": "user", "content": "мир"}], "max_tokens": 2}
     plain = {"model": "m", "prompt": "привет", "max_tokens": 2}
 
@@ -81,13 +81,13 @@ def test_metrics_tell_the_drift_of_chats_and_completions(tmp_path: Path) -> None
 
 
 def test_a_published_adapter_brings_its_reference(tmp_path: Path) -> None:
-    from ftray.serve.catalog import Catalog
+    from ftray.serve.adapter_cache import AdapterCache
     from tests.unit.test_published import META, put, served
 
     put(tmp_path, "polite", meta={**META, "reference": REFERENCE})
 
     async def work() -> Any:
-        catalog = Catalog(PaperEngine(), served(tmp_path))  # type: ignore[arg-type]
+        catalog = AdapterCache(PaperEngine(), served(tmp_path))  # type: ignore[arg-type]
         await catalog.start()
         await catalog.stop()
         return catalog.reference("small:polite"), catalog.reference("small")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ftray.chat import Message
-from ftray.data import overlap
-from ftray.data.duplicates import (
+from ftray.data.checks import contamination
+from ftray.data.checks.contamination import Keys, NgramHashes, find_leaks, fingerprints, heldout_fingerprints
+from ftray.data.checks.dedup import (
     NUM_PERM,
     find_equal,
     find_near,
@@ -18,7 +19,6 @@ from ftray.data.duplicates import (
     signature,
     spoken_text,
 )
-from ftray.data.overlap import Grams, Keys, find_leaks, fingerprints, heldout_fingerprints
 
 LETTERS = random.Random(99)
 WORDS = ["".join(LETTERS.choice("abcdefghijklmnoprstuvwz") for _ in range(LETTERS.randint(3, 9))) for _ in range(3000)]
@@ -159,11 +159,11 @@ def test_joined_signatures_are_those_that_are_wanted_in_their_order() -> None:
     assert join_signatures(parts, ~np.ones(5, bool)).shape == (0, NUM_PERM)
 
 
-def pieces(records: list[Keys], sizes: list[int]) -> list[Grams]:
+def pieces(records: list[Keys], sizes: list[int]) -> list[NgramHashes]:
     """Records' hashes in pieces of so many records."""
     cuts = np.cumsum([0, *sizes])
     return [
-        Grams(np.concatenate(records[a:b]), np.cumsum([0, *map(len, records[a:b])]), int(a))
+        NgramHashes(np.concatenate(records[a:b]), np.cumsum([0, *map(len, records[a:b])]), int(a))
         for a, b in pairwise(cuts)
         if b > a
     ]
@@ -188,7 +188,7 @@ def test_leaks_are_the_same_whatever_is_looked_up_at_once(monkeypatch: pytest.Mo
         train[place] = heldout[place // 5]
     once = leaks(train, heldout)
     assert [place for place, _ in once] == list(range(0, 300, 30))
-    monkeypatch.setattr(overlap, "PART_HASHES", 97)
+    monkeypatch.setattr(contamination, "PART_HASHES", 97)
     assert leaks(train, heldout, num_pieces=7) == once
 
 
@@ -217,14 +217,14 @@ def test_a_template_is_no_leak(num_heldout: int) -> None:
 def test_short_turns_give_nothing_away_and_any_script_is_read() -> None:
     assert len(fingerprints(chat("Yes please.", "Thank you very much."))) == 0
     assert len(fingerprints(chat("What is the capital of France?", "Paris"))) == 2
-    assert overlap.words("Привет, мир") == ["привет", "мир"]
-    assert overlap.words("东京 is big") == ["东", "京", "is", "big"]
+    assert contamination.words("Привет, мир") == ["привет", "мир"]
+    assert contamination.words("东京 is big") == ["东", "京", "is", "big"]
 
 
 def test_a_shared_passage_of_seven_words_always_shares_a_hash_however_long_the_texts() -> None:
     rng = random.Random(7)
     for _ in range(200):
-        passage = sentence(rng, overlap.NGRAM + overlap.WINDOW - 1)
+        passage = sentence(rng, contamination.NGRAM + contamination.WINDOW - 1)
         texts = [f"{sentence(rng, rng.randint(0, n))} {passage} {sentence(rng, n)}" for n in (99, rng.randint(0, 99))]
         long, held = fingerprints(chat(texts[0], "x")), heldout_fingerprints(chat(texts[1], "x"))
         assert set(long.tolist()) & set(held[1].tolist()) & set(held[0].tolist())

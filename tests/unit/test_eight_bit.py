@@ -7,12 +7,12 @@ import torch
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.model.eight_bit import (
+from ftray.model.fp8 import (
     FORMATS,
     FP8,
     INT8,
-    Format,
     FrozenLinear,
+    NumberFormat,
     TrainedLinear,
     check_device,
     quantize_columns,
@@ -27,7 +27,7 @@ FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 
 
 @FORMAT
-def test_rows_are_scaled_to_their_largest_value(format: Format) -> None:
+def test_rows_are_scaled_to_their_largest_value(format: NumberFormat) -> None:
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     x[3], x[4] = x[3] * 1000, 0.0
     codes, scale = quantize_rows(x, format)
@@ -45,7 +45,7 @@ def test_whole_numbers_are_the_nearest() -> None:
 
 
 @FORMAT
-def test_columns_are_rows_of_the_transposed(format: Format) -> None:
+def test_columns_are_rows_of_the_transposed(format: NumberFormat) -> None:
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     codes, scale = quantize_columns(x, format)
     assert (codes.shape, scale.shape) == ((64, 9), (64, 1))
@@ -53,7 +53,7 @@ def test_columns_are_rows_of_the_transposed(format: Format) -> None:
 
 
 @FORMAT
-def test_product_and_gradient_are_near_the_layers(format: Format) -> None:
+def test_product_and_gradient_are_near_the_layers(format: NumberFormat) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 32)
     linear.weight.data[5] *= 50  # a row with values of its own size keeps its neighbours' precision
@@ -119,8 +119,8 @@ def test_one_input_read_in_two_formats_is_scaled_for_each() -> None:
 
 
 @FORMAT
-def test_only_the_base_of_adapters_is_replaced_and_nothing_of_it_is_trained_or_saved(format: Format) -> None:
-    method = config.Method.model_validate({"rank": 4, "base_precision": format.name})
+def test_only_the_base_of_adapters_is_replaced_and_nothing_of_it_is_trained_or_saved(format: NumberFormat) -> None:
+    method = config.MethodConfig.model_validate({"rank": 4, "base_precision": format.name})
     model = add_adapters(tiny.make_model(), method, seed=0)
     before = set(trainable(model))
     assert use_eight_bits(model, method, CPU) == 3
@@ -136,7 +136,7 @@ def test_only_the_base_of_adapters_is_replaced_and_nothing_of_it_is_trained_or_s
 
 
 def test_in_full_fine_tuning_the_blocks_layers_are_replaced_under_their_own_names_and_learn() -> None:
-    model, method = tiny.make_model(), config.Method(type="full", base_precision="fp8")
+    model, method = tiny.make_model(), config.MethodConfig(type="full", base_precision="fp8")
     before = dict(model.named_parameters())
     assert use_eight_bits(model, method, CPU) == 3
     found = [name for name, module in model.named_modules() if isinstance(module, TrainedLinear)]
@@ -156,14 +156,14 @@ def test_in_full_fine_tuning_the_blocks_layers_are_replaced_under_their_own_name
 
 
 def test_a_router_and_layers_of_odd_sides_stay_as_they_are() -> None:
-    model, method = tiny.make_model(), config.Method(type="full", base_precision="fp8")
+    model, method = tiny.make_model(), config.MethodConfig(type="full", base_precision="fp8")
     mlp = model.model.layers[0].mlp
     mlp.gate, mlp.up_proj = torch.nn.Linear(64, 16), torch.nn.Linear(64, 24)
     assert use_eight_bits(model, method, CPU) == 2
 
 
 @pytest.mark.parametrize(("format", "words"), [(FP8, r"9\.0 \(H100\)"), (INT8, r"8\.0 \(A100\)")])
-def test_it_is_refused_by_name_where_the_device_cannot(format: Format, words: str) -> None:
+def test_it_is_refused_by_name_where_the_device_cannot(format: NumberFormat, words: str) -> None:
     wanted = rf"method\.base_precision {format.name} needs a GPU of compute capability {words} or newer, this worker has a CPU"
     with pytest.raises(ConfigError, match=wanted):
         check_device(format, CPU)

@@ -8,9 +8,9 @@ import pytest
 
 from ftray import storage
 from ftray.chat import ChatFormat
-from ftray.config import Model
+from ftray.config import ModelConfig
 from ftray.data import embedded as embedded_data
-from ftray.data.clean import Example, Rules, read_examples
+from ftray.data.examples import Example, Rules, read_examples
 from ftray.data.sources import cut_shard, list_shards
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded as embedded_model
@@ -126,7 +126,7 @@ def test_the_real_data_is_good_and_of_the_size_that_the_quickstart_needs() -> No
 
 def test_an_unknown_embedded_model_names_the_known_one(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"embedded:gpt5 is no embedded model; use {embedded_model.NAME}"):
-        resolve_base(Model(base="embedded:gpt5"))
+        resolve_base(ModelConfig(base="embedded:gpt5"))
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +138,13 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_the_embedded_model_is_a_model_directory_like_any_other() -> None:
-    base = Model(base=embedded_model.NAME)
+    base = ModelConfig(base=embedded_model.NAME)
     directory = Path(resolve_base(base))
     assert directory.parent == storage.cache_directory()
     assert {p.suffix for p in directory.iterdir()} <= {".json", ".jinja", ".safetensors"}
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     check_base(base)
-    check_base(Model(base=str(directory)))
+    check_base(ModelConfig(base=str(directory)))
     chat = ChatFormat(load_tokenizer(base))
     assert chat.decode(chat.stop_token_ids).startswith("<|im_end|>")
     assert not [

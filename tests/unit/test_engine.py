@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
-from ftray.engine.offline import complete, generate_all, load_engine
+from ftray.engine.batch import complete, generate_all, load_engine
+from ftray.engine.detokenizer import Detokenizer
 from ftray.engine.protocol import ContextLengthError, EngineError, SamplingParams, SchemaError
-from ftray.engine.sampling import sample_token
-from ftray.engine.schema import Guide
-from ftray.engine.text import TextStream
-from ftray.engine.transformers import TransformersEngine
+from ftray.engine.structured_output import SchemaGuide
+from ftray.engine.transformers.engine import TransformersEngine
+from ftray.engine.transformers.sampling import sample_token
 from ftray.errors import DataError, ModelError
 
 GREEDY = SamplingParams(max_tokens=24)
@@ -205,7 +205,7 @@ def test_greedy_tokens_survive_shared_prefixes_long_prompts_and_eviction(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache too small for four requests, and prefill in pieces of 32: requests are evicted and begun again."""
-    monkeypatch.setattr("ftray.engine.transformers._MAX_BATCH_TOKENS", 32)
+    monkeypatch.setattr("ftray.engine.transformers.engine._MAX_BATCH_TOKENS", 32)
     monkeypatch.setattr(TransformersEngine, "num_cache_tokens", lambda self: 64)
     num_evictions = count_evictions(monkeypatch)
     common = list(range(100))
@@ -276,7 +276,7 @@ def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
 # Text
 
 
-def feed(stream: TextStream, ids: list[int]) -> list[str]:
+def feed(stream: Detokenizer, ids: list[int]) -> list[str]:
     return [*[stream.push(token) for token in ids], stream.finish()]
 
 
@@ -284,7 +284,7 @@ def test_characters_come_whole_though_their_bytes_are_spread_over_tokens(tokeniz
     text = "grüß dich 🐦👩‍👩‍👧 日本語, e\u0301!"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode())
-    pieces = feed(TextStream(tokenizer.decode), ids)
+    pieces = feed(Detokenizer(tokenizer.decode), ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert pieces[0] == "g"  # nothing is held back longer than it must
@@ -292,7 +292,7 @@ def test_characters_come_whole_though_their_bytes_are_spread_over_tokens(tokeniz
 
 def test_a_character_cut_off_by_the_end_is_left_out(tokenizer: Any) -> None:
     ids = tokenizer("hi 🐦")["input_ids"]
-    assert "".join(feed(TextStream(tokenizer.decode), ids[:-1])) == "hi "
+    assert "".join(feed(Detokenizer(tokenizer.decode), ids[:-1])) == "hi "
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_character_cut_off_by_the_end_is_left_out(tokenizer: Any) -> None:
 def test_no_part_of_a_stop_string_is_ever_shown(
     tokenizer: Any, text: str, stop: tuple[str, ...], expected: str
 ) -> None:
-    stream, shown = TextStream(tokenizer.decode, stop), ""
+    stream, shown = Detokenizer(tokenizer.decode, stop), ""
     for piece in feed(stream, tokenizer(text)["input_ids"]):
         shown += piece
         assert expected.startswith(shown)
@@ -321,7 +321,7 @@ def test_no_part_of_a_stop_string_is_ever_shown(
 
 def test_the_first_of_two_stop_strings_in_one_token_counts() -> None:
     words = ["say ", "x--y++z"]
-    stream = TextStream(lambda ids: "".join(words[i] for i in ids), ("++", "--"))
+    stream = Detokenizer(lambda ids: "".join(words[i] for i in ids), ("++", "--"))
     assert feed(stream, [0, 1]) == ["say ", "x", ""]
 
 
@@ -603,7 +603,7 @@ def test_a_schema_that_gives_up_in_the_middle_ends_its_request_alone(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The matcher has limits of its own, which a schema can reach only while an answer grows."""
-    mask = Guide.mask
+    mask = SchemaGuide.mask
 
     class Tired:
         def consume_tokens(self, tokens: list[int]) -> bool:
@@ -612,12 +612,12 @@ def test_a_schema_that_gives_up_in_the_middle_ends_its_request_alone(
         def get_error(self) -> str:
             return "too many items"
 
-    def tire(guide: Guide, logits: torch.Tensor, token_ids: list[int]) -> None:
+    def tire(guide: SchemaGuide, logits: torch.Tensor, token_ids: list[int]) -> None:
         if guide._num_seen is not None:
             guide._matcher = Tired()
         mask(guide, logits, token_ids)
 
-    monkeypatch.setattr(Guide, "mask", tire)
+    monkeypatch.setattr(SchemaGuide, "mask", tire)
     asked = [SamplingParams(max_tokens=60, json_schema=json.dumps(SCHEMA)), GREEDY]
 
     async def body(engine: TransformersEngine) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ftray.engine.protocol import EngineError
-from ftray.engine.transformers import TransformersEngine
+from ftray.engine.transformers.engine import TransformersEngine
 from ftray.errors import ModelError
 from tests.unit.test_engine import byte_tokenizer
 from tests.unit.test_head import build

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
-from ftray.train.scaling import read_scale, restore_scale, searches_scale
-from ftray.train.shards import PartReader
-from ftray.train.state import local_parts, restore_parts
-from ftray.train.timeline import Progress, list_checkpoints
+from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints
+from ftray.train.checkpoint.tensors import TensorPartReader
+from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
+from ftray.train.optim.loss_scaler import read_scale, restore_scale, searches_scale
+from ftray.train.zero.state import local_parts, restore_parts
 from tests import cluster, ranks, tiny
 
 Settings = dict[str, Any]
@@ -61,14 +61,14 @@ def run_of(root: Path, name: str, **more: Any) -> Any:
 
 
 def save(writer: CheckpointWriter, engine: Any, parameters: Any, step: int) -> None:
-    progress = Progress(step=step, num_updates=step, loss_scale=read_scale(engine))
+    progress = RunProgress(step=step, num_updates=step, loss_scale=read_scale(engine))
     parts = local_parts(engine, parameters, dist.get_rank(), dist.get_world_size())
     writer.save(progress, parts, [{"step": step, "learning_rate": 1e-2, "grad_norm": 1.0}] if step else [])
 
 
 def load(run_dir: str, engine: Any, parameters: Any) -> None:
     found = list_checkpoints(run_dir)[0]
-    read = PartReader(found.uri).read_many
+    read = TensorPartReader(found.uri).read_many
     restore_parts(engine, parameters, read, found.progress.num_updates, dist.get_rank(), dist.get_world_size())
     restore_scale(engine, found.progress.loss_scale)
 

@@ -11,28 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from ftray import cli, config, session, storage
+from ftray import config, storage
 from ftray.chat import ChatFormat, Message
+from ftray.cli import main, session
 from ftray.config import FIGURES, Gate
-from ftray.data.heldout import read_set
+from ftray.data.eval_examples import read_set
+from ftray.driver.run_record import open_run
 from ftray.errors import DataError
-from ftray.evaluate import figures, metrics
+from ftray.evaluate import metrics, summary
 from ftray.evaluate.bootstrap import Difference
 from ftray.evaluate.inputs import general_path
 from ftray.evaluate.report import report
 from ftray.evaluate.results import (
     Comparison,
-    Scores,
+    ModelScores,
     judge,
     read_results,
     settings_of,
     with_gates,
     write_results,
 )
-from ftray.evaluate.score import Scored, Work, merge, score, score_documents
+from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_documents
 from ftray.model.lora import add_virtual_tokens
-from ftray.train.identity import open_run
-from ftray.train.loss import SummedLoss
+from ftray.train.objectives.sft import SummedLossModel
 from tests import tiny
 from tests.cluster import make_run
 
@@ -62,7 +63,7 @@ def cost(model: Any, document: Any) -> list[float]:
 @pytest.mark.parametrize("max_seq_len", [16, 300])  # 16: every row is longer than that
 def test_a_record_in_a_packed_row_costs_what_it_costs_alone(rows_at_once: int, max_seq_len: int) -> None:
     model, records = tiny.make_model(), documents()
-    summed = SummedLoss(model, label_smoothing=0.5).eval()
+    summed = SummedLossModel(model, label_smoothing=0.5).eval()
     found = score_documents(summed, records, max_seq_len, rows_at_once, 1, torch.device("cpu"))
     expected = [np.sum([cost(model, d) for d in record], axis=0) for record in records]
     assert found == pytest.approx(np.array(expected), rel=1e-5)
@@ -71,11 +72,11 @@ def test_a_record_in_a_packed_row_costs_what_it_costs_alone(rows_at_once: int, m
 
 def test_each_record_sees_the_virtual_tokens_of_a_prompt_tuned_model() -> None:
     keys: Any = {"type": "prompt", "num_virtual_tokens": 5}
-    model = add_virtual_tokens(tiny.make_model(seed=3), config.Method(**keys), seed=1)
+    model = add_virtual_tokens(tiny.make_model(seed=3), config.MethodConfig(**keys), seed=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)
     records = documents()[1:]
-    found = score_documents(SummedLoss(model).eval(), records, 300, 1, 1, torch.device("cpu"))
+    found = score_documents(SummedLossModel(model).eval(), records, 300, 1, 1, torch.device("cpu"))
     for sums, ((ids, mask),) in zip(found, records, strict=True):
         whole = torch.tensor([ids]).long()
         with torch.no_grad():
@@ -90,17 +91,17 @@ def test_each_record_sees_the_virtual_tokens_of_a_prompt_tuned_model() -> None:
 def test_shares_put_together_are_the_whole(num: int) -> None:
     sizes = [4, 9, 2, 9, 30, 1, 7]
     examples = [[(np.full(n, i), np.ones(n, bool))] for i, n in enumerate(sizes)]
-    work = Work(examples, examples[:3], [[i] * n for i, n in enumerate(sizes)])
+    work = ScoreTask(examples, examples[:3], [[i] * n for i, n in enumerate(sizes)])
     shares = [work.share(i, num) for i in range(num)]
     assert sorted(len(s.prompts) for s in shares)[-1] - sorted(len(s.prompts) for s in shares)[0] <= 1
     assert [len(p) for p in shares[0].prompts] == sorted((len(p) for p in shares[0].prompts), reverse=True)
 
-    def fake(share: Work) -> Scored:
+    def fake(share: ScoreTask) -> ScoreResult:
         of = [
             np.array([[e[0][0][0], len(e[0][0]), 1.0] for e in each]).reshape(-1, 3)
             for each in (share.examples, share.general)
         ]
-        return Scored(
+        return ScoreResult(
             of[0],
             of[1],
             [str(p[0]) for p in share.prompts],
@@ -123,7 +124,7 @@ def test_a_base_answers_and_is_scored_whatever_the_share(tmp_path: Path) -> None
     run = make_run(tmp_path, tmp_path / "model", tmp_path)
     monitor = SimpleNamespace(record=SimpleNamespace(remote=lambda _: None))
     prompts = [CHAT.encode_prompt(turns[:1]) for turns in TURNS]
-    work = Work(documents(), documents()[:4], prompts)
+    work = ScoreTask(documents(), documents()[:4], prompts)
     whole = score(run, None, work, monitor)
     parts = merge([score(run, None, work.share(i, 2), monitor) for i in range(2)], work)
     assert parts.answers == whole.answers
@@ -141,7 +142,7 @@ def test_a_base_answers_and_is_scored_whatever_the_share(tmp_path: Path) -> None
 
 
 def test_the_general_set_is_read_and_a_bad_record_is_named(tmp_path: Path) -> None:
-    path = general_path(config.Evaluate())
+    path = general_path(config.EvaluateConfig())
     samples = read_set(path, "evaluate.general", CHAT, 512)
     assert len(samples) == 60
     assert all(sample.is_question for sample in samples)
@@ -152,8 +153,8 @@ def test_the_general_set_is_read_and_a_bad_record_is_named(tmp_path: Path) -> No
         read_set(str(tmp_path / "g.jsonl"), "evaluate.general", CHAT, 512)
 
 
-def scores(**values: Any) -> Scores:
-    return Scores(
+def scores(**values: Any) -> ModelScores:
+    return ModelScores(
         **{
             "num_supervised": 10,
             "num_examples": 2,
@@ -207,7 +208,7 @@ def test_each_group_has_the_figures_of_its_own_examples_and_answers() -> None:
         "base": statistics([[4.0, 8, 2, 6], [0.1, 0.5, 0.2]]),
         "tuned": statistics([[2.0, 2, 2, 4], [0.9, 0.5, 0.3]]),
     }
-    found = figures.slices_of("kind", ["a", "b", None, "a"], [0, 1, 3], models)
+    found = summary.slices_of("kind", ["a", "b", None, "a"], [0, 1, 3], models)
     assert {group: (t["num_examples"], t["num_answers"]) for group, t in found["groups"].items()} == {
         "(none)": (1, 0),
         "a": (2, 2),
@@ -233,7 +234,7 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
         "bleu": d(3, 1),
         "general_loss": d(0.2, 0.1),
     }
-    assert figures.verdict_of({"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}) == [
+    assert summary.verdict_of({"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}) == [
         (
             "the tuned model is better by held-out loss, BLEU; worse by general loss than the base; "
             "no difference that 95% intervals can tell by ROUGE-L"
@@ -242,7 +243,7 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
     ]
 
 
-def comparison(run: config.Run) -> Comparison:
+def comparison(run: config.RunConfig) -> Comparison:
     answers = {"base": ["red", "blue", "red", "none"], "tuned": ["red", "blue", "blue", "blue"]}
     wanted, labels = ["red", "blue", "blue", "red"], ["blue", "green", "red"]
     models = {
@@ -251,9 +252,9 @@ def comparison(run: config.Run) -> Comparison:
         for name, said in answers.items()
     }
     tokens = np.full((4, 3), 2.0)
-    base, tuned = (figures.scores_of(models[name], tokens) for name in ("base", "tuned"))
-    differences = {"tuned - base": figures.differences_of(models["tuned"], models["base"])}
-    slices = figures.slices_of("kind", ["x", "x", "y", "y"], [0, 1, 2, 3], models)
+    base, tuned = (summary.scores_of(models[name], tokens) for name in ("base", "tuned"))
+    differences = {"tuned - base": summary.differences_of(models["tuned"], models["base"])}
+    slices = summary.slices_of("kind", ["x", "x", "y", "y"], [0, 1, 2, 3], models)
     classes = {name: metrics.class_table(said, wanted, labels) for name, said in answers.items()}
     return Comparison(
         12,
@@ -263,7 +264,7 @@ def comparison(run: config.Run) -> Comparison:
         tuned,
         None,
         differences,
-        figures.verdict_of(differences),
+        summary.verdict_of(differences),
         [],
         slices,
         classes,
@@ -310,10 +311,10 @@ def test_the_exit_code_of_a_model_that_its_gates_refuse_is_3(
     write_results(comparison(run), str(run_dir))
     (run_dir / "evaluate/generations.jsonl").write_text("")
     (run_dir / "evaluate/speed.json").write_text("{}")
-    assert cli.main(["evaluate", str(run_dir)]) == 0
-    assert cli.main(["evaluate", str(run_dir), "evaluate.gates.loss.min_gain=0.5"]) == 0
+    assert main.main(["evaluate", str(run_dir)]) == 0
+    assert main.main(["evaluate", str(run_dir), "evaluate.gates.loss.min_gain=0.5"]) == 0
     capfd.readouterr()
-    assert cli.main(["evaluate", str(run_dir), "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}"]) == 3
+    assert main.main(["evaluate", str(run_dir), "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}"]) == 3
     said = capfd.readouterr()
     assert said.err.startswith(
         "ftray: the gates refuse this model, which is kept but not to be published: loss gained "

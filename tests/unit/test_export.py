@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from ftray import cli, storage
+from ftray import storage
+from ftray.cli import main
 from ftray.errors import ConfigError, RunError
 from ftray.model import quantize
-from ftray.model.convert import CONVERTER, convert, find_converter
+from ftray.model.gguf import CONVERTER, convert, find_converter
 from tests import hub, tiny
 
 # How far the loss of the taught model (1.18) may move. Seen: -0.0132, -0.0001, +0.0051.
@@ -101,8 +102,8 @@ def test_the_quantized_directory_is_committed_with_its_figures(run_file: Path, e
 
     from ftray import config
     from ftray.evaluate.quantized import _quantize
-    from ftray.observe.card import described
-    from ftray.train.timeline import best_checkpoint
+    from ftray.report.model_card import described
+    from ftray.train.checkpoint.catalog import best_checkpoint
 
     run = config.load_run(str(run_file), [])
     run_dir = storage.absolute(run.directory)
@@ -112,7 +113,7 @@ def test_the_quantized_directory_is_committed_with_its_figures(run_file: Path, e
     assert storage.verify_directory(target) == []
     manifest = storage.read_manifest(target)
     assert manifest is not None
-    assert (manifest["meta"]["step"], quantize.Quantized(**manifest["meta"]["quantized"])) == (3, done)
+    assert (manifest["meta"]["step"], quantize.QuantizationResult(**manifest["meta"]["quantized"])) == (3, done)
     card = ModelCard(Path(target, "MODEL_CARD.md").read_text())
     assert f"{done}." in card.text
     assert (card.data.library_name, card.data.tags) == ("transformers", ["ftray", "full", "nf4"])
@@ -218,7 +219,7 @@ def typed(tmp_path: Path, *words: str, **env: str) -> tuple[int, str]:
     """`ftray export` in a process of its own: exit code, and all that it printed and logged."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     own = {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "ftray.cli", "export", *words]
+    command = [sys.executable, "-m", "ftray.cli.main", "export", *words]
     ended = subprocess.run(command, env=kept | own | env, capture_output=True, text=True, timeout=300)
     logs = "".join(file.read_text() for file in (tmp_path / "cache").rglob("*.log"))
     return ended.returncode, ended.stdout + ended.stderr + logs
@@ -274,7 +275,7 @@ def test_a_token_that_will_not_do_is_one_sentence(
 def test_an_option_without_the_one_that_it_is_for_is_refused(
     run_file: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["export", str(run_file), *words]) == 2
+    assert main.main(["export", str(run_file), *words]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -288,5 +289,5 @@ def test_a_hub_that_is_not_there_fails_the_command(run_file: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("address", ["acme/seen", "hub:seen", "hub:acme/se en", "hub:acme/a/b", "hub:-/x", "s3://a/b"])
 def test_a_name_that_is_none_of_the_hubs(run_file: Path, capsys: pytest.CaptureFixture[str], address: str) -> None:
-    assert cli.main(["export", str(run_file), "--push", address]) == 2
+    assert main.main(["export", str(run_file), "--push", address]) == 2
     assert capsys.readouterr().err == f"ftray: --push {address} is no repository of the hub; write hub:org/name\n"

@@ -11,12 +11,12 @@ from ray.train import ControllerError, WorkerGroupError
 
 from ftray import config
 from ftray.console import Console
+from ftray.driver.resources import fitting, world_size_for
+from ftray.driver.supervisor import WorkerSupply, store_lost
+from ftray.driver.worker_group import OTHER_PHASES_S, HangDetector
 from ftray.errors import ConfigError, RunError
-from ftray.train.capacity import fitting, world_size_for
-from ftray.train.causes import explain, out_of_memory
-from ftray.train.group import OTHER_PHASES_S, Clock
-from ftray.train.supervise import Cluster, store_lost
-from ftray.train.timeline import list_checkpoints
+from ftray.train.checkpoint.catalog import list_checkpoints
+from ftray.train.failures import explain, out_of_memory
 
 
 class Hand:
@@ -31,7 +31,7 @@ class Hand:
 
 def test_a_missing_step_counts_and_loading_compiling_saving_and_evaluating_do_not() -> None:
     hand = Hand()
-    clock = Clock(10.0, hand)
+    clock = HangDetector(10.0, hand)
     hand.s += 1000  # loading
     assert clock.hangs == ""
     clock.heard({"event": "start"})
@@ -64,7 +64,7 @@ def test_a_store_that_is_gone_while_a_run_trains_is_no_wrong_input(monkeypatch: 
 
 def test_even_what_does_not_count_ends_some_day() -> None:
     hand = Hand()
-    clock = Clock(10.0, hand)
+    clock = HangDetector(10.0, hand)
     hand.s += OTHER_PHASES_S + 1
     assert "gave no sign for 3601 s" in clock.hangs
 
@@ -111,7 +111,7 @@ def test_too_little_memory_for_a_step_is_told_with_its_remedy() -> None:
     assert out_of_memory(RuntimeError("anything else")) is None
 
 
-def run_of(workers: object, rows: int = 12, micro: object = "auto", **scale: Any) -> config.Run:
+def run_of(workers: object, rows: int = 12, micro: object = "auto", **scale: Any) -> config.RunConfig:
     tree = {
         "name": "a",
         "model": {"base": "b"},
@@ -152,13 +152,13 @@ def test_each_worker_fits_on_one_node_and_a_cpu_is_left_for_data() -> None:
 
 def test_a_group_grows_only_into_room_of_the_right_kind_on_one_node_each_and_not_again_at_once() -> None:
     run = run_of({"min": 1, "max": 2}, accelerator="A100")
-    group = Cluster(run, True, Console(), [], None)
+    group = WorkerSupply(run, True, Console(), [], None)
     group._size = 1
     a100, t4 = ({"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{kind}": 1.0} for kind in ("A100", "T4"))
     held = {"CPU": 1.0, "accelerator_type:A100": 1.0}
     assert group.growth([a100, a100, t4], [held, a100, t4]) == 2
     assert group.growth([a100, a100, t4], [held, held, t4]) is None, "another's GPU, and one of another kind"
-    halves = Cluster(run_of({"min": 1, "max": 2}, cpus_per_worker=2), False, Console(), [], None)
+    halves = WorkerSupply(run_of({"min": 1, "max": 2}, cpus_per_worker=2), False, Console(), [], None)
     halves._size = 1
     assert halves.growth([{"CPU": 3.0}, {"CPU": 3.0}], [{"CPU": 1.0}, {"CPU": 1.0}]) is None, "no node has two free"
     assert halves.growth([{"CPU": 3.0}, {"CPU": 3.0}], [{"CPU": 1.0}, {"CPU": 3.0}]) == 2

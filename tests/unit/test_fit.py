@@ -10,16 +10,16 @@ import torch
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.train.fit import fit_memory
-from ftray.train.loss import SummedLoss, flatten_rows
-from ftray.train.memory import GIB, Head, Memory, best_fit, head_of, longest_row, state_bytes
+from ftray.train.memory import GIB, HeadMemory, MemoryModel, best_fit, head_of, longest_row, state_bytes
+from ftray.train.memory_tuning import fit_memory
+from ftray.train.objectives.sft import SummedLossModel, flatten_rows
 from tests import tiny
 
-NO_HEAD = Head(0, 0, 0)
-LARGE = Memory(139 * GIB, 40 * GIB, 4.0e6, 0.3e6, 32, 0, NO_HEAD)
+NO_HEAD = HeadMemory(0, 0, 0)
+LARGE = MemoryModel(139 * GIB, 40 * GIB, 4.0e6, 0.3e6, 32, 0, NO_HEAD)
 
 
-def _run(zero_stage: int = 2, offload: str = "none", **train: object) -> config.Run:
+def _run(zero_stage: int = 2, offload: str = "none", **train: object) -> config.RunConfig:
     tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
     tree |= {"train": {"global_batch_size": 8, **train}, "deepspeed": {"zero_stage": zero_stage, "offload": offload}}
     return config.parse_run(tree, "test")
@@ -40,7 +40,7 @@ def test_a_row_too_long_to_be_kept_recomputes_as_few_layers_as_it_must() -> None
 
 
 def test_where_nothing_fits_the_smallest_is_tried() -> None:
-    fit = best_fit(Memory(GIB, 2 * GIB, 4e6, 3e5, 32, 0, NO_HEAD), [1, 2], [0, 16, 32], 4096)
+    fit = best_fit(MemoryModel(GIB, 2 * GIB, 4e6, 3e5, 32, 0, NO_HEAD), [1, 2], [0, 16, 32], 4096)
     assert (fit.micro_batch_size, fit.layers) == (1, 32)
 
 
@@ -48,7 +48,7 @@ def test_the_rows_that_a_run_was_begun_with_are_kept_where_they_fit_though_other
     rows, layers = [1, 2, 4, 8, 16], list(range(33))
     assert [best_fit(LARGE, rows, layers, 4096, before).micro_batch_size for before in (None, 1, 2, 8)] == [4, 1, 2, 8]
     assert best_fit(LARGE, rows, layers, 4096, 8).layers > 0, "room is made for them"
-    smaller = Memory(80 * GIB, 70 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
+    smaller = MemoryModel(80 * GIB, 70 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
     assert best_fit(smaller, rows, layers, 4096, 16) == best_fit(smaller, rows, layers, 4096)
     assert best_fit(LARGE, [1, 3], layers, 4096, 2) == best_fit(LARGE, [1, 3], layers, 4096), (
         "another number of workers"
@@ -56,7 +56,7 @@ def test_the_rows_that_a_run_was_begun_with_are_kept_where_they_fit_though_other
 
 
 def test_the_peak_is_with_all_activations_or_in_the_update_whichever_is_more() -> None:
-    memory = Memory(80 * GIB, 10 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
+    memory = MemoryModel(80 * GIB, 10 * GIB, 4e6, 1e6, 32, 0, NO_HEAD)
     with_activations = memory.peak(4096, 0)
     assert with_activations > 24 * GIB
     assert replace(memory, update=5 * GIB).peak(4096, 0) == with_activations
@@ -73,13 +73,13 @@ def test_what_is_offloaded_is_not_counted_on_the_gpu() -> None:
 
 def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> None:
     plain = _run()
-    prompt = plain.model_copy(update={"method": config.Method.model_validate({"type": "prompt"})})
+    prompt = plain.model_copy(update={"method": config.MethodConfig.model_validate({"type": "prompt"})})
     assert longest_row(plain, 30) == plain.data.max_seq_len
     assert longest_row(prompt, 30) == plain.data.max_seq_len + 30 * prompt.method.num_virtual_tokens
 
 
 def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
-    loss = SummedLoss(tiny.make_model())
+    loss = SummedLossModel(tiny.make_model())
     fit = fit_memory(_run(), loss, torch.device("cpu"), 2)
     assert (fit.micro_batch_size, fit.layers, fit.peak) == (1, 0, None)
     sizes = [fit_memory(_run(), loss, torch.device("cpu"), 2, before).micro_batch_size for before in (2, 3, 8)]
@@ -95,7 +95,7 @@ def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, laye
     batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.array([64, 50], np.int32))
     found = []
     for how in ("none", recompute):
-        loss = SummedLoss(tiny.make_model()).train()
+        loss = SummedLossModel(tiny.make_model()).train()
         fit = fit_memory(_run(recompute=how), loss, torch.device("cpu"), 1)
         value = loss(*vars(batch).values())
         value.backward()
@@ -126,7 +126,7 @@ def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:
     eight = state_bytes(_run(0, optimizer="adamw-8bit-paged"), 10 * number, 2, number)
     assert eight.lasting == pytest.approx(40e6 + 2.2e6)
     wide = _run(2).model_copy(
-        update={"deepspeed": config.DeepSpeed(overrides={"zero_optimization": {"reduce_bucket_size": 7}})}
+        update={"deepspeed": config.DeepSpeedConfig(overrides={"zero_optimization": {"reduce_bucket_size": 7}})}
     )
     assert (state_bytes(_run(2), number, 2, number).bucket, state_bytes(wide, number, 2, number).bucket) == (1e9, 14)
     assert state_bytes(_run(0), number, 2, number).bucket == 0

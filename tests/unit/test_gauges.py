@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import pytest
 
 from ftray import config
-from ftray.observe import gauges
-from ftray.observe.cards import CARDS, mfu
-from ftray.observe.gauges import Gauges
-from ftray.observe.shape import shape_of
+from ftray.report import ray_metrics
+from ftray.report.gpu_specs import CARDS, mfu
+from ftray.report.model_shape import shape_of
+from ftray.report.ray_metrics import TrainingMetrics
 
 
 class Recorded:
@@ -29,12 +29,12 @@ class Recorded:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
-    monkeypatch.setattr(gauges, "Gauge", Recorded)
+    monkeypatch.setattr(ray_metrics, "Gauge", Recorded)
     Recorded.values.clear()
     return Recorded.values
 
 
-def run_of() -> config.Run:
+def run_of() -> config.RunConfig:
     data = {"train": [{"path": "nowhere"}], "max_seq_len": 1000}
     tree = {"name": "g", "model": {"base": "meta-llama/Llama-3.1-8B"}, "data": data}
     return config.parse_run({**tree, "train": {"global_batch_size": 4}, "scale": {"num_workers": 2}}, "test")
@@ -47,7 +47,7 @@ def step(number: int, **more: Any) -> dict[str, Any]:
 
 def test_steps_done_again_are_no_goodput(told: dict[tuple[str, ...], float]) -> None:
     clock = [0.0]
-    found = Gauges(run_of(), lambda: clock[0])
+    found = TrainingMetrics(run_of(), lambda: clock[0])
     for number, now in ((0, 10.0), (1, 20.0), (2, 30.0)):
         clock[0] = now
         found.heard(step(number))
@@ -67,7 +67,7 @@ def test_groups_that_start_again_are_counted_and_mfu_is_that_of_the_report(
     told: dict[tuple[str, ...], float],
 ) -> None:
     run = run_of()
-    found = Gauges(run)
+    found = TrainingMetrics(run)
     start = {"event": "start", "step": 0, "num_steps": 9, "workers": 2, "device": "NVIDIA H200"}
     found.heard(start)
     found.heard(step(0, tokens_per_s=30_000.0, grad_norm=None))
@@ -79,7 +79,7 @@ def test_groups_that_start_again_are_counted_and_mfu_is_that_of_the_report(
 
 
 def test_what_nobody_knows_is_left_out(told: dict[tuple[str, ...], float]) -> None:
-    found = Gauges(run_of())
+    found = TrainingMetrics(run_of())
     found.heard({"event": "start", "step": 0, "num_steps": 9, "workers": 2, "device": "CPU"})
     found.heard(step(0, tokens_per_s=0.0))
     for event in ("busy", "joined", "fit", "rewind"):
@@ -88,13 +88,13 @@ def test_what_nobody_knows_is_left_out(told: dict[tuple[str, ...], float]) -> No
 
 
 def test_a_trial_is_told_under_its_sweeps_name(told: dict[tuple[str, ...], float]) -> None:
-    Gauges(run_of(), name="sweep/trial-003").heard(step(0))
+    TrainingMetrics(run_of(), name="sweep/trial-003").heard(step(0))
     assert told["ftray_step", "sweep/trial-003"] == 1
     assert not any("g" in key[1:] for key in told)
 
 
 def test_alarms_are_counted_by_kind(told: dict[tuple[str, ...], float]) -> None:
-    found = Gauges(run_of())
+    found = TrainingMetrics(run_of())
     for kind in ("spike", "plateau", "spike"):
         found.heard({"event": "alarm", "kind": kind})
     assert told["ftray_alarms", "g", "spike"] == 2
@@ -106,9 +106,9 @@ def test_a_figure_that_can_not_be_told_ends_nothing_and_is_said_once(monkeypatch
         def set(self, value: float, tags: dict[str, str]) -> None:
             raise ValueError(f"{value} is none of {tags}")
 
-    monkeypatch.setattr(gauges, "Gauge", Broken)
+    monkeypatch.setattr(ray_metrics, "Gauge", Broken)
     said: list[str] = []
-    found = Gauges(run_of(), warn=said.append)
+    found = TrainingMetrics(run_of(), warn=said.append)
     found.heard(step(0))
     found.heard(step(1))
     assert said == ["figures of this run can't be told to Ray's metrics (ValueError: 1.0 is none of {'run': 'g'})"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ftray.model.head import is_plain
-from ftray.observe.shape import read_shape
-from ftray.train.loss import SummedLoss, _add_product
+from ftray.model.output_head import is_plain
+from ftray.report.model_shape import read_shape
+from ftray.train.objectives.sft import SummedLossModel, _add_product
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -57,7 +57,7 @@ def build(kind: str, **more: Any) -> Any:
 def test_the_loss_is_that_of_the_models_own_logits(kind: str, more: dict[str, Any], plain: bool) -> None:
     model = build(kind, **more)
     assert is_plain(model) == plain
-    loss = SummedLoss(model)
+    loss = SummedLossModel(model)
     assert loss.in_pieces == plain
     ids, positions = torch.randint(3, 100, (1, 16)), torch.arange(16)[None]
     labels = ids.roll(-1, 1)

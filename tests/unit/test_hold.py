@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from ftray.engine.hold import HeldChunks, Hold, Holds
-from ftray.engine.protocol import Chunk
+from ftray.engine.adapter_references import AdapterReference, AdapterReferences, ReferencedChunks
+from ftray.engine.protocol import OutputChunk
 
 
 class Desk:
@@ -15,21 +15,21 @@ class Desk:
 
     def __init__(self) -> None:
         self.freed: list[int] = []
-        self.holds = Holds(self._free)
+        self.holds = AdapterReferences(self._free)
 
     async def _free(self, adapter: int) -> None:
         await asyncio.sleep(0)
         self.freed.append(adapter)
 
-    def ask(self, adapter: int) -> HeldChunks:
+    def ask(self, adapter: int) -> ReferencedChunks:
         hold = self.holds.take(adapter)
-        return HeldChunks(self._say(hold), hold)
+        return ReferencedChunks(self._say(hold), hold)
 
-    async def _say(self, hold: Hold) -> AsyncGenerator[Chunk, None]:
+    async def _say(self, hold: AdapterReference) -> AsyncGenerator[OutputChunk, None]:
         try:
             for i in range(3):
                 await asyncio.sleep(0)
-                yield Chunk("x", [i], "length" if i == 2 else None, 1, i + 1)
+                yield OutputChunk("x", [i], "length" if i == 2 else None, 1, i + 1)
         finally:
             await hold.end()
 
@@ -45,7 +45,7 @@ async def settle() -> None:
 def test_whatever_becomes_of_a_request_its_hold_ends_once(how: str) -> None:
     desk = Desk()
 
-    async def read(chunks: HeldChunks) -> None:
+    async def read(chunks: ReferencedChunks) -> None:
         async for _ in chunks:
             pass
 

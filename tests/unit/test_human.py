@@ -18,17 +18,17 @@ import pytest
 from scipy import stats
 
 from ftray import config, storage
-from ftray.cli import main
+from ftray.cli.main import main
 from ftray.console import Console
 from ftray.errors import ConfigError, RunHeldError
 from ftray.evaluate.generations import Generation, read_generations
-from ftray.evaluate.human.answers import Answer, Answers
+from ftray.evaluate.human.answers import Rating, RatingStore
+from ftray.evaluate.human.commands import HumanEvalOptions, human
+from ftray.evaluate.human.csv_sheet import from_csv, to_csv
 from ftray.evaluate.human.results import alpha, as_text, results_of, verdict
 from ftray.evaluate.human.server import MAX_BODY_BYTES, build_page, serving
-from ftray.evaluate.human.sheet import Key, Sheet, build_sheet, open_sheet, read_sheet
-from ftray.evaluate.human.table import from_csv, to_csv
-from ftray.evaluate.human.verb import Asked, human
-from ftray.evaluate.intervals import bootstrap, wilson
+from ftray.evaluate.human.sheet import Sheet, SheetKey, build_sheet, open_sheet, read_sheet
+from ftray.evaluate.stats import bootstrap, wilson
 from tests.s3 import S3Server
 
 SIZES = {"red": 60, "green": 30, "blue": 9, "rare": 1}
@@ -46,11 +46,11 @@ def made(sizes: dict[str, int] | None = None) -> list[Generation]:
     return [Generation(g["question"], g["reference"], g["base"], g["tuned"], g["slice"]) for g in lines(sizes)]
 
 
-def sheet_of(sizes: dict[str, int] | None = None, **settings: Any) -> tuple[Sheet, Key]:
-    return build_sheet(made(sizes), config.Human(**settings))
+def sheet_of(sizes: dict[str, int] | None = None, **settings: Any) -> tuple[Sheet, SheetKey]:
+    return build_sheet(made(sizes), config.HumanEvalConfig(**settings))
 
 
-def run_of(root: Path, rows: list[dict[str, Any]] | None = None, **settings: Any) -> config.Run:
+def run_of(root: Path, rows: list[dict[str, Any]] | None = None, **settings: Any) -> config.RunConfig:
     tree = {"name": "r", "storage": str(root), "model": {"base": "m"}, "data": {"train": [{"path": "p"}]}}
     found = config.parse_run({**tree, "evaluate": {"human": settings}}, "f")
     (root / "r" / "evaluate").mkdir(parents=True, exist_ok=True)
@@ -140,14 +140,14 @@ def test_a_sheet_that_was_answered_is_never_replaced(tmp_path: Path) -> None:
     run_dir = str(tmp_path / "r")
     run = run_of(tmp_path, samples=10)
     first = open_sheet(run_dir, run.evaluate.human)[0]
-    second = open_sheet(run_dir, config.Human(samples=11))[0]
+    second = open_sheet(run_dir, config.HumanEvalConfig(samples=11))[0]
     assert second.id != first.id, "nobody has answered yet"
-    Answers(f"{run_dir}/evaluate/human", second).save("ann", {1: Answer(preferred="a")})
+    RatingStore(f"{run_dir}/evaluate/human", second).save("ann", {1: Rating(preferred="a")})
     with pytest.raises(ConfigError, match=r"holds ratings of another sheet.*move or delete that directory"):
         open_sheet(run_dir, run.evaluate.human)
     run_of(tmp_path, [{**row, "tuned": "another model"} for row in lines()], samples=11)
     with pytest.raises(ConfigError, match="holds ratings of another sheet"):
-        open_sheet(run_dir, config.Human(samples=11))
+        open_sheet(run_dir, config.HumanEvalConfig(samples=11))
     there = read_sheet(run_dir)
     assert there is not None
     assert there[0] == second
@@ -184,46 +184,46 @@ def test_answers_that_are_missing_or_damaged_are_told(tmp_path: Path, text: str 
 
 def test_answers_survive_the_process_and_merge_by_sample(tmp_path: Path) -> None:
     sheet, _ = sheet_of(samples=5)
-    answers = Answers(str(tmp_path), sheet)
-    answers.save("Zoë / 1", {2: Answer(preferred="a", a={"style": 3})})
-    answers.save("Zoë / 1", {5: Answer(preferred="same")})
-    answers.save("Zoë / 1", {2: Answer(preferred="b")})
-    answers.save("../bob", {1: Answer(b={"safety": 1})})
-    again = Answers(str(tmp_path), sheet)
+    answers = RatingStore(str(tmp_path), sheet)
+    answers.save("Zoë / 1", {2: Rating(preferred="a", a={"style": 3})})
+    answers.save("Zoë / 1", {5: Rating(preferred="same")})
+    answers.save("Zoë / 1", {2: Rating(preferred="b")})
+    answers.save("../bob", {1: Rating(b={"safety": 1})})
+    again = RatingStore(str(tmp_path), sheet)
     assert again.by_rater == answers.by_rater
-    assert again.of("Zoë / 1") == {2: Answer(preferred="b"), 5: Answer(preferred="same")}
+    assert again.of("Zoë / 1") == {2: Rating(preferred="b"), 5: Rating(preferred="same")}
     assert again.of("nobody") == {}
     assert {path.parent for path in tmp_path.rglob("*.json")} == {tmp_path / "answers"}
     with pytest.raises(ConfigError, match="answers to another sheet"):
-        Answers(str(tmp_path), sheet_of(samples=6)[0])
+        RatingStore(str(tmp_path), sheet_of(samples=6)[0])
 
 
 def test_a_run_in_a_bucket_keeps_its_sheet_and_its_answers_there(s3: S3Server, tmp_path: Path) -> None:
     run_dir = f"{s3.uri}/human/r"
     lines_of = "".join(json.dumps(row) + "\n" for row in lines()).encode()
     storage.write_bytes(f"{run_dir}/evaluate/generations.jsonl", lines_of)
-    sheet, key = open_sheet(run_dir, config.Human(samples=5))
-    Answers(f"{run_dir}/evaluate/human", sheet).save("ann", {1: Answer(preferred="a")})
+    sheet, key = open_sheet(run_dir, config.HumanEvalConfig(samples=5))
+    RatingStore(f"{run_dir}/evaluate/human", sheet).save("ann", {1: Rating(preferred="a")})
     assert read_sheet(run_dir) == (sheet, key)
-    assert Answers(f"{run_dir}/evaluate/human", sheet).of("ann") == {1: Answer(preferred="a")}
+    assert RatingStore(f"{run_dir}/evaluate/human", sheet).of("ann") == {1: Rating(preferred="a")}
 
 
 @pytest.mark.parametrize(
     ("rater", "number", "answer", "words"),
     [
-        ("ann", 6, Answer(), "sample 6 is not on the sheet; it has samples 1 to 5"),
-        ("ann", 0, Answer(), "sample 0 is not on the sheet"),
-        ("ann", 1, Answer(a={"wit": 3}), "'wit' is no criterion of the sheet: accuracy, "),
-        ("", 1, Answer(), "a rater's name has 1 to 40 characters"),
-        (" ann", 1, Answer(), "a rater's name"),
-        ("a\nb", 1, Answer(), "a rater's name"),
-        ("x" * 41, 1, Answer(), "a rater's name"),
+        ("ann", 6, Rating(), "sample 6 is not on the sheet; it has samples 1 to 5"),
+        ("ann", 0, Rating(), "sample 0 is not on the sheet"),
+        ("ann", 1, Rating(a={"wit": 3}), "'wit' is no criterion of the sheet: accuracy, "),
+        ("", 1, Rating(), "a rater's name has 1 to 40 characters"),
+        (" ann", 1, Rating(), "a rater's name"),
+        ("a\nb", 1, Rating(), "a rater's name"),
+        ("x" * 41, 1, Rating(), "a rater's name"),
     ],
 )
 def test_what_the_sheet_does_not_have_is_not_kept(
-    tmp_path: Path, rater: str, number: int, answer: Answer, words: str
+    tmp_path: Path, rater: str, number: int, answer: Rating, words: str
 ) -> None:
-    answers = Answers(str(tmp_path), sheet_of(samples=5)[0])
+    answers = RatingStore(str(tmp_path), sheet_of(samples=5)[0])
     with pytest.raises(ConfigError, match=words):
         answers.save(rater, {number: answer})
     assert list(tmp_path.rglob("*")) == []
@@ -243,14 +243,16 @@ def ask(url: str, method: str = "GET", body: bytes | None = None) -> tuple[int, 
 
 def test_the_server_gives_sheet_and_own_answers_to_those_who_have_its_address(tmp_path: Path) -> None:
     sheet, key = sheet_of(samples=10)
-    answers = Answers(str(tmp_path), sheet)
-    answers.save("bob", {1: Answer(preferred="b")})
+    answers = RatingStore(str(tmp_path), sheet)
+    answers.save("bob", {1: Rating(preferred="b")})
     with serving(build_page(sheet, answers, key.token), key.token, "127.0.0.1", 0) as address:
         root = address.removesuffix(f"{key.token}/")
         assert root.startswith("http://127.0.0.1:")
         put = ask(f"{address}answers/3?rater=ann", "PUT", b'{"preferred": "same", "a": {"style": 5}}')
         assert put[0] == 204
-        assert Answers(str(tmp_path), sheet).of("ann") == {3: Answer(preferred="same", a={"style": 5})}, "not at once"
+        assert RatingStore(str(tmp_path), sheet).of("ann") == {3: Rating(preferred="same", a={"style": 5})}, (
+            "not at once"
+        )
         status, body, headers = ask(f"{address}sheet?rater=ann")
         tree = json.loads(body)
         assert status == 200
@@ -284,14 +286,14 @@ def test_the_server_gives_sheet_and_own_answers_to_those_who_have_its_address(tm
 )
 def test_the_server_keeps_nothing_that_is_no_answer(tmp_path: Path, path: str, body: bytes, status: int) -> None:
     sheet, _ = sheet_of(samples=10)
-    with serving(build_page(sheet, Answers(str(tmp_path), sheet), "t"), "t", "127.0.0.1", 0) as address:
+    with serving(build_page(sheet, RatingStore(str(tmp_path), sheet), "t"), "t", "127.0.0.1", 0) as address:
         assert ask(address + path, "PUT", body)[0] == status
     assert list(tmp_path.rglob("*.json")) == []
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     sheet, _ = sheet_of(samples=2)
-    app = build_page(sheet, Answers(str(tmp_path), sheet), "t")
+    app = build_page(sheet, RatingStore(str(tmp_path), sheet), "t")
     with serving(app, "t", "127.0.0.1", 0) as address:
         port = int(address.split(":")[2].split("/")[0])
         with (
@@ -326,7 +328,7 @@ def filled(data: bytes, fill: Any, delimiter: str = ",", encoding: str = "utf-8-
 def test_what_is_written_into_the_csv_comes_back(delimiter: str, encoding: str) -> None:
     sheet, _ = sheet_of(samples=20, criteria=["accuracy", "house style"])
     rng = random.Random(0)
-    said: dict[int, Answer] = {}
+    said: dict[int, Rating] = {}
 
     def fill(row: dict[str, str]) -> None:
         number = int(row["sample"])
@@ -338,7 +340,7 @@ def test_what_is_written_into_the_csv_comes_back(delimiter: str, encoding: str) 
         scores = {c: rng.randint(1, 5) for c in ("A accuracy", "B accuracy", "B house style")}
         row.update({c: str(v) for c, v in scores.items()})
         b = {"accuracy": scores["B accuracy"], "house style": scores["B house style"]}
-        said[number] = Answer(preferred=preferred, a={"accuracy": scores["A accuracy"]}, b=b)
+        said[number] = Rating(preferred=preferred, a={"accuracy": scores["A accuracy"]}, b=b)
 
     data = filled(to_csv(sheet), fill, delimiter, encoding)
     assert from_csv(data, sheet, "f.csv") == {"Zoë": said}
@@ -401,7 +403,7 @@ def test_a_csv_without_names_answers_or_columns_is_refused() -> None:
 def test_csv_out_and_in_ends_in_results(tmp_path: Path) -> None:
     run = run_of(tmp_path, samples=20, criteria=["style"])
     said = io.StringIO()
-    human(run, Asked(csv=str(tmp_path / "out.csv")), Console(said))
+    human(run, HumanEvalOptions(csv=str(tmp_path / "out.csv")), Console(said))
     key = json.loads((tmp_path / "r/evaluate/human/key.json").read_text())
 
     def fill(row: dict[str, str]) -> None:  # prefers the tuned model throughout, and scores it one better
@@ -409,7 +411,7 @@ def test_csv_out_and_in_ends_in_results(tmp_path: Path) -> None:
         row.update({"rater": "ann", "preferred": tuned, "A style": "3", "B style": "3", f"{tuned} style": "4"})
 
     (tmp_path / "in.csv").write_bytes(filled((tmp_path / "out.csv").read_bytes(), fill))
-    human(run, Asked(filled=str(tmp_path / "in.csv")), Console(said))
+    human(run, HumanEvalOptions(filled=str(tmp_path / "in.csv")), Console(said))
     results = json.loads((tmp_path / "r/evaluate/human/results.json").read_text())
     assert (results["wins"], results["ties"], results["losses"]) == (20, 0, 0)
     assert results["win_rate"]["value"] == 1
@@ -417,10 +419,10 @@ def test_csv_out_and_in_ends_in_results(tmp_path: Path) -> None:
     assert "the tuned model is preferred" in said.getvalue()
     (tmp_path / "out.csv").write_bytes(b"my work")
     with pytest.raises(ConfigError, match="is there already, and may hold answers; give another name"):
-        human(run, Asked(csv=str(tmp_path / "out.csv")), Console(said))
+        human(run, HumanEvalOptions(csv=str(tmp_path / "out.csv")), Console(said))
     assert (tmp_path / "out.csv").read_bytes() == b"my work"
     (tmp_path / "r/evaluate/human/results.json").unlink()
-    human(run_of(tmp_path, samples=9), Asked(results=True), Console(said))  # of the sheet that is there
+    human(run_of(tmp_path, samples=9), HumanEvalOptions(results=True), Console(said))  # of the sheet that is there
     assert json.loads((tmp_path / "r/evaluate/human/results.json").read_text()) == results
 
 
@@ -429,9 +431,9 @@ def test_results_without_a_sheet_and_a_second_server_are_refused(tmp_path: Path)
 
     run = run_of(tmp_path)
     with pytest.raises(ConfigError, match="has no sheet yet"):
-        human(run, Asked(results=True), Console(io.StringIO()))
+        human(run, HumanEvalOptions(results=True), Console(io.StringIO()))
     with acquire_lease(str(tmp_path / "r/evaluate/human")), pytest.raises(RunHeldError):
-        human(run, Asked(), Console(io.StringIO()))
+        human(run, HumanEvalOptions(), Console(io.StringIO()))
 
 
 def test_the_verb_has_two_words_and_leaves_a_run_of_that_name_alone(
@@ -521,14 +523,14 @@ def test_results_count_what_was_said_by_hand_made_numbers() -> None:
     sheet, key = sheet_of({"x": 2, "y": 2}, samples=4, criteria=["style"])
     tuned, base = key.tuned, ["b" if side == "a" else "a" for side in key.tuned]
 
-    def answer(n: int, who: str, base_score: int, tuned_score: int) -> Answer:
+    def answer(n: int, who: str, base_score: int, tuned_score: int) -> Rating:
         sides = {tuned[n - 1]: {"style": tuned_score}, base[n - 1]: {"style": base_score}}
-        return Answer.model_validate({"preferred": {"t": tuned[n - 1], "b": base[n - 1], "s": "same"}[who], **sides})
+        return Rating.model_validate({"preferred": {"t": tuned[n - 1], "b": base[n - 1], "s": "same"}[who], **sides})
 
     answers = {
         "ann": {1: answer(1, "t", 2, 4), 2: answer(2, "t", 3, 3), 3: answer(3, "b", 5, 1)},
         "bob": {1: answer(1, "s", 1, 2), 2: answer(2, "t", 3, 5)},
-        "eve": {4: Answer(a={"style": 4})},
+        "eve": {4: Rating(a={"style": 4})},
     }
     found = results_of(sheet, key, answers)
     assert found.raters == {"ann": 3, "bob": 2, "eve": 0}
@@ -548,9 +550,9 @@ def test_results_count_what_was_said_by_hand_made_numbers() -> None:
 
 def test_agreement_is_on_what_raters_saw_so_that_a_clear_winner_is_no_disagreement() -> None:
     sheet, key = sheet_of(samples=40)
-    one = {n: Answer(preferred=side) for n, side in enumerate(key.tuned, 1)}
+    one = {n: Rating(preferred=side) for n, side in enumerate(key.tuned, 1)}
     assert results_of(sheet, key, {"ann": one, "bob": one}).agreement == pytest.approx(1)
-    other = {n: Answer(preferred="b" if a.preferred == "a" else "a") for n, a in one.items()}
+    other = {n: Rating(preferred="b" if a.preferred == "a" else "a") for n, a in one.items()}
     found = results_of(sheet, key, {"ann": one, "bob": other})
     assert found.agreement is not None
     assert found.agreement < -0.9

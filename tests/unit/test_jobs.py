@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ftray import config
-from ftray.cluster.nodes import find_machine, lay_out
-from ftray.train.zero import deepspeed_config
+from ftray.cluster.instance_types import find_instance_type, plan_pods
+from ftray.train.zero.config import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -47,7 +47,7 @@ def test_what_the_run_files_promise(
 ) -> None:
     run = config.load_run(ROOT / "jobs" / f"{stem}.yaml")
     assert (run.method.type, run.deepspeed.zero_stage, run.world_sizes) == (method, stage, sizes)
-    assert lay_out(run, find_machine("A100", machine)).pods == pods
+    assert plan_pods(run, find_instance_type("A100", machine)).pods == pods
 
 
 def test_the_evaluation_finds_the_run_that_lora_8b_trains() -> None:

@@ -18,8 +18,8 @@ from ftray import config
 from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.evaluate import judge as room
-from ftray.evaluate.intervals import wilson
 from ftray.evaluate.judge import NUM_AT_ONCE, judge, parse_verdict
+from ftray.evaluate.stats import wilson
 
 KEY = "sk-very-secret-0123456789"
 Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -98,7 +98,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 ANSWERS = [("b" * 5, "t" * 9)] * 12 + [("b" * 9, "t" * 5)] * 5 + [("b" * 5, "t" * 5)] * 3
 
 
-def run_of(root: Path, url: str, **settings: Any) -> config.Run:
+def run_of(root: Path, url: str, **settings: Any) -> config.RunConfig:
     folder = root / "r" / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"question": f"q{i} {{x}}?", "reference": "", "base": b, "tuned": t} for i, (b, t) in enumerate(ANSWERS)]
@@ -305,6 +305,6 @@ def test_no_judge_and_no_answers_are_told(tmp_path: Path) -> None:
     (tmp_path / "r/evaluate/generations.jsonl").unlink()
     with pytest.raises(ConfigError, match="there are no answers to compare"):
         judge(run, Console(io.StringIO()))
-    plain = run.model_copy(update={"evaluate": config.Evaluate()})
+    plain = run.model_copy(update={"evaluate": config.EvaluateConfig()})
     with pytest.raises(ConfigError, match=r"evaluate\.judge is missing; add evaluate\.judge: \{url"):
         judge(plain, Console(io.StringIO()))

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftray.chat import Message
-from ftray.data.clean import split_part
+from ftray.data.checks.labels import check_labels, count_labels, find_conflicts, pick_substitutes
+from ftray.data.examples import split_part
 from ftray.data.formats import BadRecord
-from ftray.data.labels import check_labels, count_labels, find_conflicts, pick_substitutes
 
 LABELS = ("card lost", "card stolen", "top up")
 

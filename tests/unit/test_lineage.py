@@ -13,14 +13,14 @@ from huggingface_hub import ModelCard
 from ftray import config, storage
 from ftray.console import Console
 from ftray.data.index import ChunkFacts, Index
-from ftray.data.prepare import Data
+from ftray.data.prepare import PreparedData
 from ftray.data.sources import Chunk, list_shards
+from ftray.driver.lineage import environment, environment_changes, id_of, read_lineage, record_lineage, what_changed
 from ftray.errors import ConfigError, DataError, RunError
 from ftray.model.fingerprint import WHOLE_BYTES, base_files
-from ftray.observe.card import described
-from ftray.observe.reproduce import check_before, check_data, compare_runs, renamed
-from ftray.train.lineage import environment, environment_changes, id_of, read_lineage, record_lineage, what_changed
-from ftray.train.timeline import list_checkpoints
+from ftray.report.model_card import described
+from ftray.report.reproduce import check_before, check_data, compare_runs, renamed
+from ftray.train.checkpoint.catalog import list_checkpoints
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
 
@@ -42,17 +42,17 @@ def shards(tmp_path: Path) -> Path:
     return directory
 
 
-def data_of(shards: Path, digests: str = "xy") -> Data:
+def data_of(shards: Path, digests: str = "xy") -> PreparedData:
     """As an index pass would describe these shards: a chunk each, its rows known by a letter."""
     found = list_shards(str(shards))
     facts = tuple(
         ChunkFacts(Chunk(0, s.uri, s.path, s.etag, 0, s.size_bytes), 1, 1, 5, 5, digest)
         for s, digest in zip(found, digests, strict=True)
     )
-    return Data(None, Index(facts, ()), None, None, f"hash-{digests}")  # type: ignore[arg-type]
+    return PreparedData(None, Index(facts, ()), None, None, f"hash-{digests}")  # type: ignore[arg-type]
 
 
-def begun(tmp_path: Path, base: Path, shards: Path, parent: str | None = None) -> tuple[config.Run, str]:
+def begun(tmp_path: Path, base: Path, shards: Path, parent: str | None = None) -> tuple[config.RunConfig, str]:
     sections = {"model": {"base": str(base)}, "data": {"train": [{"path": str(shards)}]}, "evaluate": {}}
     run, run_dir = write_run(tmp_path, [line(n, 2.0, BEGAN_S + n) for n in range(4)], **sections)
     (run_dir / "checkpoints").rename(run_dir / "later")
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_tells_what_changed(
     assert before is not None
     now = json.loads(json.dumps(environment()))
     now["packages"]["torch"] = "9.9"
-    monkeypatch.setattr("ftray.train.lineage.environment", lambda: now)
+    monkeypatch.setattr("ftray.driver.lineage.environment", lambda: now)
     for _ in range(2):
         assert record_lineage(run, run_dir, data_of(shards), "other", "other", None) == before["id"]
     found = read_lineage(run_dir)
@@ -133,7 +133,7 @@ def test_a_base_of_the_hub_is_known_by_its_commit_whatever_was_downloaded(
         "huggingface_hub.try_to_load_from_cache",
         lambda _repo, name, **_: str(snapshot / name) if (snapshot / name).exists() else None,
     )
-    model = config.Model(base="org/m")
+    model = config.ModelConfig(base="org/m")
     assert base_files(model) == {}
     (snapshot / "config.json").write_text("{}")
     known = base_files(model)
@@ -160,7 +160,7 @@ def test_a_large_file_of_a_base_is_known_by_its_size_and_ends(base: Path) -> Non
     weights = base / "model.safetensors"
     with weights.open("wb") as file:
         file.truncate(WHOLE_BYTES + 10)
-    model = config.Model(base=str(base))
+    model = config.ModelConfig(base=str(base))
     first = base_files(model)
     with weights.open("r+b") as file:
         file.seek(-1, 2)
@@ -169,7 +169,7 @@ def test_a_large_file_of_a_base_is_known_by_its_size_and_ends(base: Path) -> Non
     assert {name for name in first if first[name] != second[name]} == {"model.safetensors"}
 
 
-def refused(run: config.Run, run_dir: str, error: type[Exception], words: str, other: bool = False) -> None:
+def refused(run: config.RunConfig, run_dir: str, error: type[Exception], words: str, other: bool = False) -> None:
     with pytest.raises(error, match=words):
         check_before(run, run_dir, other, Console())
 
@@ -220,7 +220,7 @@ def test_reproducing_asks_for_the_same_environment_unless_told_otherwise(
     run, run_dir = begun(tmp_path, base, shards)
     now = json.loads(json.dumps(environment()))
     now["packages"]["torch"] = "9.9"
-    monkeypatch.setattr("ftray.observe.reproduce.environment", lambda: now)
+    monkeypatch.setattr("ftray.report.reproduce.environment", lambda: now)
     refused(run, run_dir, ConfigError, r"torch is 9\.9 instead of .*\. Go back to it, or give --other-environment")
     check_before(run, run_dir, True, Console())
     assert "warning: another environment than the run's: torch is 9.9" in capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_the_card_claims_no_base_of_the_hub_for_a_directory_and_no_figures_of_an
         {**run.model_dump(mode="json"), "method": {"type": "full"}, "model": {"base": "org/b"}}, "x"
     )
     full = full.model_copy(
-        update={"data": full.data.model_copy(update={"train": [config.Source(path="hf:org/set/c:train@v1")]})}
+        update={"data": full.data.model_copy(update={"train": [config.SourceConfig(path="hf:org/set/c:train@v1")]})}
     )
     data = card_of(described(full, run_dir, found)).data
     assert (data.library_name, data.datasets, data.base_model_relation) == ("transformers", ["org/set"], "finetune")

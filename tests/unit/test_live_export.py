@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from ftray.console import Console
 from ftray.model.lora import dtype_of
-from ftray.train.checkpoint import CheckpointWriter
+from ftray.train.checkpoint.catalog import RunProgress
+from ftray.train.checkpoint.writer import CheckpointWriter
 from ftray.train.export import export
-from ftray.train.state import local_parts
-from ftray.train.timeline import Progress
+from ftray.train.zero.state import local_parts
 from tests import cluster, ranks, tiny
 
 # name → (tied embeddings, entries of the vocabulary, settings); 531 and 2 ranks: parts with padding
@@ -61,7 +61,7 @@ def train_and_save(rank: int, root: Path) -> dict[str, Any]:
         found[name] = (masters, computing)
         writer = CheckpointWriter(run.directory, 9, {}, whole=run.method.type != "full")
         line = {"step": 1, "learning_rate": 1e-2, "grad_norm": 1.0}
-        writer.save(Progress(2, 2), local_parts(engine, parameters, rank, dist.get_world_size()), [line])
+        writer.save(RunProgress(2, 2), local_parts(engine, parameters, rank, dist.get_world_size()), [line])
         ranks.train_steps(engine, 2, 3)  # the weights go on while they are written
         writer.wait()
         engine.destroy()

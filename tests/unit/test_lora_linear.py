@@ -10,7 +10,7 @@ import torch
 
 from ftray import config
 from ftray.model.lora import add_adapters
-from ftray.model.lora_linear import Dense, FusedLoraLinear, LoraFunction
+from ftray.model.lora_linear import DenseLayer, FusedLoraLinear, LoraFunction
 from tests import tiny
 
 
@@ -23,7 +23,7 @@ def _tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 def test_its_gradients_are_those_of_the_formula(with_bias: bool) -> None:
     x, a, b = _tensors((2, 5, 8), (3, 8), (6, 3))
     weight, bias = (t.detach() for t in _tensors((6, 8), (6,)))
-    frozen = Dense(SimpleNamespace(weight=weight, bias=bias if with_bias else None))
+    frozen = DenseLayer(SimpleNamespace(weight=weight, bias=bias if with_bias else None))
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
         return LoraFunction.apply(x, frozen, a, b, 2.0)
@@ -35,7 +35,7 @@ def test_its_gradients_are_those_of_the_formula(with_bias: bool) -> None:
 
 def test_a_first_layer_gets_no_gradient_for_its_input_and_none_is_made() -> None:
     x, a, b = _tensors((4, 8), (3, 8), (6, 3))
-    frozen = Dense(SimpleNamespace(weight=torch.zeros(6, 8, dtype=torch.float64), bias=None))
+    frozen = DenseLayer(SimpleNamespace(weight=torch.zeros(6, 8, dtype=torch.float64), bias=None))
     out = LoraFunction.apply(x.detach(), frozen, a, b, 1.0)
     out.sum().backward()
     assert x.grad is None
@@ -43,7 +43,7 @@ def test_a_first_layer_gets_no_gradient_for_its_input_and_none_is_made() -> None
 
 
 def test_adapters_keep_pefts_names_whichever_layer_carries_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = config.Method(rank=4)
+    method = config.MethodConfig(rank=4)
     ours = add_adapters(tiny.make_model(), method, seed=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fused = add_adapters(tiny.make_model(), method, seed=0)

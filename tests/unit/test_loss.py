@@ -14,8 +14,8 @@ from ftray.data.packing import IGNORE_INDEX, PackedRow, pack_examples
 from ftray.model import embedded
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import add_adapters
-from ftray.train import loss as loss_module
-from ftray.train.loss import Head, LinearCrossEntropy, MicroBatch, SummedLoss, flatten_rows
+from ftray.train.objectives import sft as loss_module
+from ftray.train.objectives.sft import LinearCrossEntropy, LossHead, MicroBatch, SummedLossModel, flatten_rows
 from tests import tiny
 
 Document = tuple[list[int], list[bool]]
@@ -41,7 +41,7 @@ def micro_batch(rows: Sequence[PackedRow]) -> MicroBatch:
 
 
 def packed_loss(model: Any, rows: Sequence[PackedRow]) -> torch.Tensor:
-    loss: torch.Tensor = SummedLoss(model)(*vars(micro_batch(rows)).values())
+    loss: torch.Tensor = SummedLossModel(model)(*vars(micro_batch(rows)).values())
     return loss
 
 
@@ -86,7 +86,7 @@ def test_packed_gradients_are_those_of_the_documents_one_by_one(model: Any) -> N
 
 @pytest.mark.slow
 def test_packed_loss_is_the_sum_of_the_documents_losses_on_a_real_model() -> None:
-    base = config.Model(base=embedded.NAME)
+    base = config.ModelConfig(base=embedded.NAME)
     chat, model = ChatFormat(load_tokenizer(base)), load_base(base, torch.float32).eval()
     asked = [
         ("What is the capital of France?", "The capital of France is Paris."),
@@ -190,7 +190,7 @@ def test_fused_cross_entropy_is_the_plain_one_with_its_gradients(
 
 def test_logits_are_computed_at_supervised_positions_only(model: Any) -> None:
     rows = pack_examples(random_documents([30, 20], seed=6), 64, 1)
-    loss, seen = SummedLoss(model), []
+    loss, seen = SummedLossModel(model), []
     loss.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     loss(*vars(micro_batch(rows)).values())
     assert seen == [torch.Size([sum(row.num_supervised for row in rows), model.config.hidden_size])]
@@ -203,7 +203,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_are_made(
     monkeypatch.setattr(loss_module, "piece_tokens", lambda vocabulary: 7)
     torch.manual_seed(0)
     hidden, targets = torch.randn(30, 16) * 3, torch.randint(50, (30,))
-    head = Head(torch.nn.Linear(16, 50, bias=False))
+    head = LossHead(torch.nn.Linear(16, 50, bias=False))
     wanted = head(hidden, targets, smoothing)
     monkeypatch.setattr(loss_module, "LinearCrossEntropy", None)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_are_made(
 
 
 def test_an_adapter_on_the_head_is_part_of_the_loss() -> None:
-    method = config.Method(rank=4, target_modules=["lm_head"])
+    method = config.MethodConfig(rank=4, target_modules=["lm_head"])
     model = add_adapters(tiny.make_model(), method, seed=0)
     rows = pack_examples(random_documents([30, 20], seed=6), 64, 1)
     before = float(packed_loss(model, rows))

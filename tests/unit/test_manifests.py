@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray import cli, config, storage
-from ftray.cluster.nodes import find_machine, lay_out
+from ftray import config, storage
+from ftray.cli import main
+from ftray.cluster.instance_types import find_instance_type, plan_pods
 from ftray.cluster.render import PARTS, kubernetes_name, render
 from ftray.errors import ConfigError
 from ftray.serve.deploy import build
@@ -199,7 +200,7 @@ def test_sixteen_a100_are_two_nodes_of_eight_that_fit_p4d() -> None:
 def test_workers_are_spread_evenly_over_as_few_machines_as_hold_them(
     overrides: list[str], pods: int, gpus: int
 ) -> None:
-    layout = lay_out(config.load_run(ROOT / "jobs/full-8b.yaml", overrides), find_machine("A100"))
+    layout = plan_pods(config.load_run(ROOT / "jobs/full-8b.yaml", overrides), find_instance_type("A100"))
     assert (layout.pods, layout.gpus) == (pods, gpus)
     assert layout.cpus >= gpus * 8
     assert layout.cpus * 8 // gpus <= 96
@@ -233,13 +234,13 @@ def test_what_no_machine_or_pod_can_carry_is_refused_with_the_numbers(
     overrides: list[str], machine: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["k8s", "render", str(ROOT / "jobs/full-8b.yaml"), *overrides]
-    assert cli.main([*arguments, *(["--machine", machine] if machine else [])]) == 2
+    assert main.main([*arguments, *(["--machine", machine] if machine else [])]) == 2
     assert capsys.readouterr().err == f"ftray: {message}\n"
 
 
 def test_the_run_file_in_the_configmap_is_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = ROOT / "jobs/lora-8b.yaml"
-    assert cli.main(["k8s", "render", str(source), "train.seed=7", "-o", str(tmp_path)]) == 0
+    assert main.main(["k8s", "render", str(source), "train.seed=7", "-o", str(tmp_path)]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == [
         "configmap.yaml",

@@ -14,7 +14,7 @@ from ftray import config
 from ftray.data.packing import pack_examples
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
-from ftray.evaluate.virtual import generate_virtual
+from ftray.evaluate.prompt_tuning import generate_virtual
 from ftray.model.export import write_adapter, write_whole
 from ftray.model.lora import (
     add_adapters,
@@ -25,7 +25,7 @@ from ftray.model.lora import (
     frozen_names,
     trainable,
 )
-from ftray.train.loss import LinearCrossEntropy, SummedLoss, flatten_rows
+from ftray.train.objectives.sft import LinearCrossEntropy, SummedLossModel, flatten_rows
 from tests import tiny
 
 NAMES = [name for name, _ in tiny.make_model().named_parameters()]
@@ -33,12 +33,12 @@ LENGTHS = [17, 1, 40, 3, 29]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> config.Model:
-    return config.Model(base=str(tiny.write_tiny_model(tmp_path_factory.mktemp("base"))))
+def base(tmp_path_factory: pytest.TempPathFactory) -> config.ModelConfig:
+    return config.ModelConfig(base=str(tiny.write_tiny_model(tmp_path_factory.mktemp("base"))))
 
 
-def method(**keys: Any) -> config.Method:
-    return config.Method(**{"type": "lora", "rank": 4, "alpha": 8, **keys})
+def method(**keys: Any) -> config.MethodConfig:
+    return config.MethodConfig(**{"type": "lora", "rank": 4, "alpha": 8, **keys})
 
 
 def documents(seed: int = 0) -> list[tuple[list[int], list[bool]]]:
@@ -56,7 +56,7 @@ def batch_of(docs: list[tuple[list[int], list[bool]]], packing: bool = True) -> 
     return flatten_rows(matrix("input_ids"), matrix("labels"), matrix("position_ids"), lengths)
 
 
-def loss_of(model: SummedLoss, batch: Any) -> torch.Tensor:
+def loss_of(model: SummedLossModel, batch: Any) -> torch.Tensor:
     loss: torch.Tensor = model(*vars(batch).values())
     return loss
 
@@ -85,7 +85,7 @@ def test_layer_one_is_not_layer_eleven() -> None:
     assert frozen_names(names, ["layers.1"]) == ["layers.1.weight"]
 
 
-def test_what_fits_nothing_and_what_leaves_nothing_is_refused(base: config.Model) -> None:
+def test_what_fits_nothing_and_what_leaves_nothing_is_refused(base: config.ModelConfig) -> None:
     for wrong in ("embed_token", "layers.7", "norm.bias", "."):
         with pytest.raises(ConfigError, match=r"method.freeze: no parameter's name holds .*; names are like "):
             check_targets(base, method(type="full", freeze=[wrong]))
@@ -93,9 +93,9 @@ def test_what_fits_nothing_and_what_leaves_nothing_is_refused(base: config.Model
         build_model(base, method(type="full", freeze=["model", "lm_head"]), "fp32", 0)
 
 
-def test_what_is_frozen_has_no_gradient_and_all_else_has(base: config.Model) -> None:
+def test_what_is_frozen_has_no_gradient_and_all_else_has(base: config.ModelConfig) -> None:
     model = build_model(base, method(type="full", freeze=["embed_tokens", "layers.0"]), "fp32", 0)
-    loss_of(SummedLoss(model), batch_of(documents())).backward()
+    loss_of(SummedLossModel(model), batch_of(documents())).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == set(trainable(model)) == {n for n in NAMES if "embed_tokens" not in n and "layers.0." not in n}
 
@@ -123,9 +123,9 @@ def loss_by_peft(model: Any, document: tuple[list[int], list[bool]]) -> torch.Te
 def test_each_packed_document_sees_the_virtual_tokens_as_if_it_were_alone(prompted: Any, packing: bool) -> None:
     docs = [d for d in documents() if any(d[1][1:])]
     with torch.no_grad():
-        packed = float(loss_of(SummedLoss(prompted), batch_of(docs, packing)))
+        packed = float(loss_of(SummedLossModel(prompted), batch_of(docs, packing)))
         alone = sum(float(loss_by_peft(prompted, d)) for d in docs)
-        bare = float(loss_of(SummedLoss(prompted.get_base_model()), batch_of(docs, packing)))
+        bare = float(loss_of(SummedLossModel(prompted.get_base_model()), batch_of(docs, packing)))
     assert packed == pytest.approx(alone, rel=1e-5)
     assert abs(packed - bare) > 1e-3 * bare
 
@@ -134,7 +134,7 @@ def test_the_virtual_tokens_gradient_is_the_sum_over_documents(prompted: Any) ->
     docs = [d for d in documents(1) if any(d[1][1:])]
     weight = prompted.prompt_encoder["default"].embedding.weight
     found = []
-    for losses in ([loss_of(SummedLoss(prompted), batch_of(docs))], [loss_by_peft(prompted, d) for d in docs]):
+    for losses in ([loss_of(SummedLossModel(prompted), batch_of(docs))], [loss_by_peft(prompted, d) for d in docs]):
         weight.grad = None
         for loss in losses:
             loss.backward()
@@ -144,7 +144,7 @@ def test_the_virtual_tokens_gradient_is_the_sum_over_documents(prompted: Any) ->
 
 
 def test_exported_virtual_tokens_are_an_adapter_that_peft_loads(
-    prompted: Any, base: config.Model, tmp_path: Path
+    prompted: Any, base: config.ModelConfig, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
@@ -179,7 +179,9 @@ def test_answers_are_those_of_greedy_decoding_behind_the_virtual_tokens(prompted
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_what_transformers_keeps_in_fp32_is_not_rounded(base: config.Model, tmp_path: Path, precision: str) -> None:
+def test_what_transformers_keeps_in_fp32_is_not_rounded(
+    base: config.ModelConfig, tmp_path: Path, precision: str
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
@@ -241,7 +243,7 @@ def test_the_fused_smoothed_loss_is_the_plain_one_with_its_gradients(num_tokens:
 
 def test_labels_are_smoothed_in_training_and_not_in_the_heldout_loss() -> None:
     model, batch = tiny.make_model(seed=3), batch_of(documents())
-    smooth, plain = SummedLoss(model, 0.2).train(), SummedLoss(model).train()
+    smooth, plain = SummedLossModel(model, 0.2).train(), SummedLossModel(model).train()
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
     where = (batch.labels[0] >= 0).nonzero()[:, 0]
     spread = -float(logits[where].log_softmax(-1).mean(-1).sum())

@@ -217,7 +217,7 @@ def test_more_examples_than_fit_into_a_block_give_the_same_interval(monkeypatch:
     rng = np.random.default_rng(4)
     pair = [metrics.mean_of(rng.random(50).tolist()) for _ in range(2)]
     whole = difference(*pair)
-    monkeypatch.setattr("ftray.evaluate.intervals.BLOCK", 50 * 7)
+    monkeypatch.setattr("ftray.evaluate.stats.BLOCK", 50 * 7)
     assert difference(*pair) == whole
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ftray.serve import mirror
-from ftray.serve.meters import Meters
-from ftray.serve.mirror import Mirror
+from ftray.serve import ray_metrics
+from ftray.serve.metrics import ServeMetrics
+from ftray.serve.ray_metrics import RayMetricsMirror
 
 
 class Recorded:
@@ -28,11 +28,11 @@ TOLD: dict[Any, float] = {}
 def test_counters_and_buckets_are_copied_and_a_fault_in_them_is_not_the_replicas(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirror, "Gauge", Recorded)
-    monkeypatch.setattr(mirror, "EVERY_S", 0.0)
+    monkeypatch.setattr(ray_metrics, "Gauge", Recorded)
+    monkeypatch.setattr(ray_metrics, "EVERY_S", 0.0)
     TOLD.clear()
-    meters = Meters()
-    copied = Mirror(meters, "r1")
+    meters = ServeMetrics()
+    copied = RayMetricsMirror(meters, "r1")
     meters.answers.labels("m", "200").inc(3)
     meters.first_token.labels("m").observe(0.3)
     copied.copy()

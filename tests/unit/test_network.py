@@ -10,8 +10,8 @@ import psutil
 import pytest
 from ray.train.torch.config import _TorchBackend
 
-from ftray.reach import use_network_of
-from ftray.train.network import Ranks
+from ftray.driver.gloo_backend import GlooBackend
+from ftray.storage.ports import use_network_of
 
 NAME = "GLOO_SOCKET_IFNAME"
 
@@ -67,7 +67,7 @@ def test_each_worker_is_told_before_the_ranks_look_for_each_other(monkeypatch: p
     monkeypatch.setattr(
         _TorchBackend, "on_start", lambda _, group, config: group.done.append(f"{config.backend} ranks meet")
     )
-    group, config = Group(), Ranks(backend="gloo")
+    group, config = Group(), GlooBackend(backend="gloo")
     config.backend_cls().on_start(group, config)
     assert group.done == [(use_network_of, ("10.77.0.1",)), "gloo ranks meet"]
 
@@ -77,7 +77,7 @@ def test_ranks_that_do_not_find_each_other_leave_their_room(monkeypatch: pytest.
         raise RuntimeError("Gloo connectFullMesh failed")
 
     monkeypatch.setattr(_TorchBackend, "on_start", fails)
-    group, config = Group(), Ranks(backend="gloo")
+    group, config = Group(), GlooBackend(backend="gloo")
     with pytest.raises(RuntimeError, match="connectFullMesh"):
         config.backend_cls().on_start(group, config)
     assert group.done[-1] == "shutdown"

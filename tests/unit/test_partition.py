@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ftray.model.lora import build_model, dtype_of
-from ftray.train.loss import SummedLoss
-from ftray.train.partition import gathered_in_use, partition_model
-from ftray.train.zero import deepspeed_config
+from ftray.train.objectives.sft import SummedLossModel
+from ftray.train.zero.config import deepspeed_config
+from ftray.train.zero.init import gathered_in_use, partition_model
 from tests import cluster, ranks, tiny
 
 # name → (tied embeddings, entries of the vocabulary, precision, settings); 531 and 2 ranks: parts with padding
@@ -49,8 +49,8 @@ def run_of(root: Path, name: str) -> Any:
     return cluster.make_run(root / "runs" / name, root / name, root, **{**sharded, **sizes, **settings})
 
 
-def build(run: Any, outline: bool = False) -> SummedLoss:
-    return SummedLoss(build_model(run.model, run.method, run.train.precision, 0, outline)).train()
+def build(run: Any, outline: bool = False) -> SummedLossModel:
+    return SummedLossModel(build_model(run.model, run.method, run.train.precision, 0, outline)).train()
 
 
 def held(model: torch.nn.Module) -> int:

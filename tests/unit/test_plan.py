@@ -10,30 +10,42 @@ from typing import Any
 
 import pytest
 
-from ftray import cli, config
+from ftray import config
+from ftray.cli import main
 from ftray.data.prepare import SUMMARY, _shape_of
 from ftray.errors import ConfigError, ModelError, RunError
-from ftray.model.eight_bit import FORMATS
-from ftray.observe.cards import CARDS, NEEDED, check_accelerator, does, tokens_per_s
-from ftray.observe.plan import Length, Parts, Probed, advise, as_text, make_plan, memory_of, parts_of, together, way_of
-from ftray.observe.probe import STEPS, WARM_UP, probe_of, probed
-from ftray.observe.shape import KNOWN, Shape, read_shape, shape_of
-from ftray.train.journal import Event
-from ftray.train.memory import GIB, Fit, state_bytes
+from ftray.events.event_log import LoggedEvent
+from ftray.model.fp8 import FORMATS
+from ftray.report.gpu_specs import CARDS, NEEDED, check_accelerator, does, tokens_per_s
+from ftray.report.model_shape import KNOWN, ModelShape, read_shape, shape_of
+from ftray.report.plan import (
+    MemoryParts,
+    ProbeResult,
+    TrainingLength,
+    advise,
+    as_text,
+    make_plan,
+    memory_of,
+    parts_of,
+    together,
+    way_of,
+)
+from ftray.report.probe import STEPS, WARM_UP, probe_of, probed
+from ftray.train.memory import GIB, MemoryChoice, state_bytes
 from tests import tiny
 
 DOC = Path(__file__).parents[2] / "docs/benchmarks.md"
 H200 = CARDS["H200"]
 
 
-def run_of(base: str = "meta-llama/Llama-3.1-8B", **sections: Any) -> config.Run:
+def run_of(base: str = "meta-llama/Llama-3.1-8B", **sections: Any) -> config.RunConfig:
     tree = {"name": "p", "model": {"base": base}, "data": {"train": [{"path": "nowhere"}], "max_seq_len": 4096}}
     return config.parse_run({**tree, "deepspeed": {"zero_stage": 0}, **sections}, "test")
 
 
-def shape(name: str) -> Shape:
+def shape(name: str) -> ModelShape:
     base = {"1B": "Llama-3.2-1B", "3B": "Llama-3.2-3B", "8B": "Llama-3.1-8B"}[name]
-    return shape_of(config.Model(base=f"meta-llama/{base}"))
+    return shape_of(config.ModelConfig(base=f"meta-llama/{base}"))
 
 
 def predicted(
@@ -49,7 +61,7 @@ def predicted(
         scale={"num_workers": workers},
     )
     found = shape(name)
-    fit = Fit(rows, recomputed, found.num_layers)
+    fit = MemoryChoice(rows, recomputed, found.num_layers)
     parts = parts_of(run, found, memory_of(run, found, H200, workers), fit, workers)
     speed = tokens_per_s(run, found, H200, workers, rows * seq, recomputed / found.num_layers)
     return parts.total / GIB, speed
@@ -135,7 +147,7 @@ def test_a_peak_is_not_below_what_an_update_needs() -> None:
         run = run_of(method={"type": "full"}, train=sizes, **settings)
         found, states = shape(name), state_bytes(run, shape(name).num_parameters, workers, 1)
         memory = memory_of(run, found, H200, workers)
-        parts = parts_of(run, found, memory, Fit(1, 0, found.num_layers), workers)
+        parts = parts_of(run, found, memory, MemoryChoice(1, 0, found.num_layers), workers)
         assert parts.total >= memory.static + states.update
         assert parts.total <= memory.peak(4096, 0)
 
@@ -161,15 +173,16 @@ def test_rows_and_recomputed_layers_are_those_that_training_chose(
 
 def test_a_shape_counts_the_weights_of_the_real_model(tmp_path: Path) -> None:
     tiny.write_tiny_model(tmp_path / "m")
-    found = shape_of(config.Model(base=str(tmp_path / "m")))
+    found = shape_of(config.ModelConfig(base=str(tmp_path / "m")))
     assert found.num_parameters == sum(p.numel() for p in tiny.make_model().parameters())
     assert shape("8B").num_parameters == 8_030_261_248
     assert shape("1B").num_parameters == 1_235_814_400
-    assert shape("8B").num_trained(config.Method(type="lora", rank=16)) == 41_943_040
+    assert shape("8B").num_trained(config.MethodConfig(type="lora", rank=16)) == 41_943_040
     assert (
-        shape("8B").num_trained(config.Method(type="lora", rank=16, target_modules=["q_proj", "v_proj"])) == 6_815_744
+        shape("8B").num_trained(config.MethodConfig(type="lora", rank=16, target_modules=["q_proj", "v_proj"]))
+        == 6_815_744
     )
-    assert shape("8B").num_trained(config.Method(type="prompt", num_virtual_tokens=10)) == 40_960
+    assert shape("8B").num_trained(config.MethodConfig(type="prompt", num_virtual_tokens=10)) == 40_960
     assert set(KNOWN) == {"Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.3-70B"}
 
 
@@ -181,13 +194,13 @@ def test_a_base_that_is_no_picture_of_this_is_refused() -> None:
     with pytest.raises(ModelError, match=r"its config\.json"):
         read_shape({"d_model": 8}, "b")
     with pytest.raises(ModelError, match=r"model\.base a/b/c is neither a directory here nor a hub id"):
-        shape_of(config.Model(base="a/b/c"))
+        shape_of(config.ModelConfig(base="a/b/c"))
     with pytest.raises(ModelError, match=r"download its config\.json"):
-        shape_of(config.Model(base="nobody/has-this"))
+        shape_of(config.ModelConfig(base="nobody/has-this"))
 
 
 def test_more_gpus_share_what_their_stage_shares() -> None:
-    def parts(stage: int, workers: int) -> Parts:
+    def parts(stage: int, workers: int) -> MemoryParts:
         run = run_of(
             method={"type": "full"},
             train={"global_batch_size": 64, "micro_batch_size": 1},
@@ -205,7 +218,7 @@ def test_more_gpus_share_what_their_stage_shares() -> None:
 
 
 @pytest.fixture
-def indexed(tmp_path: Path) -> tuple[config.Run, Path]:
+def indexed(tmp_path: Path) -> tuple[config.RunConfig, Path]:
     run = run_of(
         storage=str(tmp_path),
         train={"global_batch_size": 10, "epochs": 2},
@@ -219,10 +232,10 @@ def indexed(tmp_path: Path) -> tuple[config.Run, Path]:
     return run, tmp_path / "p"
 
 
-def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.Run, Path]) -> None:
+def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.RunConfig, Path]) -> None:
     run, run_dir = indexed
     plan = make_plan(run, str(run_dir))
-    assert plan.length == Length(20, 100, 4000.0, 300, True)
+    assert plan.length == TrainingLength(20, 100, 4000.0, 300, True)
     assert plan.seconds == pytest.approx(90 + 20 * 10 * 4000 / (2 * plan.way.tokens_per_s))
     assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 4)
     text = "\n".join(as_text(plan, run))
@@ -338,7 +351,7 @@ def test_what_does_not_fit_says_so_first_and_names_ways_that_do() -> None:
 def test_advice_follows_the_datas_size_and_kind(records: int, sections: dict[str, Any], words: str) -> None:
     run = run_of(**sections)
     way = make_plan(run, "nowhere", "B200").way
-    assert any(words in text for text in advise(run, Length(1, 1, 1.0, records, True), way))
+    assert any(words in text for text in advise(run, TrainingLength(1, 1, 1.0, records, True), way))
 
 
 def test_what_goes_together_is_what_check_allows() -> None:
@@ -352,18 +365,18 @@ def test_what_goes_together_is_what_check_allows() -> None:
 
 
 def test_the_verb_prints_text_and_json(
-    indexed: tuple[config.Run, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    indexed: tuple[config.RunConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(indexed[0].model_dump(mode="json", exclude_unset=True)))
-    assert cli.main(["plan", str(file), "--card", "H100", "--json"]) == 0
+    assert main.main(["plan", str(file), "--card", "H100", "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["way"]["card"] == "H100"
     assert tree["way"]["parts"]["total"] == pytest.approx(
         sum(v for k, v in tree["way"]["parts"].items() if k != "total")
     )
     assert tree["length"]["num_steps"] == 20
-    assert cli.main(["plan", str(file)]) == 0
+    assert main.main(["plan", str(file)]) == 0
     assert "before you train" in capsys.readouterr().out
 
 
@@ -371,9 +384,9 @@ def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path)
     lines = [
         {"step": n, "num_tokens": 9000, "tokens_per_s": 1e6 if n < WARM_UP else 3000.0 + n} for n in range(STEPS)
     ]  # rows far from full
-    start = Event("1-a", 0.0, "start", {"workers": 2, "device": "NVIDIA H200"})
+    start = LoggedEvent("1-a", 0.0, "start", {"workers": 2, "device": "NVIDIA H200"})
     found = probed(lines, [start])
-    assert found == Probed(3006.5 / 2, pytest.approx(9000 / 3006.5), 2, "NVIDIA H200", 6), (
+    assert found == ProbeResult(3006.5 / 2, pytest.approx(9000 / 3006.5), 2, "NVIDIA H200", 6), (
         "the first steps are left out"
     )
     run = run_of(train={"max_steps": 100, "global_batch_size": 4}, scale={"num_workers": 2, "price_per_hour": 3.6})

@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 def shown(path: Path, stream: io.StringIO, number: int = 2) -> str:
-    data = config.Data.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
+    data = config.DataConfig.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
     show_preview(streams(data, tiny.make_tokenizer)[0], 1 << 20, number, Console(stream))
     return stream.getvalue()
 

@@ -13,7 +13,7 @@ import pytest
 
 from ftray import config
 from ftray.chat import ChatFormat, Encoded
-from ftray.data import proof
+from ftray.data import verify
 from ftray.data.chunks import pack_chunk, streams
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.packing import IGNORE_INDEX, PackedRow
@@ -26,7 +26,7 @@ from tests.unit.test_templates import LLAMA_2, MARKED_LATE, ZEPHYR, sentencepiec
 
 def index_of(path: Path, load: Callable[[], Any]) -> tuple[Any, Index]:
     """Stream and index of a source, without Ray."""
-    data = config.Data.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
+    data = config.DataConfig.model_validate({"max_seq_len": 256, "train": [{"path": str(path)}]})
     stream, _ = streams(data, load)
     facts = []
     for shard in list_shards(str(path)):
@@ -45,8 +45,8 @@ def tokenizer_with(template: str) -> Any:
 @pytest.mark.parametrize("shape", ["messages", "alpaca", "text"])
 def test_it_holds_for_records_of_any_shape(tmp_path: Path, shape: tiny.Shape) -> None:
     path = tiny.write_records(tmp_path / "data", 60, shape=shape)  # in two shards
-    assert proof.prove_sample(*index_of(path, tiny.make_tokenizer), "train") == 60
-    assert proof.prove_sample(*index_of(path, tiny.make_tokenizer), "train", 7) == 7
+    assert verify.prove_sample(*index_of(path, tiny.make_tokenizer), "train") == 60
+    assert verify.prove_sample(*index_of(path, tiny.make_tokenizer), "train", 7) == 7
 
 
 @pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR])
@@ -58,12 +58,12 @@ def test_it_holds_for_tokenizers_that_add_spaces(tmp_path: Path, template: str, 
         return tokenizer
 
     path = tiny.write_records(tmp_path / "data", 20)
-    assert proof.prove_sample(*index_of(path, load), "train") == 20
+    assert verify.prove_sample(*index_of(path, load), "train") == 20
 
 
 def test_it_holds_where_the_templates_own_marks_name_less(tmp_path: Path) -> None:
     path = tiny.write_records(tmp_path / "data", 10)
-    assert proof.prove_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
+    assert verify.prove_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
 
 
 def test_it_holds_where_each_answer_is_a_document_of_its_own(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_it_holds_where_each_answer_is_a_document_of_its_own(tmp_path: Path) -> 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(c) + "\n" for c in conversations))
     stream, index = index_of(path, lambda: tokenizer_with(THOUGHTFUL))
-    assert proof.prove_sample(stream, index, "train") == 3
+    assert verify.prove_sample(stream, index, "train") == 3
     packed = pack_chunk(index.facts[0].chunk, stream)
     assert packed.owners == [0, 1, 1, 2, 2, 2, 2]
     assert sorted(d for row in packed.rows for d in row.documents) == list(range(7))
@@ -127,29 +127,29 @@ def test_it_finds_what_is_wrong_and_names_the_record(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ChatFormat, "encode_examples", spoiled)
     with pytest.raises(DataError, match=r"data\.train: .*part-000\.jsonl, line 5: .* can't be trained on exactly"):
-        proof.prove_sample(stream, index, "train")
+        verify.prove_sample(stream, index, "train")
 
 
 def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> None:
     ids = np.arange(8, dtype=np.int32)
     labels = np.array([IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, 6, IGNORE_INDEX, IGNORE_INDEX], dtype=np.int32)
     row = PackedRow(ids, labels, ids, [4, 3], [0, 1])
-    assert [mask for _, _, mask in proof.read_back(row)] == [[False, False, True, True], [False, True, True]]
+    assert [mask for _, _, mask in verify.read_back(row)] == [[False, False, True, True], [False, True, True]]
     crossing = labels.copy()
     crossing[3] = 4
     with pytest.raises(DataError, match="predicts the next document"):
-        proof.read_back(replace(row, labels=crossing))
+        verify.read_back(replace(row, labels=crossing))
     unshifted = labels.copy()
     unshifted[1] = 1
     with pytest.raises(DataError, match="labels that are not its tokens"):
-        proof.read_back(replace(row, labels=unshifted))
+        verify.read_back(replace(row, labels=unshifted))
 
 
 def test_a_template_that_changes_the_answer_is_found(tmp_path: Path) -> None:
     changing = tiny.TEMPLATE.replace("m['content']", "m['content'] | replace('hears', 'sees')")
     stream, index = index_of(tiny.write_records(tmp_path / "data", 3), lambda: tokenizer_with(changing))
     with pytest.raises(DataError, match="the template changes the answer of turn 1"):
-        proof.prove_sample(stream, index, "train")
+        verify.prove_sample(stream, index, "train")
 
 
 def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
@@ -160,4 +160,4 @@ def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
 
     path = tmp_path / "part.jsonl"
     path.write_text('{"prompt": "日本 one", "completion": "e\\u0301 two"}\n', encoding="utf-8")
-    assert proof.prove_sample(*index_of(path, load), "train") == 1
+    assert verify.prove_sample(*index_of(path, load), "train") == 1

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray import cli, storage
+from ftray import storage
+from ftray.cli import main
 from tests.unit.test_published import write_model
 
 
@@ -44,7 +45,7 @@ def checkpoint(root: Path, step: int, **progress: Any) -> None:
 
 
 def typed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    code = cli.main(list(words))
+    code = main.main(list(words))
     out, err = capsys.readouterr()
     return code, out + err
 
@@ -133,7 +134,7 @@ def test_the_serve_config_builds_the_same_endpoint_and_holds_no_key(
     from ray.serve.schema import ServeDeploySchema
 
     from ftray.serve import app
-    from ftray.serve.keys import hash_key
+    from ftray.serve.auth import hash_key
 
     ServeDeploySchema.model_validate(tree)
     module, function = application["import_path"].split(":")

@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from ftray import storage
-from ftray.engine.protocol import Chunk, SamplingParams
+from ftray.engine.protocol import OutputChunk, SamplingParams
 from ftray.errors import ConfigError, ModelError
-from ftray.serve import catalog as catalog_module
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Catalog, Served
-from ftray.serve.protocol import RequestError
+from ftray.serve import adapter_cache as catalog_module
+from ftray.serve.adapter_cache import AdapterCache, ServedModels
+from ftray.serve.openai import RequestError
 from ftray.serve.registry import base_name, list_published, publish, registry_of, remove
+from ftray.serve.routes import build_api
 from tests.unit.test_serve_protocol import PaperEngine, call
 
 META = {"base": "org/small", "revision": None, "run": "r", "step": 3}
@@ -47,12 +47,12 @@ class HoldingEngine(PaperEngine):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[OutputChunk]:
         return self._say(self.held[adapter] if adapter else "base")
 
-    async def _say(self, reply: str) -> AsyncIterator[Chunk]:
+    async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
         await asyncio.sleep(0)
-        yield Chunk(reply, [1], "stop", 1, 1)
+        yield OutputChunk(reply, [1], "stop", 1, 1)
 
 
 def write_model(root: Path, reply: str, rank: int = 2, **options: Any) -> str:
@@ -75,8 +75,8 @@ def put(tmp_path: Path, name: str, reply: str | None = None, meta: dict[str, Any
     return found.uri
 
 
-def served(tmp_path: Path, max_adapters: int = 8) -> Served:
-    return Served("small", {}, registry_of(str(tmp_path), "org/small"), "org/small", None, max_adapters)
+def served(tmp_path: Path, max_adapters: int = 8) -> ServedModels:
+    return ServedModels("small", {}, registry_of(str(tmp_path), "org/small"), "org/small", None, max_adapters)
 
 
 def test_a_published_version_is_immutable_committed_and_only_two_files(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_adapters_appear_change_and_go_within_the_time_of_two_looks(
 
     async def work() -> None:
         engine = HoldingEngine()
-        catalog = Catalog(engine, served(tmp_path))
+        catalog = AdapterCache(engine, served(tmp_path))
         await catalog.start()
         assert catalog.model_ids() == ["small"]
         assert await catalog.prepare("small") is None
@@ -216,7 +216,7 @@ def test_the_least_recently_used_is_unloaded_and_every_reply_is_its_adapters_own
 
     async def work() -> None:
         engine = HoldingEngine()
-        catalog = Catalog(engine, served(tmp_path, 4))
+        catalog = AdapterCache(engine, served(tmp_path, 4))
         await catalog.start()
 
         async def use(name: str) -> None:

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from ftray import cli
+from ftray.cli import main
 from ftray.console import Console
+from ftray.driver.worker_group import GroupResult
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError, StorageError
-from ftray.observe.cards import card_of
-from ftray.observe.history import as_rows, history_of
-from ftray.observe.report import read_known, render_report, report_to, thinned, try_report, write_report
-from ftray.page import Axis, Curve, bars, columns, lines, table
+from ftray.events.event_log import EventLog, read_events
 from ftray.redact import redacted, redacted_tree
-from ftray.train.group import Ended
-from ftray.train.journal import Journal, read_events
-from ftray.train.timeline import read_metrics
+from ftray.report.goodput import as_rows, history_of
+from ftray.report.gpu_specs import card_of
+from ftray.report.html import PlotAxis, PlotCurve, bars, columns, lines, table
+from ftray.report.run_report import read_known, render_report, report_to, thinned, try_report, write_report
+from ftray.train.checkpoint.catalog import read_metrics
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
 VOID = {"meta"}
@@ -146,13 +146,13 @@ def test_no_secret_is_in_a_traceback_an_error_or_the_journal(
         monkeypatch.setenv(name, value)
     text = f"at s3://ann:canary-word@b/x with {' and '.join(secrets.values())}"
     for fault, code in ((RuntimeError(text), 1), (RunError(text), 1), (ConfigError(text), 2)):
-        monkeypatch.setattr("ftray.observe.report.report_to", lambda *_, fault=fault: raise_(fault))
-        assert cli.main(["report", str(run_dir)]) == code
+        monkeypatch.setattr("ftray.report.run_report.report_to", lambda *_, fault=fault: raise_(fault))
+        assert main.main(["report", str(run_dir)]) == code
         said = "".join(capsys.readouterr())
         assert "at s3://…@b/x with … and …" in said
         assert "canary" not in said
         assert ("Traceback" in said) == isinstance(fault, RuntimeError)
-    with pytest.raises(RunError), Journal(str(tmp_path / "told"), lambda: True).session(0):
+    with pytest.raises(RunError), EventLog(str(tmp_path / "told"), lambda: True).session(0):
         raise RunError(text)
     (file,) = (tmp_path / "told/events").iterdir()
     assert "canary" not in file.read_text()
@@ -192,7 +192,7 @@ def test_a_signal_while_the_report_is_written_is_not_lost(tmp_path: Path, monkey
     def preempt(*_: object) -> None:
         raise Preempted("preempted")
 
-    monkeypatch.setattr("ftray.observe.report.render_report", preempt)
+    monkeypatch.setattr("ftray.report.run_report.render_report", preempt)
     with pytest.raises(Preempted):
         try_report(run, str(run_dir), Console())
 
@@ -204,21 +204,21 @@ def test_other_settings_than_the_runs_are_not_shown_as_its_own(tmp_path: Path) -
         write_report(other, str(run_dir))
 
 
-def live_until_interrupted(journal: Journal) -> None:
+def live_until_interrupted(journal: EventLog) -> None:
     with journal.session(7):
         journal.heard({"event": "start", "step": 7, "num_steps": 9, "workers": 2, "device": "CPU", "x": 1})
         journal.heard({"event": "step", "step": 7, "loss": 1.0})
-        journal.group_ended(Ended(False, failure="lost"))
-        journal.group_ended(Ended(False, no_room=True, failure="nothing free"))
-        journal.group_ended(Ended(False, wish="there is room for 4 workers"))
-        journal.group_ended(Ended(True))
+        journal.group_ended(GroupResult(False, failure="lost"))
+        journal.group_ended(GroupResult(False, no_room=True, failure="nothing free"))
+        journal.group_ended(GroupResult(False, wish="there is room for 4 workers"))
+        journal.group_ended(GroupResult(True))
         raise Interrupted("interrupted; again")
 
 
 def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_overtaken(tmp_path: Path) -> None:
     clock = iter(range(100, 200))
     mine = [True]
-    journal = Journal(str(tmp_path), lambda: mine[0], lambda: float(next(clock)))
+    journal = EventLog(str(tmp_path), lambda: mine[0], lambda: float(next(clock)))
     with pytest.raises(Interrupted):
         live_until_interrupted(journal)
     found = read_events(str(tmp_path))
@@ -254,9 +254,9 @@ def test_long_curves_are_averaged_and_keep_their_ends_in_order() -> None:
 
 
 def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> None:
-    assert lines([Curve("a", [])], [], "x") == columns("t", [], "x") == bars("t", [], "{}") == ""
+    assert lines([PlotCurve("a", [])], [], "x") == columns("t", [], "x") == bars("t", [], "{}") == ""
     text = lines(
-        [Curve("a<b", [(0, 1.0), (1, 1.0)]), Curve("c", [(0.5, 1.0)], "second", "7 4", dotted=True)],
+        [PlotCurve("a<b", [(0, 1.0), (1, 1.0)]), PlotCurve("c", [(0.5, 1.0)], "second", "7 4", dotted=True)],
         [(0, "0")],
         "x",
         True,
@@ -266,15 +266,15 @@ def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> Non
     assert [p.get("stroke-dasharray") for p in paths] == [None, "7 4", None, "7 4"]
     assert "a<b" in page.text
     assert all(0 <= float(x) <= 480 for x in re.findall(r' (?:x|x1|x2|cx)="([^"]*)"', text))
-    assert Axis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
-    assert Axis([1.0, 3.0]).place(2.0) == 0.5
-    assert "log scale" in lines([Curve("a", [(0, 1.0), (1, 1000.0)])], [(0, "0")], "x")
+    assert PlotAxis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
+    assert PlotAxis([1.0, 3.0]).place(2.0) == 0.5
+    assert "log scale" in lines([PlotCurve("a", [(0, 1.0), (1, 1000.0)])], [(0, "0")], "x")
     assert "log scale" not in text
-    near = [Curve(name, [(0, 9.0), (1, at)], tag=name) for name, at in (("a", 0.0), ("b", 0.1), ("c", 5.0))]
+    near = [PlotCurve(name, [(0, 9.0), (1, at)], tag=name) for name, at in (("a", 0.0), ("b", 0.1), ("c", 5.0))]
     ends = [words for words in Page(lines(near, [], "x")).texts if words in "abc"]
     assert ends[-2:] == ["c", "b"], "what would stand on another's tag is left out"
     numbers = {
-        v: Axis([v, 0.0]).ticks()[v > 0][1] for v in (2.08e-6, 1.02e-4, 2e-4, 0.00102, 13_497.0, 1_234_567.0, 1e10)
+        v: PlotAxis([v, 0.0]).ticks()[v > 0][1] for v in (2.08e-6, 1.02e-4, 2e-4, 0.00102, 13_497.0, 1_234_567.0, 1e10)
     }
     assert list(numbers.values()) == ["2.08e-6", "1.02e-4", "2e-4", "0.00102", "13,497", "1.23e6", "1e10"]
     assert "&lt;i&gt;" in table("t", ["<i>"], [["<i>"]], best=0)

@@ -18,16 +18,24 @@ import pytest
 import torch
 import yaml
 
-from ftray import cli, config, storage
+from ftray import config, storage
+from ftray.cli import main
 from ftray.console import Console
+from ftray.driver.run_record import open_run
 from ftray.errors import CheckpointError, ConfigError, FtrayError, ModelError
-from ftray.observe.report import read_known, render_report
-from ftray.serve.trial import known_answer
-from ftray.train.checkpoint import CheckpointWriter
-from ftray.train.identity import open_run
-from ftray.train.restore import open_parent
-from ftray.train.shards import Part
-from ftray.train.timeline import Progress, best_checkpoint, find_newest, merge_metrics, read_metrics, read_segments
+from ftray.report.run_report import read_known, render_report
+from ftray.serve.smoke_test import known_answer
+from ftray.train.checkpoint.catalog import (
+    RunProgress,
+    best_checkpoint,
+    find_newest,
+    merge_metrics,
+    read_metrics,
+    read_segments,
+)
+from ftray.train.checkpoint.restore import open_parent
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter
 from tests.runs import BEGAN_S, SETTINGS, line, write_evaluation, write_session
 
 DEEP = b"[" * 100_000
@@ -76,11 +84,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (run_dir / "run.json").write_text(json.dumps(identity))
     writer = CheckpointWriter(str(run_dir), 9, {"config_hash": run.config_hash, "data_hash": "d1-d2"}, whole=True)
-    progress = Progress()
+    progress = RunProgress()
     for step in (2, 4, 6):
         progress.step, progress.finished = step, step == 6
         lines = [line(n, 3.0 - n / 10, BEGAN_S + n) for n in (step - 2, step - 1)]
-        writer.save(progress, [Part("weights.a", (4,), 0, torch.ones(4))], lines)
+        writer.save(progress, [TensorPart("weights.a", (4,), 0, torch.ones(4))], lines)
         writer.wait()
     merge_metrics(str(run_dir), progress)
     start = {"step": 0, "num_steps": 6, "workers": 1, "device": "CPU"}
@@ -132,7 +140,7 @@ def damage(file: Path, how: str) -> None:
     os.utime(file.parent)
 
 
-def run_of(root: Path) -> config.Run:
+def run_of(root: Path) -> config.RunConfig:
     return config.load_run(str(root / "run.yaml"), [])
 
 
@@ -144,7 +152,7 @@ class Reader:
 
     def __call__(self, *words: str) -> int:
         self._capsys.readouterr()
-        code = cli.main(list(words))
+        code = main.main(list(words))
         printed = self._capsys.readouterr()
         self.text = printed.out + printed.err
         assert "Traceback" not in self.text, self.text
@@ -334,7 +342,7 @@ def test_a_writer_that_was_killed_before_its_manifest_is_no_damage(root: Path) -
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_state_is_refused_by_name_and_training_goes_on_before_it(root: Path, how: str, name: str) -> None:
-    from ftray.train.checkpoint import load_checkpoint
+    from ftray.train.checkpoint.writer import load_checkpoint
 
     damage(root / LATEST / name, how)
     found = best_checkpoint(str(root / "seen"))
@@ -393,8 +401,8 @@ def test_what_pages_are_made_of_may_be_damaged(root: Path, ftray: Reader, names:
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how not in ("empty", "missing")])
 @pytest.mark.parametrize("name", ["evaluate/generations.jsonl", "evaluate/speed.json"])
 def test_a_damaged_evaluation_is_not_shown_but_made_anew(root: Path, name: str, how: str) -> None:
-    from ftray.evaluate.compare import UNREADABLE, _shown
     from ftray.evaluate.results import read_results
+    from ftray.evaluate.run import UNREADABLE, _shown
 
     run, run_dir = run_of(root), str(root / "seen")
     known = read_results(run_dir)
@@ -418,7 +426,7 @@ def test_what_is_left_out_of_a_report_is_named(root: Path, ftray: Reader, name: 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])
 def test_a_run_whose_gates_can_not_be_read_is_not_published(root: Path, how: str) -> None:
-    from ftray.verbs.serving import _check_gates
+    from ftray.cli.serve import _check_gates
 
     damage(root / "seen/evaluate/results.json", how)
     if how == "other keys":
@@ -429,7 +437,7 @@ def test_a_run_whose_gates_can_not_be_read_is_not_published(root: Path, how: str
 
 def test_a_number_that_changed_in_an_index_is_noticed(tmp_path: Path) -> None:
     from ftray.data import index as indexes
-    from ftray.data.clean import Quarantined
+    from ftray.data.examples import Quarantined
 
     uri = str(tmp_path / "index-1.json")
     made = indexes.Index(
@@ -444,7 +452,7 @@ def test_a_number_that_changed_in_an_index_is_noticed(tmp_path: Path) -> None:
 
 
 def test_who_serves_an_older_step_than_the_best_is_told_so(root: Path) -> None:
-    from ftray.verbs.serving import say_step
+    from ftray.cli.serve import say_step
 
     run, model, stream = run_of(root), root / "seen/model", io.StringIO()
     say_step(run, "run.yaml", Console(stream))
@@ -465,7 +473,7 @@ def test_who_serves_an_older_step_than_the_best_is_told_so(root: Path) -> None:
 
 
 def test_progress_of_a_manifest_is_checked_even_where_its_sum_is_right(root: Path) -> None:
-    progress = asdict(Progress(step=8))
+    progress = asdict(RunProgress(step=8))
     for wrong in ({}, {**progress, "segments": ["../../x"]}, {**progress, "new": 1}, {**progress, "best": 3}):
         place = root / "seen/checkpoints/step-000008"
         shutil.rmtree(place, ignore_errors=True)

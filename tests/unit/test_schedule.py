@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftray.train.schedule import learning_rate
+from ftray.train.optim.schedule import learning_rate
 
 PEAK = 2e-4
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftray.config import Serve
-from ftray.engine.adapter import MAX_CONFIG_BYTES, read_adapter_files, read_settings
-from ftray.engine.mixed_lora import MixedLora
+from ftray.config import ServeConfig
+from ftray.engine.adapters import MAX_CONFIG_BYTES, read_adapter_files, read_settings
 from ftray.engine.safetensors_header import MAX_HEADER_BYTES
+from ftray.engine.transformers.mixed_lora import MixedLora
 from ftray.errors import ConfigError, ModelError
-from ftray.serve.api import build_api
-from ftray.serve.models import local_adapter
+from ftray.serve.model_files import local_adapter
 from ftray.serve.registry import list_published, publish, registry_of, remove, scan
+from ftray.serve.routes import build_api
 from ftray.serve.signing import Signer
 from tests.unit.test_adapters import A, B, change_config, change_weights, write_adapter
 from tests.unit.test_engine import tiny_model
@@ -399,7 +399,7 @@ def test_a_key_that_can_not_sign_is_a_sentence(tmp_path: Path) -> None:
 )
 def test_a_trusted_key_that_is_none_is_refused_in_the_run_file(key: str) -> None:
     with pytest.raises(ValueError, match="is no public key"):
-        Serve.model_validate({"trusted_keys": [key]})
+        ServeConfig.model_validate({"trusted_keys": [key]})
 
 
 def test_publish_signs_as_typed_and_never_shows_the_key(
@@ -424,7 +424,7 @@ def test_publish_signs_as_typed_and_never_shows_the_key(
 def test_reading_an_adapters_config_imports_nothing_that_it_names() -> None:
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "auto_mapping": {"parent_library": "antigravity"}}
     code = (
-        f"import sys; from ftray.engine.adapter import read_settings; read_settings({json.dumps(settings).encode()!r}, 'x');"
+        f"import sys; from ftray.engine.adapters import read_settings; read_settings({json.dumps(settings).encode()!r}, 'x');"
         "print('antigravity' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

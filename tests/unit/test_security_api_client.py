@@ -21,16 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from ftray import bounded_json, storage
-from ftray.config import Feedback, Serve
-from ftray.serve.api import build_api
+from ftray import storage
+from ftray.config import Feedback, ServeConfig
+from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.asgi import read_body
+from ftray.serve.auth import answer_id, hash_key, is_answer_of, key_id
 from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
-from ftray.serve.catalog import Served
-from ftray.serve.edge import Edge
-from ftray.serve.keys import answer_id, hash_key, is_answer_of, key_id
-from ftray.serve.protocol import encode_json
+from ftray.serve.openai import encode_json
+from ftray.serve.proxy import ProxyMiddleware
+from ftray.serve.routes import build_api
 from ftray.serve.routing import Router
+from ftray.storage import strict_json
 from tests.unit.test_serve_policies import TALK
 from tests.unit.test_serve_protocol import CHAT, HI, TEXT, PaperEngine, call
 
@@ -62,7 +63,7 @@ def ask_all(body: bytes, **headers: str) -> None:
         router = Router({"m": 1.0})  # with shares, `user` is hashed
         for path in PATHS:
             app = build_api(
-                PaperEngine(), Served("m"), max_tokens=50, router=router, place="/dev/null/x", feedback=Feedback()
+                PaperEngine(), ServedModels("m"), max_tokens=50, router=router, place="/dev/null/x", feedback=Feedback()
             )
             answer = await call(app, path, body, method="POST", headers=headers)
             # 503: feedback that was good, whose place can't be written
@@ -138,7 +139,7 @@ BODIES = {
 @pytest.mark.parametrize("case", BODIES)
 def test_a_hostile_body_is_a_400_in_openais_shape(case: str, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
-        app = build_api(PaperEngine(), Served("m"), max_tokens=50, router=Router({"m": 1.0}))
+        app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, router=Router({"m": 1.0}))
         for path in PATHS[:2]:
             answer = await call(app, path, BODIES[case], method="POST")
             assert answer.status in (400, 404, 413), path
@@ -162,7 +163,7 @@ def test_a_hostile_body_is_a_400_in_openais_shape(case: str, caplog: pytest.LogC
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/nowhere", "/v1/models/[\udc80"])
 def test_hostile_headers_and_paths_are_no_500(headers: dict[str, str], path: str) -> None:
     async def work() -> None:
-        app = build_api(PaperEngine(), Served("m"), max_tokens=50)
+        app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50)
         answer = await call(app, path, b"{", method="POST", headers=headers)
         assert 400 <= answer.status < 500
         assert answer.error["message"]
@@ -209,7 +210,7 @@ def websocket(app: Any, path: str, headers: list[tuple[bytes, bytes]]) -> list[d
 
 @pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/health", "/nowhere"])
 def test_a_websocket_is_closed_without_a_traceback(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    app = build_api(PaperEngine(), Served("m"), max_tokens=5, key_hashes=(hash_key("k"),))
+    app = build_api(PaperEngine(), ServedModels("m"), max_tokens=5, key_hashes=(hash_key("k"),))
     with caplog.at_level(logging.ERROR):
         (closed,) = websocket(app, path, [])
         assert (closed["type"], closed["code"]) == ("websocket.close", 1008)
@@ -229,8 +230,8 @@ def test_clients_can_not_lift_the_time_limit_or_break_the_proxy_by_a_header() ->
     async def work() -> None:
         async def send(_: Any) -> None: ...
 
-        await Edge(inner)({"type": "http", "path": "/v1/models", "headers": headers}, None, send)
-        await Edge(inner)({"type": "websocket", "path": "/v1/models", "headers": headers}, None, send)
+        await ProxyMiddleware(inner)({"type": "http", "path": "/v1/models", "headers": headers}, None, send)
+        await ProxyMiddleware(inner)({"type": "websocket", "path": "/v1/models", "headers": headers}, None, send)
 
     asyncio.run(work())
     assert seen == [[(b"accept", b"*/*")]] * 2
@@ -243,7 +244,7 @@ def test_clients_can_not_lift_the_time_limit_or_break_the_proxy_by_a_header() ->
 def server(**bounds: Any) -> Iterator[int]:
     before = uvicorn.protocols.http.auto.AutoHTTPProtocol
     uvicorn_with_bounded_headers(**bounds)
-    app = build_api(PaperEngine(), Served("m"), max_tokens=50)
+    app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50)
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
     sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -305,11 +306,13 @@ def with_key(key: str) -> dict[str, str]:
 
 def feedback_app(place: Path, feedback: Feedback | None, keys: tuple[str, ...] = ("a", "b")) -> Any:
     hashes = tuple(hash_key(key) for key in keys)
-    return build_api(PaperEngine(), Served("m"), max_tokens=50, key_hashes=hashes, place=str(place), feedback=feedback)
+    return build_api(
+        PaperEngine(), ServedModels("m"), max_tokens=50, key_hashes=hashes, place=str(place), feedback=feedback
+    )
 
 
 def test_feedback_is_kept_only_where_the_run_file_asks_for_it(tmp_path: Path) -> None:
-    assert Serve().feedback is None
+    assert ServeConfig().feedback is None
     app = feedback_app(tmp_path, None)
     body = {"rating": "up", "messages": TALK, "id": answer_id("chatcmpl", hash_key("a"))}
     answer = asyncio.run(call(app, "/v1/feedback", body, headers=with_key("a")))
@@ -388,14 +391,14 @@ def test_the_bounded_parser_reads_what_json_reads(tree: Any) -> None:
         json.dumps(tree, ensure_ascii=False).encode()
     except ValueError:  # NaN, half a pair
         return
-    assert bounded_json.parse(text, max_bytes=1 << 20) == json.loads(text)
+    assert strict_json.parse(text, max_bytes=1 << 20) == json.loads(text)
 
 
 @QUICK
 @given(st.binary(max_size=60))
 def test_the_bounded_parser_raises_value_errors_only(data: bytes) -> None:
     try:
-        bounded_json.parse(data, max_bytes=50)
+        strict_json.parse(data, max_bytes=50)
     except ValueError as err:
         message = str(err)
     else:
@@ -405,6 +408,6 @@ def test_the_bounded_parser_raises_value_errors_only(data: bytes) -> None:
 
 def test_brackets_in_texts_are_no_depth() -> None:
     tree = ["[" * 1000, '"[' * 100, "\\" * 7 + "[" * 100]
-    assert bounded_json.parse(json.dumps(tree).encode(), max_bytes=1 << 20, max_depth=1) == tree
+    assert strict_json.parse(json.dumps(tree).encode(), max_bytes=1 << 20, max_depth=1) == tree
     with pytest.raises(ValueError, match="nested more than 2"):
-        bounded_json.parse(b"[[[]]]", max_bytes=100, max_depth=2)
+        strict_json.parse(b"[[[]]]", max_bytes=100, max_depth=2)

@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data import expand
+from ftray.data import decompress
 from ftray.data.parquet import check_schema
 from ftray.data.sources import cut_shard, list_shards, read_chunk
 from ftray.errors import DataError, FtrayError
@@ -156,7 +156,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": lambda 
 def test_a_compressed_file_that_expands_too_far_is_refused_in_little_memory(
     tmp_path: Path, suffix: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expand, "FREE_BYTES", MIB // 2)
+    monkeypatch.setattr(decompress, "FREE_BYTES", MIB // 2)
     head, item = {"jsonl": (b"", b'{"a": ""}\n'), "json": (b"[0", b',""\n'), "csv": (b"a\n", b'""\n')}[kind]
     item = item.replace(b'""', b'"%s"' % (b"x" * 500))
     path = tmp_path / f"part.{kind}.{suffix}"
@@ -179,7 +179,7 @@ def test_a_compressed_file_that_expands_too_far_is_refused_in_little_memory(
 def test_a_record_of_any_size_is_refused_in_little_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expand, "MAX_RECORD_BYTES", MIB)
+    monkeypatch.setattr(decompress, "MAX_RECORD_BYTES", MIB)
     text = {"jsonl": b'{"text": "', "json": b'[{"text": "', "csv": b'text\n"'}[name.split(".")[1]] + b"x" * (24 * MIB)
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     assert peak_mib(lambda: refuse(tmp_path / name, r"a record of more than 1 MiB|field larger than field limit")) < 20

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
 from bench.hostile.templates import IN_C
-from ftray.chat import ChatFormat, Message, trial, try_template
-from ftray.chat.turns import Cutter
-from ftray.config import Model
-from ftray.data.tokenize import pack_tokenizer
+from ftray.chat import ChatFormat, Message, template_trial, try_template
+from ftray.chat.segments import TemplateSegmenter
+from ftray.chat.template import FILTERS, TESTS, Template
+from ftray.config import ModelConfig
+from ftray.data.tokenizer import pack_tokenizer
 from ftray.engine.directory import check_model_directory
 from ftray.errors import DataError, FtrayError, ModelError
 from ftray.model import load
-from ftray.model_files import check_model_files
-from ftray.sandbox import FILTERS, TESTS, Template
+from ftray.storage.model_directory import check_model_files
 from tests import tiny
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ TAKES_MEMORY = ("expandtabs", "wordwrap", "nested width", "percent", "indent met
 @pytest.mark.parametrize("name", IN_C)
 def test_a_template_has_no_way_around_its_budget(name: str) -> None:
     with pytest.raises(DataError, match="the chat template ") as caught:
-        Cutter(IN_C[name], {}).render([Message("user", "hello there")])
+        TemplateSegmenter(IN_C[name], {}).render([Message("user", "hello there")])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -50,7 +50,7 @@ def test_a_template_that_would_take_gigabytes_takes_none(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="the chat template "):
-            Cutter(IN_C[name], {}).render([Message("user", "hello there")])
+            TemplateSegmenter(IN_C[name], {}).render([Message("user", "hello there")])
         assert tracemalloc.get_traced_memory()[1] < 100 * MIB
     finally:
         tracemalloc.stop()
@@ -101,7 +101,7 @@ def test_a_template_that_takes_too_long_or_too_much_is_refused_where_it_is_tried
 ) -> None:
     """The sandbox of the other process is replaced by one that lets everything pass: limits alone must do."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, jinja2, ftray.sandbox as s, ftray.chat.trial as t\n"
+        "import os, jinja2, ftray.chat.template as s, ftray.chat.template_trial as t\n"
         "t.CPU_S, t.MEMORY_BYTES = 2, 1 << 28\n"
         "class Open:\n"
         "    def __init__(self, source): self.t = jinja2.Template(source)\n"
@@ -133,7 +133,7 @@ def test_the_other_process_sees_no_secrets_and_imports_nothing_from_the_working_
     try_template("{{ messages }}")
     assert (tmp_path / "seen").read_text() == "none"
     assert not (tmp_path / "marker").exists()
-    assert trial.CPU_S == 10
+    assert template_trial.CPU_S == 10
 
 
 # --- any template
@@ -226,7 +226,7 @@ def model(whole: Path, tmp_path: Path) -> Path:
 def test_a_config_that_names_a_kernel_of_a_hub_is_refused(model: Path, key: str, value: object) -> None:
     for changes in ({key: value}, {"text_config": {"deep": [{key: value}]}}):
         spoil(model, "config.json", **changes)
-        for read in (lambda: load.check_base(Model(base=str(model))), lambda: check_model_directory(model)):
+        for read in (lambda: load.check_base(ModelConfig(base=str(model))), lambda: check_model_directory(model)):
             with pytest.raises(ModelError, match=rf"config\.json: {key} is .*which may be code from a hub"):
                 read()
 
@@ -236,7 +236,7 @@ def test_an_index_that_names_a_file_outside_the_directory_is_refused(model: Path
     shutil.copy(model / "model.safetensors", model.parent / "x.safetensors")
     spoil(model, "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": name})
     with pytest.raises(ModelError, match=r"weight_map names .*no file in the model's directory"):
-        load.resolve_base(Model(base=str(model)))
+        load.resolve_base(ModelConfig(base=str(model)))
     with pytest.raises(ModelError, match="weight_map names"):
         check_model_directory(model)
 
@@ -261,7 +261,7 @@ def test_a_tokenizer_that_replaces_a_character_by_megabytes_is_refused(model: Pa
     ):
         spoil(model, "tokenizer.json", normalizer=normalizer)
         with pytest.raises(ModelError, match=r"tokenizer\.json: the normalizer makes up to"):
-            load.resolve_base(Model(base=str(model)))
+            load.resolve_base(ModelConfig(base=str(model)))
     llama = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     spoil(model, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": llama})
     check_model_files(model)
@@ -274,7 +274,7 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_by_file_and_tensor(mo
     tensors[name][3, 5] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"model\.safetensors has an infinite or NaN value in {name}; download"):
-        load.load_base(Model(base=str(model)), torch.float32)
+        load.load_base(ModelConfig(base=str(model)), torch.float32)
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
@@ -293,10 +293,10 @@ def test_any_bytes_in_a_file_of_a_model_give_a_result_or_one_sentence(model: Pat
     ]
     for content in rubbish:
         path.write_bytes(content)
-        assert "\n" not in outcome(lambda: load.check_base(Model(base=str(model))))
+        assert "\n" not in outcome(lambda: load.check_base(ModelConfig(base=str(model))))
 
 
 def test_a_tokenizer_that_would_lose_all_text_is_refused(model: Path) -> None:
     spoil(model, "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
     with pytest.raises(ModelError, match="has no token for letters and digits"):
-        load.check_base(Model(base=str(model)))
+        load.check_base(ModelConfig(base=str(model)))

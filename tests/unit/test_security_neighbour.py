@@ -12,7 +12,7 @@ import yaml
 from ftray import config
 from ftray.cluster.render import PARTS, render
 from ftray.errors import ConfigError
-from ftray.serve.keys import KeyGuard, read_key_hashes
+from ftray.serve.auth import AuthMiddleware, read_key_hashes
 from tests.manifests.check import ray_pods, secrets_of
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ async def _status(headers: list[tuple[bytes, bytes]]) -> int:
         sent.append(message)
 
     scope = {"type": "http", "path": "/v1/models", "headers": headers}
-    await KeyGuard(app, (HASH,))(scope, None, send)
+    await AuthMiddleware(app, (HASH,))(scope, None, send)
     return int(sent[0]["status"])
 
 

@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray import cli, config
+from ftray import config
+from ftray.cli import main
+from ftray.config.loader import MAX_YAML_CHARS, MAX_YAML_SIZE, apply_override, parse_yaml
 from ftray.errors import ConfigError, FtrayError
-from ftray.runfile import MAX_YAML_CHARS, MAX_YAML_SIZE, apply_override, parse_yaml
 from ftray.tune.space import as_word
 
 GOOD = "name: a\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {max_steps: 1}\n"
@@ -134,7 +135,7 @@ def test_any_text_gives_a_run_or_one_sentence(tmp_path: Path) -> None:
         )
     )
     def holds(text: str) -> None:
-        assert isinstance(outcome(text), (str, dict, config.Run))
+        assert isinstance(outcome(text), (str, dict, config.RunConfig))
 
     def outcome(text: str) -> Any:
         try:
@@ -143,14 +144,14 @@ def test_any_text_gives_a_run_or_one_sentence(tmp_path: Path) -> None:
         except FtrayError as err:
             return str(err)
 
-    assert isinstance(config.parse_run(tree, "x"), config.Run)
+    assert isinstance(config.parse_run(tree, "x"), config.RunConfig)
     holds()
 
 
 def test_control_characters_of_a_message_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text('"na\\e]0;owned\\ame": a\n' + GOOD)
-    assert cli.main(["check", str(path)]) == 2
+    assert main.main(["check", str(path)]) == 2
     said = capsys.readouterr().err
     assert "\x1b" not in said
     assert "\x07" not in said

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from ftray import cli
-from ftray.cluster.jobs import Jobs
+from ftray.cli import main
+from ftray.cluster.jobs import JobClient
 from ftray.console import Console, printable
 from ftray.errors import ConfigError
-from ftray.evaluate.human.sheet import Sample, Sheet
-from ftray.evaluate.human.table import to_csv
-from ftray.observe.card import code_span, escaped
+from ftray.evaluate.human.csv_sheet import to_csv
+from ftray.evaluate.human.sheet import Sheet, SheetItem
+from ftray.report.model_card import code_span, escaped
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_no_mix_of_sequences_leaves_a_control_character() -> None:
 
 
 def test_an_error_that_quotes_foreign_text_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "no\x1b[31m\x1b]0;x\x07where.yaml"]) == 2
+    assert main.main(["check", "no\x1b[31m\x1b]0;x\x07where.yaml"]) == 2
     assert "\x1b" not in capsys.readouterr().err
 
 
@@ -72,7 +72,7 @@ def test_a_token_is_not_sent_in_plain_text(address: str, monkeypatch: pytest.Mon
     with pytest.raises(
         ConfigError, match=r"in plain text .*http://127\.0\.0\.1:8265, use https, or add --insecure"
     ) as refused:
-        Jobs(address)
+        JobClient(address)
     assert "very-secret-token" not in str(refused.value)
 
 
@@ -82,7 +82,7 @@ def test_a_token_is_not_sent_in_plain_text(address: str, monkeypatch: pytest.Mon
 def test_a_token_may_go_over_loopback_and_https(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "very-secret-token")
     with pytest.raises(ConfigError, match="nobody answers"):
-        Jobs(address)
+        JobClient(address)
 
 
 def test_without_a_token_or_with_the_flag_http_is_as_before(
@@ -92,11 +92,11 @@ def test_without_a_token_or_with_the_flag_http_is_as_before(
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="nobody answers"):
-        Jobs("http://192.0.2.1:9")
+        JobClient("http://192.0.2.1:9")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "very-secret-token")
-    assert cli.main(["status", "--address", "http://192.0.2.1:9"]) == 2
+    assert main.main(["status", "--address", "http://192.0.2.1:9"]) == 2
     assert "--insecure" in capsys.readouterr().err
-    assert cli.main(["status", "--address", "http://192.0.2.1:9", "--insecure"]) == 2
+    assert main.main(["status", "--address", "http://192.0.2.1:9", "--insecure"]) == 2
     assert "nobody answers" in capsys.readouterr().err
 
 
@@ -108,14 +108,14 @@ FORMULAS = [
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_no_cell_of_the_sheet_is_a_formula(text: str) -> None:
-    sheet = Sheet("id", ["helpful"], [Sample(text, text, text, text)])
+    sheet = Sheet("id", ["helpful"], [SheetItem(text, text, text, text)])
     rows = list(csv.reader(io.StringIO(to_csv(sheet).decode("utf-8-sig"), newline="")))
     assert rows[1][2:6] == [f"'{text}"] * 4
 
 
 @pytest.mark.parametrize("text", ["plain", "a=1", "2-1", "x\n=1", "", "é", "(=1)", "'=1"])
 def test_other_cells_stay_as_they_are(text: str) -> None:
-    sheet = Sheet("id", [], [Sample(text, text, text, text)])
+    sheet = Sheet("id", [], [SheetItem(text, text, text, text)])
     rows = list(csv.reader(io.StringIO(to_csv(sheet).decode("utf-8-sig"), newline="")))
     assert rows[1][2:6] == [text] * 4
 

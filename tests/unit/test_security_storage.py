@@ -17,14 +17,14 @@ import pytest
 
 from ftray import storage
 from ftray.errors import StorageError
-from ftray.serve import catalog as catalog_module
+from ftray.serve import adapter_cache as catalog_module
 from ftray.serve import registry as registry_module
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Catalog
-from ftray.serve.entries import MAX_MANIFEST_BYTES
-from ftray.serve.meters import Meters
-from ftray.serve.origin import lineages_of, reference_of
+from ftray.serve.adapter_cache import AdapterCache
+from ftray.serve.metrics import ServeMetrics
+from ftray.serve.model_metadata import lineages_of, reference_of
 from ftray.serve.registry import list_published, registry_of, remove, scan
+from ftray.serve.registry_schema import MAX_MANIFEST_BYTES
+from ftray.serve.routes import build_api
 from tests.unit.test_published import META, HoldingEngine, life, put, served
 from tests.unit.test_serve_protocol import call
 
@@ -124,7 +124,7 @@ def test_a_bad_entry_is_skipped_alone_counted_and_told_once(
     plant(tmp_path, "victim", make(good), version=f"0009-{content}")  # a bad newer version hides no good one
 
     async def work() -> None:
-        meters = Meters()
+        meters = ServeMetrics()
         app = build_api(HoldingEngine(), served(tmp_path), max_tokens=5, meters=meters)
         async with life(app):
             await asyncio.sleep(0.1)  # several looks
@@ -253,7 +253,7 @@ def test_an_engine_that_fails_to_unload_does_not_end_the_poll(tmp_path: Path, mo
 
     async def work() -> None:
         put(tmp_path, "polite")
-        catalog = Catalog(Stubborn(), served(tmp_path))
+        catalog = AdapterCache(Stubborn(), served(tmp_path))
         await catalog.start()
         assert await catalog.prepare("small:polite")
         remove(registry(tmp_path), "polite")
@@ -320,7 +320,7 @@ def test_what_is_loaded_lies_in_the_cache_where_the_registrys_writers_can_not_ch
             await super().load_adapter(name, directory)
 
     async def work() -> None:
-        catalog = Catalog(Looking(), served(tmp_path))
+        catalog = AdapterCache(Looking(), served(tmp_path))
         await catalog.start()
         await catalog.prepare("small:polite")
         await catalog.stop()
@@ -378,7 +378,7 @@ def test_a_lineage_that_is_none_is_left_out(tmp_path: Path, lineage: Any) -> Non
 
 
 def test_metrics_outlive_a_figure_that_can_not_be_made() -> None:
-    meters = Meters()
+    meters = ServeMetrics()
 
     def fail() -> None:
         raise ValueError("bad reference")

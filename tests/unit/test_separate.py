@@ -12,18 +12,18 @@ import torch
 from transformers import AutoConfig
 
 from ftray import config
-from ftray.engine.transformers import _max_positions as max_positions
+from ftray.engine.transformers.engine import _max_positions as max_positions
 from ftray.errors import ModelError
 from ftray.model import attention
 from ftray.model.attention import VARLEN, choose_attention
-from ftray.train.loss import SummedLoss
-from ftray.train.separate import HALF_SHARE, SHARE, keep_apart, leak
+from ftray.train.objectives.sft import SummedLossModel
+from ftray.train.packing_check import HALF_SHARE, SHARE, keep_apart, leak
 from tests.unit.test_head import build
 
 CPU = torch.device("cpu")
 
 
-def run_of(**sections: Any) -> config.Run:
+def run_of(**sections: Any) -> config.RunConfig:
     tree = {"name": "a", "model": {"base": "org/b"}, "data": {"train": [{"path": "p"}]}}
     return config.parse_run({**tree, "train": {"global_batch_size": 4}, **sections}, "test")
 
@@ -34,7 +34,7 @@ APART = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [*APART, "olmo2", "smollm3", "gpt2", "gpt_neox"])
 def test_families_that_keep_documents_apart_pass(kind: str, dtype: torch.dtype) -> None:
-    loss = SummedLoss(build(kind).to(dtype)).train()
+    loss = SummedLossModel(build(kind).to(dtype)).train()
     assert leak(loss, CPU) < SHARE / 10
     assert loss.training
     keep_apart(run_of(), loss, CPU)
@@ -43,7 +43,7 @@ def test_families_that_keep_documents_apart_pass(kind: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["jamba", "nemotron_h", "recurrent_gemma", "minimax", "falcon_mamba", "opt"])
 def test_families_that_do_not_are_refused_where_a_row_holds_several(kind: str, dtype: torch.dtype) -> None:
-    loss = SummedLoss(build(kind).to(dtype)).train()
+    loss = SummedLossModel(build(kind).to(dtype)).train()
     assert leak(loss, CPU) > 5 * HALF_SHARE
     with pytest.raises(
         ModelError,
@@ -69,7 +69,7 @@ ROPES = [
 def test_frequencies_that_hang_on_the_longest_document_are_refused_beyond_their_border(
     kind: str, more: dict[str, Any], steady: int | None
 ) -> None:
-    loss = SummedLoss(build(kind, **more)).train()
+    loss = SummedLossModel(build(kind, **more)).train()
     data: dict[str, Any] = {"train": [{"path": "p"}]}
     keep_apart(run_of(data={**data, "max_seq_len": steady or 4096}), loss, CPU)
     assert max_positions(loss.model) == (steady or 64)
@@ -86,7 +86,7 @@ def test_a_class_that_loses_the_documents_lengths_gets_the_attention_that_needs_
 ) -> None:
     """As nemotron does on a GPU, where ftray's attention would take the row for one document."""
     use_ours(monkeypatch)
-    loss = SummedLoss(build("llama")).train()
+    loss = SummedLossModel(build("llama")).train()
     loss.model.set_attn_implementation(VARLEN)
     assert leak(loss, CPU) > HALF_SHARE, "on a CPU no lengths are told"
     keep_apart(run_of(), loss, CPU)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ftray.serve import edge, scaling
+from ftray.serve import autoscaling
+from ftray.serve import proxy as edge
 
 STREAM = {
     "type": "http.response.start",
@@ -40,7 +41,7 @@ def through(messages: list[dict[str, Any]], path: str = "/v1/models") -> list[di
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    asyncio.run(edge.Edge(proxy)({"type": "http", "path": path}, None, send))
+    asyncio.run(edge.ProxyMiddleware(proxy)({"type": "http", "path": path}, None, send))
     return sent
 
 
@@ -134,7 +135,7 @@ def test_serve_knows_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     spec.loader.exec_module(again)
     assert again.RAY_SERVE_PROXY_USE_GRPC is True
     assert again.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH == 2**31 - 1
-    assert again.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH == "ftray.serve.edge:middlewares"
+    assert again.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH == "ftray.serve.proxy:middlewares"
 
 
 def wanted(running: int, requests: float, **first_s: float) -> float:
@@ -146,9 +147,9 @@ def wanted(running: int, requests: float, **first_s: float) -> float:
         total_num_requests=requests,
         policy_state={},
         config=config,
-        aggregated_metrics={scaling.METRIC: first_s},
+        aggregated_metrics={autoscaling.METRIC: first_s},
     )
-    return scaling.FirstTokenPolicy(target_s=1.0)(context)[0]
+    return autoscaling.TtftPolicy(target_s=1.0)(context)[0]
 
 
 def test_late_first_texts_ask_for_replicas_and_quick_ones_change_nothing() -> None:
@@ -164,14 +165,14 @@ def test_late_first_texts_ask_for_replicas_and_quick_ones_change_nothing() -> No
 
 def test_the_median_time_to_first_text_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: now))
-    times = scaling.FirstTimes()
+    monkeypatch.setattr(autoscaling, "time", SimpleNamespace(monotonic=lambda: now))
+    times = autoscaling.TtftWindow()
     assert times.median() == 0
     times.add(5.0)
-    now += scaling.WINDOW_S - 1
+    now += autoscaling.WINDOW_S - 1
     times.add(1.0)
     assert times.median() == 3
     now += 2
     assert times.median() == 1
-    now += scaling.WINDOW_S
+    now += autoscaling.WINDOW_S
     assert times.median() == 0

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from ftray import config
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Served
-from ftray.serve.keys import answer_id
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.auth import answer_id
+from ftray.serve.routes import build_api
 from tests.unit.test_published import life, put, served
 from tests.unit.test_serve_policies import Explaining
 from tests.unit.test_serve_protocol import CHAT, TEXT, PaperEngine, call
@@ -55,7 +55,7 @@ def test_five_thousand_spoiled_bodies_are_answered_or_refused(tmp_path: Path) ->
 
     async def work() -> None:
         bounds = config.Feedback(records_per_day=10_000)
-        app = build_api(PaperEngine(), Served("m"), max_tokens=50, place=str(tmp_path / "place"), feedback=bounds)
+        app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, place=str(tmp_path / "place"), feedback=bounds)
         for _ in range(NUM_BODIES):
             path = rng.choice(list(bodies))
             body = spoil(rng, bodies[path])  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_a_body_that_only_looks_like_a_life_is_none(tmp_path: Path) -> None:
     """The app lives through hostile input: what comes after is answered."""
 
     async def work() -> None:
-        app = build_api(PaperEngine(), Served("m"), max_tokens=50)
+        app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50)
         async with life(app):
             for path in (
                 "/v1/models/%2e%2e",

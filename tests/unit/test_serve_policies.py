@@ -14,17 +14,17 @@ import pytest
 
 from ftray import config, storage
 from ftray.data.formats import read_record
-from ftray.engine.protocol import Chunk, EngineError, SamplingParams, TokenLogprob
+from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, TokenLogprob
 from ftray.errors import ConfigError
 from ftray.serve import asgi
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Served
-from ftray.serve.keys import answer_id, hash_key, read_key_hashes
-from ftray.serve.limits import Limits, Meter
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.auth import answer_id, hash_key, read_key_hashes
+from ftray.serve.autoscaling import TtftWindow
+from ftray.serve.openai import RequestError
 from ftray.serve.pages import openapi
-from ftray.serve.protocol import RequestError
+from ftray.serve.rate_limit import RateLimiter, RateLimits
+from ftray.serve.routes import build_api
 from ftray.serve.routing import Router, event_uri, exceeds, pick
-from ftray.serve.scaling import FirstTimes
 from tests.unit.test_published import HoldingEngine, life, put, served
 from tests.unit.test_serve_protocol import CHAT, HI, TEXT, PaperEngine, PaperTokenizer, ask, call
 
@@ -45,17 +45,17 @@ class Explaining(PaperEngine):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[OutputChunk]:
         self.asked.append((request_id, params))
         return self._explain(params)
 
-    async def _explain(self, params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def _explain(self, params: SamplingParams) -> AsyncIterator[OutputChunk]:
         for token in range(4):
             await asyncio.sleep(0)
             top = tuple((t, -float(t)) for t in range(params.num_logprobs or 0))
             told = (TokenLogprob(token, -0.5 * token, top),) if params.num_logprobs is not None else ()
             text = f"{params.seed}" if token == 0 else "" if token == 3 else "abc"[token]
-            yield Chunk(text, [token], "stop" if token == 3 else None, 7, token + 1, told)
+            yield OutputChunk(text, [token], "stop" if token == 3 else None, 7, token + 1, told)
 
 
 # n and logprobs
@@ -125,7 +125,7 @@ def test_completion_logprobs_have_their_old_shape() -> None:
 
 def test_a_key_beyond_its_requests_waits_and_others_do_not() -> None:
     now = [0.0]
-    meter = Meter(Limits(requests_per_minute=3), clock=lambda: now[0])
+    meter = RateLimiter(RateLimits(requests_per_minute=3), clock=lambda: now[0])
     for _ in range(3):
         meter.admit("a")
     with pytest.raises(RequestError) as refused:
@@ -140,7 +140,7 @@ def test_a_key_beyond_its_requests_waits_and_others_do_not() -> None:
 
 def test_tokens_are_charged_when_known_and_an_overdrawn_budget_is_made_good() -> None:
     now = [0.0]
-    meter = Meter(Limits(tokens_per_minute=600, tokens_per_day=2000), clock=lambda: now[0])
+    meter = RateLimiter(RateLimits(tokens_per_minute=600, tokens_per_day=2000), clock=lambda: now[0])
     meter.admit("a")
     meter.charge("a", 1100)  # 500 too many, at 10 a second
     with pytest.raises(RequestError, match="tokens per minute") as refused:
@@ -158,7 +158,7 @@ def test_a_429_has_openais_shape_and_says_when_to_come_again() -> None:
     async def work() -> None:
         keys = (hash_key("one"), hash_key("two"))
         app = build_api(
-            PaperEngine(), Served("m"), max_tokens=50, key_hashes=keys, limits=Limits(requests_per_minute=1)
+            PaperEngine(), ServedModels("m"), max_tokens=50, key_hashes=keys, limits=RateLimits(requests_per_minute=1)
         )
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
         assert (await call(app, "/v1/completions", TEXT, headers=one)).status == 200
@@ -192,7 +192,7 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(asgi, "MAX_BODY_S", 0.05)
 
     async def work() -> None:
-        app, sent = build_api(PaperEngine(), Served("m"), max_tokens=50), []
+        app, sent = build_api(PaperEngine(), ServedModels("m"), max_tokens=50), []
         parts = [{"type": "http.request", "body": b"{", "more_body": True}]
 
         async def receive() -> Any:
@@ -221,8 +221,8 @@ def test_users_stay_with_one_model_and_shares_are_kept() -> None:
     assert {pick({"a": 0, "b": 1}, str(i)) for i in range(50)} == {"b"}
 
 
-def canary(**bounds: Any) -> config.Canary:
-    return config.Canary(model="b", **bounds)
+def canary(**bounds: Any) -> config.CanaryConfig:
+    return config.CanaryConfig(model="b", **bounds)
 
 
 def test_a_canary_goes_on_errors_and_only_then() -> None:
@@ -346,7 +346,7 @@ def test_replicas_agree_on_a_return_and_other_shares_begin_anew(tmp_path: Path) 
 
 def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_path: Path) -> None:
     class Failing(HoldingEngine):
-        async def _say(self, reply: str) -> AsyncIterator[Chunk]:
+        async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
             if reply == "new":
                 raise EngineError("injected")
             async for chunk in super()._say(reply):
@@ -355,7 +355,7 @@ def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_pat
     put(tmp_path, "old")
     put(tmp_path, "new")
     weights = {"small:old": 0.8, "small:new": 0.2}
-    trial = config.Canary(model="small:new")
+    trial = config.CanaryConfig(model="small:new")
 
     async def work() -> None:
         app = build_api(
@@ -388,7 +388,7 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(t
     class Failing(HoldingEngine):
         num_asked = 0
 
-        async def _say(self, reply: str) -> AsyncIterator[Chunk]:
+        async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
             self.num_asked += reply == "new"
             if reply == "new" and self.num_asked % 20 == 0:
                 raise EngineError("injected")
@@ -397,7 +397,7 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(t
 
     put(tmp_path, "old")
     put(tmp_path, "new")
-    router = Router({"small:old": 0.5, "small:new": 0.5}, config.Canary(model="small:new"), str(tmp_path))
+    router = Router({"small:old": 0.5, "small:new": 0.5}, config.CanaryConfig(model="small:new"), str(tmp_path))
     engine = Failing()
 
     async def work() -> None:
@@ -417,12 +417,12 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(t
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_first_text_counts_when_it_comes_not_when_its_answer_ends(stream: bool) -> None:
-    engine, times = PaperEngine(), FirstTimes()
-    router = Router({"m": 0.5, "other": 0.5}, config.Canary(model="m"))
+    engine, times = PaperEngine(), TtftWindow()
+    router = Router({"m": 0.5, "other": 0.5}, config.CanaryConfig(model="m"))
 
     async def work() -> None:
         engine.hold = asyncio.Event()
-        app = build_api(engine, Served("m"), max_tokens=50, first_times=times, router=router)
+        app = build_api(engine, ServedModels("m"), max_tokens=50, first_times=times, router=router)
         async with life(app):
             body = {**TEXT, "model": "m", "stream": stream, "n": 2}
             answer = asyncio.create_task(call(app, "/v1/completions", body))
@@ -446,7 +446,7 @@ def test_a_first_text_counts_when_it_comes_not_when_its_answer_ends(stream: bool
 
 def tell(place: Path | None, body: Any) -> Any:
     where = str(place) if place else None
-    app = build_api(PaperEngine(), Served("m"), max_tokens=50, place=where, feedback=config.Feedback())
+    app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, place=where, feedback=config.Feedback())
     return asyncio.run(call(app, "/v1/feedback", {"id": answer_id("chatcmpl", ""), **body}))
 
 

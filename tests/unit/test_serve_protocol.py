@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from ftray.config import Serve
-from ftray.engine.protocol import Chunk, ContextLengthError, EngineError, SamplingParams, SchemaError
+from ftray.config import ServeConfig
+from ftray.engine.protocol import ContextLengthError, EngineError, OutputChunk, SamplingParams, SchemaError
 from ftray.errors import ConfigError, ModelError
-from ftray.serve.api import build_api
-from ftray.serve.catalog import Served
-from ftray.serve.keys import hash_key, read_key_hashes
-from ftray.serve.protocol import MAX_BODY_BYTES, ChatRequest, CompletionRequest, RequestError, parse_request
+from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.auth import hash_key, read_key_hashes
+from ftray.serve.openai import MAX_BODY_BYTES, ChatRequest, CompletionRequest, RequestError, parse_request
+from ftray.serve.routes import build_api
 from ftray.serve.run import check_endpoint
 
 HI = [{"role": "user", "content": "hi"}]
@@ -69,14 +69,14 @@ class PaperEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[OutputChunk]:
         self.health()
         if len(prompt_ids) + params.max_tokens > self.max_context:
             raise ContextLengthError("too long for the context")
         self.asked.append(("".join(map(chr, prompt_ids)), params))
         return self._generate(len(prompt_ids))
 
-    async def _generate(self, num_prompt_tokens: int) -> AsyncIterator[Chunk]:
+    async def _generate(self, num_prompt_tokens: int) -> AsyncIterator[OutputChunk]:
         try:
             for i, word in enumerate(self.words):
                 await asyncio.sleep(0)
@@ -85,7 +85,7 @@ class PaperEngine:
                     raise self.error
                 if last and self.hold:
                     await self.hold.wait()
-                yield Chunk(word, [i], "stop" if last else None, num_prompt_tokens, i + 1)
+                yield OutputChunk(word, [i], "stop" if last else None, num_prompt_tokens, i + 1)
             self.log.append("finished")
         finally:
             self.log.append("closed")
@@ -156,7 +156,7 @@ async def call(
 
 
 def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: Any) -> Answer:
-    app = build_api(engine or PaperEngine(), Served("m"), max_tokens=50, key_hashes=how.pop("key_hashes", ()))
+    app = build_api(engine or PaperEngine(), ServedModels("m"), max_tokens=50, key_hashes=how.pop("key_hashes", ()))
     return asyncio.run(call(app, path, body, **how))
 
 
@@ -437,7 +437,7 @@ def test_an_answer_that_takes_too_long_is_ended() -> None:
     async def work() -> None:
         engine = PaperEngine()
         engine.hold = asyncio.Event()
-        app = build_api(engine, Served("m"), max_tokens=50, max_answer_s=0.5)
+        app = build_api(engine, ServedModels("m"), max_tokens=50, max_answer_s=0.5)
         assert (await call(app, "/v1/completions", TEXT)).error["code"] == "timeout"
         assert (await call(app, "/v1/completions", {**TEXT, "stream": True})).events[-1]["error"]["code"] == "timeout"
         assert engine.log == ["closed", "closed"]
@@ -464,7 +464,7 @@ def test_a_client_that_leaves_frees_the_engine(stream: bool) -> None:
     async def work() -> None:
         engine, leave = PaperEngine(), asyncio.Event()
         engine.hold = asyncio.Event()  # the last word never comes
-        app = build_api(engine, Served("m"), max_tokens=50)
+        app = build_api(engine, ServedModels("m"), max_tokens=50)
         request = asyncio.create_task(call(app, "/v1/completions", {**TEXT, "stream": stream}, leave=leave))
         await asyncio.sleep(0.05)
         assert engine.log == []
@@ -480,7 +480,7 @@ def test_serve_cancelling_a_request_frees_the_engine() -> None:
     async def work() -> None:
         engine = PaperEngine()
         engine.hold = asyncio.Event()
-        app = build_api(engine, Served("m"), max_tokens=50)
+        app = build_api(engine, ServedModels("m"), max_tokens=50)
         request = asyncio.create_task(call(app, "/v1/completions", {**TEXT, "stream": True}))
         await asyncio.sleep(0.05)
         request.cancel()
@@ -494,7 +494,7 @@ def test_serve_cancelling_a_request_frees_the_engine() -> None:
 def test_the_apps_life_is_the_engines_life() -> None:
     async def work() -> None:
         engine = PaperEngine()
-        app = build_api(engine, Served("m"), max_tokens=50, key_hashes=(hash_key("k"),))
+        app = build_api(engine, ServedModels("m"), max_tokens=50, key_hashes=(hash_key("k"),))
         messages = iter(["lifespan.startup", "lifespan.shutdown"])
         sent: list[str] = []
 
@@ -553,7 +553,7 @@ def test_a_port_that_is_taken_and_a_directory_without_model_are_told(tmp_path: P
     import socket
 
     with pytest.raises(ModelError, match="ftray export"):
-        check_endpoint(tmp_path, Serve(port=0))
+        check_endpoint(tmp_path, ServeConfig(port=0))
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     with socket.socket() as taken:
@@ -561,12 +561,12 @@ def test_a_port_that_is_taken_and_a_directory_without_model_are_told(tmp_path: P
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} can't be listened on .*; give another serve.port"):
-            check_endpoint(tmp_path, Serve(port=port))
-    check_endpoint(tmp_path, Serve(port=0))
+            check_endpoint(tmp_path, ServeConfig(port=port))
+    check_endpoint(tmp_path, ServeConfig(port=0))
 
 
 def test_protocols_and_checks_import_no_ray_and_no_torch() -> None:
-    modules = "ftray.serve.protocol, ftray.engine.protocol, ftray.engine.text, ftray.serve.api, ftray.serve.run"
+    modules = "ftray.serve.openai, ftray.engine.protocol, ftray.engine.detokenizer, ftray.serve.routes, ftray.serve.run"
     code = f"import sys, {modules}; print(sorted({{'ray', 'torch', 'transformers'}} & sys.modules.keys()))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)

@@ -11,13 +11,13 @@ import pytest
 import ray
 import ray.serve
 
-from ftray import session
+from ftray.cli import session
+from ftray.cli.session import signals_later
 from ftray.console import Console
+from ftray.driver.supervisor import stop_signals
 from ftray.errors import Preempted, RunError
 from ftray.serve.run import _start_serve
-from ftray.session import signals_later
 from ftray.signals import termination_signals
-from ftray.train.supervise import stop_signals
 
 
 def test_a_signal_waits_for_the_end_of_the_block_and_is_not_lost() -> None:

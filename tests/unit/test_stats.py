@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from ftray.chat.scripts import count_scripts
-from ftray.data.page import render_page
-from ftray.data.records import (
+from ftray.data.record_table import (
     CAPITAL,
     FINAL_MARK,
     JSON_LIKE,
@@ -21,11 +20,12 @@ from ftray.data.records import (
     UNPRINTABLE,
     _flags,
 )
-from ftray.data.stats import Part, Stats, _labels, as_text, warn
+from ftray.data.stats import DatasetStats, SplitStats, _labels, as_text, warn
+from ftray.report.data_page import render_page
 from tests.unit.test_duplicates import chat
 
 
-def part(**changes: Any) -> Part:
+def part(**changes: Any) -> SplitStats:
     """A data set that nothing is wrong with."""
     lengths = np.sort(np.random.default_rng(0).integers(20, 60, 1000).astype(np.int32))
     fields: dict[str, Any] = {
@@ -43,7 +43,7 @@ def part(**changes: Any) -> Part:
         "found": {},
         "left": {},
     }
-    return Part(**{**fields, **changes})
+    return SplitStats(**{**fields, **changes})
 
 
 def test_sound_data_gives_no_warning() -> None:
@@ -156,7 +156,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_the_figures_and_plots_and_asks_for_nothing() -> None:
     evil = "<script>alert(1)</script>"
-    stats = Stats(part(labels={evil: 500, 'b"': 500}), part(name="eval"), ["look at <this>"])
+    stats = DatasetStats(part(labels={evil: 500, 'b"': 500}), part(name="eval"), ["look at <this>"])
     text = render_page(stats, "a <b>")
     page = Page(text)
     assert page.tags.count("svg") == 3 + 1 + 3
@@ -175,7 +175,7 @@ def test_the_page_holds_the_figures_and_plots_and_asks_for_nothing() -> None:
 
 
 def test_the_text_holds_both_parts_and_the_warnings() -> None:
-    lines = as_text(Stats(part(found={"duplicate": 5}, left={"duplicate": 2}), part(name="eval"), ["do this"]))
+    lines = as_text(DatasetStats(part(found={"duplicate": 5}, left={"duplicate": 2}), part(name="eval"), ["do this"]))
     text = "\n".join(lines)
     for words in ("data.train", "data.eval", "5 say the same as an earlier one (3 taken out)", "- do this", "█"):
         assert words in text

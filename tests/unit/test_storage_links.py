@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from ftray import storage
-from ftray.cli import main
-from ftray.train.checkpoint import CheckpointWriter
-from ftray.train.shards import Part
-from ftray.train.timeline import Progress, list_checkpoints
+from ftray.cli.main import main
+from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter
 
-PARTS = [Part("weights.a", (4,), 0, torch.ones(4))]
+PARTS = [TensorPart("weights.a", (4,), 0, torch.ones(4))]
 
 
 def save(run_dir: Path, *steps: int, keep: int = 9) -> None:
     writer = CheckpointWriter(str(run_dir), keep, {}, whole=True)
     for step in steps:
-        writer.save(Progress(step=step), PARTS, [])
+        writer.save(RunProgress(step=step), PARTS, [])
         writer.wait()
 
 
@@ -120,7 +120,7 @@ def test_the_sweep_takes_temporary_files_of_writers_that_are_gone(
 def test_metrics_stay_when_all_checkpoints_are_gone(tmp_path: Path) -> None:
     run_dir = tmp_path / "one"
     writer = CheckpointWriter(str(run_dir), 9, {}, whole=True)
-    writer.save(Progress(step=2), PARTS, [{"step": 0}, {"step": 1}])
+    writer.save(RunProgress(step=2), PARTS, [{"step": 0}, {"step": 1}])
     writer.wait()
     (run_dir / "run.json").write_text("{}")
     storage.delete_tree(str(run_dir / "checkpoints"))

@@ -16,7 +16,8 @@ import pytest
 import ray
 import yaml
 
-from ftray import cli, config
+from ftray import config
+from ftray.cli import main
 from ftray.cluster import submit
 from ftray.cluster.jobs import exit_code, next_id
 from ftray.cluster.submit import packed
@@ -68,7 +69,7 @@ def test_a_local_file_that_can_not_travel_is_named(here: Path, path: str) -> Non
 
 def test_a_directory_of_this_machine_is_no_storage_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["submit", str(ROOT / "jobs/quickstart.yaml"), "--address", "http://127.0.0.1:9"]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert capsys.readouterr().err.startswith("ftray: storage runs is a directory of this machine; on a cluster give")
 
 
@@ -76,11 +77,11 @@ def test_a_cluster_that_is_not_there_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert cli.main(["status", "--address", "http://127.0.0.1:9"]) == 2
+    assert main.main(["status", "--address", "http://127.0.0.1:9"]) == 2
     assert capsys.readouterr().err.startswith("ftray: --address http://127.0.0.1:9: nobody answers (")
-    assert cli.main(["status"]) == 2
+    assert main.main(["status"]) == 2
     assert "--address is missing" in capsys.readouterr().err
-    assert cli.main(["stop", "x", "--address", "ray://head:10001"]) == 2
+    assert main.main(["stop", "x", "--address", "ray://head:10001"]) == 2
     assert "give the dashboard's" in capsys.readouterr().err
 
 

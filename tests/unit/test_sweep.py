@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from ftray import storage
-from ftray.cli import main
+from ftray.cli.main import main
 from ftray.errors import StorageError
 from ftray.storage import uploads
 from ftray.storage.s3 import request
-from ftray.train.checkpoint import CheckpointWriter
-from ftray.train.shards import Part
-from ftray.train.timeline import Progress, list_checkpoints, merge_metrics
+from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints, merge_metrics
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter
 
-PARTS = [Part("weights.a", (4,), 0, torch.ones(4))]
+PARTS = [TensorPart("weights.a", (4,), 0, torch.ones(4))]
 
 
 def lines(*steps: int) -> list[dict[str, Any]]:
@@ -29,8 +29,8 @@ def run_dir(tmp_path: Path) -> Path:
     """A run at step 4 that fell back once, with a checkpoint that was being written when its writer was killed."""
     place = tmp_path / "runs/one"
     writer = CheckpointWriter(str(place), 9, {}, whole=True)
-    writer.save(Progress(step=2), PARTS, lines(0, 1))
-    writer.save(Progress(step=4, segments=["00000000-00000001.jsonl"]), PARTS, lines(2, 3))
+    writer.save(RunProgress(step=2), PARTS, lines(0, 1))
+    writer.save(RunProgress(step=4, segments=["00000000-00000001.jsonl"]), PARTS, lines(2, 3))
     writer.wait()
     (place / "metrics/00000004-00000009.jsonl").write_text('{"step": 4}\n')  # of a checkpoint that did not come to be
     left = place / "checkpoints/step-000010"

@@ -12,16 +12,16 @@ import torch
 from ftray import storage
 from ftray.data.packing import IGNORE_INDEX
 from ftray.errors import CheckpointError, RunHeldError
-from ftray.train.checkpoint import CheckpointWriter
-from ftray.train.loop import heldout_share
-from ftray.train.shards import Part
-from ftray.train.timeline import Progress, find_newest, list_checkpoints
+from ftray.train.checkpoint.catalog import RunProgress, find_newest, list_checkpoints
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter
+from ftray.train.trainer import heldout_share
 
 
 def save(run_dir: Path, step: int, keep: int = 9, lease: storage.Token | None = None, value: float = 0.0) -> None:
     writer = CheckpointWriter(str(run_dir), keep, {"config_hash": "c"}, whole=True, lease=lease)
-    parts = [Part("weights.a", (4,), 0, torch.full((4,), value))]
-    writer.save(Progress(step=step), parts, [{"step": step - 1, "loss": float("nan")}])
+    parts = [TensorPart("weights.a", (4,), 0, torch.full((4,), value))]
+    writer.save(RunProgress(step=step), parts, [{"step": step - 1, "loss": float("nan")}])
     writer.wait()
 
 

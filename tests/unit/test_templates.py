@@ -14,11 +14,11 @@ from transformers.utils import chat_template_utils
 
 from ftray import storage
 from ftray.chat import ChatFormat, Encoded, Message
-from ftray.config import Model
+from ftray.chat.template import TODAY, Template
+from ftray.config import ModelConfig
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 from ftray.model.load import load_tokenizer
-from ftray.sandbox import TODAY, Template
 from tests import tiny
 
 END = "<|im_end|>"
@@ -319,7 +319,7 @@ def test_the_sandbox_writes_what_transformers_writes(template: str) -> None:
 @pytest.mark.slow
 def test_the_sandbox_writes_what_transformers_writes_for_a_real_model() -> None:
     assert Path(embedded.resolve(embedded.NAME, storage.cache_directory())).is_dir()
-    tokenizer = load_tokenizer(Model(base=embedded.NAME))
+    tokenizer = load_tokenizer(ModelConfig(base=embedded.NAME))
     chat = ChatFormat(tokenizer)
     whole = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in LONG], tokenize=False)
     assert chat.render(LONG) == whole

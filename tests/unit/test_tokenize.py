@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.chat import ChatFormat, Encoded, Message
-from ftray.config import Model
-from ftray.data import tokenize
+from ftray.chat.template_analysis import only_copies
+from ftray.config import ModelConfig
+from ftray.data import tokenizer as tokenize
 from ftray.data.chunks import _tokenizer, streams
-from ftray.data.tokenize import (
+from ftray.data.tokenizer import (
     TELLING,
     BatchTokenizer,
-    ByName,
-    Packed,
+    NamedTokenizer,
+    SerializedTokenizer,
     TokenizerLoader,
     backend_json,
     pack_tokenizer,
@@ -31,7 +32,6 @@ from ftray.data.tokenize import (
 from ftray.errors import DataError
 from ftray.model import embedded
 from ftray.model.load import load_tokenizer
-from ftray.template import only_copies
 from tests import tiny
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
@@ -158,7 +158,7 @@ def test_many_at_once_are_what_each_is_by_itself(template: str) -> None:
 
 @pytest.mark.slow
 def test_many_at_once_are_what_each_is_by_itself_with_a_real_model() -> None:
-    tokenizer = load_tokenizer(Model(base=embedded.NAME))
+    tokenizer = load_tokenizer(ModelConfig(base=embedded.NAME))
     chat = ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
@@ -255,7 +255,7 @@ def test_the_sample_holds_rare_and_common_texts_and_is_always_the_same() -> None
 
 @pytest.mark.slow
 def test_fastokens_gives_the_same_ids() -> None:
-    for tokenizer in (tiny.make_tokenizer(), load_tokenizer(Model(base=embedded.NAME))):
+    for tokenizer in (tiny.make_tokenizer(), load_tokenizer(ModelConfig(base=embedded.NAME))):
         backend = backend_json(tokenizer)
         batch = BatchTokenizer(tokenizer, backend)
         assert batch.engine == "fastokens"
@@ -278,7 +278,7 @@ def test_a_tokenizer_travels_as_itself_and_is_loaded_once_a_process() -> None:
 
     loader = TokenizerLoader(load)
     there = pickle.loads(pickle.dumps(loader))
-    assert isinstance(there, Packed)
+    assert isinstance(there, SerializedTokenizer)
     pickle.dumps(loader)
     assert len(calls) == 1
     assert there == pickle.loads(pickle.dumps(loader))
@@ -297,7 +297,7 @@ def test_a_tokenizer_that_would_not_be_the_same_elsewhere_is_loaded_there_by_nam
     assert pack_tokenizer(tokenizer) is None
     loader = TokenizerLoader(make_splitting)
     there = pickle.loads(pickle.dumps(loader))
-    assert isinstance(there, ByName)
+    assert isinstance(there, NamedTokenizer)
     assert there == pickle.loads(pickle.dumps(loader))
     assert there().split_special_tokens
 
@@ -309,9 +309,9 @@ def make_splitting() -> Any:
 
 
 def test_streams_of_one_section_share_their_loader() -> None:
-    from ftray.config import Data
+    from ftray.config import DataConfig
 
-    data = Data.model_validate({"train": [{"path": "x"}], "eval": {"fraction": 0.1}})
+    data = DataConfig.model_validate({"train": [{"path": "x"}], "eval": {"fraction": 0.1}})
     stream, heldout = streams(data, make_splitting)
     assert heldout is not None
     assert stream.load_tokenizer is heldout.load_tokenizer

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from ftray import config, storage
+from ftray.driver import trackers
 from ftray.errors import ConfigError
-from ftray.train import trackers
-from ftray.train.timeline import Progress, merge_metrics
+from ftray.train.checkpoint.catalog import RunProgress, merge_metrics
 from tests.runs import SETTINGS, line
 
 Curve = list[tuple[int, float]]
@@ -55,7 +55,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trackers, "SETTLE_S", 0.0)
 
 
-def make(tmp_path: Path, *names: str, **changes: Any) -> tuple[config.Run, Path]:
+def make(tmp_path: Path, *names: str, **changes: Any) -> tuple[config.RunConfig, Path]:
     """A run with these trackers, its file beside it, without a checkpoint."""
     data = {"train": [{"path": "data"}]}
     tree = {**SETTINGS, "storage": str(tmp_path / "runs"), "data": data, "evaluate": {}, **changes}
@@ -63,12 +63,12 @@ def make(tmp_path: Path, *names: str, **changes: Any) -> tuple[config.Run, Path]
     return config.load_run(tmp_path / "run.yaml"), tmp_path / "runs" / tree["name"]
 
 
-def commit(run_dir: Path, segments: list[str], lines: list[dict[str, Any]]) -> Progress:
+def commit(run_dir: Path, segments: list[str], lines: list[dict[str, Any]]) -> RunProgress:
     """A checkpoint behind these lines; segments: those before it."""
     name = f"{lines[0]['step']:08d}-{lines[-1]['step']:08d}.jsonl"
     (run_dir / "metrics").mkdir(parents=True, exist_ok=True)
     (run_dir / "metrics" / name).write_text("".join(json.dumps(each) + "\n" for each in lines))
-    progress = Progress(step=lines[-1]["step"] + 1, segments=[*segments, name])
+    progress = RunProgress(step=lines[-1]["step"] + 1, segments=[*segments, name])
     storage.commit_files(str(run_dir / f"checkpoints/step-{progress.step:06d}"), {}, {"progress": asdict(progress)})
     return progress
 

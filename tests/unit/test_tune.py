@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray import cli, config, storage
-from ftray.config import Tune
+from ftray import config, storage
+from ftray.cli import main
+from ftray.config import TuneConfig
 from ftray.console import Console
+from ftray.driver.resources import fitting
 from ftray.errors import ConfigError, DataError
-from ftray.train.capacity import fitting
-from ftray.tune.judge import Judge
-from ftray.tune.page import render_page
+from ftray.report.sweep_page import render_page
 from ftray.tune.report import as_table, command_of
+from ftray.tune.runner import preflight_trials
+from ftray.tune.scheduler import TrialPruner
 from ftray.tune.search import importance, propose
 from ftray.tune.space import check_tune, corners, grid, number_of_trials, sample, trial_run
-from ftray.tune.state import Report, State, Trial, open_state, save_state, settings_of
-from ftray.tune.sweep import preflight_trials
+from ftray.tune.state import EvalReport, SweepState, TrialRecord, open_state, save_state, settings_of
 from tests import tiny
 
 LR = {"type": "loguniform", "low": 1e-5, "high": 1e-3}
@@ -40,12 +41,12 @@ def choice(*values: Any, **more: Any) -> dict[str, Any]:
     return {"type": "choice", "values": list(values), **more}
 
 
-def run_of(space: Any, top: dict[str, Any] | None = None, **tune: Any) -> config.Run:
+def run_of(space: Any, top: dict[str, Any] | None = None, **tune: Any) -> config.RunConfig:
     tree = {**copy.deepcopy(BASE), **(top or {}), "tune": {"num_trials": 8, "space": space, **tune}}
     return config.parse_run(tree, "f")
 
 
-def section(space: Any, **tune: Any) -> Tune:
+def section(space: Any, **tune: Any) -> TuneConfig:
     found = run_of(space, **tune).tune
     assert found is not None
     return found
@@ -163,7 +164,7 @@ def test_the_verb_ends_with_2_and_a_sentence_before_ray_starts(
     if "space." in override:  # a key of the space has dots: it is overridden with the space
         key, value = override.removeprefix("tune.space.").split("=", 1)
         override = f"tune.space={{{key}: {value}}}"
-    assert cli.main(["tune", "f.yaml", override]) == 2
+    assert main.main(["tune", "f.yaml", override]) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert NOT_BEGUN.get(override, "tune.space with") in said[0]
@@ -191,9 +192,9 @@ def test_layers_and_files_that_only_some_trials_name_are_looked_at_before_ray_st
 def test_check_tells_what_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {**copy.deepcopy(BASE), "tune": {"num_trials": 2, "space": {"train.learning_rate": LR}}}
     (tmp_path / "f.yaml").write_text(yaml.safe_dump(tree))
-    assert cli.main(["check", str(tmp_path / "f.yaml")]) == 0
+    assert main.main(["check", str(tmp_path / "f.yaml")]) == 0
     assert "2 trials (random) over train.learning_rate; successive halving" in capsys.readouterr().out
-    assert cli.main(["check", str(tmp_path / "f.yaml"), "tune.space={train.lr: {type: choice, values: [1]}}"]) == 2
+    assert main.main(["check", str(tmp_path / "f.yaml"), "tune.space={train.lr: {type: choice, values: [1]}}"]) == 2
 
 
 def test_a_space_of_many_keys_has_each_value_validated_in_a_second() -> None:
@@ -220,9 +221,9 @@ def test_a_trial_has_the_fewest_workers_that_the_file_allows() -> None:
 
 
 def test_trials_of_one_worker_may_share_a_gpu() -> None:
-    half = config.Scale(gpus_per_worker=0.5)
+    half = config.ScaleConfig(gpus_per_worker=0.5)
     assert fitting(half, True, [{"GPU": 2.0, "CPU": 9.0}]) == 4
-    assert fitting(config.Scale(), True, [{"GPU": 2.0, "CPU": 9.0}]) == 2
+    assert fitting(config.ScaleConfig(), True, [{"GPU": 2.0, "CPU": 9.0}]) == 2
     with pytest.raises(ConfigError, match=re.escape("gpus_per_worker (0.5) needs num_workers 1")):
         run_of({"train.learning_rate": LR}, top={"scale": {"num_workers": 2, "gpus_per_worker": 0.5}})
 
@@ -268,15 +269,17 @@ def test_a_grid_has_every_point_once_or_the_first_of_them() -> None:
     assert number_of_trials(section(space, search="grid", num_trials=4)) == 4
 
 
-def trials_of(*losses: list[float], num_steps: int = 10) -> State:
+def trials_of(*losses: list[float], num_steps: int = 10) -> SweepState:
     """A sweep whose trials reported side by side, step by step."""
-    state, at = State({}), 0
-    state.trials = [Trial(n, {"train.learning_rate": 10.0 ** -(n + 2)}, "done", num_steps) for n in range(len(losses))]
+    state, at = SweepState({}), 0
+    state.trials = [
+        TrialRecord(n, {"train.learning_rate": 10.0 ** -(n + 2)}, "done", num_steps) for n in range(len(losses))
+    ]
     for place in range(max(map(len, losses))):
         for trial, own in zip(state.trials, losses, strict=True):
             if place < len(own):
                 step = (place + 1) * num_steps // max(map(len, losses))
-                trial.reports.append(Report(at, step, step / num_steps, own[place], False))
+                trial.reports.append(EvalReport(at, step, step / num_steps, own[place], False))
                 at += 1
     return state
 
@@ -287,16 +290,16 @@ def test_a_judge_that_is_told_the_past_again_decides_as_the_one_that_lived_it(sc
     curves = [[3 - quality * step / 10 for step in range(1, 11)] for quality in (0.5, 2.0, 0.1, 1.5, 0.2, 2.5)]
 
     def play(switch_after: int | None) -> list[tuple[int, int, bool]]:
-        state = State({}, [Trial(n, {}, "running", 10) for n in range(len(curves))])
-        judge, log = Judge(tune, state), []
+        state = SweepState({}, [TrialRecord(n, {}, "running", 10) for n in range(len(curves))])
+        judge, log = TrialPruner(tune, state), []
         for step in range(1, 11):
             for trial, curve in zip(state.trials, curves, strict=True):
                 if trial.status == "stopped":
                     continue
                 if len(log) == switch_after:  # the driver died: another judge reads what was kept
-                    judge = Judge(tune, state)
+                    judge = TrialPruner(tune, state)
                 stop = judge.stops(trial.number, step / 10, curve[step - 1])
-                trial.reports.append(Report(len(log), step, step / 10, curve[step - 1], stop))
+                trial.reports.append(EvalReport(len(log), step, step / 10, curve[step - 1], stop))
                 trial.status = "stopped" if stop else "running"
                 log.append((trial.number, step, stop))
         return log
@@ -311,7 +314,7 @@ def test_a_judge_that_is_told_the_past_again_decides_as_the_one_that_lived_it(sc
 
 
 def test_one_that_led_is_given_up_when_better_ones_have_passed_the_same_rungs() -> None:
-    judge = Judge(section({"train.learning_rate": LR}, grace=0.1), State({}))
+    judge = TrialPruner(section({"train.learning_rate": LR}, grace=0.1), SweepState({}))
     assert not judge.stops(0, 0.1, 3.0), "the first to come"
     assert not judge.stops(1, 0.1, 2.4)
     assert judge.stops(0, 0.2, 2.9)
@@ -322,14 +325,14 @@ def test_one_that_led_is_given_up_when_better_ones_have_passed_the_same_rungs() 
 
 
 def test_without_a_scheduler_only_what_is_no_number_is_given_up() -> None:
-    judge = Judge(section({"train.learning_rate": LR}, scheduler="none"), State({}))
+    judge = TrialPruner(section({"train.learning_rate": LR}, scheduler="none"), SweepState({}))
     assert not any(judge.stops(number, 0.5, float(number)) for number in range(9))
     assert judge.stops(9, 0.5, math.nan)
     assert judge.stops(9, 0.5, math.inf)
 
 
 def test_nobody_is_given_up_at_the_last_step() -> None:
-    judge = Judge(section({"train.learning_rate": LR}, grace=1.0), State({}))
+    judge = TrialPruner(section({"train.learning_rate": LR}, grace=1.0), SweepState({}))
     assert not any(judge.stops(number, 1.0, float(number)) for number in range(9))
 
 
@@ -338,8 +341,8 @@ def test_state_comes_back_as_it_was_kept_and_other_settings_are_refused_by_name(
     state = open_state(run, place)
     assert state.trials == []
     state.trials = [
-        Trial(0, {"train.learning_rate": 1e-4}, "stopped", 10, [Report(0, 2, 0.2, 2.5, True)]),
-        Trial(1, {"train.learning_rate": 3e-4}, "failed", 10, error="no memory"),
+        TrialRecord(0, {"train.learning_rate": 1e-4}, "stopped", 10, [EvalReport(0, 2, 0.2, 2.5, True)]),
+        TrialRecord(1, {"train.learning_rate": 3e-4}, "failed", 10, error="no memory"),
     ]
     save_state(state, place)
     assert open_state(run, place) == state
@@ -372,12 +375,12 @@ def quadratic(params: dict[str, Any]) -> float:
     return (math.log10(params["train.learning_rate"]) + 4) ** 2 + 0.01 * float(params.get("train.warmup", 0))
 
 
-def searched(tune: Tune, number: int) -> list[Trial]:
-    trials: list[Trial] = []
+def searched(tune: TuneConfig, number: int) -> list[TrialRecord]:
+    trials: list[TrialRecord] = []
     for n in range(number):
         params = propose(tune, trials)
         loss = quadratic(params)
-        trials.append(Trial(n, params, "done", 10, [Report(n, 10, 1.0, loss, False)]))
+        trials.append(TrialRecord(n, params, "done", 10, [EvalReport(n, 10, 1.0, loss, False)]))
     return trials
 
 
@@ -388,7 +391,7 @@ def test_optuna_learns_from_the_trials_before_and_a_choice_hangs_on_them_alone()
     trials = searched(tune, 24)
     assert [t.params for t in searched(tune, 24)] == [t.params for t in trials]
     for n in (3, 11, 20):  # what is asked again after the driver died
-        assert propose(tune, [Trial(**vars(t)) for t in trials[:n]]) == trials[n].params
+        assert propose(tune, [TrialRecord(**vars(t)) for t in trials[:n]]) == trials[n].params
     chance = [quadratic(sample(tune, n)) for n in range(24)]
     late = sorted(quadratic(t.params) for t in trials[12:])
     assert late[6] < 0.5 * sorted(chance)[12], "the median of the later half beats that of chance"
@@ -399,15 +402,15 @@ def test_optuna_knows_conditions_and_trials_of_every_kind() -> None:
     space = {"method.type": choice("lora", "full"), "method.rank": choice(2, 4, when={"method.type": "lora"})}
     tune = section(space, search="optuna", num_trials=20)
     trials = [
-        Trial(0, {"method.type": "lora", "method.rank": 2}, "done", 10, [Report(0, 10, 1.0, 2.0, False)]),
-        Trial(1, {"method.type": "full"}, "stopped", 10, [Report(1, 2, 0.2, 3.0, True)]),
-        Trial(2, {"method.type": "full"}, "failed", 10, error="x"),
-        Trial(3, {"method.type": "lora", "method.rank": 4}, "running", 10),
+        TrialRecord(0, {"method.type": "lora", "method.rank": 2}, "done", 10, [EvalReport(0, 10, 1.0, 2.0, False)]),
+        TrialRecord(1, {"method.type": "full"}, "stopped", 10, [EvalReport(1, 2, 0.2, 3.0, True)]),
+        TrialRecord(2, {"method.type": "full"}, "failed", 10, error="x"),
+        TrialRecord(3, {"method.type": "lora", "method.rank": 4}, "running", 10),
     ]
     for _ in range(16):
         params = propose(tune, trials)
         assert ("method.rank" in params) == (params["method.type"] == "lora")
-        trials.append(Trial(len(trials), params, "running", 10))
+        trials.append(TrialRecord(len(trials), params, "running", 10))
 
 
 def test_importance_names_the_key_that_decided_the_loss_at_a_point_that_all_trials_reached() -> None:
@@ -417,8 +420,8 @@ def test_importance_names_the_key_that_decided_the_loss_at_a_point_that_all_tria
     for n in range(30):
         params = sample(tune, n)
         loss = quadratic(params)
-        reports = [Report(2 * n, 2, 0.2, loss, False), Report(2 * n + 1, 10, 1.0, 0.0, False)]
-        trials.append(Trial(n, params, "done" if n % 2 else "stopped", 10, reports if n % 2 else reports[:1]))
+        reports = [EvalReport(2 * n, 2, 0.2, loss, False), EvalReport(2 * n + 1, 10, 1.0, 0.0, False)]
+        trials.append(TrialRecord(n, params, "done" if n % 2 else "stopped", 10, reports if n % 2 else reports[:1]))
     found = importance(tune, trials)
     assert found is not None
     assert found[0] == 0.2
@@ -437,7 +440,7 @@ def test_the_winners_command_makes_the_winners_settings(tmp_path: Path) -> None:
     for modules in ("all-linear", ["q_proj", "v_proj"]):
         for revision in ("true", "v1 x"):
             params = {**sample(section({"train.learning_rate": LR}), 1), "method.target_modules": modules}
-            winner = Trial(1, params | {"model.revision": revision}, "done", 10)
+            winner = TrialRecord(1, params | {"model.revision": revision}, "done", 10)
             words = shlex.split(command_of(run, winner, str(tmp_path / "a b.yaml")))
             assert words[:2] == ["ftray", "train"]
             again = config.load_run(words[2], words[3:])
@@ -469,7 +472,7 @@ def test_the_page_shows_every_trial_without_a_script_or_a_request() -> None:
     state = trials_of([3, 2.0, 1.9], [3, 2.5], [3, math.inf])
     state.trials[0].params["method.type"] = "<b>&"
     state.trials[1].params["method.type"] = "lora"
-    state.trials.append(Trial(3, {"train.learning_rate": 1e-9}, "failed", 10, error="out of <memory>"))
+    state.trials.append(TrialRecord(3, {"train.learning_rate": 1e-9}, "failed", 10, error="out of <memory>"))
     winner = state.winner()
     assert winner is not None
     text = render_page("a<b", state, winner, (0.5, {"train.learning_rate": 0.9}), "ftray train 'a b.yaml'")

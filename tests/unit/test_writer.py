@@ -17,9 +17,9 @@ import torch
 
 from ftray import storage
 from ftray.errors import StorageError
-from ftray.train.checkpoint import CheckpointWriter, load_checkpoint
-from ftray.train.shards import Part
-from ftray.train.timeline import Progress, find_newest
+from ftray.train.checkpoint.catalog import RunProgress, find_newest
+from ftray.train.checkpoint.tensors import TensorPart
+from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
 from tests.s3 import FaultyProxy, S3Server
 
 WRITES = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
@@ -29,8 +29,8 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
     return {"weights.a": torch.full((64, 64), float(step)), "exp_avg.a": torch.full((64, 64), -float(step))}
 
 
-def parts_of(step: int) -> list[Part]:
-    return [Part(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors_of(step).items()]
+def parts_of(step: int) -> list[TensorPart]:
+    return [TensorPart(name, tuple(t.shape), 0, t.flatten()) for name, t in tensors_of(step).items()]
 
 
 def lines_of(step: int) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def save(run_dir: str, *steps: int, keep: int = 2) -> None:
     """Checkpoints of these steps, each counting the metrics of the two steps before it."""
     writer = CheckpointWriter(run_dir, keep, {"config_hash": "c"}, whole=True)
     found = find_newest(run_dir, no_warning)
-    progress = found.progress if found else Progress()
+    progress = found.progress if found else RunProgress()
     for step in steps:
         progress.step = step
         writer.save(progress, parts_of(step), lines_of(step))
@@ -177,7 +177,7 @@ def test_a_store_that_is_down_longer_than_its_deadline_delays_a_checkpoint_and_l
         save(run_dir, 2)
         proxy.fraction = 1.0
         writer = CheckpointWriter(run_dir, 2, {"config_hash": "c"}, whole=True)
-        writer.save(Progress(step=4), parts_of(4), lines_of(4))  # returns at once
+        writer.save(RunProgress(step=4), parts_of(4), lines_of(4))  # returns at once
         threading.Timer(2.5, setattr, (proxy, "fraction", 0.0)).start()
         writer.wait()
         assert newest(run_dir) == 4

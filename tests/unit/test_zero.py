@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 import yaml
 
-from ftray.config import DeepSpeed, Train
+from ftray.config import DeepSpeedConfig, TrainConfig
 from ftray.errors import ConfigError
-from ftray.train.zero import OWNED, SIZES, deepspeed_config, size_of
+from ftray.train.zero.config import OWNED, SIZES, deepspeed_config, size_of
 
 
 def made(
     zero_stage: int = 2, overrides: dict[str, Any] | None = None, offload: Any = "none", **train: Any
 ) -> dict[str, Any]:
-    section = Train(**{"global_batch_size": 24, "micro_batch_size": 3, **train})
-    return deepspeed_config(section, DeepSpeed(zero_stage=zero_stage, offload=offload, overrides=overrides or {}), 3, 2)
+    section = TrainConfig(**{"global_batch_size": 24, "micro_batch_size": 3, **train})
+    return deepspeed_config(
+        section, DeepSpeedConfig(zero_stage=zero_stage, offload=offload, overrides=overrides or {}), 3, 2
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -90,8 +92,8 @@ def test_sizes_are_those_that_deepspeed_takes() -> None:
         usual = DeepSpeedZeroConfig.model_fields[name.get(key, key)].default
         assert usual == size
         for value, wanted in (("auto", size), (3, 3.0), (2.0e8, 2e8)):
-            assert size_of(DeepSpeed(overrides={"zero_optimization": {key: value}}), key) == wanted
-    assert size_of(DeepSpeed(), "reduce_bucket_size") == 5e8
+            assert size_of(DeepSpeedConfig(overrides={"zero_optimization": {key: value}}), key) == wanted
+    assert size_of(DeepSpeedConfig(), "reduce_bucket_size") == 5e8
 
 
 def test_overrides_of_the_run_file_are_left_as_they_are() -> None:
@@ -122,4 +124,4 @@ def test_what_is_decided_elsewhere_names_keys_that_exist() -> None:
     for names in OWNED.values():
         for name in names.split(" and "):
             section, leaf = name.split(".")
-            assert leaf in {"train": Train, "deepspeed": DeepSpeed}[section].model_fields
+            assert leaf in {"train": TrainConfig, "deepspeed": DeepSpeedConfig}[section].model_fields

@@ -20,7 +20,7 @@ MAX_NAME_CHARS = 40
 Score = Annotated[int, Field(ge=1, le=5, strict=True)]
 
 
-class Answer(BaseModel):
+class Rating(BaseModel):
     """One rater's answer to one sample: the preferred side, and scores of each side by criterion. All may be missing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,17 +30,17 @@ class Answer(BaseModel):
     b: dict[str, Score] = {}
 
 
-class Answers:
+class RatingStore:
     """All answers to one sheet, by rater and sample (from 1), in storage and here. Safe to use from several threads."""
 
     def __init__(self, directory: str, sheet: Sheet) -> None:
         self._folder, self._sheet = storage.join(directory, "answers"), sheet
         self._lock = threading.Lock()
-        self.by_rater: dict[str, dict[int, Answer]] = {}
+        self.by_rater: dict[str, dict[int, Rating]] = {}
         for info in storage.list_files(self._folder, ".json"):
             try:
                 tree = storage.read_object(info.uri)
-                found = {int(n): Answer.model_validate(answer) for n, answer in tree["answers"].items()}
+                found = {int(n): Rating.model_validate(answer) for n, answer in tree["answers"].items()}
                 rater = tree["rater"]
             except (
                 storage.DamagedFile,
@@ -54,12 +54,12 @@ class Answers:
                 raise ConfigError(f"{info.uri} holds answers to another sheet; move it away")
             self.by_rater[rater] = found
 
-    def of(self, rater: str) -> dict[int, Answer]:
+    def of(self, rater: str) -> dict[int, Rating]:
         """What a rater has said so far."""
         with self._lock:
             return dict(self.by_rater.get(rater, {}))
 
-    def save(self, rater: str, answers: dict[int, Answer]) -> None:
+    def save(self, rater: str, answers: dict[int, Rating]) -> None:
         """Keeps these answers, in place of the rater's earlier ones to the same samples; returns when they are stored.
 
         Raises ConfigError for a name, a sample or a criterion that the sheet doesn't have.
@@ -90,10 +90,10 @@ def check_name(rater: str) -> None:
         raise ConfigError(f"a rater's name has 1 to {MAX_NAME_CHARS} characters on one line; {rater[:60]!r} doesn't")
 
 
-def parse_answer(text: str | bytes) -> Answer:
+def parse_answer(text: str | bytes) -> Rating:
     """An answer out of JSON. Raises ConfigError."""
     try:
-        return Answer.model_validate_json(text)
+        return Rating.model_validate_json(text)
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

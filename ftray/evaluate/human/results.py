@@ -12,11 +12,11 @@ from statistics import fmean
 import numpy as np
 
 from ftray.evaluate.human.agreement import alpha
-from ftray.evaluate.human.answers import Answer
-from ftray.evaluate.human.sheet import Key, Sheet
-from ftray.evaluate.intervals import Interval, bootstrap, wilson
+from ftray.evaluate.human.answers import Rating
+from ftray.evaluate.human.sheet import Sheet, SheetKey
+from ftray.evaluate.stats import Interval, bootstrap, wilson
 
-ByRater = Mapping[str, Mapping[int, Answer]]
+ByRater = Mapping[str, Mapping[int, Rating]]
 _ORDER = {"a": 0.0, "same": 1.0, "b": 2.0}
 
 
@@ -31,7 +31,7 @@ class Criterion:
 
 
 @dataclass(frozen=True)
-class Results:
+class HumanResults:
     """What evaluate/human/results.json holds. win_rate: tuned over base, a tie counts one half.
 
     agreement: Krippendorff's alpha on which side is preferred, over the samples that several raters answered; None
@@ -51,7 +51,7 @@ class Results:
     num_shared: int
 
 
-def results_of(sheet: Sheet, key: Key, answers: ByRater) -> Results:
+def results_of(sheet: Sheet, key: SheetKey, answers: ByRater) -> HumanResults:
     """Counts and measures everything that was said so far."""
     numbers = range(1, len(sheet.samples) + 1)
     said: dict[int, list[float]] = {n: [] for n in numbers}
@@ -63,7 +63,7 @@ def results_of(sheet: Sheet, key: Key, answers: ByRater) -> Results:
     means = {n: fmean(scores) for n, scores in said.items() if scores}
     names = sorted({name for name in key.slices if name})
     slices = {name: [means[n] for n in means if key.slices[n - 1] == name] for name in names}
-    return Results(
+    return HumanResults(
         sheet=sheet.id,
         num_samples=len(sheet.samples),
         raters={r: sum(a.preferred is not None for a in given.values()) for r, given in sorted(answers.items())},
@@ -78,7 +78,7 @@ def results_of(sheet: Sheet, key: Key, answers: ByRater) -> Results:
     )
 
 
-def _criterion(name: str, key: Key, answers: ByRater) -> Criterion | None:
+def _criterion(name: str, key: SheetKey, answers: ByRater) -> Criterion | None:
     pairs: dict[int, list[tuple[int, int]]] = {}  # (base, tuned) of each rater who scored both
     for given in answers.values():
         for n, answer in given.items():
@@ -95,17 +95,17 @@ def _criterion(name: str, key: Key, answers: ByRater) -> Criterion | None:
 
 
 def _matrix(
-    answers: ByRater, numbers: Sequence[int], values: Callable[[Answer], tuple[float | None, ...]]
+    answers: ByRater, numbers: Sequence[int], values: Callable[[Rating], tuple[float | None, ...]]
 ) -> list[list[float]]:
     """A row for each rater, with each sample's values side by side; what was not said is nan."""
     rows = []
     for given in answers.values():
-        row = [value for n in numbers for value in values(given.get(n, Answer()))]
+        row = [value for n in numbers for value in values(given.get(n, Rating()))]
         rows.append([np.nan if value is None else float(value) for value in row])
     return rows
 
 
-def verdict(results: Results) -> str:
+def verdict(results: HumanResults) -> str:
     """The win rate in words."""
     if results.win_rate is None:
         return "nobody has said yet which answer is better"
@@ -116,7 +116,7 @@ def verdict(results: Results) -> str:
     return "neither is preferred beyond what chance would give"
 
 
-def as_text(results: Results) -> list[str]:
+def as_text(results: HumanResults) -> list[str]:
     """Lines of the table."""
     said = ", ".join(f"{name} {number}" for name, number in results.raters.items()) or "none"
     lines = ["", f"human evaluation of {results.num_samples} samples; answers: {said}"]
@@ -146,7 +146,7 @@ def as_text(results: Results) -> list[str]:
     return [*lines, f"so far {verdict(results)}" if _is_partial(results) else verdict(results)]
 
 
-def _is_partial(results: Results) -> bool:
+def _is_partial(results: HumanResults) -> bool:
     return results.win_rate is not None and results.win_rate.num < results.num_samples
 
 

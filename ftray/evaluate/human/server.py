@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from ftray.errors import ConfigError, FtrayError
-from ftray.evaluate.human.answers import Answers, check_name, parse_answer
+from ftray.evaluate.human.answers import RatingStore, check_name, parse_answer
 from ftray.evaluate.human.sheet import Sheet
 from ftray.signals import termination_signals
 
@@ -39,7 +39,7 @@ _HEADERS = {
 }
 
 
-def build_page(sheet: Sheet, answers: Answers, token: str) -> Starlette:
+def build_page(sheet: Sheet, answers: RatingStore, token: str) -> Starlette:
     """An ASGI app: the page, the sheet with one rater's answers, and a place to put each answer."""
     page = {name: (files(__package__) / f"page.{name}").read_bytes() for name in _KINDS}
 

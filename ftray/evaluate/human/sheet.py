@@ -21,7 +21,7 @@ Side = Literal["a", "b"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SheetItem:
     """One question of the sheet and two answers to it."""
 
     question: str
@@ -36,11 +36,11 @@ class Sheet:
 
     id: str
     criteria: list[str]
-    samples: list[Sample]
+    samples: list[SheetItem]
 
 
 @dataclass(frozen=True)
-class Key:
+class SheetKey:
     """What raters must not see. tuned: the tuned model's side of each sample. slices: of each sample, "" without.
 
     sheet: its id. token: opens the page; kept, so that its address is the same when the server is started again.
@@ -52,7 +52,7 @@ class Key:
     token: str
 
 
-def build_sheet(generations: Sequence[Generation], human: config.Human) -> tuple[Sheet, Key]:
+def build_sheet(generations: Sequence[Generation], human: config.HumanEvalConfig) -> tuple[Sheet, SheetKey]:
     """Picks, shuffles and blinds. Each slice gets its share of the samples, at least one where there is room.
 
     The tuned model stands on each side in half of the samples (of an odd number: give or take one), within each slice
@@ -71,11 +71,11 @@ def build_sheet(generations: Sequence[Generation], human: config.Human) -> tuple
     samples, tuned = [], list[Side]()
     for i in order:
         g = generations[i]
-        samples.append(Sample(g.question, g.reference, *((g.tuned, g.base) if is_first[i] else (g.base, g.tuned))))
+        samples.append(SheetItem(g.question, g.reference, *((g.tuned, g.base) if is_first[i] else (g.base, g.tuned))))
         tuned.append("a" if is_first[i] else "b")
     criteria = list(human.criteria)
     name = hash_of(json.dumps([criteria, [asdict(s) for s in samples], tuned])).hex()
-    return Sheet(name, criteria, samples), Key(name, tuned, [slices[i] for i in order], secrets.token_urlsafe(12))
+    return Sheet(name, criteria, samples), SheetKey(name, tuned, [slices[i] for i in order], secrets.token_urlsafe(12))
 
 
 def _shares(slices: Sequence[str], number: int) -> dict[str, int]:
@@ -97,7 +97,7 @@ def directory_of(run_dir: str) -> str:
     return storage.join(run_dir, "evaluate", "human")
 
 
-def open_sheet(run_dir: str, human: config.Human) -> tuple[Sheet, Key]:
+def open_sheet(run_dir: str, human: config.HumanEvalConfig) -> tuple[Sheet, SheetKey]:
     """The sheet of these settings: the one that is there, or a new one, which is written.
 
     Raises ConfigError when answers were given to another sheet.
@@ -120,12 +120,12 @@ def open_sheet(run_dir: str, human: config.Human) -> tuple[Sheet, Key]:
     return made, key
 
 
-def read_sheet(run_dir: str) -> tuple[Sheet, Key] | None:
+def read_sheet(run_dir: str) -> tuple[Sheet, SheetKey] | None:
     """The sheet that is there. Raises ConfigError for one that is damaged."""
     directory = directory_of(run_dir)
     try:
         sheet = storage.parse_as(Sheet, storage.read_object(storage.join(directory, "sheet.json")))
-        key = storage.parse_as(Key, storage.read_object(storage.join(directory, "key.json")))
+        key = storage.parse_as(SheetKey, storage.read_object(storage.join(directory, "key.json")))
     except storage.MissingFile:
         return None
     except (storage.DamagedFile, ValueError):

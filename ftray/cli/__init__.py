@@ -1,0 +1,1 @@
+"""The command line: `main` parses it, and a module per group of commands carries it out."""

@@ -1,0 +1,158 @@
+"""Surroundings of one command: libraries' output in a log file, and a Ray, started here or joined.
+
+Knows nothing of runs beyond a name and a number of CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from ftray import storage
+from ftray.cli.child_process import report
+from ftray.console import Console
+from ftray.errors import ConfigError, FtrayError, RunError, innermost
+from ftray.signals import termination_signals
+from ftray.storage.ports import answers, knock
+
+START_TRIES = 3
+ESSENTIAL = ("gcs_server", "raylet")  # Ray's processes without which its driver can't go on
+_told: tuple[Console, str] | None = None  # the console of this command, and where libraries' output goes
+
+
+@contextmanager
+def quiet(name: str, console: Console) -> Iterator[None]:
+    """What Ray, its processes and the libraries print goes to a log file, which the console names."""
+    log = storage.cache_directory() / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    global _told
+    console.run, _told = name, (console, str(log))
+    console.say(f"what Ray and other libraries print goes to {log}")
+    with console.quiet_natives(log):
+        yield
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP wait for the end of the block.
+
+    A compiled module that is being imported may swallow what a handler raises, and the command would go on as if nobody
+    had asked. Outside of the main thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, *termination_signals())
+    kept = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:  # one that Python did not install can't be put back
+                signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+@contextmanager
+def ray_session(num_cpus: float) -> Iterator[None]:
+    """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
+
+    num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
+    when the cluster can't be reached, RunError when it goes away meanwhile, or when one of its own does not start.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    handlers = {number: signal.getsignal(number) for number in termination_signals()}
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: ftray runs on the cluster itself, not through Ray's client; use ray job submit, or give "
+            "host:port of the head from one of the cluster's machines"
+        )
+    if address and address != "local":
+        try:
+            knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as err:
+            reason = " ".join(str(err).split())[:200]
+            raise ConfigError(
+                f"RAY_ADDRESS {address}: no Ray cluster answers ({reason}); correct or unset it"
+            ) from None
+    else:
+        total = max(os.cpu_count() or 1, int(num_cpus)) + 1
+        _start_local(total)
+        report(ray={p.name(): p.pid for p in psutil.Process().children() if p.name() in ESSENTIAL})
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray's own would end the process with another code
+    head = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    except Exception as err:
+        if isinstance(innermost(err), FtrayError) or answers(head):
+            raise
+        # Whatever Ray made of it: a lost actor, a failed call, a time-out.
+        raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None
+    finally:
+        report(ray={})  # from here on they end on purpose
+        ray.shutdown()
+
+
+def _start_local(num_cpus: int) -> None:
+    """A Ray of this command's own. On a busy machine its start may time out: it is tried again. Raises RunError."""
+    import ray
+
+    before = {process.pid for process in psutil.Process().children()}
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+            return
+        except FtrayError:  # a signal that came meanwhile
+            raise
+        except Exception as err:  # noqa: BLE001 - Ray raises plain exceptions when its start times out
+            reason = " ".join(str(err).split())[:200] or type(err).__name__
+        _end_half_started(before)
+        log = _told[1] if _told else ""
+        if attempt == START_TRIES:
+            where = f"; see {log} and {ray_logs()}" if log else f"; see {ray_logs()}"
+            raise RunError(
+                f"Ray did not start in {START_TRIES} tries ({reason}){where}. When the machine has CPU, memory and disk to "
+                "spare, run the same command again to continue"
+            )
+        if _told:
+            _told[0].warn(f"Ray did not start ({reason}); trying again ({attempt + 1} of {START_TRIES})")
+
+
+def ray_logs() -> str:
+    """Where the newest Ray of this machine keeps its logs."""
+    return str(Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "session_latest", "logs"))
+
+
+def _end_half_started(before: set[int]) -> None:
+    """Ends what a start of Ray that failed left behind: children of this process that were not there before."""
+    import ray
+
+    with suppress(Exception):
+        ray.shutdown()
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)

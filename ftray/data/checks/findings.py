@@ -1,0 +1,205 @@
+"""What is found over all records, not in one chunk: duplicates, overlap with the held-out data, conflicts, poor quality.
+
+From the tables of `records` alone. Where `data.clean` says `drop`, a finding takes its record out of training; held-out
+records are never taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ftray import config
+from ftray.data.checks.contamination import find_leaks
+from ftray.data.checks.dedup import NO_PAIRS, DuplicatePairs, find_equal, find_near, find_near_to, join_signatures
+from ftray.data.checks.labels import find_conflicts, pick_substitutes
+from ftray.data.record_table import QUALITY, RecordTable
+from ftray.data.sources import Chunk
+
+RULES = ("duplicate", "near_duplicate", "overlap", *QUALITY, "conflict")
+
+
+@dataclass(frozen=True)
+class DataFinding:
+    """A training record that a rule speaks of. of_uri, of_position: the record that it repeats, gives away or contradicts.
+
+    rule: duplicate, near_duplicate, overlap, conflict, or a quality rule. similarity: 1.0 for equal ones.
+    """
+
+    rule: str
+    uri: str
+    position: int
+    of_uri: str | None
+    of_position: int | None
+    similarity: float | None
+    dropped: bool
+
+    @property
+    def detail(self) -> str:
+        """What is wrong, in words."""
+        other = f"{self.of_uri}, record at {self.of_position}"
+        if self.rule == "duplicate":
+            return f"says the same as {other}"
+        if self.rule == "near_duplicate":
+            return f"says nearly the same as {other} (similarity {self.similarity})"
+        if self.rule == "overlap":
+            return f"gives the held-out record away: {other} (share {self.similarity})"
+        if self.rule == "conflict":
+            return f"has the same input as {other} and another answer"
+        return {
+            "short_answer": "its answer is shorter than data.clean.min_answer_chars",
+            "repeated_lines": "more than half of its lines are repeated",
+            "unprintable": "more than a tenth of its characters can't be printed",
+        }[self.rule]
+
+
+class CheckResult:
+    """All findings, as columns sorted by record: millions of them take 26 bytes each.
+
+    places, of, similarity as in `Pairs`; of: -1 where there is no other record; for `overlap` a place in `heldout`.
+    rules: place in RULES. dropped: bool.
+    """
+
+    def __init__(self, train: RecordTable, heldout: RecordTable | None) -> None:
+        self._train, self._heldout = train, heldout
+        self._parts: list[tuple[DuplicatePairs, int, npt.NDArray[np.bool_]]] = []
+        self.gone = np.zeros(len(train), bool)
+
+    def note(self, rule: str, mode: str, pairs: DuplicatePairs) -> None:
+        """Adds what a rule found; in the mode `drop` it takes records out that are still in."""
+        drops = ~self.gone[pairs.places] if mode == "drop" else np.zeros(len(pairs), bool)
+        self.gone[pairs.places[drops]] = True
+        self._parts.append((pairs, RULES.index(rule), drops))
+
+    def __len__(self) -> int:
+        return sum(len(pairs) for pairs, _, _ in self._parts)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Of each rule: records found, and how many of these stay in training; the most frequent first."""
+        counted = {
+            RULES[rule]: (len(pairs), int((~self.gone[pairs.places]).sum()))
+            for pairs, rule, _ in self._parts
+            if len(pairs)
+        }
+        merged: dict[str, tuple[int, int]] = dict(sorted(counted.items(), key=lambda item: -item[1][0]))
+        return merged
+
+    def drops(self) -> dict[int, list[int]]:
+        """Positions of the dropped records of each chunk (its place)."""
+        dropped: dict[int, list[int]] = {}
+        for place in np.flatnonzero(self.gone).tolist():
+            chunk = self._train.chunk_of(place)
+            dropped.setdefault(chunk, []).append(self._train.position(chunk, place))
+        return dropped
+
+    def __iter__(self) -> Iterator[DataFinding]:
+        """In the records' order, of one record in the rules' order."""
+        places = np.concatenate([pairs.places for pairs, _, _ in self._parts] or [np.zeros(0, np.int64)])
+        begins = np.cumsum([0, *(len(pairs) for pairs, _, _ in self._parts)])
+        for i in np.argsort(places, kind="stable").tolist():
+            part = int(np.searchsorted(begins, i, "right")) - 1
+            pairs, rule, drops = self._parts[part]
+            yield self._finding(pairs, RULES[rule], bool(drops[i - begins[part]]), int(i - begins[part]))
+
+    def _finding(self, pairs: DuplicatePairs, rule: str, dropped: bool, i: int) -> DataFinding:
+        chunk, position = self._train.where(int(pairs.places[i]))
+        of, similarity = int(pairs.of[i]), float(pairs.similarity[i])
+        if of < 0:
+            return DataFinding(rule, chunk.uri, position, None, None, None, dropped)
+        others = self._heldout if rule == "overlap" and self._heldout is not None else self._train
+        other, of_position = others.where(of)
+        told = None if np.isnan(similarity) else similarity
+        return DataFinding(rule, chunk.uri, position, other.uri, of_position, told, dropped)
+
+
+def find_all(train: RecordTable, heldout: RecordTable | None, clean: config.CleanConfig) -> CheckResult:
+    """What the rules of `data.clean` find. A record is dropped once, by the first rule that says so, in the order of its keys.
+
+    Memory: about 110 bytes a record, and the findings; signatures and sequences stay on disk.
+    """
+    found = CheckResult(train, heldout)
+    equal = (
+        find_equal(train.column("whole")) if (clean.duplicates, clean.near_duplicates) != ("off", "off") else NO_PAIRS
+    )
+    if clean.duplicates != "off":
+        found.note("duplicate", clean.duplicates, equal)
+    if clean.near_duplicates != "off":
+        first = np.ones(len(train), bool)
+        first[equal.places] = False
+        own = np.flatnonzero(first)
+        near = find_near(join_signatures(train.signatures(), first))
+        found.note(
+            "near_duplicate", clean.near_duplicates, DuplicatePairs(own[near.places], own[near.of], near.similarity)
+        )
+    if clean.overlap != "off" and heldout is not None:
+        found.note("overlap", clean.overlap, _overlaps(train, heldout))
+    if clean.quality != "off":
+        flags = train.column("flags")
+        for rule, bit in QUALITY.items():
+            found.note(rule, clean.quality, _without_others(np.flatnonzero(flags & bit)))
+    conflicts = find_conflicts(train.column("prompt"), train.column("answer"))
+    others = np.array([c.other for c in conflicts], np.int64)
+    firsts = np.array([c.first for c in conflicts], np.int64)
+    found.note("conflict", "report", DuplicatePairs(others, firsts, np.full(len(conflicts), np.nan)))
+    return found
+
+
+def _without_others(places: npt.NDArray[np.int64]) -> DuplicatePairs:
+    return DuplicatePairs(places, np.full(len(places), -1), np.full(len(places), np.nan))
+
+
+def _overlaps(train: RecordTable, heldout: RecordTable) -> DuplicatePairs:
+    """Training records and the held-out one that each gives away: equal inputs first, then shared sequences, then
+    near-duplicates."""
+    prompts = heldout.column("prompt")
+    order = np.argsort(prompts, kind="stable")
+    own = train.column("prompt")
+    at = np.minimum(np.searchsorted(prompts[order], own), max(0, len(prompts) - 1))
+    same = np.flatnonzero((prompts[order][at] == own) & (own != 0)) if len(prompts) else np.zeros(0, np.int64)
+    best = {int(place): (int(order[at[place]]), 1.0) for place in same}
+    for column in ("all_grams", "grams"):
+        for leak in find_leaks(heldout.grams(column), train.grams()):
+            if leak.place not in best or leak.share > best[leak.place][1]:
+                best[leak.place] = (leak.of, leak.share)
+    both = join_signatures([*heldout.signatures(), *train.signatures()])
+    for pair in find_near_to(both, len(heldout)):
+        best.setdefault(pair.place, (pair.of, pair.similarity))
+    places = sorted(best)
+    return DuplicatePairs(
+        np.array(places, np.int64),
+        np.array([best[place][0] for place in places], np.int64),
+        np.array([best[place][1] for place in places], np.float64),
+    )
+
+
+def find_moved(train: RecordTable, heldout: RecordTable, fraction: float) -> dict[int, tuple[int, ...]]:
+    """For each chunk (its place) the positions of the records that `labels.pick_substitutes` holds out."""
+    parts = [train, heldout]
+    chunks = np.concatenate([p.chunk_numbers() for p in parts])
+    positions = np.concatenate([p.column("position") for p in parts])
+    digests = np.concatenate([p.column("digest") for p in parts])
+    order = np.lexsort((positions, chunks))
+    held = order >= len(train)
+    places = pick_substitutes(_codes([p.texts("stratum") for p in parts])[order], digests[order], held, fraction)
+    moved: dict[int, list[int]] = {}
+    for place in places:
+        moved.setdefault(int(chunks[order[place]]), []).append(int(positions[order[place]]))
+    return {chunk: tuple(found) for chunk, found in moved.items()}
+
+
+def _codes(texts: list[pa.ChunkedArray]) -> npt.NDArray[np.int64]:
+    """A number for each string, the same for equal ones."""
+    whole = pa.chunked_array([part for column in texts for part in column.chunks], texts[0].type)
+    parts = [part.indices.to_numpy() for part in whole.dictionary_encode().unify_dictionaries().chunks]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def with_changes(
+    chunks: Iterable[Chunk], dropped: dict[int, list[int]], moved: dict[int, tuple[int, ...]]
+) -> list[Chunk]:
+    """Descriptors that name what is dropped and moved."""
+    return [replace(chunk, dropped=tuple(dropped.get(i, ())), moved=moved.get(i, ())) for i, chunk in enumerate(chunks)]

@@ -1,0 +1,99 @@
+"""Classification: which answers are allowed, how many there are of each, which contradict each other, who is held out.
+
+Knows conversations and plain arrays; nothing of files, tokens or Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ftray.chat import Message
+from ftray.data.formats import BadRecord
+
+Keys = npt.NDArray[np.uint64]
+
+
+def check_labels(conversation: list[Message] | str, labels: Sequence[str]) -> None:
+    """Raises BadRecord (unknown_label) for an answer that isn't a label, naming it and the closest one."""
+    if isinstance(conversation, str):
+        raise BadRecord("unknown_label", "plain text has no answer that could be one of data.labels")
+    for turn in conversation:
+        if turn.role != "assistant" or not turn.train or turn.content.strip() in labels:
+            continue
+        near = difflib.get_close_matches(turn.content.strip()[:80], labels, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadRecord("unknown_label", f"the answer {turn.content.strip()[:80]!r} is not one of data.labels{meant}")
+
+
+@dataclass(frozen=True)
+class LabelConflict:
+    """Equal inputs with different answers. places: of the first record and of the first that contradicts it."""
+
+    first: int
+    other: int
+    num_records: int
+
+
+def find_conflicts(prompts: Keys, answers: Keys) -> list[LabelConflict]:
+    """Inputs that have more than one answer, in the order of their first record. A prompt of 0 is no input."""
+    order = np.argsort(prompts, kind="stable")
+    keys, found = prompts[order], answers[order]
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
+    ends = np.r_[starts[1:], len(keys)][: len(starts)]
+    conflicts = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if end - start < 2 or keys[start] == 0:
+            continue
+        differ = np.flatnonzero(found[start:end] != found[start])
+        if len(differ):
+            conflicts.append(LabelConflict(int(order[start]), int(order[start + differ[0]]), end - start))
+    return sorted(conflicts, key=lambda c: c.first)
+
+
+def count_labels(answers: Mapping[str | None, int], allowed: Sequence[str] | None) -> dict[str, int]:
+    """Records of each answer, most frequent first; allowed ones that never occur come last with 0."""
+    counts = Counter({label: number for label, number in answers.items() if label is not None})
+    for label in allowed or ():
+        counts.setdefault(label.strip(), 0)
+    return dict(counts.most_common())
+
+
+def pick_substitutes(
+    strata: npt.NDArray[np.int64], digests: Keys, is_held_out: npt.NDArray[np.bool_], fraction: float
+) -> list[int]:
+    """Places of training records that are held out so that every large enough class has one. strata: number of each
+    record's class.
+
+    The records come in the order of sources, paths and positions. Where a class has shown 1 / fraction different records
+    and its hashes have held out none of them, the record that completes this number is held out, and what equals it
+    later. So a decision depends on a record and on those before it: data that is added behind never moves a record;
+    data put in front can move one record of a class at most. (No rule that looks at the set alone can promise a held-out
+    record without moving any: it would have to hold out all but 1 / fraction records.)
+    """
+    needed = -(-1 // fraction) if fraction else 0
+    seen: dict[int, set[int]] = {}
+    done: dict[int, int | None] = {}  # the substitute's digest, or None where the hashes did it
+    places = []
+    records = zip(map(int, strata), map(int, digests), is_held_out, strict=True)  # one at a time: there may be millions
+    for place, (stratum, digest, held) in enumerate(records):
+        if stratum in done:
+            if done[stratum] == digest and not held:
+                places.append(place)
+            continue
+        known = seen.setdefault(stratum, set())
+        if held:
+            done[stratum] = None
+        else:
+            known.add(digest)
+            if len(known) >= needed:
+                done[stratum] = digest
+                places.append(place)
+        if stratum in done:
+            del seen[stratum]
+    return places

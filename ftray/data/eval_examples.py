@@ -1,0 +1,158 @@
+"""Held-out records one by one, as evaluation takes them: what is scored by its loss, what is asked as a question."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import ray
+
+from ftray import config
+from ftray.chat import ChatFormat, Message
+from ftray.data.chunks import DatasetSpec, pack_chunk
+from ftray.data.examples import Example, Quarantined, Rules, parse_record, read_examples, split_part
+from ftray.data.formats import BadRecord
+from ftray.data.index import ChunkFacts, Index
+from ftray.data.order import chunk_order, key
+from ftray.data.sources import Chunk, RawRecord, cut_shard, line_number, list_shards, read_chunk
+from ftray.errors import DataError
+
+AHEAD = 8  # chunks that are read at once
+Document = tuple[Any, Any]  # ids int32, loss mask bool
+
+
+@dataclass(frozen=True)
+class EvalExample:
+    """A held-out record. id: its shard and place. documents: its ids and loss masks; messages: None for plain text.
+
+    slice: its value in the column `evaluate.slices`.
+    """
+
+    id: str
+    documents: list[Document]
+    messages: list[Message] | None = None
+    slice: str | None = None
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it ends with an answer that a model can be asked for."""
+        return self.messages is not None and len(self.messages) > 1 and self.messages[-1].role == "assistant"
+
+
+def read_samples(index: Index, stream: DatasetSpec, number: int | None = None) -> list[EvalExample]:
+    """`number` records or all: chunk by chunk and in each by a fixed hash order, the same whenever and wherever.
+
+    Needs a started Ray. Raises DataError where a shard gives other rows than when it was indexed.
+    """
+    samples = _samples(index, stream, AHEAD)
+    try:
+        return list(islice(samples, number))
+    finally:
+        samples.close()
+
+
+def _samples(index: Index, stream: DatasetSpec, ahead: int) -> Generator[EvalExample, None, None]:
+    facts = [f for f in index.facts if f.num_records]
+    order = chunk_order([(f.chunk.path, f.chunk.start) for f in facts], seed=0, epoch=0, source=0)
+    read = ray.remote(_read_chunk)
+    tasks = deque(read.remote(facts[place], stream) for place in order[:ahead])
+    for place in [*order[ahead:], *[None] * len(tasks)]:
+        yield from ray.get(tasks.popleft())
+        if place is not None:
+            tasks.append(read.remote(facts[place], stream))
+
+
+def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
+    packed = pack_chunk(facts.chunk, stream)
+    if packed.digest != facts.digest:  # size and etag are the old ones, the content is not
+        raise DataError(
+            f"{facts.chunk.uri} gives other rows than when it was indexed: the file or the tokenizer changed while the run "
+            "was using it; restore it, or start a new run under another name"
+        )
+    return _ordered(packed.examples, facts.chunk)
+
+
+def _ordered(examples: Iterable[Example], chunk: Chunk) -> list[EvalExample]:
+    ordered = sorted(examples, key=lambda e: key(chunk.path, e.position))
+    return [EvalExample(f"{chunk.path}:{e.position}", e.encoded.documents(), e.messages, e.slice) for e in ordered]
+
+
+def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[EvalExample]:
+    """All records of a small set, in this process. Raises DataError for a bad record, naming file, line and reason."""
+    rules = Rules(max_seq_len, "auto", None, None, None)
+    found: list[EvalExample] = []
+    for shard in list_shards(path):
+        for chunk in cut_shard(shard, 0, max(shard.size_bytes, 1)):
+            examples = list(read_examples(chunk, chat, rules))
+            for bad in (e for e in examples if isinstance(e, Quarantined)):
+                line = line_number(bad.uri, bad.position)
+                place = f"line {line}" if line else f"record {bad.position}"
+                raise DataError(f"{what}: {bad.uri}, {place}: {bad.detail}; {bad.fix}")
+            found += _ordered([e for e in examples if isinstance(e, Example)], chunk)
+    return found
+
+
+def pick_shots(index: Index, stream: DatasetSpec, number: int, questions: Sequence[EvalExample]) -> list[list[Message]]:
+    """The first `number` training conversations of one question and its answer that are none of the held-out ones.
+
+    Raises DataError where there are too few.
+    """
+    asked = {sample.messages[-2].content for sample in questions if sample.messages is not None and sample.is_question}
+    shots: list[list[Message]] = []
+    for sample in _samples(index, stream, 1):
+        if len(shots) == number:
+            return shots
+        turns = [m for m in sample.messages or () if m.role != "system"]
+        if [m.role for m in turns] == ["user", "assistant"] and turns[0].content not in asked:
+            asked.add(turns[0].content)
+            shots.append([turns[0], Message("assistant", turns[1].content, train=False)])
+    if len(shots) < number:
+        raise DataError(
+            f"evaluate.few_shot ({number}): training has only {len(shots)} conversations of one question and one answer that "
+            "aren't held out, too; lower it"
+        )
+    return shots
+
+
+def check_heldout(data: config.DataConfig) -> None:
+    """Raises DataError where a source holds out no record; reads until it finds one. No Ray.
+
+    What can't be read as a record is left to the index pass, which tells it.
+    """
+    split = data.eval
+    if isinstance(split, list):
+        for source in split:
+            if next(_raw_records(source.path, data.chunk_mb), None) is None:
+                raise DataError(
+                    f"data.eval: {source.path} has no usable record; put records into it or remove the source"
+                )
+        return
+    if split is None or split.stratify is not None:  # a class may get a substitute
+        return
+    for source in data.train:
+        number, found = 0, False
+        for raw in _raw_records(source.path, data.chunk_mb):
+            number, found = number + 1, _is_held_out(raw, split)
+            if found:
+                break
+        if not found and number:
+            raise DataError(
+                f"data.eval.fraction ({split.fraction}) holds out no record of {source.path} ({number} in all); raise it, "
+                "or give data.eval sources of its own"
+            )
+
+
+def _is_held_out(raw: RawRecord, split: config.SplitConfig) -> bool:
+    try:
+        return split_part(parse_record(raw), split.fraction, split.group) == "eval"
+    except BadRecord:
+        return False
+
+
+def _raw_records(path: str, chunk_mb: float) -> Iterator[RawRecord]:
+    for shard in list_shards(path):
+        for chunk in cut_shard(shard, 0, int(chunk_mb * 1e6)):
+            yield from read_chunk(chunk)

@@ -1,0 +1,222 @@
+"""Raw record → example, or a quarantine entry that says why not. Knows no rows, order or Ray.
+
+Nothing is dropped, cut or left without supervised tokens in silence: every record becomes exactly one of the two.
+
+Sides of a split: a record is held out when the first 64 bits of its hash (or its group's) lie below `fraction`, so that
+no other record has a say. A class may end up without a held-out record that way; `labels.pick_substitutes` gives it
+one, and the chunk's descriptor names it in `moved`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ftray.chat import ChatFormat, Encoded, Message
+from ftray.data.checks.labels import check_labels
+from ftray.data.formats import BadRecord, read_record
+from ftray.data.sources import Chunk, RawRecord, read_chunk
+from ftray.errors import DataError
+
+EXCERPT_CHARS, DETAIL_CHARS = 160, 400
+WINDOW = 1024  # records that are tokenized together
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record ready to be packed. position: its identity in the shard. messages: None for plain text.
+
+    digest: 64 bits of the record's hash; stratum: its class; both are only there where the split needs them. slice: what it
+    has in the column that evaluation looks at, as text.
+    """
+
+    position: int
+    encoded: Encoded
+    messages: list[Message] | None
+    text: str | None = None
+    digest: int = 0
+    stratum: str | None = None
+    slice: str | None = None
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A bad record: where it is, which rule it broke, what is wrong, its beginning, and what to do about it."""
+
+    uri: str
+    position: int
+    rule: str
+    detail: str
+    excerpt: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a record must keep to. part: `train` or `eval` where records are split by hash, else None for all.
+
+    stratify, group: columns of the split. labels: the only answers allowed. slices: column that examples keep.
+    """
+
+    max_seq_len: int
+    format: str
+    columns: dict[str, str] | None
+    eval_fraction: float | None
+    part: str | None
+    stratify: str | None = None
+    group: str | None = None
+    labels: tuple[str, ...] | None = None
+    slices: str | None = None
+
+
+FIXES = {
+    "bad_turn": "correct the turn that is named",
+    "dropped": "nothing, if it is a copy; else set data.clean to report",
+    "invalid_json": "write one JSON object a line",
+    "invalid_utf8": "save the file as UTF-8",
+    "missing_field": "fill the field that is named, or remove the record",
+    "no_answer": "add the answer, or remove the record",
+    "not_an_object": "write one JSON object a line",
+    "nothing_supervised": "give it an answer of at least two tokens, or remove it",
+    "too_long": "raise data.max_seq_len, or split the record",
+    "too_many_fields": "put quotes around fields that hold commas",
+    "unknown_label": "correct the answer, or add it to data.labels",
+    "unknown_shape": "give the source columns: {user: …, assistant: …}, or a format",
+    "wrong_type": "write the field as a string",
+}
+
+
+def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
+    """Every record of a chunk that belongs to the part, in file order, as an example or a quarantine entry.
+
+    What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
+    """
+    dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
+    raws = read_chunk(chunk)
+    while window := list(islice(raws, WINDOW)):
+        drafts: list[_Draft | Quarantined] = []
+        for raw in window:
+            part = "train"
+            try:
+                if raw.position in dropped:
+                    raise BadRecord("dropped", "taken out by data.clean")
+                record = parse_record(raw)
+                part = split_part(record, rules.eval_fraction, rules.group)
+                if raw.position in moved:
+                    part = "eval" if part == "train" else "train"
+                if rules.part in (None, part):
+                    drafts.append(_read(raw, record, rules))
+            except BadRecord as bad:
+                if rules.part in (None, part):
+                    drafts.append(_quarantine(chunk, raw, bad))
+        encoded = iter(chat.encode_examples([d.conversation for d in drafts if isinstance(d, _Draft)]))
+        for draft in drafts:
+            if isinstance(draft, Quarantined):
+                yield draft
+                continue
+            try:
+                yield _finish(draft, next(encoded), rules)
+            except BadRecord as bad:
+                yield _quarantine(chunk, draft.raw, bad)
+
+
+def split_part(record: dict[str, Any], fraction: float | None, group: str | None = None) -> str:
+    """`eval` for that fraction of records, else `train`: by a hash of the record's content, never by its place.
+
+    group: column by whose value records are held out together. Raises BadRecord where it is missing.
+    """
+    if fraction is None:
+        return "train"
+    if group is not None and record.get(group) is None:
+        raise BadRecord("missing_field", f"{group} is missing, the column that data.eval.group names")
+    digest = content_hash(record if group is None else record[group])
+    return "eval" if digest < fraction * 2**64 else "train"
+
+
+def content_hash(value: object) -> int:
+    """64 bits of blake2b over a value written as JSON with sorted keys. Raises BadRecord where it can't be written."""
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are no text
+        raise BadRecord("invalid_json", f"can't be written as JSON: {err}") from None
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def parse_record(raw: RawRecord) -> dict[str, Any]:
+    """The object that a raw record is. Raises BadRecord."""
+    if isinstance(raw.value, dict):
+        if None in raw.value:  # so csv calls what has no column
+            raise BadRecord("too_many_fields", "the line has more fields than the header; put quotes around commas")
+        return raw.value
+    try:
+        record = json.loads(raw.value.decode("utf-8"))
+    except UnicodeDecodeError as err:
+        raise BadRecord("invalid_utf8", f"byte {err.start} is not UTF-8") from None
+    except (ValueError, RecursionError) as err:
+        raise BadRecord("invalid_json", f"not JSON: {err}") from None
+    if not isinstance(record, dict):
+        raise BadRecord("not_an_object", f"a record is a JSON object, this is a {type(record).__name__}")
+    return record
+
+
+class _Draft(NamedTuple):
+    """A record that was read and not yet tokenized."""
+
+    raw: RawRecord
+    conversation: list[Message] | str
+    digest: int
+    stratum: str | None
+    slice: str | None
+
+
+def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
+    digest, stratum = 0, None
+    if rules.stratify is not None:
+        if record.get(rules.stratify) is None:
+            raise BadRecord("missing_field", f"{rules.stratify} is missing, the column that data.eval.stratify names")
+        digest, stratum = content_hash(record), str(record[rules.stratify])
+    conversation = read_record(record, rules.format, rules.columns)
+    if rules.labels is not None:
+        check_labels(conversation, rules.labels)
+    value = record.get(rules.slices) if rules.slices is not None else None
+    return _Draft(raw, conversation, digest, stratum, None if value is None else str(value))
+
+
+def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Example:
+    if isinstance(encoded, DataError):
+        raise BadRecord("bad_turn", str(encoded))
+    num_tokens = encoded.longest
+    if num_tokens > rules.max_seq_len:
+        raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
+    if not np.any(encoded.loss_mask[1:]):
+        raise BadRecord("nothing_supervised", "no token of it is under the loss")
+    said = draft.conversation
+    messages, text = (None, said) if isinstance(said, str) else (said, None)
+    return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum, draft.slice)
+
+
+def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:
+    detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule, "correct it, or remove it")
+    return Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
+
+
+def _excerpt(value: bytes | dict[str, Any]) -> str:
+    if isinstance(value, bytes):
+        return _clip(value[: 4 * EXCERPT_CHARS + 4].decode("utf-8", "replace"))
+    try:
+        return _clip(json.dumps(value, ensure_ascii=False, default=str))
+    except (RecursionError, TypeError, ValueError):
+        return ""
+
+
+def _clip(text: str, num_chars: int = EXCERPT_CHARS) -> str:
+    """The beginning of a text, as text that can be written to any file."""
+    short = text if len(text) <= num_chars else text[:num_chars] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,242 @@
+"""What the index keeps of each record: a line of a table, about 330 bytes and 4 to 8 more for each word.
+
+Made by the one pass over the data, chunk by chunk; kept as one Arrow file a shard, a batch a chunk, so that a shard is
+read again only when it, or a setting, changes. The files are mapped into memory, not read into it, so that what is said
+of the whole set (duplicates, overlap, labels, statistics) is worked out in the memory of a few columns. Knows chunks and
+examples; nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ftray.chat import Message
+from ftray.chat.scripts import count_scripts
+from ftray.data.checks.contamination import NgramHashes, fingerprints, heldout_fingerprints
+from ftray.data.checks.dedup import NUM_PERM, Signatures, record_keys, signature, spoken_text
+from ftray.data.chunks import DatasetSpec, pack_chunk
+from ftray.data.examples import Example, Quarantined
+from ftray.data.sources import Chunk
+
+LABEL_CHARS = 60  # a longer answer is no label
+# bits of `flags`: quality rules, then how the answer is written
+SHORT_ANSWER, REPEATED_LINES, UNPRINTABLE, CAPITAL, FINAL_MARK, MANY_LINES, JSON_LIKE = (1 << n for n in range(7))
+QUALITY = {"short_answer": SHORT_ANSWER, "repeated_lines": REPEATED_LINES, "unprintable": UNPRINTABLE}
+MIN_LINES, REPEATED_SHARE, UNPRINTABLE_SHARE = 6, 0.5, 0.1
+
+SCHEMA = pa.schema(
+    {
+        "position": pa.int64(),
+        "whole": pa.uint64(),
+        "prompt": pa.uint64(),
+        "answer": pa.uint64(),
+        "num_tokens": pa.int32(),
+        "num_supervised": pa.int32(),
+        "flags": pa.int32(),
+        "digest": pa.uint64(),
+        "stratum": pa.string(),
+        "label": pa.string(),
+        "signature": pa.binary(NUM_PERM * 2),
+        "grams": pa.large_list(pa.uint64()),  # of a held-out record: those that winnowing chooses
+        "all_grams": pa.large_list(pa.uint64()),  # of a held-out record only
+    }
+)
+
+
+@dataclass(frozen=True)
+class RequiredFields:
+    """What is worth computing: signatures for near-duplicates, grams for overlap (other ones of held-out records).
+    min_answer_chars: 0 with labels."""
+
+    signatures: bool
+    grams: bool
+    is_heldout: bool
+    min_answer_chars: int
+
+
+@dataclass(frozen=True)
+class ChunkSummary:
+    """What the index knows of a chunk besides its records."""
+
+    num_records: int
+    num_rows: int
+    num_tokens: int
+    num_supervised: int
+    digest: str
+    bad: list[Quarantined]
+    scripts: dict[str, int]
+    most_documents: int  # in one row
+
+
+def describe_chunk(chunk: Chunk, stream: DatasetSpec, wants: RequiredFields) -> bytes:
+    """A chunk's summary and records, as bytes for `read_described`. Raises DataError as `pack_chunk` does."""
+    packed = pack_chunk(chunk, stream)
+    scripts: Counter[str] = Counter()
+    lines = [_describe(example, wants, scripts) for example in packed.examples]
+    summary = ChunkSummary(
+        len(packed.examples),
+        len(packed.rows),
+        sum(r.num_tokens for r in packed.rows),
+        sum(r.num_supervised for r in packed.rows),
+        packed.digest,
+        packed.bad,
+        dict(scripts),
+        max((len(r.lengths) for r in packed.rows), default=0),
+    )
+    sink = io.BytesIO()
+    with open_writer(sink) as write:
+        write(ChunkRecords(summary, pa.RecordBatch.from_pylist(lines, schema=SCHEMA)))
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class ChunkRecords:
+    """What the pass found in a chunk: its summary, and a line for each record."""
+
+    summary: ChunkSummary
+    batch: pa.RecordBatch
+
+
+@contextmanager
+def open_writer(sink: Any) -> Iterator[Callable[[ChunkRecords], None]]:
+    """A function that writes chunks one after the other into an Arrow file. sink: a path, or a file open for writing."""
+    with pa.ipc.new_file(sink, SCHEMA) as writer:  # not compressed: hashes hardly shrink, and files are mapped
+        yield lambda found: writer.write_batch(found.batch, {"summary": json.dumps(asdict(found.summary))})
+
+
+def read_described(data: bytes | mmap.mmap) -> list[ChunkRecords]:
+    """Chunks of a file of `open_writer`; their columns lie in `data`, nothing is copied."""
+    reader = pa.ipc.open_file(pa.py_buffer(data))
+    described = []
+    for i in range(reader.num_record_batches):
+        found = reader.get_batch_with_custom_metadata(i)
+        tree = json.loads(found.custom_metadata[b"summary"])
+        summary = ChunkSummary(**{**tree, "bad": [Quarantined(**b) for b in tree["bad"]]})
+        described.append(ChunkRecords(summary, found.batch))
+    return described
+
+
+def _describe(example: Example, wants: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
+    turns = example.messages or [Message("assistant", example.text or "")]
+    keys = record_keys(turns)
+    answer = next((turn.content for turn in reversed(turns) if turn.role == "assistant"), "").strip()
+    for turn in turns:
+        count_scripts(turn.content, scripts)
+    mask = example.encoded.loss_mask
+    every, chosen = heldout_fingerprints(turns) if wants.grams and wants.is_heldout else ([], [])
+    if wants.grams and not wants.is_heldout:
+        chosen = fingerprints(turns)
+    return {
+        "position": example.position,
+        "whole": keys.whole,
+        "prompt": keys.prompt,
+        "answer": keys.answer,
+        "num_tokens": len(example.encoded.input_ids),
+        "num_supervised": int(np.count_nonzero(mask[1:])),
+        "flags": _flags(turns, answer, wants.min_answer_chars),
+        "digest": example.digest,
+        "stratum": example.stratum,
+        "label": answer if example.messages and len(answer) <= LABEL_CHARS and "\n" not in answer else None,
+        "signature": signature(spoken_text(turns)).tobytes() if wants.signatures else None,
+        "grams": chosen,
+        "all_grams": every,
+    }
+
+
+def _flags(turns: Sequence[Message], answer: str, min_answer_chars: int) -> int:
+    text = "\n".join(turn.content for turn in turns)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    odd = len(text) - len(re.sub(r"[^\n\t\r\x20-\x7e]", "", text))
+    unprintable = sum(not (c.isprintable() or c.isspace()) or c == "\ufffd" for c in text) if odd else 0
+    repeated = len(lines) - len(set(lines)) if len(lines) >= MIN_LINES else 0
+    return (
+        SHORT_ANSWER * (len(answer) < min_answer_chars)
+        | REPEATED_LINES * (repeated > REPEATED_SHARE * len(lines))
+        | UNPRINTABLE * (unprintable > UNPRINTABLE_SHARE * len(text))
+        | CAPITAL * answer[:1].isupper()
+        | FINAL_MARK * answer.endswith((".", "!", "?", "。", "！", "？"))
+        | MANY_LINES * ("\n" in answer)
+        | JSON_LIKE * (answer[:1] in "{[" and answer[-1:] in "}]" and len(answer) > 1)
+    )
+
+
+@dataclass(frozen=True)
+class RecordTable:
+    """All that the pass found in a stream: its chunks in source and file order, and what is described of each.
+
+    A record's place is its number in this order.
+    """
+
+    chunks: tuple[Chunk, ...]
+    described: tuple[ChunkRecords, ...]
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Place of each chunk's first record; at the end the number of records."""
+        return np.cumsum([0, *(d.batch.num_rows for d in self.described)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def summaries(self) -> list[ChunkSummary]:
+        """Of each chunk."""
+        return [d.summary for d in self.described]
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers, as an array in memory."""
+        parts = [d.batch.column(name).to_numpy() for d in self.described]
+        kind = SCHEMA.field(name).type.to_pandas_dtype()
+        return np.concatenate(parts) if parts else np.zeros(0, kind)
+
+    def texts(self, name: str) -> pa.ChunkedArray:
+        """A column of strings."""
+        return pa.chunked_array([d.batch.column(name) for d in self.described], SCHEMA.field(name).type)
+
+    def signatures(self) -> list[Signatures]:
+        """uint16 [records, NUM_PERM] of each chunk that has some."""
+        parts = [d.batch.column("signature") for d in self.described if d.batch.num_rows]
+        return [
+            np.frombuffer(part.buffers()[1], np.uint16).reshape(-1, NUM_PERM)[part.offset : part.offset + len(part)]
+            for part in parts
+        ]
+
+    def grams(self, column: str = "grams") -> list[NgramHashes]:
+        """A column of lists of hashes, of each chunk."""
+        pieces = []
+        for first, described in zip(self.offsets.tolist(), self.described, strict=False):
+            part = described.batch.column(column)
+            offsets = part.offsets.to_numpy()
+            pieces.append(NgramHashes(part.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0], first))
+        return pieces
+
+    def chunk_numbers(self) -> npt.NDArray[np.int32]:
+        """int32 [records]: which of `chunks` each record lies in."""
+        return np.repeat(np.arange(len(self.chunks), dtype=np.int32), np.diff(self.offsets))
+
+    def where(self, place: int) -> tuple[Chunk, int]:
+        """Chunk and position of a record."""
+        chunk = self.chunk_of(place)
+        return self.chunks[chunk], self.position(chunk, place)
+
+    def chunk_of(self, place: int) -> int:
+        """Number of a record's chunk."""
+        return int(np.searchsorted(self.offsets, place, "right")) - 1
+
+    def position(self, chunk: int, place: int) -> int:
+        """Position of a record in the shard. chunk: number of its chunk."""
+        found: int = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
+        return found

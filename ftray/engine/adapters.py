@@ -1,0 +1,180 @@
+"""What a LoRA adapter directory says of itself, and whether it fits a base. Plain Python: no torch.
+
+Publishing asks before anything is written, serving again before anything is loaded. PEFT's format, safetensors only; of
+PEFT's many options those that ftray trains: plain LoRA, rsLoRA and DoRA over linear layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.engine.safetensors_header import TensorInfo, header_length, read_header
+from ftray.errors import ModelError
+from ftray.storage import strict_json
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_RANK = 1024
+MAX_CONFIG_BYTES = 1 << 20
+MAX_ALPHA = 1e6
+_DTYPES = ("F32", "F16", "BF16")  # what ftray and PEFT write; others would be converted without a word
+VLLM_MAX_RANK = 64  # with vLLM, which reserves memory for this rank in each of its places
+_PREFIX = "base_model.model."
+_PARTS = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+# Options that would change what the adapter computes, with the values under which they change nothing.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, {}, []),
+    "use_qalora": (False, None),
+    "arrow_config": (None,),
+}
+
+
+_NOT_SERVED = (
+    "lm_head",
+    "embed_tokens",
+)  # the head sees only the tokens that answers come from, an embedding none at all
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What of adapter_config.json decides the answer. base, revision: what it was trained on."""
+
+    rank: int
+    scaling: float
+    use_dora: bool
+    base: str
+    revision: str | None
+
+
+def read_settings(text: bytes, where: str) -> AdapterSettings:
+    """Reads adapter_config.json. Raises ModelError naming the option that this version doesn't serve."""
+    again = "write it again with `ftray export`"
+    try:
+        tree = strict_json.parse(text, max_bytes=MAX_CONFIG_BYTES, max_depth=16)
+    except ValueError as err:
+        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: {err}; {again}") from None
+    if not isinstance(tree, dict) or not {"peft_type", "r", "lora_alpha"} <= tree.keys():
+        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: it lacks peft_type, r or lora_alpha; {again}")
+    kind, rank, alpha = tree["peft_type"], tree["r"], tree["lora_alpha"]
+    base, revision = tree.get("base_model_name_or_path"), tree.get("revision")
+    for key, value, types in (
+        ("peft_type", kind, str),
+        ("r", rank, int),
+        ("lora_alpha", alpha, int | float),
+        ("base_model_name_or_path", base, str | None),
+        ("revision", revision, str | None),
+        ("use_rslora", tree.get("use_rslora"), bool | None),
+        ("use_dora", tree.get("use_dora"), bool | None),
+    ):
+        if not isinstance(value, types) or (isinstance(value, bool) and types in (int, int | float)):
+            raise ModelError(f"{where}/{CONFIG_FILE}: {key} is {str(value)[:60]!r}, which has the wrong type; {again}")
+    if kind != "LORA":
+        raise ModelError(
+            f"{where} is a {kind[:60]!r} adapter; only LoRA can be served beside others: train with method.type lora"
+        )
+    if not (1 <= rank <= MAX_RANK and abs(alpha) <= MAX_ALPHA):
+        raise ModelError(
+            f"{where}: rank {str(rank)[:20]} and alpha {str(alpha)[:20]} are out of bounds; the rank is 1 to {MAX_RANK}, "
+            f"alpha at most {MAX_ALPHA:g}"
+        )
+    for option, harmless in _PLAIN.items():
+        if tree.get(option) not in harmless:
+            raise ModelError(
+                f"{where} uses PEFT's {option}, which can't be served; train without it, or serve it merged"
+            )
+    scaling = alpha / math.sqrt(rank) if tree.get("use_rslora") else alpha / rank
+    return AdapterSettings(rank, scaling, bool(tree.get("use_dora")), str(base), revision)
+
+
+def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list[int]]]:
+    """Settings of an adapter directory and the shapes of its tensors, by name; reads no tensor.
+
+    Raises:
+        ModelError: A file is missing, no regular file, too large or malformed; a tensor is not of 16 or 32 bits.
+    """
+    where = str(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():  # a pipe or a device would be read without end
+            raise ModelError(f"{where} lacks {name}, or it is no regular file; publish it again")
+    try:
+        with (directory / CONFIG_FILE).open("rb") as file:
+            settings = read_settings(file.read(MAX_CONFIG_BYTES + 1), where)
+        path = directory / WEIGHTS_FILE
+        with path.open("rb") as file:
+            length = header_length(file.read(8), str(path))
+            tensors = read_header(file.read(length), path.stat().st_size - 8 - length, str(path))
+    except OSError as err:
+        raise ModelError(f"{where} can't be read as an adapter ({err.strerror}); publish it again") from None
+    return settings, adapter_shapes(tensors, where)
+
+
+def adapter_shapes(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors. Raises ModelError for a dtype that adapters don't have."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(f"{where}: {name} is {tensor.dtype}, and adapters have {', '.join(_DTYPES)}; convert it")
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def layers_of(settings: AdapterSettings, shapes: Mapping[str, list[int]], where: str) -> dict[str, dict[str, str]]:
+    """Layer of the base → part (lora_A, lora_B, lora_magnitude_vector) → name of its tensor in the file.
+
+    Raises ModelError for a tensor that belongs to no LoRA layer, and for a layer that lacks a part.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for name in sorted(shapes):
+        found = _PARTS.fullmatch(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+        if found is None:
+            raise ModelError(
+                f"{where} holds the tensor {name}, which is no part of LoRA over a linear layer; it can't be served"
+            )
+        layers.setdefault(found["layer"], {})[found["part"]] = name
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
+    if not layers:
+        raise ModelError(f"{where} holds no tensor; write it again with `ftray export`")
+    for layer, parts in layers.items():
+        if parts.keys() != wanted:
+            raise ModelError(f"{where}: {layer} has {', '.join(sorted(parts))} instead of {', '.join(sorted(wanted))}")
+    return layers
+
+
+def check_adapter(
+    settings: AdapterSettings, shapes: Mapping[str, list[int]], base_shapes: Mapping[str, list[int]], where: str
+) -> dict[str, dict[str, str]]:
+    """`layers_of`, after each tensor's shape was compared with the base's layer and the rank.
+
+    shapes: of the adapter's tensors. base_shapes: [out, in] of the base's weights, by name with `.weight`. Raises
+    ModelError naming the layer.
+    """
+    layers = layers_of(settings, shapes, where)
+    for layer, parts in layers.items():
+        base = base_shapes.get(f"{layer}.weight")
+        if base is None or len(base) != 2 or layer.rpartition(".")[2] in _NOT_SERVED:
+            raise ModelError(
+                f"{where}: the base has no linear layer {layer} that can be adapted; this adapter belongs to another model"
+            )
+        num_out, num_in = base
+        wanted = {
+            "lora_A": [settings.rank, num_in],
+            "lora_B": [num_out, settings.rank],
+            "lora_magnitude_vector": [num_out],
+        }
+        for part, name in parts.items():
+            if list(shapes[name]) != wanted[part]:
+                raise ModelError(
+                    f"{where}: {name} is {list(shapes[name])} where the base and rank {settings.rank} want "
+                    f"{wanted[part]}; this adapter belongs to another model"
+                )
+    return layers

@@ -1,0 +1,113 @@
+"""Next token for each row of a mixed batch: greedy and sampled requests side by side, each with its own seed.
+
+Knows nothing of queues, threads, text or HTTP. transformers' own continuous batching has one `do_sample` and one random
+generator for the whole batch; here the choice is made per row, inside its hook for logits processors: a sampled row is
+replaced by one whose largest entry is the token drawn, and greedy rows pass untouched, so that the batch's argmax is
+every request's answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from ftray.engine.protocol import SamplingParams, TokenLogprob
+from ftray.engine.structured_output import SchemaGuide
+from ftray.engine.transformers.mixed_lora import LoadedAdapter
+
+_GREEDY_BELOW = 1e-5  # logits divided by less overflow, and the result is greedy anyway
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """What continuous batching carries along with a request: its sampling, its adapter, its schema, log probabilities.
+
+    logprobs: of all tokens so far, written by the engine's thread before their tokens are delivered.
+    """
+
+    params: SamplingParams
+    adapter: LoadedAdapter | None = None
+    guide: SchemaGuide | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: Any) -> RowSampling:
+        return self  # a request that is evicted from the cache is copied, and goes on as itself
+
+
+class RowSampler(ContinuousBatchingLogitsProcessor):
+    """Per-request temperature, top_p, seed and schema. Requests carry an `Asked` as `logit_processor_kwargs`."""
+
+    supported_kwargs: ClassVar[dict[str, type]] = {"asked": RowSampling}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, RowSampling, int, list[int]]] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """Notes which rows are sampled or explained, and how far each is. Our engine runs batches one by one (no async
+        batching, no CUDA graph), so that the next `__call__` is for these rows; the tensor that the caller wants carries
+        nothing."""
+        self._rows = []
+        for row, request in enumerate(requests_with_new_token):
+            state, asked = request.state, request.state.logit_processor_kwargs["asked"]
+            if asked.params.temperature >= _GREEDY_BELOW or asked.params.num_logprobs is not None or asked.guide:
+                # From the prompt's beginning: it stays when a request is evicted and prefilled again.
+                position = len(state.initial_tokens) + len(state.generated_tokens)
+                known = [*state.initial_tokens, *state.generated_tokens] if asked.guide else []
+                self._rows.append((row, asked, position, known))
+        return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """scores: float32 [num_rows, vocab]."""
+        for row, asked, position, known in self._rows:
+            own = scores[row].clone() if asked.guide and asked.params.num_logprobs is not None else scores[row]
+            if asked.guide:
+                asked.guide.mask(scores[row], known)
+            sampled = asked.params.temperature >= _GREEDY_BELOW
+            token = sample_token(scores[row], asked.params, position) if sampled else scores[row].argmax()
+            if asked.params.num_logprobs is not None:
+                asked.logprobs.append(explain_token(own, token, asked.params.num_logprobs))
+            if sampled:
+                scores[row] = float("-inf")
+                scores[row, token] = 0.0
+        return scores
+
+
+def explain_token(logits: torch.Tensor, token: torch.Tensor, num_top: int) -> TokenLogprob:
+    """Log probability of a token and of the `num_top` likeliest, from float32 logits [vocab]."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    best = logprobs.topk(min(num_top, logprobs.shape[-1]))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(int(token), float(logprobs[token]), top)
+
+
+def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) -> torch.Tensor:
+    """Draws one token id from float32 logits [vocab]: the same one for the same logits, seed and position.
+
+    An exponential race (Gumbel-max): token i wins with its probability when the smallest of e_i / p_i is taken. The
+    noise is a function of (seed, position), so no generator has to be kept for a request.
+    """
+    probs = torch.softmax(logits / params.temperature, dim=-1)
+    if params.top_p < 1:
+        ordered, index = probs.sort(descending=True)
+        # Keep tokens until their sum reaches top_p, the one that crosses it included.
+        ordered[ordered.cumsum(dim=-1) - ordered >= params.top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(0, index, ordered)
+    generator = torch.Generator(device=logits.device)
+    generator.manual_seed(_mix(params.seed or 0, position))
+    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-20)  # 0 / 0 would win the race
+    return (probs / noise).argmax(dim=-1)
+
+
+def _mix(seed: int, position: int) -> int:
+    """63 well-spread bits (splitmix64's finalizer), so that neighbouring seeds and positions share no noise."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + position + 1) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return (z ^ (z >> 31)) >> 1

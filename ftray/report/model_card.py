@@ -1,0 +1,182 @@
+"""The card of an exported model, MODEL_CARD.md, in the metadata format of the Hugging Face hub; and its lineage beside it.
+
+Says what was trained from what, how it compares with its base, and nothing that isn't known. Knows a run's directory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftray import config
+from ftray.console import printable
+from ftray.driver.lineage import DECIDING, read_lineage
+from ftray.evaluate.report import counted, figure_rows
+from ftray.evaluate.results import Comparison, read_results
+from ftray.model.quantize import KINDS, QuantizationResult
+from ftray.redact import redacted, redacted_tree
+from ftray.train.checkpoint.catalog import CheckpointRef
+
+CARD, LINEAGE = "MODEL_CARD.md", "lineage.json"
+HOW = {
+    "full": "all weights",
+    "lora": "low-rank adapters (LoRA)",
+    "qlora": "low-rank adapters on a 4-bit base (QLoRA)",
+    "prompt": "virtual tokens (prompt tuning)",
+}
+
+
+def described(
+    run: config.RunConfig,
+    run_dir: str,
+    found: CheckpointRef,
+    is_whole: bool = False,
+    quantized: QuantizationResult | None = None,
+) -> dict[str, bytes]:
+    """The files that go with an exported model. is_whole: its weights are merged; quantized: what that cost."""
+    lineage = read_lineage(run_dir)
+    comparison = read_results(run_dir)
+    if comparison is not None and comparison.step != found.step:
+        comparison = None
+    is_whole = is_whole or run.method.type == "full"
+    files = {CARD: render_card(run, found, lineage, comparison, is_whole, quantized).encode()}
+    if lineage is not None:
+        tree = {**lineage, "run": run.name, "step": found.step, "config": run.identity()}
+        tree |= {"quantized": asdict(quantized)} if quantized is not None else {}
+        files[LINEAGE] = json.dumps(redacted_tree(tree), indent=1).encode()
+    return files
+
+
+def render_card(
+    run: config.RunConfig,
+    found: CheckpointRef,
+    lineage: Mapping[str, Any] | None,
+    comparison: Comparison | None,
+    is_whole: bool,
+    quantized: QuantizationResult | None = None,
+) -> str:
+    """The whole card: YAML in front, Markdown below."""
+    front = yaml.safe_dump(_metadata(run, comparison, is_whole, quantized), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"# {escaped(run.name)}",
+        f"{code_span(run.model.base)}, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
+        "The base model's licence and limits hold for this model, too.",
+        "## Training",
+        _table(["", ""], _training(run, found)),
+        "## Data",
+        _table(
+            ["source", "weight", "format"],
+            [[code_span(s.path), _or_dash(s.weight), escaped(s.format)] for s in run.data.train],
+        ),
+    ]
+    if comparison is not None:
+        head, rows = figure_rows(comparison)
+        cells = [[escaped(cell) for cell in row] for row in rows]
+        parts += ["## Evaluation", _table(head, cells), *map(escaped, (counted(comparison), *comparison.verdict))]
+    if quantized is not None:
+        what = f"The weights are {KINDS[quantized.kind][2]}; the figures above are of the weights before."
+        parts += ["## Quantization", what if comparison is not None else what.partition(";")[0] + ".", f"{quantized}."]
+    if lineage is not None:
+        parts += [
+            "## Origin",
+            _table(["", ""], [[name, escaped(text)] for name, text in _origin(lineage)]),
+            f"All of it, file by file: `{LINEAGE}`.",
+        ]
+    return redacted(f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _metadata(
+    run: config.RunConfig, comparison: Comparison | None, is_whole: bool, quantized: QuantizationResult | None
+) -> dict[str, Any]:
+    is_adapter = not is_whole
+    base = run.model.base
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
+    data = [s.path.removeprefix("hf:").split(":")[0].split("@")[0] for s in run.data.train if s.path.startswith("hf:")]
+    found: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ftray", run.method.type, *([quantized.kind] if quantized else [])],
+    }
+    if names := ["/".join(name.split("/")[:2]) for name in data if not name.startswith((".", "/", "~"))]:
+        found["datasets"] = names
+    if comparison is not None:
+        head, rows = figure_rows(comparison)
+        place = head.index("tuned")
+        metrics = [
+            {"type": row[0].lower().replace(" ", "_"), "name": row[0], "value": float(row[place])} for row in rows
+        ]
+        result = {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": {"type": "held-out", "name": "held-out records of the run's data"},
+            "metrics": metrics,
+        }
+        found["model-index"] = [{"name": run.name, "results": [result]}]
+    return found
+
+
+def _training(run: config.RunConfig, found: CheckpointRef) -> list[list[str]]:
+    train, method = run.train, run.method
+    rows = [
+        ["method", HOW[method.type]],
+        *([["rank, alpha", f"{method.rank}, {method.alpha:g}"]] if method.type in ("lora", "qlora") else []),
+        ["steps", f"{found.step}, of {train.global_batch_size} rows of {run.data.max_seq_len} tokens"],
+        ["learning rate", f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup:g}"],
+        ["precision", train.precision],
+        ["seed", str(train.seed)],
+    ]
+    if found.progress.best:
+        rows.append(
+            ["best held-out loss", f"{found.progress.best['loss']:.4f} at step {found.progress.best['step']:.0f}"]
+        )
+    return rows
+
+
+def _origin(lineage: Mapping[str, Any]) -> list[list[str]]:
+    environment = lineage["environment"]
+    packages = ", ".join(
+        f"{name} {environment['packages'][name]}" for name in DECIDING if name in environment["packages"]
+    )
+    rows = [
+        ["id", lineage["id"]],
+        ["config", lineage["config_hash"]],
+        ["data", f"{lineage['data']['hash']}, {len(lineage['data']['files'])} files"],
+        ["template", lineage["template_hash"]],
+        ["parent", lineage["parent"]],
+        ["ftray's code", environment["code"]["commit"] or environment["code"]["sha256"]],
+        ["image", environment["image"]],
+        ["packages", f"{packages}; Python {environment['python']}"],
+    ]
+    return [[name, str(text)] for name, text in rows if text]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(cell.split()) for cell in line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Foreign text as Markdown that shows it: no link, image, HTML, heading, table or line of its own comes of it."""
+    line = " ".join(printable(text).split())
+    line = re.sub(r"([\\`*_\[\]<>|~!#$&])", r"\\\1", line)
+    return re.sub(r"(?i)\b(https?|ftp|mailto)(:)|\b(www)(\.)", r"\1\3\\\2\4", line)  # bare addresses become links
+
+
+def code_span(text: str) -> str:
+    """Foreign text as a code span, in which nothing is Markdown. `|` would end a table's cell and is written as `¦`."""
+    line = " ".join(printable(text).split()).replace("|", "¦") or " "
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"

@@ -1,0 +1,421 @@
+"""What a run will need before it is started: memory by part, rows at once, steps, time, cost; and whether to start it.
+
+Memory is `train.memory`'s model over a base's shape, time `cards`' model. Needs neither Ray, nor torch, nor a GPU, nor the
+base's weights. How well it does against figures that were measured is in docs/benchmarks.md and in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ftray import config
+from ftray.config.constraints import impossible
+from ftray.console import duration
+from ftray.data.prepare import read_summary
+from ftray.data.sources import list_shards
+from ftray.errors import DataError, StorageError
+from ftray.report.gpu_specs import CARDS, MEASURED, GpuSpec, card_named, does, tokens_per_s
+from ftray.report.model_shape import ModelShape, shape_of
+from ftray.train.memory import (
+    GIB,
+    RESERVE,
+    MemoryChoice,
+    MemoryModel,
+    StateMemory,
+    best_fit,
+    head_of,
+    longest_row,
+    state_bytes,
+)
+
+BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
+SMALL = 0.8e9  # weights; smaller models were not measured
+START_S = 90.0  # for Ray, workers and the model
+OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
+    ("lora", 0, "adamw"),
+    ("qlora", 0, "adamw"),
+    ("lora", 3, "adamw"),
+    ("full", 0, "adamw-8bit"),
+    ("full", 0, "adamw"),
+    ("full", 1, "adamw"),
+    ("full", 2, "adamw"),
+    ("full", 3, "adamw"),
+)
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes on one GPU at the peak of a step.
+
+    buffers: ZeRO-3's weights that are whole, gradients on their way to others, what an update needs at its peak; working:
+    the head's logits or a layer under way, whichever is more.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train on one card. fits: within the card, less what is kept free for fragments."""
+
+    card: str
+    method: str
+    zero_stage: int
+    optimizer: str
+    micro_batch_size: int
+    recomputed: int
+    num_layers: int
+    parts: MemoryParts
+    fits: bool
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How much is trained. tokens: of a row on average; from_index: counted, not guessed from the files' sizes.
+
+    most_documents: in one row; one where they were not counted.
+    """
+
+    num_steps: int | None
+    rows_per_epoch: int | None
+    tokens: float
+    num_records: int | None
+    from_index: bool
+    most_documents: int = 1
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe measured: tokens a second of each of its workers, and seconds a step, the medians of so many steps."""
+
+    tokens_per_s: float
+    step_s: float
+    workers: int
+    device: str
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All of it. seconds, cost: None where steps, or a price, are not known; by the probe's speed where there was one."""
+
+    shape: ModelShape
+    num_trained: int
+    world_size: int
+    way: Candidate
+    others: list[Candidate]
+    length: TrainingLength
+    seconds: float | None
+    cost: float | None
+    advice: list[str]
+    together: list[str]
+    chose_card: bool
+    probed: ProbeResult | None = None
+
+
+def make_plan(
+    run: config.RunConfig, run_dir: str, card: str | None = None, probed: ProbeResult | None = None
+) -> RunPlan:
+    """Plan of a run. card: name in CARDS; scale.accelerator's if left out, else the smallest on which it fits.
+
+    Raises ConfigError for a card that isn't known, ModelError for a base whose shape isn't.
+    """
+    shape, size = shape_of(run.model), run.world_sizes[0]
+    name = card or run.scale.accelerator
+    length = length_of(run, run_dir)
+    ways = [way_of(run, shape, each, size, length.most_documents) for each in _cards(name, run.method)]
+    way = next((each for each in ways if each.fits), ways[-1])
+    found = CARDS[way.card]
+    others = [way_of(other, shape, found, size) for other in _others(run)]
+    if name is None:
+        others = [each for each in ways if each is not way] + others
+    seconds = cost = None
+    if length.num_steps is not None:
+        tokens = run.train.global_batch_size * length.tokens
+        step_s = probed.step_s if probed else tokens / (way.tokens_per_s * size)
+        seconds = START_S + length.num_steps * step_s
+        if run.scale.price_per_hour is not None:
+            cost = seconds / 3600 * (probed.workers if probed else size) * run.scale.price_per_hour
+    advice = advise(run, length, way)
+    number = shape.num_trained(run.method)
+    return RunPlan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None, probed)
+
+
+def _cards(name: str | None, method: config.MethodConfig) -> list[GpuSpec]:
+    if name is not None:
+        return [card_named(name, method)]
+    return sorted((card for card in CARDS.values() if does(card, method)), key=lambda card: card.gib)
+
+
+def _others(run: config.RunConfig) -> list[config.RunConfig]:
+    """The same run by other methods, stages and optimizers, as far as these go together."""
+    found = []
+    for method, stage, optimizer in OTHERS:
+        if (method, stage, optimizer) == (run.method.type, run.deepspeed.zero_stage, run.train.optimizer):
+            continue
+        if stage and run.world_sizes[0] == 1:
+            continue  # nothing to share
+        plain = {"rank": run.method.rank, "alpha": run.method.alpha, "target_modules": run.method.target_modules}
+        changed = run.model_copy(
+            update={
+                "method": config.MethodConfig.model_validate({"type": method, **plain}),
+                "train": run.train.model_copy(update={"optimizer": optimizer}),
+                "deepspeed": run.deepspeed.model_copy(update={"zero_stage": stage, "offload": "none"}),
+            }
+        )
+        if impossible(changed.model_dump(include={"method", "train", "deepspeed"})) is None:
+            found.append(changed)
+    return found
+
+
+def way_of(run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int, documents: int = 1) -> Candidate:
+    """Memory and speed of a run on a card, with the rows and recomputed layers that training would choose there.
+
+    documents: most of them in a row.
+    """
+    seq, per_rank = longest_row(run, documents), run.train.global_batch_size // world_size
+    given = run.train.micro_batch_size
+    rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
+    wanted = {"none": [0], "selective": [shape.num_layers // 2], "full": [shape.num_layers]}
+    layers = wanted.get(run.train.recompute, list(range(shape.num_layers + 1)))
+    memory = memory_of(run, shape, card, world_size)
+    fit = best_fit(memory, rows, layers, seq)
+    parts = parts_of(run, shape, memory, fit, world_size, documents)
+    tokens = fit.micro_batch_size * seq
+    speed = (
+        tokens_per_s(run, shape, card, world_size, tokens, fit.layers / shape.num_layers) * run.data.max_seq_len / seq
+    )
+    fits = parts.total <= memory.capacity * (1 - RESERVE)
+    chosen = (run.method.type, run.deepspeed.zero_stage, run.train.optimizer, fit.micro_batch_size, fit.layers)
+    return Candidate(card.name, *chosen, shape.num_layers, parts, fits, speed)
+
+
+def memory_of(run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int) -> MemoryModel:
+    """What `train.fit` measures on a GPU, by arithmetic."""
+    static = _static(run, shape, world_size)
+    update = _states(run, shape, world_size).update
+    precision = run.train.precision
+    capacity = card.gib * GIB * run.scale.gpus_per_worker
+    kept, recomputed = shape.kept_bytes(precision), shape.recomputed_bytes(precision)
+    hidden = shape.hidden * (4 if precision == "fp32" else 2)
+    head = head_of(run, shape.vocabulary, shape.hidden, run.method.type == "full", not shape.whole_logits)
+    return MemoryModel(capacity, static.total, kept, recomputed, shape.num_layers, hidden, head, update)
+
+
+def _states(run: config.RunConfig, shape: ModelShape, world_size: int) -> StateMemory:
+    number = shape.num_trained(run.method)
+    return state_bytes(run, number, world_size, shape.head if run.method.type == "full" else number)
+
+
+def _static(run: config.RunConfig, shape: ModelShape, world_size: int) -> MemoryParts:
+    """What stays from step to step."""
+    states = _states(run, shape, world_size)
+    weights = shape.weight_bytes(run.method, run.train.precision)
+    buffers = states.bucket
+    if run.deepspeed.zero_stage == 3:
+        whole = shape.linears.values()
+        gathered = weights / shape.num_parameters * (2 * sum(a * b for a, b in whole) + shape.head)
+        weights, buffers = weights / world_size, buffers + gathered
+    if run.deepspeed.offload == "all":
+        weights = 0.0
+    return MemoryParts(weights, states.gradients, states.optimizer, buffers, 0.0, 0.0)
+
+
+def parts_of(
+    run: config.RunConfig,
+    shape: ModelShape,
+    memory: MemoryModel,
+    fit: MemoryChoice,
+    world_size: int,
+    documents: int = 1,
+) -> MemoryParts:
+    """The peak of a step, part by part: with all activations, or in the update, whose needs are then among the buffers.
+
+    Without accumulation gradients appear only as activations go.
+    """
+    static = _static(run, shape, world_size)
+    tokens = fit.micro_batch_size * longest_row(run, documents)
+    activations = memory.activations(tokens, fit.layers)
+    working = memory.working(tokens, fit.layers)
+    gradients = static.gradients
+    if fit.micro_batch_size * world_size == run.train.global_batch_size and run.deepspeed.zero_stage < 3:
+        gradients = max(0.0, gradients - activations)
+    in_backward = replace(static, gradients=gradients, activations=activations, working=working)
+    in_update = replace(static, buffers=static.buffers + memory.update)
+    return max(in_backward, in_update, key=lambda parts: parts.total)
+
+
+def length_of(run: config.RunConfig, run_dir: str) -> TrainingLength:
+    """Steps and rows from the index, else guessed from the files' sizes, else as far as train.max_steps says."""
+    train, seq = run.train, run.data.max_seq_len
+    try:
+        known = read_summary(run, run_dir)
+    except StorageError:  # a plan can be made without keys to the store
+        known = None
+    if known is not None:
+        rows, counts = known["rows_per_epoch"], known["train"]
+        tokens = counts["num_tokens"] / max(1, counts["num_rows"])
+        steps = train.max_steps or int(round(train.epochs * rows, 6)) // train.global_batch_size
+        return TrainingLength(steps, rows, tokens, counts["num_records"], True, counts.get("most_documents", 1))
+    try:
+        size = sum(shard.size_bytes for source in run.data.train for shard in list_shards(source.path))
+    except (DataError, StorageError):
+        return TrainingLength(train.max_steps, None, seq, None, False)
+    rows = max(1, round(size / BYTES_A_TOKEN / seq))
+    steps = train.max_steps or max(1, int(train.epochs * rows) // train.global_batch_size)
+    return TrainingLength(steps, rows, seq, None, False)
+
+
+def advise(run: config.RunConfig, length: TrainingLength, way: Candidate) -> list[str]:
+    """Whether to fine-tune at all, and what to try first, by the data's size and kind."""
+    said = []
+    records = length.num_records
+    if records is not None and records < 50:
+        said.append(f"{records} records: put the best of them into the prompt first (evaluate.few_shot compares that)")
+    elif records is not None and records < 500:
+        said.append(f"{records} records teach a form or a tone, hardly knowledge; compare with evaluate.few_shot: 3")
+    if run.data.labels is not None:
+        said.append("labels: a few examples of each in the prompt often come near; evaluate.few_shot compares that")
+    if records is not None and records < 5000 and run.method.type == "full":
+        said.append(f"all weights for {records} records: LoRA learns as much of so few, and forgets less")
+    if run.train.epochs > 3 and records is not None and records < 5000:
+        said.append(
+            f"{run.train.epochs:g} epochs over {records} records will be learned by heart; set evaluate.early_stopping"
+        )
+    if run.data.eval is None:
+        said.append("nothing is held out, so that nobody will see whether it helped; set data.eval: {fraction: 0.1}")
+    if run.method.type == "prompt" and not length.from_index:
+        said.append("virtual tokens are in front of each record, and of one a row here; index first: ftray data index")
+    if not said:
+        said.append("facts that change, or must be quoted, are better looked up and put into the prompt than trained")
+    if not way.fits:
+        said.insert(0, f"this does not fit a {way.card}: see the ways below that do, or take more or larger GPUs")
+    return said
+
+
+def together(run: config.RunConfig) -> list[str]:
+    """What goes with the run's precision: a line for each method, its possible stages, and why not the others."""
+    lines = []
+    for method in ("full", "lora", "qlora", "prompt"):
+        reasons: dict[str, list[str]] = {}
+        for stage in range(4):
+            tree = run.model_dump(include={"method", "train", "deepspeed"})
+            method_tree = config.MethodConfig.model_validate({"type": method}).model_dump()
+            tree["method"], tree["deepspeed"]["zero_stage"], tree["deepspeed"]["offload"] = method_tree, stage, "none"
+            tree["train"]["optimizer"] = "adamw"
+            reasons.setdefault(impossible(tree) or "", []).append(str(stage))
+        good = ", ".join(reasons.pop("", [])) or "none"
+        why = "".join(f"; not {', '.join(stages)}: {text.split(': ', 1)[1]}" for text, stages in reasons.items())
+        lines.append(f"{method} with {run.train.precision}: zero_stage {good}{why}")
+    return lines
+
+
+def as_tree(plan: RunPlan) -> dict[str, Any]:
+    """For `--json`. Bytes, seconds, tokens a second on each GPU."""
+    tree = asdict(plan)
+    for way, made in ((plan.way, tree["way"]), *zip(plan.others, tree["others"], strict=True)):
+        made["parts"]["total"] = way.parts.total
+    tree["shape"]["num_parameters"] = plan.shape.num_parameters
+    return tree
+
+
+def as_text(plan: RunPlan, run: config.RunConfig) -> list[str]:
+    """For people."""
+    way, shape, length, card = plan.way, plan.shape, plan.length, CARDS[plan.way.card]
+    gpus = f"{plan.world_size} × {card.name}"
+    smallest = ", the smallest that it fits" if way.fits and plan.chose_card else ""
+    trained = f"{_number(plan.num_trained)} of them trained ({run.method.type}, {run.train.precision})"
+    lines = [
+        f"model      {run.model.base}: {_number(shape.num_parameters)} weights, {trained}",
+        f"on         {gpus} of {card.gib:g} GiB{smallest}",
+        f"memory     {way.parts.total / GIB:.1f} GiB of each GPU: {_parts(way.parts)}",
+        f"           {_chosen(way)}" + ("" if way.fits else "; THIS DOES NOT FIT"),
+        f"speed      {way.tokens_per_s:,.0f} tokens/s on each GPU"
+        + ("" if card.name == MEASURED else f", scaled from an {MEASURED} by data sheet: not measured"),
+    ]
+    size, seq = run.train.global_batch_size, run.data.max_seq_len
+    if length.num_steps is None:
+        lines.append("steps      not known: the data can't be listed from here; index it first: ftray data index")
+    else:
+        is_guess = length.rows_per_epoch is not None and not length.from_index
+        guessed = "; GUESSED from the files' sizes, `ftray data index` counts" if is_guess else ""
+        rows = f", {length.rows_per_epoch:,} rows an epoch" if length.rows_per_epoch else ""
+        most = "" if length.from_index else "at most "
+        lines.append(
+            f"steps      {length.num_steps:,} of {size} rows of {seq} tokens{rows}: "
+            f"{most}{_number(length.num_steps * size * length.tokens)} tokens{guessed}"
+        )
+    if shape.num_parameters < SMALL:
+        lines[4] += "; of a model this small launches decide, too: it will be slower"
+    if plan.probed is not None:
+        found = plan.probed
+        lines.insert(
+            5,
+            f"measured   {found.tokens_per_s:,.0f} tokens/s on each of {found.workers} × {found.device}, over "
+            f"{found.num_steps} steps of a probe; time and cost are by this",
+        )
+    if plan.seconds is not None:
+        lines.append(f"time       {duration(plan.seconds)}, without failures, evaluation and export")
+    if plan.cost is not None:
+        lines.append(
+            f"cost       {plan.cost:,.2f}, at {run.scale.price_per_hour:g} for a GPU's hour (scale.price_per_hour)"
+        )
+    lines += ["", "other ways", *_table(plan.others)]
+    lines += ["", "before you train", *[f"  - {text}" for text in plan.advice]]
+    return [
+        *lines,
+        "",
+        "what goes together (all of it: docs/compatibility.md)",
+        *[f"  {text}" for text in plan.together],
+    ]
+
+
+def _parts(parts: MemoryParts) -> str:
+    told = {name: value for name, value in asdict(parts).items() if value >= 0.05 * GIB}
+    return ", ".join(f"{name} {value / GIB:.1f}" for name, value in told.items())
+
+
+def _chosen(way: Candidate) -> str:
+    rows = f"{way.micro_batch_size} row{'s' if way.micro_batch_size > 1 else ''} at once"
+    if not way.recomputed:
+        return f"{rows}, no layer recomputed"
+    return f"{rows}, {way.recomputed} of {way.num_layers} layers recomputed, because more does not fit"
+
+
+def _table(ways: Sequence[Candidate]) -> list[str]:
+    rows = [["", "card", "method", "ZeRO", "optimizer", "rows", "recomputed", "GiB", "fits", "tokens/s"]]
+    for way in ways:
+        told: Mapping[bool, str] = {True: "yes", False: "no"}
+        recomputed = f"{way.recomputed}/{way.num_layers}"
+        chosen = [way.card, way.method, str(way.zero_stage), way.optimizer, str(way.micro_batch_size), recomputed]
+        rows.append(
+            [
+                "",
+                *chosen,
+                f"{way.parts.total / GIB:.1f}",
+                told[way.fits],
+                f"{way.tokens_per_s:,.0f}" if way.fits else "–",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _number(value: float) -> str:
+    for size, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return f"{value:,.0f}"

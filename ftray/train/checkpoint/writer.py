@@ -1,0 +1,266 @@
+"""How a checkpoint is committed without stopping training, and read again.
+
+Knows storage and tensors by name; nothing of DeepSpeed or data. Each rank writes its share of the tensors (of adapters,
+which are small, rank 0 writes the whole), state is in JSON, manifest.json (size and sha256 of each file) is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ftray import errors, storage
+from ftray.errors import CheckpointError, RunHeldError, StorageError
+from ftray.storage import local
+from ftray.train.checkpoint.catalog import CheckpointRef, RunProgress, list_checkpoints
+from ftray.train.checkpoint.tensors import (
+    NAMES,
+    HostBuffer,
+    Layout,
+    TensorPart,
+    TensorPartReader,
+    assemble,
+    check_complete,
+    layout,
+    num_bytes,
+    pieces,
+    write_parts,
+)
+from ftray.train.segments import as_text, segment_sum
+
+WHOLE, SHARE, STATE = "state.safetensors", "state-{:05d}-of-{:05d}.safetensors", "state.json"
+
+
+def load_checkpoint(found: CheckpointRef, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint whose names begin so, verified against its manifest first. Raises CheckpointError."""
+    with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+        place = found.uri
+        if storage.is_remote(found.uri):
+            storage.fetch_directory(found.uri, directory)
+            place = directory
+        elif problems := storage.verify_directory(found.uri):
+            raise CheckpointError(
+                f"{found.uri} is damaged ({problems[0]}); restore it, train on from the checkpoint before it (ftray train), "
+                "or name another checkpoint: --step N"
+            )
+        reader = TensorPartReader(place)
+        return {name: reader.whole(name) for name in reader.shapes() if name.startswith(prefix)}
+
+
+@contextmanager
+def _staging(uri: str) -> Iterator[Path]:
+    """Where a checkpoint's files are written before they are committed: on local disk the place itself, not a copy."""
+    if storage.is_remote(uri):
+        with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
+            yield Path(directory)
+    else:
+        with local.guarded(uri, "written") as path:
+            path.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
+class CheckpointBarrier:
+    """What the writers of one checkpoint tell each other, on their own threads, beside training's collectives.
+
+    All ranks make one at the same time, and use it in the same order.
+    """
+
+    def __init__(self) -> None:
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank: int = dist.get_rank() if many else 0
+        self.world_size: int = dist.get_world_size() if many else 1
+        self._group = dist.new_group(backend="gloo") if many else None
+
+    def gather(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` returns on each rank, on all of them. Where one raises, all raise."""
+        failure: Exception | None = None
+        mine: tuple[str, Any] = ("", None)
+        try:
+            mine = ("", act())
+        except Exception as err:  # noqa: BLE001 - raised again once the others know
+            failure, mine = err, (type(err).__name__, str(err))
+        found: list[Any] = [mine] * self.world_size
+        if self._group is not None:
+            dist.all_gather_object(found, mine, group=self._group)
+        if failure is not None:
+            raise failure
+        for kind, value in found:
+            if kind:
+                raise getattr(errors, kind, CheckpointError)(value)
+        return [value for _, value in found]
+
+    def collect(self, flat: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        """Rank 0: every rank's bytes, `sizes` of them; elsewhere []. flat: this rank's own, uint8."""
+        if self.rank > 0:
+            if len(flat):
+                dist.send(flat, 0, group=self._group)
+            return []
+        found = [flat, *(torch.empty(size, dtype=torch.uint8) for size in sizes[1:])]
+        for rank in range(1, self.world_size):
+            if sizes[rank]:
+                dist.recv(found[rank], rank, group=self._group)
+        return found
+
+
+class CheckpointWriter:
+    """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
+
+    Every rank has one and saves at the same steps. meta: goes into each manifest (config hash, data hash, versions).
+    keep: newest ones that stay; the best stays besides. whole: one file with all, for small states. lease: nothing is
+    written once another process holds the run.
+    """
+
+    def __init__(
+        self, run_dir: str, keep: int, meta: dict[str, Any], whole: bool, lease: storage.Token | None = None
+    ) -> None:
+        self._run_dir, self._keep, self._meta, self._whole, self._lease = run_dir, keep, meta, whole, lease
+        self._ranks, self._buffer = CheckpointBarrier(), HostBuffer()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def reserve(self, num: int) -> None:
+        """Gets host memory for `num` bytes in the background, so that the first checkpoint doesn't wait for it."""
+        self._pending = self._pool.submit(self._buffer.reserve, num)
+
+    def save(self, progress: RunProgress, parts: list[TensorPart], lines: list[dict[str, Any]]) -> None:
+        """Copies this rank's parts and starts to commit them. Raises what the commit before it raised.
+
+        lines: metrics since the last checkpoint.
+        """
+        self.wait()
+        if lines:
+            first = int(lines[0]["step"])
+            segment = f"{first:08d}-{int(lines[-1]['step']):08d}.jsonl"
+            progress.segments = [s for s in progress.segments if int(s[:8]) < first] + [segment]
+            text = as_text([_plain_json(line) for line in lines])
+            progress.sums = {s: progress.sums[s] for s in progress.segments if s in progress.sums}
+            progress.sums[segment] = segment_sum(text)
+        snapshot = RunProgress(**json.loads(json.dumps(asdict(progress))))
+        held = self._buffer.hold(parts)
+        self._pending = self._pool.submit(self._commit, snapshot, held, list(lines))
+
+    def is_idle(self) -> bool:
+        """Whether no commit is under way."""
+        return self._pending is None or self._pending.done()
+
+    def wait(self) -> None:
+        """Returns when the last commit is done. Raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _commit(self, progress: RunProgress, parts: list[TensorPart], lines: list[dict[str, Any]]) -> None:
+        uri = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}")
+        try:
+            with storage.patient():  # training goes on meanwhile, and waits no earlier than at the next checkpoint
+                self._commit_to(uri, progress, parts, lines)
+        except StorageError:
+            if self._ranks.rank == 0 and not storage.is_remote(uri):
+                with suppress(StorageError):  # half a checkpoint would only fill the disk further
+                    if not storage.exists(storage.join(uri, storage.MANIFEST)):
+                        storage.delete_tree(uri)
+            raise
+
+    def _commit_to(self, uri: str, progress: RunProgress, parts: list[TensorPart], lines: list[dict[str, Any]]) -> None:
+        ranks = self._ranks
+        if not ranks.gather(lambda: ranks.rank > 0 or self._clear(uri, progress, lines))[0]:
+            return
+        laid = ranks.gather(lambda: layout(parts))
+        check_complete(laid)
+        moved_at = progress.step if _has_moved(lines) else 0
+        entries: dict[str, dict[str, Any]] = {}
+        for share in ranks.gather(lambda: self._write(uri, laid, moved_at)):
+            entries |= share
+        if ranks.rank > 0:
+            return
+        state = json.dumps(asdict(progress), indent=1).encode()
+        storage.write_bytes(storage.join(uri, STATE), state)
+        entries[STATE] = {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+        self._check_owner()
+        committed = storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)})
+        if not committed and not self._is_there(uri):
+            raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+        storage.write_bytes(storage.join(uri, storage.MARK), json.dumps({"step": progress.step}).encode())
+        self._sweep(progress)
+
+    def _clear(self, uri: str, progress: RunProgress, lines: list[dict[str, Any]]) -> bool:
+        """Rank 0, first: writes the metrics, makes room. False when this checkpoint is there already, and sound."""
+        self._check_owner()
+        if lines:
+            text = as_text([_plain_json(line) for line in lines])
+            storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
+        if self._is_there(uri):
+            return False  # committed before an interruption
+        storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
+        return True
+
+    def _is_there(self, uri: str) -> bool:
+        """Whether a sound checkpoint of this run is committed there."""
+        if not storage.exists(storage.join(uri, storage.MANIFEST)) or storage.verify_directory(uri):
+            return False
+        there = storage.read_manifest(uri)
+        return there is not None and there["meta"].get("config_hash") == self._meta.get("config_hash")
+
+    def _check_owner(self) -> None:
+        if self._lease is not None and not storage.holds(self._lease):
+            raise RunHeldError("another process took the run over; this one writes no more, follow that one")
+
+    def _write(self, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
+        """This rank's file, if it has one to write; its manifest entry by name."""
+        mine = laid[self._ranks.rank]
+        name, chunks = (
+            SHARE.format(self._ranks.rank, self._ranks.world_size),
+            pieces(self._buffer.first(num_bytes(mine))),
+        )
+        if self._whole:
+            sizes = [num_bytes(one) for one in laid]
+            shares = self._ranks.collect(self._buffer.first(sizes[self._ranks.rank]), sizes)
+            whole = assemble(laid, shares) if shares else {}
+            if moved_at:
+                check_moved(whole, moved_at)
+            mine = {n: [NAMES[t.dtype], list(t.shape), 0, t.numel()] for n, t in whole.items()}
+            name, chunks = WHOLE, (piece for t in whole.values() for piece in pieces(t.flatten()))
+        if not mine:
+            return {}  # a rank beyond the last parameter, or one that sent its part to rank 0
+        with _staging(uri) as directory:
+            sha256 = write_parts(directory / name, mine, chunks)
+            return {name: storage.put_file(str(directory / name), uri, name, sha256)}
+
+    def _sweep(self, progress: RunProgress) -> None:
+        best = int(progress.best["step"]) if progress.best else None
+        # Newer ones were passed over as damaged: they must not push out what is sound.
+        mine = [found for found in list_checkpoints(self._run_dir) if found.step <= progress.step]
+        for found in mine[self._keep :]:
+            if found.step != best:
+                storage.delete_tree(found.uri)
+
+
+def check_moved(tensors: dict[str, torch.Tensor], step: int) -> None:
+    """Raises CheckpointError if all of LoRA's B matrices are zero, as before any step, although steps had gradients."""
+    outward = [tensor for name, tensor in tensors.items() if name.startswith("weights.") and ".lora_B." in name]
+    if outward and not any(bool(tensor.any()) for tensor in outward):
+        raise CheckpointError(
+            f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a fault of ftray, "
+            "please report it"
+        )
+
+
+def _plain_json(line: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for what is not finite: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _has_moved(lines: list[dict[str, Any]]) -> bool:
+    """Whether a step among these metrics changed the weights."""
+    return any(x.get("learning_rate") and x.get("grad_norm") and not x.get("skipped") for x in lines)

@@ -1,0 +1,100 @@
+"""The line between driver and one group of workers: an actor that keeps events for the driver, and its wish to stop."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class WorkerLocation:
+    """Where a rank runs. actor: the handle by which it can be killed."""
+
+    rank: int
+    node_id: str
+    host: str
+    pid: int
+    actor: Any
+
+
+class DriverChannel:
+    """An actor. Rank 0 records events; the driver drains them."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._last_settled = -1
+        self._stop = False
+        self._failure: tuple[str, str] | None = None
+        self._places: list[WorkerLocation] = []
+
+    def join(self, place: WorkerLocation) -> None:
+        """Keeps where a rank runs."""
+        self._places.append(place)
+
+    def places(self) -> list[WorkerLocation]:
+        """What `join` kept: the workers that have begun."""
+        return sorted(self._places, key=lambda place: place.rank)
+
+    def record(self, event: dict[str, Any]) -> bool:
+        """Keeps an event for the driver; returns whether it wants the run to stop."""
+        with self._lock:
+            self._events.append(event)
+            return self._stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Events since the last call, oldest first."""
+        with self._lock:
+            events, self._events = self._events, []
+            return events
+
+    def fail(self, kind: str, message: str) -> None:
+        """Keeps the first error that trying again won't cure: kind is its class's name in `errors`."""
+        self._failure = self._failure or (kind, message)
+
+    def failure(self) -> tuple[str, str] | None:
+        """What `fail` kept."""
+        return self._failure
+
+    def settle(self, step: int, stop: bool) -> None:
+        """Says whether the run goes on after the held-out loss of a step."""
+        with self._settled:
+            self._last_settled, self._stop = step, self._stop or stop
+            self._settled.notify_all()
+
+    def verdict(self, step: int) -> bool:
+        """Waits until a step is settled; returns whether the run is to stop."""
+        with self._settled:
+            self._settled.wait_for(lambda: self._last_settled >= step)
+            return self._stop
+
+    def stop(self) -> None:
+        """Asks the workers to commit a checkpoint and leave at the next step."""
+        self._stop = True
+
+
+class DriverLink:
+    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor, self._reply, self._stop = monitor, None, False
+
+    def send(self, event: dict[str, Any], last: bool = False) -> None:
+        """Sends an event without waiting, unless it is the last."""
+        self._reply = self._monitor.record.remote(event)
+        if last:
+            ray.get(self._reply)
+
+    def await_verdict(self, step: int) -> None:
+        """Waits until the driver has settled whether the run goes on after the held-out loss of a step."""
+        self._stop = ray.get(self._monitor.verdict.remote(step)) or self._stop
+
+    def stop_asked(self) -> bool:
+        """Whether the driver asked to stop, as far as its replies have come."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._reply))
+        return self._stop

@@ -1,0 +1,119 @@
+"""Weights into ranks' parts for ZeRO-3, one after the other, so that no device ever holds the whole model.
+
+Rank 0 has the model in host memory, as far as the files' precision is the run's mapped from them and read as it is
+needed; the others have its outline on torch's meta device. Knows modules and DeepSpeed's parameters; nothing of models,
+engines or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ftray.errors import RunError
+from ftray.model.blocks import layers_of
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A parameter of rank 0: all its names (tied weights have several), its shape and kind."""
+
+    names: list[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+
+
+def partition_model(model: torch.nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+    """Leaves each rank its part of every parameter, on the device or where `settings` offload them, and whole buffers.
+
+    model: on rank 0 with its values, on the others also with none (meta). Every rank holds its parts and one whole
+    parameter at most. settings: DeepSpeed's config, of stage 3. Collective. Raises RunError where models differ.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(dist_init_required=False)
+    # Of a module without parameters: they are handed over one by one below.
+    init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=settings)
+    rank = dist.get_rank()
+    for outline in _outlines(model):
+        if rank > 0:
+            empty = torch.empty(outline.shape, dtype=outline.dtype, device=device)
+            parameter = torch.nn.Parameter(empty, requires_grad=outline.trained)
+            for name in outline.names:
+                owner, _, key = name.rpartition(".")
+                model.get_submodule(owner)._parameters[key] = parameter
+        # To the device, broadcast from rank 0, cut: what deepspeed.zero.Init(module=model) does, too.
+        init._convert_to_zero_parameters([model.get_parameter(outline.names[0])])
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = _same_everywhere(buffer, device)
+
+
+def _outlines(model: torch.nn.Module) -> list[_Outline]:
+    """Rank 0's, on every rank."""
+    found: dict[int, _Outline] = {}
+    names = []
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.append(name)
+        found.setdefault(id(p), _Outline([], tuple(p.shape), p.dtype, p.requires_grad)).names.append(name)
+    told: list[Any] = [(list(found.values()), names)]
+    dist.broadcast_object_list(told, src=0)
+    outlines, wanted = told[0]
+    if names != wanted:
+        odd = sorted(set(names) ^ set(wanted)) or names
+        raise RunError(f"the model's outline differs from its weights at {odd[0]}; this is a fault of ftray, report it")
+    return list(outlines)
+
+
+def _same_everywhere(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's values of a buffer, on the device."""
+    if buffer.is_meta:
+        buffer = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    buffer = buffer.to(device).contiguous()
+    if buffer.numel():
+        dist.broadcast(buffer.reshape(-1).view(torch.uint8), src=0)
+    return buffer
+
+
+def gather_by_layers(decoder: torch.nn.Module) -> None:
+    """Has a block's weights gathered at once, not part by part: fewer calls, which cost more than the bytes do.
+
+    Not those of blocks that nothing trained stands before: DeepSpeed 0.19 ends a block's backward pass when its input's
+    gradient is there, and takes one without such a gradient for ended when it begins. Before the engine is built.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    layers, is_reached = layers_of(decoder), False
+    for name, module in decoder.named_modules():
+        if name in layers and is_reached:
+            set_z3_leaf_module(module, True)
+        is_reached |= any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+@contextmanager
+def gathered_in_use(model: torch.nn.Module, units: list[torch.nn.Module]) -> Iterator[None]:
+    """Inside, parts are put together while they compute, for trial passes before there is an engine that does so.
+
+    units: modules, none within another, whose weights are gathered at once; all others' are one module at a time.
+    """
+    import deepspeed
+
+    inside = {id(module) for unit in units for module in unit.modules()}
+    alone = [m for m in model.modules() if id(m) not in inside and m._parameters]
+    hooks = []
+    for unit, recurse in [*((u, True) for u in units), *((m, False) for m in alone)]:
+        gathered = deepspeed.zero.GatheredParameters(list(unit.parameters(recurse)))
+        hooks.append(unit.register_forward_pre_hook(lambda *_, g=gathered: g.__enter__()))
+        hooks.append(unit.register_forward_hook(lambda *_, g=gathered: g.__exit__(None, None, None)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,384 @@
+"""Carries a sweep out: starts trials where there is room, each a run of its own on a thread, and follows them to the end.
+
+A trial is trained by `train.launch`, as `ftray train` would: it commits checkpoints and continues at them. Its workers wait
+after each held-out loss until it is kept and judged, so that a trial that is given up does no step more. Trials belong to
+this process, not to Ray Tune's controller: a trial that ends gives its workers back as a run does.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from ftray import config, storage
+from ftray.console import Console, ProgressLine, printable
+from ftray.data.loader import heldout_table, share_rows
+from ftray.data.prepare import PreparedData, plan_rows, prepare_data
+from ftray.driver.launch import TrialHooks, train
+from ftray.driver.lineage import what_changed
+from ftray.driver.preflight import preflight
+from ftray.driver.resources import check_resources, fitting, usable_nodes
+from ftray.driver.run_record import open_run
+from ftray.driver.supervisor import AGAIN, stop_signals
+from ftray.errors import (
+    ConfigError,
+    DataError,
+    FtrayError,
+    Interrupted,
+    Preempted,
+    RunError,
+    RunHeldError,
+    StorageError,
+)
+from ftray.events.bus import Tell
+from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
+from ftray.redact import redacted
+from ftray.signals import is_termination
+from ftray.tune.report import as_table, write_report
+from ftray.tune.scheduler import TrialPruner
+from ftray.tune.search import propose
+from ftray.tune.space import as_words, corners, number_of_trials, shares_data, trial_run
+from ftray.tune.state import EvalReport, SweepState, TrialRecord, open_state, save_state
+
+POLL_S = 0.2
+SHARED_PART = 0.3  # of the object store that tokens of all trials may take
+HEAD_S = 10.0  # a head that takes longer to accept a connection is gone
+NUM_LOSSES = 10  # held-out losses in a trial, where evaluate.every is left out
+
+
+def tune_directory(run_dir: str) -> str:
+    """Where a run's sweep lives."""
+    return storage.join(run_dir, "tune")
+
+
+def sweep(
+    run: config.RunConfig,
+    run_dir: str,
+    console: Console,
+    target: str,
+    lease: storage.Lease | None = None,
+    teller: Callable[[config.RunConfig], Tell] | None = None,
+) -> TrialRecord:
+    """Runs a sweep, or continues it; returns the winner. Needs a started Ray, and the run's lease.
+
+    target: the run file as it was named, for the command that is printed. teller: who is told a trial's events, for figures
+    that others read. Raises ConfigError, DataError before any trial
+    starts; Interrupted, Preempted when trials have committed their checkpoints; RunError if every trial failed.
+    """
+    assert run.tune is not None  # `check_tune` asks for it
+    tune_dir = tune_directory(run_dir)
+    state = open_state(run, tune_dir)
+    total = number_of_trials(run.tune)
+    left = total - sum(trial.status != "running" for trial in state.trials)
+    if left > 0:
+        known = f", {len(state.trials)} of them known" if state.trials else ""
+        console.say(f"tune: {total} trials{known}; {run.tune.search} search, scheduler {run.tune.scheduler}")
+        _Sweep(run, run_dir, state, console, lease, teller).run_all()
+    winner = state.winner()
+    if winner is None:
+        raise RunError(f"every trial failed; the first: {state.trials[0].error}. See {tune_dir}/state.json")
+    write_report(run, tune_dir, state, winner, target, console)
+    return winner
+
+
+def preflight_trials(run: config.RunConfig) -> None:
+    """Looks at files, models and layers that values of the space name, as `preflight` does for a run; raises what it raises."""
+    assert run.tune is not None  # `check_tune` asks for it
+    seen: list[Any] = []
+    for params in corners(run.tune):
+        made = trial_run(run, params, "trial", run.storage)
+        method = made.method
+        named = (made.model, made.data, method.type, method.target_modules, method.freeze)
+        if named not in seen:
+            seen.append(named)
+            preflight(made)
+
+
+def winning_run(run: config.RunConfig, run_dir: str, winner: TrialRecord) -> config.RunConfig:
+    """The winner's run: its directory holds its checkpoints, and evaluation and export may follow there."""
+    return trial_run(run, winner.params, winner.name, tune_directory(run_dir))
+
+
+@dataclass
+class _RunningTrial:
+    """A trial that trains just now. caught: holds a signal's number once it was asked to stop. step: newest one done."""
+
+    trial: TrialRecord
+    run: config.RunConfig
+    caught: list[int] = field(default_factory=list)
+    step: int = 0
+    ended: FtrayError | None = None
+    thread: threading.Thread | None = None
+
+
+class _Sweep:
+    """A sweep under way. Trials' threads come in through `_heard`; what they touch is under the lock."""
+
+    def __init__(
+        self,
+        run: config.RunConfig,
+        run_dir: str,
+        state: SweepState,
+        console: Console,
+        lease: storage.Lease | None,
+        teller: Callable[[config.RunConfig], Tell] | None,
+    ) -> None:
+        assert run.tune is not None
+        self._run, self._tune, self._run_dir, self._dir = run, run.tune, run_dir, tune_directory(run_dir)
+        self._state = state
+        self._console, self._lease, self._teller = console, lease, teller
+        self._head = ray.get_runtime_context().gcs_address
+        self._use_gpu = check_resources(run)
+        if "train.precision" in run.tune.space:  # fp16 needs GPUs
+            for params in corners(run.tune):
+                check_resources(trial_run(run, params, "trial", run.storage))
+        self._lock = threading.RLock()
+        self._running: list[_RunningTrial] = []
+        self._halted: FtrayError | None = None
+        self._unsaved = False
+        self._judge = TrialPruner(run.tune, state)
+        self._total = number_of_trials(run.tune)
+        self._data, self._heldout = self._share_data()
+
+    def run_all(self) -> None:
+        """Runs all trials that are left. Raises Interrupted, Preempted, RunHeldError when some could not end."""
+        with stop_signals(self._console) as caught, self._console.table() as table:
+            while True:
+                self._reap()
+                if self._lease is not None and self._lease.overtaken and self._halted is None:
+                    self._halted = RunHeldError("another process took the sweep over; follow that one")
+                if caught or self._halted is not None:
+                    self._stop_all(caught[0] if caught else signal.SIGTERM)
+                else:
+                    self._fill()
+                if not self._running:
+                    break
+                if self._unsaved:
+                    self._save()
+                with self._lock:
+                    table.update(as_table(self._state, {r.trial.number: r.step for r in self._running}))
+                time.sleep(POLL_S)
+        self._save()
+        self._raise_if_left(caught)
+
+    def _raise_if_left(self, caught: list[int]) -> None:
+        left = self._total - sum(trial.status != "running" for trial in self._state.trials)
+        if left <= 0:
+            return
+        if self._halted is not None and not caught:
+            raise self._halted
+        where = f"{left} of {self._total} trials are not done; {AGAIN}"
+        if caught and is_termination(caught[0]):
+            raise Preempted(f"preempted: {where}")
+        raise Interrupted(f"interrupted: {where}")
+
+    def _share_data(self) -> tuple[PreparedData | None, Any]:
+        """Index, tokens and held-out rows, once for all trials. Raises ConfigError, DataError."""
+        if not shares_data(self._tune):
+            return None, None
+        run = self._run
+        load = partial(load_tokenizer, absolute_base(run.model))
+        tokenizer = load()
+        data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(tokenizer))
+        assert data.heldout_index is not None  # `check_tune` asks for held-out data
+        assert data.heldout_stream is not None
+        if self._state.data_hash not in ("", data.data_hash):
+            hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
+            changed = what_changed(storage.join(self._dir, TrialRecord(0, {}).name), run, data, *hashes)
+            raise DataError(
+                f"{changed} since the sweep in {self._dir} began; restore what it was, or sweep anew: choose another name, "
+                "or delete that directory"
+            )
+        self._state.data_hash = data.data_hash
+        self._evaluated(run, data.plan.num_steps)
+        most = SHARED_PART * ray.cluster_resources().get("object_store_memory", 0)
+        packed = share_rows(data.plan, most)
+        if packed is None:
+            self._console.say("tune: the tokens don't fit into memory; each trial makes them anew")
+        table = heldout_table(data.heldout_index, data.heldout_stream)
+        return replace(data, plan=replace(data.plan, packed=packed)), ray.put(table)
+
+    def _evaluated(self, run: config.RunConfig, num_steps: int) -> config.RunConfig:
+        """The run with held-out losses during training. Raises ConfigError if a trial would end before the first."""
+        every = run.evaluate.every or max(1, num_steps // NUM_LOSSES)
+        if every > num_steps:
+            raise ConfigError(
+                f"evaluate.every ({every}) is more than the {num_steps} steps of a trial, which would end without a "
+                "held-out loss; lower it"
+            )
+        return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"every": every})})
+
+    def _fill(self) -> None:
+        """Starts trials while there is room: first those that were under way, then new ones."""
+        while True:
+            trains = {r.trial.number for r in self._running}
+            waiting = [t for t in self._state.trials if t.status == "running" and t.number not in trains]
+            if (not waiting and len(self._state.trials) >= self._total) or len(self._running) >= self._room():
+                return
+            if not waiting:
+                with self._lock:
+                    waiting = [TrialRecord(len(self._state.trials), propose(self._tune, self._state.trials))]
+                    self._state.trials += waiting
+                    self._save()
+            self._start(waiting[0])
+
+    def _room(self) -> int:
+        """How many trials may train at once; at least one, which then waits for nodes as a run does."""
+        room = fitting(self._run.scale, self._use_gpu, usable_nodes()) // self._run.world_sizes[-1]
+        return max(1, min(room, self._tune.max_concurrent or room))
+
+    def _start(self, trial: TrialRecord) -> None:
+        try:
+            run, data = trial_run(self._run, trial.params, trial.name, self._dir), self._data
+            if data is not None:
+                plan = plan_rows(data.index, data.plan.stream, run.train)
+                data = replace(data, plan=replace(plan, packed=data.plan.packed))
+                trial.num_steps = plan.num_steps
+                run = self._evaluated(run, plan.num_steps)
+        except FtrayError as err:  # a combination that the corners did not show
+            self._fail(trial, err)
+            return
+        known = f" (again from its newest checkpoint, {trial.step} steps judged)" if trial.reports else ""
+        with self._lock:
+            self._console.say(f"{trial.name}: {as_words(trial.params)}{known}")
+        running = _RunningTrial(trial, run, step=trial.step)
+        running.thread = threading.Thread(target=self._train, args=(running, data), name=trial.name, daemon=True)
+        self._running.append(running)
+        running.thread.start()
+
+    def _train(self, running: _RunningTrial, data: PreparedData | None) -> None:
+        """A trial's thread."""
+        told = _TrialConsole(running.trial.name, self._console, self._lock)
+        follower = TrialHooks(partial(self._heard, running), running.caught, data, self._heldout)
+        try:
+            tell = self._teller(running.run) if self._teller else None
+            with storage.acquire_lease(storage.absolute(running.run.directory), warn=told.warn) as lease:
+                train(running.run, open_run(running.run), told, lease, follower, tell)
+        except FtrayError as err:
+            running.ended = err
+        except BaseException as err:  # noqa: BLE001 - a thread's error would be lost; one trial's is not the sweep's
+            running.ended = RunError(f"{type(err).__name__}: {' '.join(str(err).split())[:300]}")
+
+    def _heard(self, running: _RunningTrial, event: dict[str, Any]) -> None:
+        """An event of a trial, on its thread. After a held-out loss its workers wait for this to return."""
+        if event["event"] == "start":
+            running.trial.num_steps = int(event["num_steps"])
+        elif event["event"] == "step":
+            running.step = int(event["step"]) + 1
+        elif event["event"] == "heldout":
+            with self._lock:
+                self._judged(running, int(event["step"]), float(event["heldout_loss"]))
+
+    def _judged(self, running: _RunningTrial, step: int, loss: float) -> None:
+        trial = running.trial
+        running.step = step
+        if trial.report_of(step) is not None:  # known: it came again after a checkpoint of an earlier step
+            return
+        share = step / trial.num_steps
+        stop = self._judge.stops(trial.number, share, loss)
+        at = sum(len(t.reports) for t in self._state.trials)
+        trial.reports.append(EvalReport(at, step, share, loss, stop))
+        if stop:
+            trial.status = "stopped"
+            running.caught.append(signal.SIGINT)
+        self._save()
+        given_up = f"; given up after {share:.0%} of its steps" if stop else ""
+        self._console.say(f"{trial.name}: held-out loss {loss:.4f} at step {step}/{trial.num_steps}{given_up}")
+
+    def _reap(self) -> None:
+        """Takes the trials out that have ended."""
+        for running in [r for r in self._running if r.thread is not None and not r.thread.is_alive()]:
+            self._running.remove(running)
+            trial, err = running.trial, running.ended
+            if trial.status == "stopped":
+                continue
+            if err is None:
+                self._end(trial)
+            elif isinstance(err, Preempted | RunHeldError):
+                self._halted = self._halted or err
+            elif isinstance(err, Interrupted):
+                continue
+            elif self._head_answers():
+                self._fail(trial, err)
+            else:  # no trial's fault: they all go on on a new cluster
+                self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {AGAIN}")
+
+    def _head_answers(self) -> bool:
+        host, port = self._head.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_S).close()
+        except OSError:
+            return False
+        return True
+
+    def _end(self, trial: TrialRecord) -> None:
+        with self._lock:
+            if trial.best is None:
+                trial.status, trial.error = "failed", "it ended without a held-out loss"
+            else:
+                trial.status = "done"
+            self._save()
+            best = f"best held-out loss {trial.best.loss:.4f} at step {trial.best.step}" if trial.best else trial.error
+            self._console.say(f"{trial.name}: done; {best}")
+
+    def _fail(self, trial: TrialRecord, err: FtrayError) -> None:
+        with self._lock:
+            trial.status, trial.error = "failed", str(err)
+            self._save()
+            self._console.warn(f"{trial.name} failed: {err}")
+
+    def _stop_all(self, number: int) -> None:
+        for running in self._running:
+            if not running.caught:
+                running.caught.append(number)
+
+    def _save(self) -> None:
+        """Keeps the state; a store that gives no answer only delays that."""
+        if self._lease is not None and self._lease.overtaken:
+            return  # another writes it now
+        with self._lock:
+            try:
+                save_state(self._state, self._dir)
+                self._unsaved = False
+            except StorageError as err:
+                if not self._unsaved:
+                    self._console.warn(f"the sweep's state can't be kept now ({err}); trying again")
+                self._unsaved = True
+
+
+class _TrialConsole(Console):
+    """What a trial says goes to the log, with its name; its warnings are the sweep's."""
+
+    def __init__(self, name: str, above: Console, lock: threading.RLock) -> None:
+        super().__init__(sys.stdout)
+        self._name, self._above, self._lock = name, above, lock
+
+    @property
+    def is_terminal(self) -> bool:
+        """A trial has no terminal of its own."""
+        return False
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[ProgressLine]:
+        """As a Console's, with the trial's name."""
+        with super().progress(f"{self._name}: {what}", total, done) as bar:
+            yield bar
+
+    def say(self, text: str = "", *, styled: bool = False) -> None:  # noqa: ARG002 - a log has no styles
+        """Prints a line into the log."""
+        print(printable(redacted(f"{self._name}: {text}")), flush=True)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning for the user."""
+        with self._lock:
+            self._above.warn(f"{self._name}: {text}")

@@ -1,1 +1,0 @@
-"""What each verb does. Each imports its rooms only when it is called, so that `ftray check` takes a second."""
