@@ -1,4 +1,4 @@
-"""What `micro_batch_size: auto` and `recompute: auto` choose, against every setting that one could choose by hand.
+"""What `micro_batch_size: auto` and `gradient_checkpointing: auto` choose, against every setting that one could choose by hand.
 
     python -m bench.fit_trial --model .bench/model-3b --method full --seq 4096 --batch 8
 

@@ -61,7 +61,7 @@ def main() -> None:
             "max_seq_len": given.seq,
             "train": [{"path": str(data[0]), "format": "text"}],
             "eval": [{"path": str(data[1]), "format": "text"}],
-            "clean": {"near_duplicates": "off", "overlap": "off"},
+            "clean": {"near_duplicates": "off", "contamination": "off"},
         },
         "train": {"max_steps": given.steps, "global_batch_size": 4, "micro_batch_size": 2},
         "deepspeed": {"zero_stage": 0},

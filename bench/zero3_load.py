@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from bench.train_throughput import SHAPES
-from ftray.compat import deepspeed_without_compiler
+from ftray.compat.deepspeed import deepspeed_without_compiler
 from ftray.train.objectives.sft import MicroBatch
 from ftray.train.trainer import Trainer
 from tests import cluster, ranks

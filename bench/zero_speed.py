@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from bench.plain_loop import batch_of, wait
 from bench.train_throughput import SHAPES
-from ftray.compat import deepspeed_without_compiler
+from ftray.compat.deepspeed import deepspeed_without_compiler
 from ftray.train.trainer import Trainer
 from tests import cluster, ranks
 
@@ -129,7 +129,7 @@ def main() -> None:
         "data__max_seq_len": given.seq,
         "train__precision": "bf16",
         "train__optimizer": given.optimizer,
-        "train__recompute": given.recompute,
+        "train__gradient_checkpointing": given.recompute,
         "train__global_batch_size": given.batch or int(given.micro) * given.accumulate * number,
         "train__micro_batch_size": given.micro if given.micro == "auto" else int(given.micro),
         "deepspeed__zero_stage": given.stage,

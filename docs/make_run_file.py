@@ -43,7 +43,7 @@ def _tables(schema: Schema, section: dict[str, Any], name: str) -> Iterator[str]
         for plain in schema.options(field):
             for found in schema.sections(plain):
                 if (
-                    found["title"] != "Source" or key == "train"
+                    found["title"] != "SourceConfig" or key == "train"
                 ):  # the sources of data.eval have the keys of data.train's
                     below = f"{name}.{key}".lstrip(".")
                     ending = "[]" if plain["type"] == "array" else ".<key>" if "additionalProperties" in plain else ""

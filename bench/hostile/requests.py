@@ -90,7 +90,7 @@ def post() -> None:
         max_tokens=50,
         router=Router({"m": 1.0}),
         place=str(Path("place").absolute()),
-        feedback=config.Feedback(),
+        feedback=config.FeedbackConfig(),
     )
     scope = {
         "type": "http",

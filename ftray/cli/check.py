@@ -75,7 +75,7 @@ def check_serving(run: config.RunConfig, *, is_here: bool) -> None:
     """Raises ConfigError for an endpoint that could not start. is_here: it would on this machine."""
     from ftray.serve.preflight import check_holds, check_installed
 
-    if run.method.type == "prompt":  # not served
+    if run.method.type == "prompt-tuning":  # not served
         return
     made = [run]
     if run.tune is not None:

@@ -34,7 +34,7 @@ _report_fd = -1  # in the child: where it reports to its parent
 
 
 @dataclass
-class Ended:
+class ChildResult:
     """How a child ended. code: as a shell shows it. signal: that ended it, or 0. finished: it came to its own end.
 
     lost: which of Ray's processes died under it, in words, "" if none did.
@@ -90,7 +90,7 @@ class _Child:
 
     work: Callable[[], int]
     pid: int = 0
-    ended: Ended | None = None
+    ended: ChildResult | None = None
     essential: dict[str, int] = field(default_factory=dict)
     code: int | None = None
     _unread: bytes = b""
@@ -115,7 +115,7 @@ class _Child:
             signal.signal(number, self._pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    def wait(self) -> Ended:
+    def wait(self) -> ChildResult:
         """Watches the child to its end."""
         try:
             missing_s = 0.0
@@ -127,7 +127,7 @@ class _Child:
                 dead = [name for name, pid in self.essential.items() if not is_alive(pid)]
                 missing_s = (missing_s or time.monotonic()) if dead else 0.0
                 if missing_s and time.monotonic() - missing_s > SETTLE_S:
-                    return Ended(1, lost=f"Ray's {dead[0]} (pid {self.essential[dead[0]]}) died")
+                    return ChildResult(1, lost=f"Ray's {dead[0]} (pid {self.essential[dead[0]]}) died")
             self._hear(0.0)
             return self._judged(self.ended)
         finally:
@@ -135,7 +135,7 @@ class _Child:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
-    def _judged(self, ended: Ended) -> Ended:
+    def _judged(self, ended: ChildResult) -> ChildResult:
         if self.code is not None:  # whatever happened while the interpreter shut down
             ended.finished, ended.code = True, self.code
         if not ended.finished and self.essential and ended.signal in (0, signal.SIGABRT):
@@ -165,7 +165,7 @@ class _Child:
                     return
                 if pid == self.pid:
                     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-                    self.ended = Ended(128 + killed_by if killed_by else os.WEXITSTATUS(status), killed_by)
+                    self.ended = ChildResult(128 + killed_by if killed_by else os.WEXITSTATUS(status), killed_by)
 
     def _pass_on(self, number: int, _: Any) -> None:
         if number in (signal.SIGTSTP, signal.SIGCONT):  # Ctrl-Z and fg: Ray's processes wait, too

@@ -57,7 +57,13 @@ def stats(arguments: argparse.Namespace, console: Console) -> int:
     with _data_of(run, console) as (run_dir, data):
         from ftray.data.stats import show_stats
 
-        show_stats(data, run, run_dir, console, arguments.html)
+        statistics = show_stats(data, run, run_dir, console)
+        if arguments.html is not None:
+            from ftray import storage
+            from ftray.report.data_page import render_page
+
+            storage.write_bytes(str(arguments.html), render_page(statistics, run.name).encode())
+            console.say(f"as a page: {arguments.html}")
     return 0
 
 

@@ -33,7 +33,7 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     best_checkpoint(storage.absolute(run.directory), step)  # before anything is loaded
     kind = arguments.quantize
     converter = find_converter(arguments.converter) if arguments.to == "gguf" else None
-    if run.method.type == "prompt" and (kind or converter or arguments.merged):
+    if run.method.type == "prompt-tuning" and (kind or converter or arguments.merged):
         raise ConfigError("method.type prompt trains virtual tokens, which can't be merged; export them as they are")
     if kind:
         check_quantize(kind)
@@ -53,9 +53,9 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
             where = sent = _export_gguf(run, run_dir, whole, converter, console, step)
         if name is not None:
             where = f"{where}\npushed: {_push(sent, name, run, console)}"
-    is_served = run.method.type != "prompt" and not (kind or converter)
+    is_served = run.method.type != "prompt-tuning" and not (kind or converter)
     further = f"\nnext: ftray serve {arguments.run}" if is_served else ""
-    console.say(f"done: {where}{further}" + (" (an adapter for PEFT)" if run.method.type == "prompt" else ""))
+    console.say(f"done: {where}{further}" + (" (an adapter for PEFT)" if run.method.type == "prompt-tuning" else ""))
     return 0
 
 

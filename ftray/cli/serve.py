@@ -157,7 +157,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
 
     overrides = [word for word in arguments.overrides if "=" in word]
     run = open_target(arguments.run, overrides)
-    if run.method.type == "prompt":
+    if run.method.type == "prompt-tuning":
         raise ConfigError(
             "method.type prompt can't be served: its virtual tokens are no weights of the model; load the adapter in "
             f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"

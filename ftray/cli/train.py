@@ -55,6 +55,7 @@ def _sweep(run: config.RunConfig, target: str, console: Console) -> config.RunCo
     with owned(run, console, with_ray=False) as (run_dir, lease):
         from ftray.cli.session import ray_session
         from ftray.report.ray_metrics import TrainingMetrics
+        from ftray.report.sweep_page import render_page
         from ftray.tune.runner import preflight_trials, sweep, winning_run
 
         preflight_trials(run)
@@ -66,6 +67,7 @@ def _sweep(run: config.RunConfig, target: str, console: Console) -> config.RunCo
                 target,
                 lease,
                 lambda trial: TrainingMetrics(trial, warn=console.warn, name=f"{run.name}/{trial.name}").heard,
+                render_page=render_page,
             )
             return winning_run(run, run_dir, winner)
 
@@ -102,7 +104,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         arguments.run = run.directory  # the winner is a run like any other: what follows is done to it
     done = finished(run)
     answer = known_answer(run.directory, done.step) if done is not None else None
-    is_served = run.method.type != "prompt"  # its adapter is for PEFT
+    is_served = run.method.type != "prompt-tuning"  # its adapter is for PEFT
     comparison = _known_comparison(run) if done is not None and run.evaluate.gates else None
     if done is None or answer is None or (run.evaluate.gates and comparison is None):
         check_serving(run, is_here="RAY_ADDRESS" not in os.environ)  # the endpoint comes last
@@ -148,13 +150,13 @@ def _say_end(arguments: argparse.Namespace, run: config.RunConfig, console: Cons
         "  checkpoints/            committed checkpoints      metrics.jsonl          a line for each step",
         "  evaluate/results.json   base against tuned         evaluate/generations.jsonl  answers side by side",
         "  model/                  the trained model"
-        + {"full": "", "prompt": " (virtual tokens, for PEFT)"}.get(
+        + {"full": "", "prompt-tuning": " (virtual tokens, for PEFT)"}.get(
             run.method.type, " (adapter)      model/merged/          whole weights"
         ),
         "",
         *(
             [f"serve it:               ftray serve {arguments.run}"]
-            if run.method.type != "prompt" and not is_refused
+            if run.method.type != "prompt-tuning" and not is_refused
             else []
         ),
         "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",

@@ -1,2 +1,1 @@
-"""A run on a cluster of somebody's: what it needs there (nodes, places, room), manifests (pods, render), jobs (jobs,
-submit), health (doctor)."""
+"""Ray clusters and Kubernetes: job submission, health checks, manifests, network test."""

@@ -61,7 +61,7 @@ def render(
         ConfigError: These machines or pods cannot carry the run.
     """
     check_pods(run)
-    if "rayservice" in parts and run.method.type == "prompt":
+    if "rayservice" in parts and run.method.type == "prompt-tuning":
         parts = tuple(part for part in parts if part not in ("rayservice", "pdb-serve"))  # only PEFT serves these
     layout = plan_pods(run, find_instance_type(run.scale.accelerator, machine_name))
     kind = "cuda" if layout.gpus else "cpu"

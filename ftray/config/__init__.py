@@ -7,12 +7,14 @@ the key, the value and the remedy.
 
 from ftray.config.base import Section
 from ftray.config.data import CleanConfig, DataConfig, SourceConfig, SplitConfig
-from ftray.config.evaluate import CanaryConfig, EvaluateConfig, Feedback, ServeConfig
-from ftray.config.gates import FIGURES, Gate
-from ftray.config.raters import HumanEvalConfig, JudgeConfig
+from ftray.config.evaluate import FIGURES, EvaluateConfig, Gate, HumanEvalConfig, JudgeConfig
+from ftray.config.method import MethodConfig
+from ftray.config.model import ModelConfig
+from ftray.config.parallel import ScaleConfig
 from ftray.config.run import RunConfig, differing_keys, load_run, parse_run
+from ftray.config.serve import CanaryConfig, FeedbackConfig, ServeConfig
 from ftray.config.tracking import TrackingConfig
-from ftray.config.training import CheckpointConfig, DeepSpeedConfig, MethodConfig, ModelConfig, ScaleConfig, TrainConfig
+from ftray.config.train import CheckpointConfig, DeepSpeedConfig, TrainConfig
 from ftray.config.tune import TuneConfig, TuneParameter
 
 __all__ = [
@@ -23,7 +25,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "EvaluateConfig",
-    "Feedback",
+    "FeedbackConfig",
     "Gate",
     "HumanEvalConfig",
     "JudgeConfig",

@@ -11,7 +11,7 @@ from typing import Any
 
 # The settings that can exclude each other, by dotted key, with the values that tell them apart.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "method.type": ("full", "lora", "qlora", "prompt"),
+    "method.type": ("full", "lora", "qlora", "prompt-tuning"),
     "method.rslora": (False, True),
     "method.dora": (False, True),
     "method.freeze": ([], ["embed_tokens"]),
@@ -42,17 +42,24 @@ RULES: tuple[Rule, ...] = (
         "4-bit weights can't be sharded",
         "use zero_stage 2",
     ),
-    Rule(("method.rslora", (True,)), ("method.type", ("full", "prompt")), ADAPTERS_ONLY, "use lora, or remove rslora"),
-    Rule(("method.dora", (True,)), ("method.type", ("full", "prompt")), ADAPTERS_ONLY, "use lora, or remove dora"),
+    Rule(
+        ("method.rslora", (True,)),
+        ("method.type", ("full", "prompt-tuning")),
+        ADAPTERS_ONLY,
+        "use lora, or remove rslora",
+    ),
+    Rule(
+        ("method.dora", (True,)), ("method.type", ("full", "prompt-tuning")), ADAPTERS_ONLY, "use lora, or remove dora"
+    ),
     Rule(
         ("method.freeze", (True,)),
-        ("method.type", ("lora", "qlora", "prompt")),
+        ("method.type", ("lora", "qlora", "prompt-tuning")),
         "the base is frozen already",
         "use full, or remove freeze",
     ),
     Rule(
         ("method.base_precision", ("fp8", "int8")),
-        ("method.type", ("qlora", "prompt")),
+        ("method.type", ("qlora", "prompt-tuning")),
         "only LoRA's base and fully trained weights are multiplied in 8 bits",
         "use lora or full, or remove base_precision",
     ),

@@ -68,7 +68,7 @@ class CleanConfig(Section):
     near_duplicates: Mode = "report"
     """Training records that say nearly the same as an earlier one: other casing, punctuation, order, a word or two. What a tenth
     of the records, and more than 20, have in common is taken for a template: copies of one record as many are not told."""
-    overlap: Mode = "report"
+    contamination: Mode = "report"
     """Training records that hold a question, or most of the word sequences, of a held-out record."""
     quality: Mode = "report"
     """Records with a very short answer, mostly repeated lines, or many characters that can't be printed."""

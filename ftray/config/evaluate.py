@@ -1,16 +1,138 @@
-"""The sections of what follows training: evaluate and serve."""
+"""The section `evaluate`: metrics, gates, human evaluation and the judge."""
 
 from __future__ import annotations
 
-import base64
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from ftray.config.base import Float, Int, Positive, Section
-from ftray.config.gates import Gate, Metric, wrong_gate
-from ftray.config.raters import HumanEvalConfig, JudgeConfig
+
+Metric = Literal[
+    "loss", "rouge", "bleu", "chrf", "bertscore", "exact", "extract", "format", "json", "classes", "general"
+]
+
+
+class Figure(NamedTuple):
+    """A number that a model is judged by. title: in tables. of: what has to be asked for in evaluate.metrics."""
+
+    title: str
+    of: Metric
+    higher_is_better: bool = True
+
+
+FIGURES: Mapping[str, Figure] = {
+    "loss": Figure("held-out loss", "loss", False),
+    "perplexity": Figure("perplexity", "loss", False),
+    "token_accuracy": Figure("token accuracy", "loss"),
+    "rouge_1": Figure("ROUGE-1", "rouge"),
+    "rouge_2": Figure("ROUGE-2", "rouge"),
+    "rouge_l": Figure("ROUGE-L", "rouge"),
+    "bleu": Figure("BLEU", "bleu"),
+    "chrf": Figure("chrF", "chrf"),
+    "bertscore": Figure("BERTScore", "bertscore"),
+    "exact_match": Figure("exact match", "exact"),
+    "extracted_match": Figure("extracted match", "extract"),
+    "format": Figure("exact format", "format"),
+    "json_valid": Figure("valid JSON", "json"),
+    "accuracy": Figure("accuracy", "classes"),
+    "macro_f1": Figure("macro F1", "classes"),
+    "general_loss": Figure("general loss", "general", False),
+}
+
+
+class Gate(Section):
+    """Limits of one figure, in its own unit. A limit that is just reached is kept."""
+
+    min_gain: Annotated[Float, Field(ge=0)] | None = None
+    """The tuned model must be better than its base by this: higher, or lower where that is better (losses)."""
+    max_rise: Annotated[Float, Field(ge=0)] | None = None
+    """It may be above its base by at most this."""
+    max_drop: Annotated[Float, Field(ge=0)] | None = None
+    """It may be below its base by at most this."""
+    min: Float | None = None
+    """Its own figure must be at least this."""
+    max: Float | None = None
+    """Its own figure may be at most this."""
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Gate:
+        if not self.limits:
+            raise ValueError("is a gate without a limit; give it min_gain, max_rise, max_drop, min or max")
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given."""
+        return {name: value for name, value in self if value is not None}
+
+
+def wrong_gate(gates: Mapping[str, Gate], metrics: Sequence[str]) -> str | None:
+    """A sentence for the first gate that can't be judged by these metrics."""
+    import difflib
+
+    for name in gates:
+        if name not in FIGURES:
+            near = difflib.get_close_matches(name, FIGURES, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIGURES)}"
+            return f"gates.{name}: there is no such figure; {remedy}"
+        if FIGURES[name].of not in (*metrics, "loss"):
+            return f"gates.{name} needs the metric '{FIGURES[name].of}', which isn't computed; add it to metrics"
+    return None
+
+
+_CRITERIA = ["accuracy", "relevance", "quality", "style", "safety"]
+
+
+_Criterion = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9 _-]{0,29}$")]
+
+
+class HumanEvalConfig(Section):
+    """The blinded sheet of `ftray evaluate human`."""
+
+    samples: Positive = 100
+    """Questions on the sheet, of each slice its share; all that both models have answered (`num_generations`) where these
+    are fewer."""
+    criteria: list[_Criterion] = Field(_CRITERIA, max_length=12)
+    """What each answer is scored by, from 1 to 5; of an empty list only the preferred answer is asked."""
+    seed: Annotated[Int, Field(ge=0)] = 0
+    """Another seed gives another choice, order and sides; the same always the same sheet."""
+
+    @field_validator("criteria")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError("names a criterion twice; remove one")
+        return value
+
+
+class JudgeConfig(Section):
+    """Another model that says which answer is better, through an OpenAI-compatible endpoint."""
+
+    url: str
+    """The endpoint's base, up to /v1: `https://api.example.com/v1`, or `http://127.0.0.1:8000/v1`."""
+    model: str = Field(min_length=1)
+    """The model's name there."""
+    key_env: str | None = None
+    """Environment variable that holds the endpoint's key; left out: none is sent. The key itself belongs in no file."""
+    samples: Positive = 100
+    """Questions that are judged, each in both orders; all that there are where these are fewer."""
+
+    @model_validator(mode="after")
+    def _no_secret_is_here(self) -> JudgeConfig:  # of the whole section, whose values a message doesn't repeat
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must be an address such as https://api.example.com/v1")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "url must hold no user, key or query, which would end up in files; name the key by key_env"
+            )
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env must be the name of an environment variable (letters, digits, _), not the key")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -84,126 +206,4 @@ class EvaluateConfig(Section):
     def _gates_are_computed(self) -> EvaluateConfig:
         if (sentence := wrong_gate(self.gates, self.metrics)) is not None:
             raise ValueError(sentence)
-        return self
-
-
-class CanaryConfig(Section):
-    """A model of `ab` on trial: it gets no more requests once its bounds are left, and an event says why."""
-
-    model: str
-    """Its name in `ab`."""
-    max_error_rate: Annotated[Float, Field(ge=0, lt=1)] = 0.02
-    """Share of its last 200 answers that may fail. It is returned when more fail, at least three, and no chance explains why the
-    others' answers of the same time fail less (beta-binomial test, at 1% each time it is looked at)."""
-    max_latency_ratio: Annotated[Float, Field(gt=1)] = 2.0
-    """Its median time to first text over the other models' together, both over at least 20 answers."""
-
-
-class Feedback(Section):
-    """What `POST /v1/feedback` keeps, and how much of it each API key may leave; counted by each replica."""
-
-    max_bytes: Annotated[Int, Field(ge=1, le=1 << 20)] = 65536
-    """Largest request, in bytes."""
-    records_per_day: Positive = 1000
-    """Records that each API key may leave a day."""
-    bytes_per_day: Positive = 10_000_000
-    """Bytes of records that each API key may leave a day."""
-
-
-class ServeConfig(Section):
-    """The OpenAI-compatible endpoint."""
-
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What computes the answers: transformers' continuous batching, or vLLM (`pip install ftray[vllm]`)."""
-    tensor_parallel: Positive = 1
-    """GPUs that a replica's weights are spread over, with vLLM."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback needs API keys: FTRAY_API_KEY or FTRAY_API_KEY_FILE in the environment."""
-    port: Annotated[Int, Field(ge=0, le=65535)] = 8000
-    """Port to listen on; 0 takes a free one."""
-    min_replicas: Annotated[Int, Field(ge=0)] = 1
-    """Replicas kept up. 0: all go when nobody asks; the next request waits until the model is loaded again."""
-    max_replicas: Positive = 1
-    """Replicas at most."""
-    target_ongoing_requests: Annotated[Float, Field(gt=0)] = 8.0
-    """Ongoing requests a replica that autoscaling aims for."""
-    target_first_token_s: Annotated[Float, Field(gt=0)] | None = None
-    """Seconds to the first text, in the median, beyond which replicas are added though fewer requests are ongoing."""
-    upscale_delay_s: Annotated[Float, Field(ge=0)] = 30.0
-    """Seconds for which more replicas must be wanted before they are added."""
-    downscale_delay_s: Annotated[Float, Field(ge=0)] = 600.0
-    """Seconds for which fewer must be wanted before some go, each after its last answer."""
-    max_queued_requests: Positive = 64
-    """Requests that may wait; more are answered 503."""
-    max_tokens: Positive = 1024
-    """Most tokens that a request may ask for; also the default."""
-    max_answer_s: Positive = 600
-    """Seconds after which an answer is ended with an error."""
-    max_adapters: Annotated[Int, Field(ge=0)] = 8
-    """Adapters that a replica holds at a time over the base; others are loaded when asked for. 0: no base and no adapters,
-    only the run's merged weights, which answer a little faster."""
-    requests_per_minute: Positive | None = None
-    """Requests that each API key may send; counted by each replica."""
-    tokens_per_minute: Positive | None = None
-    """Tokens, of prompts and answers, that each API key may use; counted by each replica."""
-    tokens_per_day: Positive | None = None
-    """The same over a day."""
-    max_adapter_mb: Positive = 4096
-    """Largest weights file, in MB, of a published adapter; larger ones are not served."""
-    trusted_keys: list[str] = Field([])
-    """Public Ed25519 keys as `ftray publish --sign` prints them, `ed25519:…`. With any, published adapters are served only if
-    one of these keys signed them; none: signatures are not looked at."""
-    feedback: Feedback | None = None
-    """Keep what users think of answers, as records that training can read. Left out: `POST /v1/feedback` is refused."""
-    ab: dict[str, Annotated[Float, Field(ge=0)]] = Field({})
-    """Models and their shares of the requests for the model `default`, e.g. `{support: 0.9, "llama:support-2": 0.1}`. A user
-    (the request's `user` or `safety_identifier`) stays with one model."""
-    canary: CanaryConfig | None = None
-    """A model of `ab` on trial."""
-
-    @property
-    def proxy_timeout_s(self) -> float:
-        """Seconds after which a request is ended that no replica came up for; an answer itself ends before."""
-        return self.max_answer_s + 600
-
-    @field_validator("trusted_keys")
-    @classmethod
-    def _keys_are_keys(cls, keys: list[str]) -> list[str]:
-        for key in keys:
-            try:
-                size = len(base64.b64decode(key.removeprefix("ed25519:"), validate=True))
-            except ValueError:
-                size = 0
-            if not key.startswith("ed25519:") or size != 32:
-                raise ValueError(
-                    f"{key[:60]!r} is no public key; give what `ftray publish --sign` prints: ed25519: and 44 characters"
-                )
-        return keys
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> ServeConfig:
-        if self.ab and not sum(self.ab.values()) > 0:
-            raise ValueError("ab gives no model a share above 0; raise one")
-        if "default" in self.ab:
-            raise ValueError("ab can't hold the model 'default': that is what its requests ask for; name another")
-        if self.canary is not None and (self.canary.model not in self.ab or len(self.ab) < 2):
-            raise ValueError(
-                f"canary.model ({self.canary.model}) must be one of at least two models in ab; add it there"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _spread_needs_vllm(self) -> ServeConfig:
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(
-                f"tensor_parallel ({self.tensor_parallel}) needs engine vllm; set serve.engine: vllm, or 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> ServeConfig:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas}); raise it"
-            )
         return self

@@ -14,9 +14,13 @@ from ftray.config import loader
 from ftray.config.base import Section
 from ftray.config.constraints import impossible
 from ftray.config.data import DataConfig
-from ftray.config.evaluate import EvaluateConfig, ServeConfig
+from ftray.config.evaluate import EvaluateConfig
+from ftray.config.method import MethodConfig
+from ftray.config.model import ModelConfig
+from ftray.config.parallel import ScaleConfig
+from ftray.config.serve import ServeConfig
 from ftray.config.tracking import TrackingConfig
-from ftray.config.training import CheckpointConfig, DeepSpeedConfig, MethodConfig, ModelConfig, ScaleConfig, TrainConfig
+from ftray.config.train import CheckpointConfig, DeepSpeedConfig, TrainConfig
 from ftray.config.tune import TuneConfig
 from ftray.errors import ConfigError
 from ftray.redact import holds_secret
@@ -38,7 +42,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     serve: ServeConfig = ServeConfig()
-    observe: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig | None = None
 
     @field_validator("name")
@@ -120,7 +124,10 @@ class RunConfig(Section):
         tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
-            exclude={"data": {"max_bad_records"}, "train": {"max_bad_steps", "hang_timeout_s", "recompute"}},
+            exclude={
+                "data": {"max_bad_records"},
+                "train": {"max_bad_steps", "hang_timeout_s", "gradient_checkpointing"},
+            },
         )
         clean = self.data.clean  # what is only reported changes nothing
         tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}

@@ -1,1 +1,1 @@
-"""From raw shards to packed rows, in an exact order. Read: sources, formats, clean, packing, order, index, pipeline."""
+"""From raw shards to packed sequences, in an exact order. Start with sources, examples, packing, order, index, loader."""

@@ -280,7 +280,7 @@ def _describe(both: tuple[DatasetSpec, ...], wants: tuple[RequiredFields, ...], 
 def _wants(stream: DatasetSpec, num_streams: int) -> RequiredFields:
     if stream.data is None:
         return NOTHING
-    clean, compares = stream.data.clean, stream.data.clean.overlap != "off" and num_streams > 1
+    clean, compares = stream.data.clean, stream.data.clean.contamination != "off" and num_streams > 1
     near = clean.near_duplicates != "off" and not stream.is_heldout
     return RequiredFields(
         near or compares, compares, stream.is_heldout, 0 if stream.data.labels else clean.min_answer_chars

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,7 +149,7 @@ def warn(train: SplitStats, heldout: SplitStats | None, num_steps_rows: int) -> 
             f"a very long tail: half of the records have at most {train.percentile(50)} tokens, one in a hundred more than "
             f"{train.percentile(99)}; look at the longest"
         )
-    for rule, remedy in (("conflict", "correct one of each"), ("overlap", "set data.clean.overlap to drop")):
+    for rule, remedy in (("conflict", "correct one of each"), ("overlap", "set data.clean.contamination to drop")):
         if number := train.left.get(rule, 0):
             said.append(f"{number} records {_WORDS[rule]}; {remedy}")
     copies = train.left.get("duplicate", 0) + train.left.get("near_duplicate", 0)
@@ -176,10 +175,8 @@ _WORDS = {
 }
 
 
-def show_stats(
-    data: PreparedData, run: config.RunConfig, run_dir: str, console: Console, html: str | Path | None = None
-) -> DatasetStats:
-    """Prints the figures of a run's data; html: where the page is written."""
+def show_stats(data: PreparedData, run: config.RunConfig, run_dir: str, console: Console) -> DatasetStats:
+    """Prints the statistics of a run's data and returns them."""
     directory = storage.join(run_dir, "data")
     pairs = [("train", data.plan.stream, data.index), ("eval", data.heldout_stream, data.heldout_index)]
     parts = [
@@ -193,11 +190,6 @@ def show_stats(
         console.say(line)
     if data.index.findings is not None:
         console.say(f"\nwhat was found, record by record: {storage.join(directory, data.index.findings)}")
-    if html is not None:
-        from ftray.report.data_page import render_page
-
-        storage.write_bytes(str(html), render_page(stats, run.name).encode())
-        console.say(f"as a page: {html}")
     return stats
 
 

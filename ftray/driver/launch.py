@@ -41,7 +41,8 @@ from ftray.model.load import absolute_base, load_tokenizer, template_hash, token
 from ftray.train.checkpoint.catalog import CheckpointRef, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.driver_channel import DriverChannel
 from ftray.train.failures import explain
-from ftray.train.worker import TrainJob, train_worker
+from ftray.train.job import TrainJob
+from ftray.train.worker import train_worker
 
 START_S = "20"  # seconds that Ray Train tries to place a group of workers
 

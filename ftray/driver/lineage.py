@@ -107,7 +107,7 @@ class _Environment:
 
 
 @dataclass
-class _File:
+class _LineageFile:
     part: str
     uri: str
     rows: str
@@ -116,7 +116,7 @@ class _File:
 @dataclass
 class _Files:
     hash: str
-    files: list[_File]
+    files: list[_LineageFile]
 
 
 @dataclass

@@ -53,14 +53,14 @@ class Tracker(Protocol):
 
 def check_trackers(run: config.RunConfig) -> None:
     """Raises ConfigError for a tracker whose library is missing, or that has no place to write to."""
-    for name in run.observe.trackers:
+    for name in run.tracking.trackers:
         if importlib.util.find_spec(LIBRARIES[name]) is None:
             raise ConfigError(
-                f"observe.trackers has {name}, which needs a library: pip install 'ftray[{name}]', or remove it"
+                f"tracking.trackers has {name}, which needs a library: pip install 'ftray[{name}]', or remove it"
             )
         if name == "mlflow" and storage.is_remote(run.directory) and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ConfigError(
-                f"observe.trackers has mlflow, which writes no files to {run.storage}; set MLFLOW_TRACKING_URI to a server "
+                f"tracking.trackers has mlflow, which writes no files to {run.storage}; set MLFLOW_TRACKING_URI to a server "
                 "or a directory, or remove it"
             )
 
@@ -73,7 +73,7 @@ def tracked(
 
     is_ours: whether the run is still this process's; if another has taken it over, nothing more is told.
     """
-    tellers = [_TrackerThread(name, run, run_dir, warn, is_ours) for name in run.observe.trackers]
+    tellers = [_TrackerThread(name, run, run_dir, warn, is_ours) for name in run.tracking.trackers]
     for teller in tellers:
         teller.start()
     limit_s, state = END_S, "FAILED"

@@ -1,1 +1,1 @@
-"""Conversation ids → text: the engine protocol and the engines behind it. Knows nothing of HTTP, Ray or training."""
+"""Inference: the engine protocol, and the engines behind it. Knows nothing of HTTP, Ray or training."""

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ftray.engine.directory import check_model_directory
 from ftray.engine.protocol import Completion, Engine, FinishReason, SamplingParams
 from ftray.engine.transformers.engine import TransformersEngine
 from ftray.errors import ModelError
+from ftray.storage.model_directory import check_model_directory
 
 
 def generate_all(

@@ -1,1 +1,1 @@
-"""Is the tuned model better than its base? Read: compare, plan, score, metrics, bootstrap, figures, results; human, judge."""
+"""Compares the tuned model with its base. Start with run, plan, score, metrics, summary, results."""

@@ -14,17 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from ftray import storage
-from ftray.driver.worker_group import GroupResult
 from ftray.errors import FtrayError, Interrupted, Preempted, RunHeldError, StorageError
 from ftray.redact import redacted_tree
 
 LAST_S = 2.5e11  # beyond it no date can be written
 WRITE_S = 5.0  # that a store which is down may hold a driver up
 KEPT = {"start": ("step", "num_steps", "workers", "device"), "rewind": ("step", "to")}  # of what rank 0 tells
+
+if TYPE_CHECKING:
+    from ftray.driver.worker_group import GroupResult
 
 
 class EventLog:

@@ -1,1 +1,1 @@
-"""Base model, tokenizer, adapters, and what is saved of them. Read: embedded, load, lora, export."""
+"""Base models, adapters, attention, quantization, and export. Start with load, lora, export."""

@@ -46,7 +46,9 @@ def build_model(
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name not in frozen)
         return base
-    return add_virtual_tokens(base, method, seed) if method.type == "prompt" else add_adapters(base, method, seed)
+    return (
+        add_virtual_tokens(base, method, seed) if method.type == "prompt-tuning" else add_adapters(base, method, seed)
+    )
 
 
 def frozen_names(names: list[str], patterns: list[str]) -> list[str]:

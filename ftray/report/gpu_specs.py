@@ -17,7 +17,7 @@ from ftray.train.memory import RECOMPUTE_COST, SMALL_BATCH_TOKENS
 MEASURED = "H200"
 MATMUL_SHARE = 0.697  # of the data sheet's dense rate that products reach
 # Passes over a token's activations, for all that is no product.
-PASSES = {"full": 11.8, "lora": 18.3, "qlora": 18.3, "prompt": 18.3}
+PASSES = {"full": 11.8, "lora": 18.3, "qlora": 18.3, "prompt-tuning": 18.3}
 QLORA_COST = 1.012
 # Of all products, where the feed-forward layers' are in 8 bits. int8 is Hopper's, where it gains little; A100's is not measured.
 GAINS = {("lora", "fp8"): 1.58, ("lora", "int8"): 1.12, ("full", "fp8"): 1.2}

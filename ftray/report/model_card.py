@@ -28,7 +28,7 @@ HOW = {
     "full": "all weights",
     "lora": "low-rank adapters (LoRA)",
     "qlora": "low-rank adapters on a 4-bit base (QLoRA)",
-    "prompt": "virtual tokens (prompt tuning)",
+    "prompt-tuning": "virtual tokens (prompt tuning)",
 }
 
 

@@ -75,7 +75,7 @@ class ModelShape:
         """Weights that a method trains; what is frozen by name is not counted off."""
         if method.type == "full":
             return self.num_parameters
-        if method.type == "prompt":
+        if method.type == "prompt-tuning":
             return method.num_virtual_tokens * self.hidden
         wanted = None if method.target_modules == "all-linear" else tuple(method.target_modules)
         chosen = [size for name, size in self.linears.items() if wanted is None or name.endswith(wanted)]

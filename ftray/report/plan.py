@@ -190,7 +190,7 @@ def way_of(run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: 
     given = run.train.micro_batch_size
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     wanted = {"none": [0], "selective": [shape.num_layers // 2], "full": [shape.num_layers]}
-    layers = wanted.get(run.train.recompute, list(range(shape.num_layers + 1)))
+    layers = wanted.get(run.train.gradient_checkpointing, list(range(shape.num_layers + 1)))
     memory = memory_of(run, shape, card, world_size)
     fit = best_fit(memory, rows, layers, seq)
     parts = parts_of(run, shape, memory, fit, world_size, documents)
@@ -297,7 +297,7 @@ def advise(run: config.RunConfig, length: TrainingLength, way: Candidate) -> lis
         )
     if run.data.eval is None:
         said.append("nothing is held out, so that nobody will see whether it helped; set data.eval: {fraction: 0.1}")
-    if run.method.type == "prompt" and not length.from_index:
+    if run.method.type == "prompt-tuning" and not length.from_index:
         said.append("virtual tokens are in front of each record, and of one a row here; index first: ftray data index")
     if not said:
         said.append("facts that change, or must be quoted, are better looked up and put into the prompt than trained")
@@ -309,7 +309,7 @@ def advise(run: config.RunConfig, length: TrainingLength, way: Candidate) -> lis
 def together(run: config.RunConfig) -> list[str]:
     """What goes with the run's precision: a line for each method, its possible stages, and why not the others."""
     lines = []
-    for method in ("full", "lora", "qlora", "prompt"):
+    for method in ("full", "lora", "qlora", "prompt-tuning"):
         reasons: dict[str, list[str]] = {}
         for stage in range(4):
             tree = run.model_dump(include={"method", "train", "deepspeed"})

@@ -27,7 +27,7 @@ def probe_of(run: config.RunConfig) -> config.RunConfig:
             "evaluate": run.evaluate.model_copy(update={"every": None, "early_stopping": None}),
             "checkpoint": run.checkpoint.model_copy(update={"every": STEPS}),
             "tune": None,
-            "observe": config.TrackingConfig(),
+            "tracking": config.TrackingConfig(),
         }
     )
 

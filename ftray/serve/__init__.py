@@ -1,1 +1,1 @@
-"""The OpenAI-compatible endpoint on Ray Serve. Knows a directory of safetensors, nothing of how it was trained."""
+"""The OpenAI-compatible endpoint on Ray Serve. Knows a directory of safetensors, nothing of its training."""

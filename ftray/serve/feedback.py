@@ -33,7 +33,7 @@ class FeedbackBox:
         clock: Seconds, for the quotas.
     """
 
-    def __init__(self, place: str, bounds: config.Feedback, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, place: str, bounds: config.FeedbackConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._place, self._bounds, self._clock = place, bounds, clock
         self._quotas: OrderedDict[str, tuple[TokenBucket, TokenBucket]] = OrderedDict()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ftray import storage
 from ftray.engine.adapters import CONFIG_FILE, WEIGHTS_FILE
-from ftray.engine.directory import check_model_directory
 from ftray.errors import ModelError
+from ftray.storage.model_directory import check_model_directory
 
 
 def is_hub_id(uri: str) -> bool:

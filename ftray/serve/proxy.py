@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
+from ftray.compat.uvicorn import uvicorn_with_bounded_headers
 from ftray.serve.asgi import Send, refuse
-from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
 from ftray.serve.openai import RequestError
 from ftray.serve.openai_responses import encode_event
 

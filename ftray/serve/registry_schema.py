@@ -26,7 +26,7 @@ LINEAGE = r"[A-Za-z0-9._-]{1,128}"
 Kind = Literal["damaged", "metadata", "size", "signature", "base", "link", "limit", "unreadable", "unexpected"]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
@@ -34,14 +34,14 @@ _Text = Annotated[str, StringConstraints(max_length=1024)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class Reference(_Strict):
+class Reference(_StrictModel):
     """Figures of a training set: nine deciles of the prompts' lengths in tokens, each script's share of the letters."""
 
     prompt_tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=9)] = []
     scripts: Annotated[dict[Annotated[str, StringConstraints(max_length=64)], _Share], Field(max_length=256)] = {}
 
 
-class Meta(_Strict):
+class Meta(_StrictModel):
     """What an entry says of its adapter. Unknown fields, of a later version, are passed over."""
 
     base: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -56,13 +56,13 @@ class Meta(_Strict):
     signature: dict[str, str] | None = None
 
 
-class _File(_Strict):
+class _ManifestFile(_StrictModel):
     size: Annotated[int, Field(ge=1)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Manifest(_Strict):
-    files: Annotated[dict[str, _File], Field(max_length=8)]
+class _Manifest(_StrictModel):
+    files: Annotated[dict[str, _ManifestFile], Field(max_length=8)]
     meta: Meta
 
 

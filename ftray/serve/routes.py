@@ -60,7 +60,7 @@ def build_api(
     limits: RateLimits | None = None,
     router: Router | None = None,
     place: str | None = None,
-    feedback: config.Feedback | None = None,
+    feedback: config.FeedbackConfig | None = None,
     first_times: TtftWindow | None = None,
     meters: ServeMetrics | None = None,
 ) -> Any:

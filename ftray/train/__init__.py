@@ -1,1 +1,1 @@
-"""The training step and what surrounds it. Read: loss, schedule, zero, state, checkpoint, loop, launch."""
+"""The worker side of training. Start with worker, trainer, objectives, optim, zero, checkpoint."""

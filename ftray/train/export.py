@@ -48,7 +48,7 @@ def export(
 
 def whole_weights(run: config.RunConfig, run_dir: str) -> str:
     """URI of a run's whole weights, there or not."""
-    parts = ("model",) if run.method.type in ("full", "prompt") else ("model", "merged")
+    parts = ("model",) if run.method.type in ("full", "prompt-tuning") else ("model", "merged")
     return storage.join(run_dir, *parts)
 
 
@@ -78,6 +78,6 @@ def _write(run: config.RunConfig, found: CheckpointRef, directory: Path) -> None
         write_whole(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
         return
     write_adapter(load_tuned(run, found, "fp32"), run.model, run.train.precision, directory)
-    if run.method.type != "prompt":
+    if run.method.type != "prompt-tuning":
         whole = load_tuned(run, found, "fp32", to_merge=True)
         write_whole(whole, run.model, run.train.precision, directory / "merged")

@@ -102,7 +102,9 @@ def best_fit(
 
 def longest_row(run: config.RunConfig, documents: int) -> int:
     """Tokens of a row at most. documents: most of them in one; prompt tuning puts its virtual tokens in front of each."""
-    return run.data.max_seq_len + (run.method.num_virtual_tokens * documents if run.method.type == "prompt" else 0)
+    return run.data.max_seq_len + (
+        run.method.num_virtual_tokens * documents if run.method.type == "prompt-tuning" else 0
+    )
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ def fit_memory(
     """
     layers = list(layers_of(loss.model).values())
     wanted = {"none": [0], "selective": [len(layers) // 2], "full": [len(layers)]}
-    if not layers and run.train.recompute in ("selective", "full"):
-        raise ConfigError(f"train.recompute {run.train.recompute}: this model has no layers for it; use none")
-    counts = wanted.get(run.train.recompute, list(range(len(layers) + 1)))
+    if not layers and run.train.gradient_checkpointing in ("selective", "full"):
+        raise ConfigError(
+            f"train.gradient_checkpointing {run.train.gradient_checkpointing}: this model has no layers for it; use none"
+        )
+    counts = wanted.get(run.train.gradient_checkpointing, list(range(len(layers) + 1)))
     per_rank = run.train.global_batch_size // world_size
     given = run.train.micro_batch_size
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]

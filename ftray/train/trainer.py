@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ftray import config
-from ftray.compat import deepspeed_without_compiler
+from ftray.compat.deepspeed import deepspeed_without_compiler
 from ftray.data.loader import RankBatch, RankLoader, to_batch
 from ftray.data.packing import IGNORE_INDEX
 from ftray.errors import ConfigError, RunError
@@ -34,6 +34,7 @@ from ftray.train.checkpoint.restore import parent_parts
 from ftray.train.checkpoint.tensors import TensorPartReader
 from ftray.train.checkpoint.writer import CheckpointWriter
 from ftray.train.driver_channel import DriverLink
+from ftray.train.job import TrainJob
 from ftray.train.memory_tuning import fit_memory
 from ftray.train.objectives.sft import MicroBatch, SummedLossModel, flatten_rows
 from ftray.train.optim.adamw import AdamW
@@ -41,7 +42,6 @@ from ftray.train.optim.loss_scaler import prepare_scaling, read_scale, restore_s
 from ftray.train.optim.schedule import learning_rate
 from ftray.train.packing_check import keep_apart
 from ftray.train.step_timer import Stopwatch, slowest
-from ftray.train.worker import TrainJob
 from ftray.train.zero.config import deepspeed_config, owns_optimizer
 from ftray.train.zero.init import gather_by_layers, partition_model
 from ftray.train.zero.state import local_bytes, local_parts, restore_parts

@@ -7,36 +7,15 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 import ray.train
 
-from ftray import config, storage
+from ftray import storage
 from ftray.errors import ConfigError, FtrayError, innermost
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import out_of_memory
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What the driver hands to each worker.
-
-    meta: hashes and versions, kept in each checkpoint. heldout: reference to the held-out rows' table, or None.
-    parent: the checkpoint whose weights a new run starts from, or None. lease: the driver's right to write the run.
-    waits: after a held-out loss, until the driver has settled whether the run goes on, so that a trial that is given up
-    does no step more.
-    """
-
-    run: config.RunConfig
-    run_dir: str
-    meta: dict[str, Any]
-    heldout: Any
-    monitor: Any
-    parent: str | None = None
-    lease: storage.Token | None = None
-    waits: bool = False
+from ftray.train.job import TrainJob
 
 
 def train_worker(arguments: dict[str, TrainJob]) -> None:

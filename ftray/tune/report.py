@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -12,11 +12,13 @@ import yaml
 from ftray import config, storage
 from ftray.console import Console
 from ftray.driver.run_record import versions
-from ftray.report.sweep_page import render_page
 from ftray.train.checkpoint.catalog import best_checkpoint
 from ftray.tune.search import importance
 from ftray.tune.space import as_word, has_optuna, trial_run
 from ftray.tune.state import SweepState, TrialRecord
+
+# (run name, sweep, winner, importance of the keys, the winner's command) → HTML. The reports above this package have one.
+PageRenderer = Callable[[str, SweepState, TrialRecord, tuple[float, dict[str, float]] | None, str], str]
 
 
 def as_table(state: SweepState, steps: Mapping[int, int] | None = None) -> list[str]:
@@ -53,7 +55,13 @@ def best_name(run: config.RunConfig) -> str:
 
 
 def write_report(
-    run: config.RunConfig, tune_dir: str, state: SweepState, winner: TrialRecord, target: str, console: Console
+    run: config.RunConfig,
+    tune_dir: str,
+    state: SweepState,
+    winner: TrialRecord,
+    target: str,
+    console: Console,
+    render_page: PageRenderer,
 ) -> None:
     """Writes results.json, report.html and best.yaml; prints the table, what mattered, and the winner's command."""
     assert run.tune is not None  # `check_tune` asks for it

@@ -44,7 +44,7 @@ from ftray.events.bus import Tell
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
 from ftray.redact import redacted
 from ftray.signals import is_termination
-from ftray.tune.report import as_table, write_report
+from ftray.tune.report import PageRenderer, as_table, write_report
 from ftray.tune.scheduler import TrialPruner
 from ftray.tune.search import propose
 from ftray.tune.space import as_words, corners, number_of_trials, shares_data, trial_run
@@ -68,6 +68,8 @@ def sweep(
     target: str,
     lease: storage.Lease | None = None,
     teller: Callable[[config.RunConfig], Tell] | None = None,
+    *,
+    render_page: PageRenderer,
 ) -> TrialRecord:
     """Runs a sweep, or continues it; returns the winner. Needs a started Ray, and the run's lease.
 
@@ -87,7 +89,7 @@ def sweep(
     winner = state.winner()
     if winner is None:
         raise RunError(f"every trial failed; the first: {state.trials[0].error}. See {tune_dir}/state.json")
-    write_report(run, tune_dir, state, winner, target, console)
+    write_report(run, tune_dir, state, winner, target, console, render_page)
     return winner
 
 

@@ -70,7 +70,7 @@ def browser() -> Iterator[Any]:
 def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp_path: Path) -> None:
     put(tmp_path, "polite")
     engine = Slow()
-    app = build_api(engine, served(tmp_path), max_tokens=500, place=str(tmp_path), feedback=config.Feedback())
+    app = build_api(engine, served(tmp_path), max_tokens=500, place=str(tmp_path), feedback=config.FeedbackConfig())
     urls: list[str] = []
     complaints: list[str] = []
     with serving(app) as url:

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made.write(
         train__max_steps=4,
         data__eval={"fraction": 0.2},
-        observe__trackers=["tensorboard", "mlflow", "wandb"],
+        tracking__trackers=["tensorboard", "mlflow", "wandb"],
     )
     yield made
     made.close()
@@ -82,7 +82,7 @@ def test_no_secret_is_in_anything_that_commands_leave(place: Place, monkeypatch:
     assert json.loads(failed.err)["level"] == "error"
     del place.env["FTRAY_LOG"]
     assert_clean(place.ftray("report", "runs/failed"), 0)
-    assert_clean(place.ftray("train", "run.yaml", "storage=s3://bucket/runs", "observe.trackers=[]"), 2)
+    assert_clean(place.ftray("train", "run.yaml", "storage=s3://bucket/runs", "tracking.trackers=[]"), 2)
     for override in (
         f"data.train.0.path=https://x.org/a.jsonl?X-Amz-Signature={IN_ADDRESSES[1]}",
         f"storage=s3://ann:{IN_ADDRESSES[0]}@bucket/runs",

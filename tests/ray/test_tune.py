@@ -15,6 +15,7 @@ from ray.util import placement_group_table
 from ftray import config, console, storage
 from ftray.driver.run_record import open_run
 from ftray.errors import DataError, Interrupted, RunError
+from ftray.report.sweep_page import render_page
 from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.tune.runner import sweep, winning_run
 from ftray.tune.space import check_tune
@@ -61,7 +62,9 @@ def run_sweep(run: config.RunConfig, *script: Any, told: dict[str, list[Any]] | 
     check_tune(run)
     heard = {} if told is None else told
     teller = lambda trial: heard.setdefault(trial.name, []).append  # noqa: E731
-    return sweep(run, open_run(run), console.Console(stream), "run.yaml", None, teller), stream.getvalue()
+    return sweep(
+        run, open_run(run), console.Console(stream), "run.yaml", None, teller, render_page=render_page
+    ), stream.getvalue()
 
 
 def state_of(run: config.RunConfig) -> SweepState:

@@ -1,4 +1,4 @@
-"""Each patch of `ftray/compat.py` is needed still; the test that fails says which one can go."""
+"""Each patch of `ftray/compat/deepspeed.py` is needed still; the test that fails says which one can go."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ WRONG = {
     "data.labels=[]": "([]) must be a list with something in it (each entry text that isn't empty)",
     "data.labels=[a, b, a]": "gives 'a' more than once; name each label once",
     "data.labels=[' ']": "names an empty label; remove it",
-    "data.clean.overlap=on": "(true) must be one of report, drop, off",
+    "data.clean.contamination=on": "(true) must be one of report, drop, off",
     "data.clean.quality=keep": '("keep") must be one of report, drop, off',
     "data.chunk_mb=2000": "(2000) must be at most 1024",
     "data.eval=[]": "is an empty list; name a source, or leave the key out",
@@ -389,9 +389,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "deepspeed": {"zero_stage": 1, "offload": "optimizer", "overrides": {"a": 1}},
 }
 SAME: dict[str, dict[str, Any]] = {
-    "observe": {"trackers": ["tensorboard"]},
+    "tracking": {"trackers": ["tensorboard"]},
     "data": {"max_bad_records": 3},  # how much may go wrong changes no row and no weight
-    "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0, "recompute": "full"},
+    "train": {"max_bad_steps": 3, "hang_timeout_s": 3.0, "gradient_checkpointing": "full"},
     "scale": {
         "num_workers": {"min": 1, "max": 2},
         "accelerator": "A100",
@@ -513,8 +513,8 @@ def test_no_rule_changes_the_hash_unless_it_drops() -> None:
 
 
 def test_off_is_understood_although_yaml_reads_it_as_false(run_file: Path) -> None:
-    clean = load_run(run_file, ["data.clean.duplicates=off", "data.clean.overlap='off'"]).data.clean
-    assert (clean.duplicates, clean.overlap, clean.quality) == ("off", "off", "report")
+    clean = load_run(run_file, ["data.clean.duplicates=off", "data.clean.contamination='off'"]).data.clean
+    assert (clean.duplicates, clean.contamination, clean.quality) == ("off", "off", "report")
 
 
 def test_the_hash_does_not_change_when_a_default_is_written_out_or_the_file_is_reordered() -> None:

@@ -172,7 +172,9 @@ def test_it_is_refused_by_name_where_the_device_cannot(format: NumberFormat, wor
 def test_how_memory_is_saved_is_no_part_of_a_runs_identity() -> None:
     tree = {"name": "t", "model": {"base": "b"}, "data": {"train": [{"path": "p"}]}}
     plain = config.parse_run(tree, "test")
-    assert config.parse_run({**tree, "train": {"recompute": "full"}}, "test").config_hash == plain.config_hash
+    assert (
+        config.parse_run({**tree, "train": {"gradient_checkpointing": "full"}}, "test").config_hash == plain.config_hash
+    )
     eight = {"train": {"optimizer": "adamw-8bit"}, "deepspeed": {"zero_stage": 0}}
     zero = config.parse_run({**tree, "deepspeed": {"zero_stage": 0}}, "test")
     assert config.parse_run({**tree, **eight}, "test").config_hash != zero.config_hash

@@ -73,7 +73,7 @@ def test_what_is_offloaded_is_not_counted_on_the_gpu() -> None:
 
 def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> None:
     plain = _run()
-    prompt = plain.model_copy(update={"method": config.MethodConfig.model_validate({"type": "prompt"})})
+    prompt = plain.model_copy(update={"method": config.MethodConfig.model_validate({"type": "prompt-tuning"})})
     assert longest_row(plain, 30) == plain.data.max_seq_len
     assert longest_row(prompt, 30) == plain.data.max_seq_len + 30 * prompt.method.num_virtual_tokens
 

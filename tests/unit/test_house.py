@@ -1,5 +1,6 @@
 """The rules of the house: what stays light, who knows whom, what no file may name; nothing of what the rooms do."""
 
+import ast
 import json
 import re
 import subprocess
@@ -146,3 +147,47 @@ def test_the_locks_hold_exact_versions() -> None:
         pins = [line for line in (ROOT / lock).read_text().splitlines() if line and not line.startswith("#")]
         assert pins
         assert [pin for pin in pins if not re.fullmatch(rf"[A-Za-z0-9._-]+=={VERSION}", pin)] == []
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module → modules of ftray that it imports anywhere, those for type checking alone left out."""
+    paths = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text())
+        typing_only = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+            for node in ast.walk(block)
+        }
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if id(node) in typing_only:
+                continue
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                below = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in paths else node.module for name in below}
+        graph[module] = (names & paths.keys()) - {module}
+    return graph
+
+
+def test_no_two_files_import_each_other_even_through_others() -> None:
+    graph = import_graph()
+    while graph:  # modules that import nothing left can be taken away, until a cycle remains
+        leaves = {module for module, imports in graph.items() if not imports & graph.keys()}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {module: imports for module, imports in graph.items() if module not in leaves}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    names: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in names.items() if len(where) > 1} == {}

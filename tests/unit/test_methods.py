@@ -105,7 +105,7 @@ def test_what_is_frozen_has_no_gradient_and_all_else_has(base: config.ModelConfi
 
 @pytest.fixture(scope="module")
 def prompted() -> Any:
-    model = add_virtual_tokens(tiny.make_model(seed=3), method(type="prompt", num_virtual_tokens=5), seed=1)
+    model = add_virtual_tokens(tiny.make_model(seed=3), method(type="prompt-tuning", num_virtual_tokens=5), seed=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)  # far enough from the vocabulary's to be told apart
     return model.eval()

@@ -26,8 +26,8 @@ CASES: dict[str, tuple[bool, int, str, dict[str, Any]]] = {
     "lora-dora-tied": (True, 512, "fp32", {"method__dora": True}),
     "lora-resized": (False, 531, "bf16", {"deepspeed__offload": "optimizer"}),
     "full-frozen": (False, 512, "fp32", {"method__type": "full", "method__freeze": ["embed_tokens", "layers.0"]}),
-    "lora-recomputed": (False, 512, "fp32", {"train__recompute": "full"}),
-    "prompt": (False, 512, "fp32", {"method__type": "prompt"}),
+    "lora-recomputed": (False, 512, "fp32", {"train__gradient_checkpointing": "full"}),
+    "prompt": (False, 512, "fp32", {"method__type": "prompt-tuning"}),
 }
 
 # Blocks whose weights are gathered at once: those that something trained stands before.

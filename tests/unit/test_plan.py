@@ -182,7 +182,7 @@ def test_a_shape_counts_the_weights_of_the_real_model(tmp_path: Path) -> None:
         shape("8B").num_trained(config.MethodConfig(type="lora", rank=16, target_modules=["q_proj", "v_proj"]))
         == 6_815_744
     )
-    assert shape("8B").num_trained(config.MethodConfig(type="prompt", num_virtual_tokens=10)) == 40_960
+    assert shape("8B").num_trained(config.MethodConfig(type="prompt-tuning", num_virtual_tokens=10)) == 40_960
     assert set(KNOWN) == {"Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.3-70B"}
 
 
@@ -249,8 +249,8 @@ def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.RunConf
 def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) -> None:
     run = run_of(
         storage=str(tmp_path),
-        method={"type": "prompt", "num_virtual_tokens": 100},
-        train={"global_batch_size": 8, "micro_batch_size": 2, "recompute": "none", "max_steps": 5},
+        method={"type": "prompt-tuning", "num_virtual_tokens": 100},
+        train={"global_batch_size": 8, "micro_batch_size": 2, "gradient_checkpointing": "none", "max_steps": 5},
     )
     advised = "index first: ftray data index"
     before = make_plan(run, str(tmp_path / "p"), "H200")
@@ -320,7 +320,7 @@ def test_cards_that_lack_the_products_are_not_offered() -> None:
 def test_whole_logits_are_counted() -> None:
     plain, whole = (replace(shape("1B"), whole_logits=how) for how in (False, True))
     parts = [
-        way_of(run_of(train={"global_batch_size": 4, "recompute": "none"}), each, H200, 1).parts
+        way_of(run_of(train={"global_batch_size": 4, "gradient_checkpointing": "none"}), each, H200, 1).parts
         for each in (plain, whole)
     ]
     tokens = 4 * 4096
@@ -408,10 +408,10 @@ def test_a_probe_is_the_run_itself_under_a_name_of_its_own(tmp_path: Path) -> No
         train={"max_steps": 100},
         data={"train": [{"path": "x"}], "eval": {"fraction": 0.1}},
         evaluate={"every": 5},
-        observe={"trackers": ["tensorboard"]},
+        tracking={"trackers": ["tensorboard"]},
     )
     one, other = probe_of(run), probe_of(run)
-    assert one.observe.trackers == []
+    assert one.tracking.trackers == []
     assert len(probe_of(run.model_copy(update={"name": "n" * 63})).name) == 63
     assert one.name.startswith("p-probe-")
     assert one.name != other.name

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from ftray import storage
+from ftray.compat.uvicorn import uvicorn_with_bounded_headers
 from ftray.config import Feedback, ServeConfig
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.asgi import read_body
 from ftray.serve.auth import answer_id, hash_key, is_answer_of, key_id
-from ftray.serve.bounded_headers import uvicorn_with_bounded_headers
 from ftray.serve.openai import encode_json
 from ftray.serve.proxy import ProxyMiddleware
 from ftray.serve.routes import build_api

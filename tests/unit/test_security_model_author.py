@@ -21,10 +21,9 @@ from ftray.chat.segments import TemplateSegmenter
 from ftray.chat.template import FILTERS, TESTS, Template
 from ftray.config import ModelConfig
 from ftray.data.tokenizer import pack_tokenizer
-from ftray.engine.directory import check_model_directory
 from ftray.errors import DataError, FtrayError, ModelError
 from ftray.model import load
-from ftray.storage.model_directory import check_model_files
+from ftray.storage.model_directory import check_model_directory, check_model_files
 from tests import tiny
 
 MIB = 1 << 20

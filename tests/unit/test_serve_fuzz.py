@@ -54,7 +54,7 @@ def test_five_thousand_spoiled_bodies_are_answered_or_refused(tmp_path: Path) ->
     bodies = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/feedback": talk}
 
     async def work() -> None:
-        bounds = config.Feedback(records_per_day=10_000)
+        bounds = config.FeedbackConfig(records_per_day=10_000)
         app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, place=str(tmp_path / "place"), feedback=bounds)
         for _ in range(NUM_BODIES):
             path = rng.choice(list(bodies))
@@ -78,7 +78,9 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_know(tmp_pat
     from hypothesis import HealthCheck, Phase, given, settings
 
     put(tmp_path, "polite")
-    app = build_api(Explaining(), served(tmp_path), max_tokens=50, place=str(tmp_path), feedback=config.Feedback())
+    app = build_api(
+        Explaining(), served(tmp_path), max_tokens=50, place=str(tmp_path), feedback=config.FeedbackConfig()
+    )
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     names = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
     checks = [schemathesis.checks.CHECKS.get_one(name) for name in names]

@@ -446,7 +446,7 @@ def test_a_first_text_counts_when_it_comes_not_when_its_answer_ends(stream: bool
 
 def tell(place: Path | None, body: Any) -> Any:
     where = str(place) if place else None
-    app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, place=where, feedback=config.Feedback())
+    app = build_api(PaperEngine(), ServedModels("m"), max_tokens=50, place=where, feedback=config.FeedbackConfig())
     return asyncio.run(call(app, "/v1/feedback", {"id": answer_id("chatcmpl", ""), **body}))
 
 

@@ -39,7 +39,7 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch, *, is_there: bool) -> None:
         (True, ("method.type=full", "method.rank=65"), ()),
         (False, (), ("serve.engine is vllm", "not installed", "pip install 'ftray[vllm]'")),
         (False, ("serve.engine=transformers",), ()),
-        (False, ("method.type=prompt",), ()),  # never served
+        (False, ("method.type=prompt-tuning",), ()),  # never served
         (False, ("storage=s3://bucket/runs",), ()),  # an image's, as far as can be told
         (False, ("storage=s3://bucket/runs", "method.dora=true"), ("method.dora",)),
     ],

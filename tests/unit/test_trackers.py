@@ -31,7 +31,7 @@ from ftray.train.trackers import TRACKERS, Wandb
 run = config.load_run(sys.argv[1])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 Wandb._end = die  # all is written, nothing finished
-tracker = TRACKERS[run.observe.trackers[0]](run, sys.argv[2])
+tracker = TRACKERS[run.tracking.trackers[0]](run, sys.argv[2])
 tracker.tell(read_segments(sys.argv[2], {}))
 if isinstance(tracker, Wandb):
     tracker.close("KILLED")
@@ -59,7 +59,7 @@ def make(tmp_path: Path, *names: str, **changes: Any) -> tuple[config.RunConfig,
     """A run with these trackers, its file beside it, without a checkpoint."""
     data = {"train": [{"path": "data"}]}
     tree = {**SETTINGS, "storage": str(tmp_path / "runs"), "data": data, "evaluate": {}, **changes}
-    (tmp_path / "run.yaml").write_text(json.dumps({**tree, "observe": {"trackers": list(names)}}))
+    (tmp_path / "run.yaml").write_text(json.dumps({**tree, "tracking": {"trackers": list(names)}}))
     return config.load_run(tmp_path / "run.yaml"), tmp_path / "runs" / tree["name"]
 
 
@@ -255,7 +255,7 @@ def test_a_tracker_that_fails_or_hangs_is_told_once_and_ends_nothing(
 def test_a_missing_library_or_place_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make(tmp_path, "wandb")
     monkeypatch.setitem(trackers.LIBRARIES, "wandb", "no_such_module")
-    with pytest.raises(ConfigError, match=r"observe.trackers has wandb, which needs .* pip install 'ftray\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers has wandb, which needs .* pip install 'ftray\[wandb\]'"):
         trackers.check_trackers(run)
     run, _ = make(tmp_path, "mlflow", storage="s3://bucket/runs")
     monkeypatch.setitem(trackers.LIBRARIES, "mlflow", "json")
@@ -263,5 +263,5 @@ def test_a_missing_library_or_place_is_refused_by_name(tmp_path: Path, monkeypat
         trackers.check_trackers(run)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     trackers.check_trackers(run)
-    with pytest.raises(ConfigError, match=r"observe.trackers \(\[\"mlflow\", \"mlflow\"\]\)|names a tracker twice"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers \(\[\"mlflow\", \"mlflow\"\]\)|names a tracker twice"):
         make(tmp_path, "mlflow", "mlflow")

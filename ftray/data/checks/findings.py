@@ -135,8 +135,8 @@ def find_all(train: RecordTable, heldout: RecordTable | None, clean: config.Clea
         found.note(
             "near_duplicate", clean.near_duplicates, DuplicatePairs(own[near.places], own[near.of], near.similarity)
         )
-    if clean.overlap != "off" and heldout is not None:
-        found.note("overlap", clean.overlap, _overlaps(train, heldout))
+    if clean.contamination != "off" and heldout is not None:
+        found.note("overlap", clean.contamination, _overlaps(train, heldout))
     if clean.quality != "off":
         flags = train.column("flags")
         for rule, bit in QUALITY.items():

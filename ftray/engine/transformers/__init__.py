@@ -1,0 +1,1 @@
+"""The embedded engine: transformers' continuous batching, with mixed LoRA adapters."""

@@ -25,11 +25,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from ftray.engine.adapter_references import AdapterReference, AdapterReferences, ReferencedChunks
 from ftray.engine.adapters import VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_adapter_files
 from ftray.engine.detokenizer import Detokenizer, read_tokens
-from ftray.engine.directory import check_model_directory
 from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, TokenLogprob, check_prompt
 from ftray.engine.structured_output import SchemaCompiler
 from ftray.engine.transformers.engine import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
+from ftray.storage.model_directory import check_model_directory
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model
 
@@ -96,7 +96,7 @@ class VllmEngine:
                 "max_lora_rank": VLLM_MAX_RANK,
             }
             if not on_gpu:
-                lora["worker_extension_cls"] = "ftray.engine.vllm.cpu_lora.BaseRowsStayBase"
+                lora["worker_extension_cls"] = "ftray.compat.vllm.CpuLoraFix"
         args = AsyncEngineArgs(
             model=str(self._directory),
             dtype=self._dtype or "auto",

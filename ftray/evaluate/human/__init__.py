@@ -1,1 +1,1 @@
-"""People compare the answers, not knowing whose they are. Read: sheet, answers, table, results, server, verb."""
+"""Blinded comparison of answers by people. Start with sheet, answers, results, server."""

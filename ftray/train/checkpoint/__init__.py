@@ -1,0 +1,1 @@
+"""Checkpoints: written asynchronously, independent of the world size, listed and restored."""

@@ -1,0 +1,1 @@
+"""Training objectives: the loss of supervised fine-tuning and of prompt tuning."""

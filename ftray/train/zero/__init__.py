@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: its config, sharded initialization, training state by parameter name."""

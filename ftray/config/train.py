@@ -1,53 +1,13 @@
-"""The sections of training: model, method, train, deepspeed, scale, checkpoint."""
+"""The sections `train`, `deepspeed` and `checkpoint`: optimization, sharding, checkpoints."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from ftray.config.base import Float, Int, Positive, Section
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    base: str = Field(min_length=1)
-    """Hub id (`org/name`), a local directory, or `embedded:smollm2-135m-instruct`, the small model of the quickstart."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub; pin a commit for runs that must be reproduced."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you say so here."""
-
-
-class MethodConfig(Section):
-    """What is trained."""
-
-    type: Literal["full", "lora", "qlora", "prompt"] = "lora"
-    """`full`: every weight; `lora`: low-rank adapters on a frozen base; `qlora`: the same on a 4-bit (nf4) base;
-    `prompt`: embeddings of virtual tokens in front of each record, on a frozen base."""
-    rank: Positive = 16
-    """Rank of the adapters."""
-    alpha: Annotated[Float, Field(gt=0)] = 32.0
-    """Adapters are scaled by alpha / rank."""
-    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input while training."""
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which linear layers get adapters: all but the output head, or the ends of their names."""
-    rslora: bool = False
-    """Scale adapters by alpha / √rank (rsLoRA), which keeps high ranks learning."""
-    dora: bool = False
-    """Learn the length of each weight row besides (DoRA): nearer to full fine-tuning, and slower."""
-    num_virtual_tokens: Positive = 20
-    """For `prompt`: virtual tokens in front of each record."""
-    freeze: list[Annotated[str, Field(min_length=1)]] = Field([])
-    """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
-    `*` standing for any text in one part (`layers.*.mlp`)."""
-    base_precision: Literal["fp8", "int8"] | None = None
-    """The feed-forward layers' products, but the last block's, in 8 bits, for speed. `fp8` (GPUs from H100 on): of LoRA's
-    frozen base, or with `full` of weights that stay in bf16; `int8` (from A100 on): of LoRA's frozen base. Left out:
-    `train.precision`."""
 
 
 class TrainConfig(Section):
@@ -82,7 +42,7 @@ class TrainConfig(Section):
     the loss, and skips steps while it searches the scale."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     """Seeds data order, adapter initialization and dropout."""
-    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Layers whose activations are computed again in backward instead of kept: `none`, every other (`selective`),
     or all (`full`); `auto`: as few as memory asks for. Never changes the result."""
     max_bad_steps: Annotated[Int, Field(ge=0)] = 10
@@ -105,58 +65,6 @@ class DeepSpeedConfig(Section):
     (stage 3)."""
     overrides: dict[str, Any] = Field({})
     """Merged over the derived DeepSpeed config, for what has no key here."""
-
-
-class WorkerRange(Section):
-    """From how many to how many workers: as many as the cluster has room for and the global batch can be divided by."""
-
-    min: Positive
-    """Fewest workers; with room for less the run waits."""
-    max: Positive
-    """Most workers."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> WorkerRange:
-        if self.max < self.min:
-            raise ValueError(f"max ({self.max}) is below min ({self.min}); raise it")
-        return self
-
-
-class ScaleConfig(Section):
-    """How many workers; never changes the result beyond rounding."""
-
-    num_workers: Positive | WorkerRange = 1
-    """Training workers: one a GPU, or one a process on CPU. `{min: 2, max: 16}`: fewer after a loss, more when they appear."""
-    accelerator: str | None = None
-    """GPU kind as Ray names it (A100, H100, …); left out: any GPU where the cluster has one, else CPU."""
-    cpus_per_worker: Annotated[Float, Field(gt=0)] = 1.0
-    """CPUs a training worker reserves; on a CPU cluster also its number of threads."""
-    gpus_per_worker: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """Share of a GPU that a worker takes. Below 1 several trials of a sweep, of one worker each, share a GPU and its memory."""
-    max_failures: Annotated[Int, Field(ge=0)] = 3
-    """Failures in a row, without a new checkpoint between them, after which workers are started anew; one more ends the run."""
-    price_per_hour: Annotated[Float, Field(gt=0)] | None = None
-    """Price of an hour of one worker (a GPU with its share of the node), for what a run costs."""
-    wait_s: Annotated[Float, Field(ge=0)] = 1800.0
-    """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
-
-    @model_validator(mode="after")
-    def _shares_alone(self) -> ScaleConfig:
-        if self.gpus_per_worker < 1 and self.max_workers > 1:
-            raise ValueError(
-                f"gpus_per_worker ({self.gpus_per_worker:g}) needs num_workers 1: two workers of a run can't talk on one GPU"
-            )
-        return self
-
-    @property
-    def min_workers(self) -> int:
-        """Fewest workers."""
-        return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
-
-    @property
-    def max_workers(self) -> int:
-        """Most workers."""
-        return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
 
 class CheckpointConfig(Section):
