@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     try:
         reader = csv.DictReader(iter(_Text(uri, pieces)))
         names = list(reader.fieldnames or [])
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, number in Counter(names).items() if number > 1):
             raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
         for row in reader:
             yield dict(row)

@@ -8,6 +8,7 @@ can also hold billions of values, or pages that expand a thousandfold, so both a
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,7 +131,7 @@ def check_schema(schema: Any, uri: str) -> None:
     import pyarrow as pa
 
     names = schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, number in Counter(names).items() if number > 1):
         raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
     for column in schema:
         waiting: list[Any] = [column]
