@@ -106,8 +106,8 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
         bad += isinstance(item, Quarantined)
         if bad > MAX_BAD_RECORDS and isinstance(item, Quarantined):
             raise DataError(
-                f"{chunk.uri} has more than {MAX_BAD_RECORDS} bad records in one piece, the last at {item.position}: {item.detail}; "
-                f"{item.fix}"
+                f"{chunk.uri} has more than {MAX_BAD_RECORDS} bad records in one piece, the last at {item.position}: "
+                f"{item.detail}; {item.fix}"
             )
         yield item
 

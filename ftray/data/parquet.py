@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.expand import MAX_RATIO, MAX_RECORD_BYTES
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 
@@ -23,6 +23,7 @@ HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
 EXTENSION_KEY = b"ARROW:extension:name"
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
+FREE_BYTES = 1 << 28  # what a row group may expand to whatever its size
 VALUE_BYTES = 64  # what a value costs as a Python object, at least
 FREE_VALUES = 100_000  # a file may have so many rows, and values in a column, whatever its size
 VALUES_PER_BYTE = 8
