@@ -29,7 +29,8 @@ BLANKS = " \t\r\n"
 def expanded(uri: str, source: Any) -> Iterator[bytes]:
     """The content of a file in pieces, decompressed by its suffix.
 
-    What has come out is compared with what has gone in, so that a file that expands too far ends early.
+    What has come out is compared with what has gone in, so that a file that expands too far ends early: most do within
+    the first FREE_BYTES, which are held back until then, before any record is worked on.
 
     Args:
         uri: The file, for its suffix (`.gz`, `.zst`) and for messages.
@@ -38,7 +39,7 @@ def expanded(uri: str, source: Any) -> Iterator[bytes]:
     Raises:
         DataError: It is damaged, or expands too far.
     """
-    total = 0
+    total, held_back = 0, []
     for piece in _pieces(uri, source):
         total += len(piece)
         if total > FREE_BYTES and uri.endswith((".gz", ".zst")) and total > MAX_RATIO * (size := source.tell()):
@@ -46,6 +47,15 @@ def expanded(uri: str, source: Any) -> Iterator[bytes]:
                 f"{uri} expands from {size} to more than {total} bytes, over {MAX_RATIO}-fold; decompress it yourself if its "
                 "content is what you expect"
             )
+        held_back.append(piece)
+        if total > FREE_BYTES:
+            yield from _cut(held_back)
+            held_back.clear()
+    yield from _cut(held_back)
+
+
+def _cut(pieces: list[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
         for at in range(0, len(piece), PIECE_BYTES):  # lines of one byte cost eight in a list
             yield piece[at : at + PIECE_BYTES]
 

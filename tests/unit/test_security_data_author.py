@@ -174,7 +174,7 @@ def test_a_compressed_file_that_expands_too_far_is_refused_in_little_memory(
         with pytest.raises(DataError, match=r"expands from \d+ to more than \d+ bytes, over 200-fold"):
             count()
 
-    assert peak_mib(consume) < 16  # a list of short lines takes more than their bytes
+    assert peak_mib(consume) < 20  # a list of short lines takes more than their bytes
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv"])
