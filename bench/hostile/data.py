@@ -244,7 +244,7 @@ def data_cases() -> Iterator[Case]:
         yield Case(f"index-{name}", with_run(prepare), ("data", "index", "run.yaml"), uses_ray=True)
 
 
-HARMLESS = {"blank-lines", "carriage-returns", "escapes", "empty-gzip.jsonl.gz", "dunder-keys", "key-twice"}
+HARMLESS = {"nul.csv", "blank-lines", "carriage-returns", "escapes", "empty-gzip.jsonl.gz", "dunder-keys", "key-twice"}
 
 
 def with_run(prepare: Callable[[Place], object]) -> Callable[[Place], object]:

@@ -25,6 +25,7 @@ from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.errors import DataError
 
 EXCERPT_CHARS, DETAIL_CHARS = 160, 400
+MAX_BAD_RECORDS = 500_000
 WINDOW = 1024  # records that are tokenized together
 
 
@@ -96,7 +97,22 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
     """Every record of a chunk that belongs to the part, in file order, as an example or a quarantine entry.
 
     What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
+
+    Raises:
+        DataError: The chunk can't be read, or has more than MAX_BAD_RECORDS bad records, which are all kept in memory.
     """
+    bad = 0
+    for item in _read_examples(chunk, chat, rules):
+        bad += isinstance(item, Quarantined)
+        if bad > MAX_BAD_RECORDS and isinstance(item, Quarantined):
+            raise DataError(
+                f"{chunk.uri} has more than {MAX_BAD_RECORDS} bad records in one piece, the last at {item.position}: "
+                f"{item.detail}; {item.fix}"
+            )
+        yield item
+
+
+def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
     dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
     raws = read_chunk(chunk)
     while window := list(islice(raws, WINDOW)):

@@ -11,13 +11,14 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from ftray.errors import DataError
 
 MAX_RATIO = 200  # JSON lines of real data shrink by 3 to 20, of one template repeated by 100
-FREE_BYTES = 1 << 28  # what a file may expand to whatever its size
+FREE_BYTES = 1 << 23  # what a file may expand to whatever its size
 MAX_RECORD_BYTES = 1 << 24  # four million tokens of English
 PIECE_BYTES = 1 << 18
 ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may stand for 128 KiB: 4 KiB of them for 128 MiB
@@ -25,25 +26,36 @@ ZSTD_WINDOW_BYTES = 1 << 27
 BLANKS = " \t\r\n"
 
 
-def expanded(uri: str, size_bytes: int, source: Any) -> Iterator[bytes]:
+def expanded(uri: str, source: Any) -> Iterator[bytes]:
     """The content of a file in pieces, decompressed by its suffix.
+
+    What has come out is compared with what has gone in, so that a file that expands too far ends early: most do within
+    the first FREE_BYTES, which are held back until then, before any record is worked on.
 
     Args:
         uri: The file, for its suffix (`.gz`, `.zst`) and for messages.
-        size_bytes: Its size.
         source: The file, open for reading bytes.
 
     Raises:
         DataError: It is damaged, or expands too far.
     """
-    pieces, total = _pieces(uri, source), 0
-    for piece in pieces:
+    total, held_back = 0, []
+    for piece in _pieces(uri, source):
         total += len(piece)
-        if total > FREE_BYTES and total > MAX_RATIO * size_bytes and uri.endswith((".gz", ".zst")):
+        if total > FREE_BYTES and uri.endswith((".gz", ".zst")) and total > MAX_RATIO * (size := source.tell()):
             raise DataError(
-                f"{uri} expands from {size_bytes} to more than {total} bytes, over {MAX_RATIO}-fold; decompress it yourself if "
-                "its content is what you expect"
+                f"{uri} expands from {size} to more than {total} bytes, over {MAX_RATIO}-fold; decompress it yourself if its "
+                "content is what you expect"
             )
+        held_back.append(piece)
+        if total > FREE_BYTES:
+            yield from _cut(held_back)
+            held_back.clear()
+    yield from _cut(held_back)
+
+
+def _cut(pieces: list[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
         for at in range(0, len(piece), PIECE_BYTES):  # lines of one byte cost eight in a list
             yield piece[at : at + PIECE_BYTES]
 
@@ -132,7 +144,7 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     try:
         reader = csv.DictReader(iter(_Text(uri, pieces)))
         names = list(reader.fieldnames or [])
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(name for name, number in Counter(names).items() if number > 1):
             raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
         for row in reader:
             yield dict(row)

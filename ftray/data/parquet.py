@@ -8,12 +8,13 @@ can also hold billions of values, or pages that expand a thousandfold, so both a
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.expand import MAX_RATIO, MAX_RECORD_BYTES
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 
@@ -22,6 +23,7 @@ HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
 EXTENSION_KEY = b"ARROW:extension:name"
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
+FREE_BYTES = 1 << 28  # what a row group may expand to whatever its size
 VALUE_BYTES = 64  # what a value costs as a Python object, at least
 FREE_VALUES = 100_000  # a file may have so many rows, and values in a column, whatever its size
 VALUES_PER_BYTE = 8
@@ -130,7 +132,7 @@ def check_schema(schema: Any, uri: str) -> None:
     import pyarrow as pa
 
     names = schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, number in Counter(names).items() if number > 1):
         raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
     for column in schema:
         waiting: list[Any] = [column]

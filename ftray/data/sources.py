@@ -182,9 +182,8 @@ def _rest_of_line(uri: str, start: int) -> bytes:
 def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
     """Records of a file that is not cut: compressed, a JSON array, or CSV. Position: the number of the line or item."""
     stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
-    size, _ = storage.size_and_etag(chunk.uri)
     with io.BufferedReader(StoredFile(chunk.uri), READ_BYTES) as source:
-        pieces = expand.expanded(chunk.uri, size, source)
+        pieces = expand.expanded(chunk.uri, source)
         if stem.endswith((".jsonl", ".ndjson")):
             for number, line in enumerate(expand.lines(chunk.uri, pieces)):
                 if line.strip():
