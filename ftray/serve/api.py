@@ -97,7 +97,7 @@ def build_api(
             Route("/v1/feedback", api.feedback, methods=["POST"]),
             Route("/health", api.health, methods=["GET"]),
             Route("/metrics", api.metrics, methods=["GET"]),
-            *page_routes(),
+            *page_routes(keeps_feedback=box is not None),
         ],
         exception_handlers={
             RequestError: on_request_error,

@@ -35,12 +35,18 @@ _HEADERS = {
 }
 
 
-def page_routes() -> list[Route]:
-    """Routes of the pages and of /openapi.json."""
-    routes = [
-        Route(path, partial(_file, (files("ftray.serve") / "static" / name).read_bytes(), kind), methods=["GET"])
-        for path, (name, kind) in _FILES.items()
-    ]
+def page_routes(keeps_feedback: bool) -> list[Route]:
+    """Routes of the pages and of /openapi.json.
+
+    Args:
+        keeps_feedback: Whether the chat page offers to keep an opinion; without it, the endpoint refuses feedback.
+    """
+    routes = []
+    for path, (name, kind) in _FILES.items():
+        body = (files("ftray.serve") / "static" / name).read_bytes()
+        if name == "chat.html" and keeps_feedback:
+            body = body.replace(b'data-feedback="off"', b'data-feedback="on"')
+        routes.append(Route(path, partial(_file, body, kind), methods=["GET"]))
     return [*routes, Route("/openapi.json", _openapi, methods=["GET"])]
 
 

@@ -115,6 +115,19 @@ def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp
     assert told["feedback"]["model"] == "small:polite"
 
 
+def test_without_feedback_the_page_asks_for_no_opinion(browser: Any, tmp_path: Path) -> None:
+    with serving(build_api(Slow(), served(tmp_path), max_tokens=500)) as url:
+        page = browser.new_page()
+        page.set_default_timeout(DEADLINE_MS)
+        page.goto(url)
+        wait_for(page, ".side select option", 2)
+        page.fill("#question", "Who are you?")
+        page.press("#question", "Enter")
+        wait_for(page, ".figures:has-text('7 tokens')", 2)
+        assert page.locator(".figures button").count() == 0
+        page.close()
+
+
 def test_with_a_key_the_page_asks_for_it(browser: Any, tmp_path: Path) -> None:
     app = build_api(Slow(), served(tmp_path), max_tokens=500, key_hashes=(hash_key("k"),))
     with serving(app) as url:

@@ -120,7 +120,8 @@ async function answer(side, question, signal) {
   if (usage) parts.push(`${usage.completion_tokens} tokens`, `${(usage.completion_tokens / seconds).toFixed(1)}/s`);
   figures.textContent = parts.join(" · ");
   side.messages.push({ role: "assistant", content: shown.textContent });
-  if (shown.textContent) figures.append(...["up", "down"].map((rating) => opinion(rating, side, figures, id)));
+  const asks = document.body.dataset.feedback === "on"; // an endpoint that keeps no feedback would refuse it
+  if (asks && shown.textContent) figures.append(...["up", "down"].map((rating) => opinion(rating, side, figures, id)));
 }
 
 function opinion(rating, side, figures, id) {
