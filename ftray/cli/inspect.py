@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def plan(arguments: argparse.Namespace, console: Console) -> int:
     """Says what a run will need: memory, steps, time, cost."""
     from ftray import storage
-    from ftray.report.plan import as_text, as_tree, make_plan
+    from ftray.report.plan import make_plan
+    from ftray.report.plan_text import as_text, as_tree
 
     run = open_target(arguments.run, arguments.overrides)
     run_dir = storage.absolute(run.directory)

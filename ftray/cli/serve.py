@@ -24,14 +24,47 @@ if TYPE_CHECKING:
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+def _exported_adapter(run: config.RunConfig, target: str) -> tuple[str, str, int, dict[str, Any]]:
+    """Finds the exported adapter of a finished run.
+
+    Args:
+        run: The run.
+        target: The run file as the user named it, for messages.
+
+    Returns:
+        The run's directory, the adapter's directory, its step, and its manifest.
+
+    Raises:
+        ConfigError: The run makes no LoRA adapter, is not finished, or its best checkpoint is not exported.
+        CheckpointError: The best checkpoint is damaged.
+    """
+    from ftray import storage
+    from ftray.driver.run_record import finished_checkpoint
+    from ftray.train.checkpoint.catalog import best_checkpoint, has_begun
+
+    if run.method.type not in ("lora", "qlora"):
+        raise ConfigError(
+            f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
+        )
+    run_dir = storage.absolute(run.directory)
+    if has_begun(run_dir):
+        best_checkpoint(run_dir)  # a damaged one is named, instead of one before it being taken for the end
+    if finished_checkpoint(run, verify=False) is None:
+        raise ConfigError(f"the run '{run.name}' is not trained to its end; finish it first: ftray train {target}")
+    step = best_checkpoint(run_dir).step
+    model_dir = storage.join(run_dir, "model")
+    manifest = storage.read_manifest(model_dir)
+    if manifest is None or manifest["meta"].get("step") != step:
+        raise ConfigError(f"{model_dir} does not hold the model of step {step}; write it first: ftray export {target}")
+    return run_dir, model_dir, step, manifest
+
+
 def publish(arguments: argparse.Namespace, console: Console) -> int:
     """Makes a run's adapter servable beside its base, or takes it away."""
     from ftray import storage
-    from ftray.driver.run_record import finished_checkpoint
     from ftray.serve import registry
     from ftray.serve.model_metadata import reference_of
     from ftray.serve.signing import Signer
-    from ftray.train.checkpoint.catalog import best_checkpoint, has_begun
 
     run = open_target(arguments.run, arguments.overrides)
     name = registry.check_name(arguments.name or run.name)
@@ -46,24 +79,7 @@ def publish(arguments: argparse.Namespace, console: Console) -> int:
         number = registry.remove(place, name, owner=owner, signer=signer, take_over=arguments.take_over)
         console.say(f"{public} is no longer published ({number} version{'s' if number > 1 else ''} removed)")
         return 0
-    if run.method.type not in ("lora", "qlora"):
-        raise ConfigError(
-            f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
-        )
-    run_dir = storage.absolute(run.directory)
-    if has_begun(run_dir):
-        best_checkpoint(run_dir)  # a damaged one is named, instead of one before it being taken for the end
-    if finished_checkpoint(run, verify=False) is None:
-        raise ConfigError(
-            f"the run '{run.name}' is not trained to its end; finish it first: ftray train {arguments.run}"
-        )
-    step = best_checkpoint(run_dir).step
-    model_dir = storage.join(run_dir, "model")
-    manifest = storage.read_manifest(model_dir)
-    if manifest is None or manifest["meta"].get("step") != step:
-        raise ConfigError(
-            f"{model_dir} does not hold the model of step {step}; write it first: ftray export {arguments.run}"
-        )
+    run_dir, model_dir, step, manifest = _exported_adapter(run, arguments.run)
     _check_gates(run_dir, step, arguments.run)
     meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
     meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}

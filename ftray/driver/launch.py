@@ -123,6 +123,11 @@ def train(
                 if committed := list_checkpoints(run_dir):
                     merge_metrics(run_dir, committed[0].progress)
             raise
+    return _last_checkpoint(run_dir, console)
+
+
+def _last_checkpoint(run_dir: str, console: Console) -> CheckpointRef:
+    """The checkpoint that training ended with. Raises RunError where there is none."""
     with store_lost():
         last = find_newest(run_dir, console.warn)
         if last is None:

@@ -243,10 +243,11 @@ def publish(
             raise ConfigError(
                 f"{name} has a version {number - 1}, the last possible one; remove {name}, or choose another --name"
             )
-        is_signed = newest is not None and newest.meta.get("signature", {}).get("key") == (
-            None if signer is None else signer.public_key
-        )
-        if newest is not None and newest.version.endswith(content) and (signer is None or is_signed):
+        if (
+            newest is not None
+            and newest.version.endswith(content)
+            and (signer is None or _is_signed_by(newest, signer))
+        ):
             return newest, False
         # Its contents are in its name: two who publish at once write two versions, or the same bytes.
         version = f"{number:04d}-{content}"
@@ -258,6 +259,10 @@ def publish(
             whole["signature"] = signer.sign(name, version, files, whole)
         created = storage.commit_directory(scratch, uri, whole)
     return PublishedAdapter(name, version, uri, whole, sums), created
+
+
+def _is_signed_by(entry: PublishedAdapter, signer: Signer) -> bool:
+    return bool(entry.meta.get("signature", {}).get("key") == signer.public_key)
 
 
 def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The training loop: one for full, LoRA and QLoRA. Runs in each Ray Train worker (`worker`).
 
 Optimizer step t takes exactly the rows that the plan gives it; its loss is one mean over the supervised tokens of the
-global batch. Nothing here is random but dropout, which is seeded from (seed, step, first row of the micro-batch); the
-learning rate is a function of the step. So a step depends on weights, optimizer state and t alone, and that is what a
-checkpoint holds.
+global batch. Only dropout is random, seeded from (seed, step, first sequence of the micro-batch). So a step depends on
+weights, optimizer state and t alone, and that is what a checkpoint holds.
 """
 
 from __future__ import annotations

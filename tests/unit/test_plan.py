@@ -23,13 +23,13 @@ from ftray.report.plan import (
     ProbeResult,
     TrainingLength,
     advise,
-    as_text,
     make_plan,
     memory_of,
     parts_of,
     together,
     way_of,
 )
+from ftray.report.plan_text import as_text
 from ftray.report.probe import STEPS, WARM_UP, probe_of, probed
 from ftray.train.memory import GIB, MemoryChoice, state_bytes
 from tests import tiny
