@@ -47,7 +47,8 @@ from ftray.train.checkpoint.catalog import list_checkpoints, merge_metrics  # no
 from ftray.train.trainer import rows_sum  # noqa: E402
 from tests import tiny  # noqa: E402
 
-EACH_STEP = "import sys; from ftray import cli, console; console.PLAIN_EVERY_S = 0.0; sys.exit(cli.main(sys.argv[1:]))"
+EACH_STEP = """import sys; from ftray import console; from ftray.cli.main import main
+console.PLAIN_EVERY_S = 0.0; sys.exit(main(sys.argv[1:]))"""
 SPARE_STEPS = 1_000_000
 
 

@@ -35,7 +35,8 @@ from ftray import storage  # noqa: E402
 from ftray.train.checkpoint.catalog import list_checkpoints  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
-EACH_STEP = "import sys; from ftray import cli, console; console.PLAIN_EVERY_S = 0.0; sys.exit(cli.main())"
+EACH_STEP = """import sys; from ftray import console; from ftray.cli.main import main
+console.PLAIN_EVERY_S = 0.0; sys.exit(main())"""
 WAIT_S = 600.0
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 

@@ -29,7 +29,7 @@ from ftray.train.optim.adamw import AdamW
 
 def run_of(given: Any, rows: int | str, recompute: str) -> config.RunConfig:
     """One setting as a run's."""
-    train = {"global_batch_size": given.batch, "micro_batch_size": rows, "recompute": recompute}
+    train = {"global_batch_size": given.batch, "micro_batch_size": rows, "gradient_checkpointing": recompute}
     tree = {"name": "fit", "model": {"base": given.model}, "train": train | {"optimizer": given.optimizer}}
     data = {"max_seq_len": given.seq, "train": [{"path": "-"}]}
     method = {"type": given.method}

@@ -32,7 +32,7 @@ def run_of(given: Any) -> config.RunConfig:
     """The settings as a run's."""
     rows = given.rows if given.rows == "auto" else int(given.rows)
     train = {"global_batch_size": given.batch or given.accumulate * int(rows), "micro_batch_size": rows}
-    train |= {"optimizer": given.optimizer, "recompute": given.recompute, "learning_rate": 1e-4}
+    train |= {"optimizer": given.optimizer, "gradient_checkpointing": given.recompute, "learning_rate": 1e-4}
     tree = {"name": "plain", "model": {"base": given.model}, "train": train, "deepspeed": {"zero_stage": 0}}
     method = {"type": given.method} | ({"base_precision": given.base_precision} if given.base_precision else {})
     return config.parse_run(

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAD = """
 import os, signal, subprocess, sys, time
-from ftray import command
+from ftray.cli import child_process as command
 say = lambda text: print(text, flush=True)
 
 def start_ray():

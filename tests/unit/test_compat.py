@@ -12,7 +12,7 @@ START = """
 import os, sys, tempfile
 import torch.distributed as dist
 if sys.argv[1] == "patched":
-    from ftray.compat import deepspeed_without_compiler
+    from ftray.compat.deepspeed import deepspeed_without_compiler
     deepspeed_without_compiler()
 import deepspeed
 dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)

@@ -96,7 +96,7 @@ def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, laye
     found = []
     for how in ("none", recompute):
         loss = SummedLossModel(tiny.make_model()).train()
-        fit = fit_memory(_run(recompute=how), loss, torch.device("cpu"), 1)
+        fit = fit_memory(_run(gradient_checkpointing=how), loss, torch.device("cpu"), 1)
         value = loss(*vars(batch).values())
         value.backward()
         found.append((float(value), [p.grad for p in loss.parameters()]))
@@ -113,8 +113,10 @@ def test_a_model_without_such_layers_says_so() -> None:
     class Plain(torch.nn.Module):
         model = torch.nn.Linear(2, 2)
 
-    with pytest.raises(ConfigError, match=r"train\.recompute full: this model has no layers for it; use none"):
-        fit_memory(_run(recompute="full"), Plain(), torch.device("cpu"), 1)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"train\.gradient_checkpointing full: this model has no layers for it; use none"
+    ):
+        fit_memory(_run(gradient_checkpointing="full"), Plain(), torch.device("cpu"), 1)  # type: ignore[arg-type]
 
 
 def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:

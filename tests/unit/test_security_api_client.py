@@ -23,7 +23,7 @@ from starlette.requests import Request
 
 from ftray import storage
 from ftray.compat.uvicorn import uvicorn_with_bounded_headers
-from ftray.config import Feedback, ServeConfig
+from ftray.config import FeedbackConfig, ServeConfig
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.asgi import read_body
 from ftray.serve.auth import answer_id, hash_key, is_answer_of, key_id
@@ -63,7 +63,12 @@ def ask_all(body: bytes, **headers: str) -> None:
         router = Router({"m": 1.0})  # with shares, `user` is hashed
         for path in PATHS:
             app = build_api(
-                PaperEngine(), ServedModels("m"), max_tokens=50, router=router, place="/dev/null/x", feedback=Feedback()
+                PaperEngine(),
+                ServedModels("m"),
+                max_tokens=50,
+                router=router,
+                place="/dev/null/x",
+                feedback=FeedbackConfig(),
             )
             answer = await call(app, path, body, method="POST", headers=headers)
             # 503: feedback that was good, whose place can't be written
@@ -304,7 +309,7 @@ def with_key(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def feedback_app(place: Path, feedback: Feedback | None, keys: tuple[str, ...] = ("a", "b")) -> Any:
+def feedback_app(place: Path, feedback: FeedbackConfig | None, keys: tuple[str, ...] = ("a", "b")) -> Any:
     hashes = tuple(hash_key(key) for key in keys)
     return build_api(
         PaperEngine(), ServedModels("m"), max_tokens=50, key_hashes=hashes, place=str(place), feedback=feedback
@@ -322,13 +327,13 @@ def test_feedback_is_kept_only_where_the_run_file_asks_for_it(tmp_path: Path) ->
 
 def test_a_key_can_only_judge_its_own_answers(tmp_path: Path) -> None:
     async def work() -> None:
-        app = feedback_app(tmp_path, Feedback())
+        app = feedback_app(tmp_path, FeedbackConfig())
         mine = (await call(app, "/v1/chat/completions", CHAT, headers=with_key("a"))).json["id"]
         body = {"rating": "up", "messages": TALK, "id": mine}
         other = await call(app, "/v1/feedback", body, headers=with_key("b"))
         assert (other.status, other.error["code"], other.error["param"]) == (403, "not_your_answer", "id")
         assert list(tmp_path.iterdir()) == []
-        another = feedback_app(tmp_path, Feedback())  # another replica, or the same one started anew
+        another = feedback_app(tmp_path, FeedbackConfig())  # another replica, or the same one started anew
         assert (await call(another, "/v1/feedback", body, headers=with_key("a"))).status == 201
         for forged in ("chatcmpl-1", "", "x", mine[:-1] + ("0" if mine[-1] != "0" else "1"), mine.replace("chat", "")):
             answer = await call(app, "/v1/feedback", {**body, "id": forged}, headers=with_key("a"))
@@ -358,12 +363,12 @@ def test_a_key_leaves_no_more_than_its_quota(tmp_path: Path) -> None:
         return answer.status
 
     async def work() -> None:
-        app = feedback_app(tmp_path / "a", Feedback(records_per_day=3))
+        app = feedback_app(tmp_path / "a", FeedbackConfig(records_per_day=3))
         assert [await send(app, "a") for _ in range(5)] == [201, 201, 201, 429, 429]
         assert await send(app, "b") == 201  # of each key
-        app = feedback_app(tmp_path / "b", Feedback(bytes_per_day=3000))
+        app = feedback_app(tmp_path / "b", FeedbackConfig(bytes_per_day=3000))
         assert [await send(app, "a", 1000) for _ in range(4)] == [201, 201, 429, 429]
-        app = feedback_app(tmp_path / "c", Feedback(max_bytes=500))
+        app = feedback_app(tmp_path / "c", FeedbackConfig(max_bytes=500))
         assert [await send(app, "a", size) for size in (100, 1000)] == [201, 413]
 
     asyncio.run(work())

@@ -26,8 +26,8 @@ Curve = list[tuple[int, float]]
 KILLED = """
 import os, signal, sys
 from ftray import config
-from ftray.train.timeline import read_segments
-from ftray.train.trackers import TRACKERS, Wandb
+from ftray.train.checkpoint.catalog import read_segments
+from ftray.driver.trackers import TRACKERS, Wandb
 run = config.load_run(sys.argv[1])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 Wandb._end = die  # all is written, nothing finished
@@ -40,7 +40,7 @@ die()
 DEAF = """
 import sys
 from ftray import config
-from ftray.train import trackers
+from ftray.driver import trackers
 trackers.SETTLE_S, trackers.END_S = 0.0, 3.0
 with trackers.tracked(config.load_run(sys.argv[1]), sys.argv[2], print) as committed:
     committed()
