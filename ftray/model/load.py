@@ -46,7 +46,10 @@ def resolve_base(model: config.Model) -> str:
             raise ModelError(
                 f"model.base {base} is no model directory: it has no {needed} ({pattern}); give one saved by save_pretrained"
             )
-    check_model_files(directory)
+    try:
+        check_model_files(directory)
+    except ModelError as err:
+        raise ModelError(f"model.base {base}: {err}") from None
     return str(directory.resolve())
 
 
