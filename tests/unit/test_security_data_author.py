@@ -182,6 +182,8 @@ def test_a_record_of_any_size_is_refused_in_little_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expand, "MAX_RECORD_BYTES", MIB)
+    monkeypatch.setattr(expand, "FREE_BYTES", MIB)
+    monkeypatch.setattr(expand, "MAX_RATIO", 1 << 20)
     text = {"jsonl": b'{"text": "', "json": b'[{"text": "', "csv": b'text\n"'}[name.split(".")[1]] + b"x" * (24 * MIB)
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
     assert peak_mib(lambda: refuse(tmp_path / name, r"a record of more than 1 MiB|field larger than field limit")) < 20
