@@ -196,7 +196,7 @@ def test_what_keeps_a_run_from_going_on_is_named_with_its_files(tmp_path: Path, 
     assert known is not None
     same = (known["tokenizer_hash"], known["template_hash"])
     assert what_changed(run_dir, run, data_of(shards, "xz"), *same) == (
-        f"the data changed: {shards}/b.jsonl gives other rows than it did"
+        f"the data changed ({shards}/b.jsonl gives other rows than it did)"
     )
     (base / "tokenizer.json").write_text("other")
     files = f"(tokenizer.json of model.base {base} changed)"
