@@ -203,7 +203,7 @@ def what_changed(run_dir: str, run: config.Run, data: Data, tokenizer: str, temp
     gone = [f"{f['uri']} is gone" for f in known["data"]["files"] if (f["part"], f["uri"]) not in now]
     changes = list(dict.fromkeys([*gone, *changed_files(known, run, data)]))
     more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-    return f"the data changed: {', '.join(changes[:SHOWN]) or 'its rows are others'}{more}"
+    return f"the data changed ({', '.join(changes[:SHOWN]) or 'its rows are others'}{more})"
 
 
 def _changed_base(then: Mapping[str, str], now: Mapping[str, str], base: str) -> list[str]:

@@ -29,7 +29,7 @@ def base(tmp_path: Path) -> Path:
     directory = tmp_path / "base"
     directory.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors", "notes.md"):
-        (directory / name).write_text(name)
+        (directory / name).write_text(json.dumps({"is": name}))
     return directory
 
 
@@ -186,7 +186,7 @@ def test_reproducing_stops_at_what_changed_and_names_it(tmp_path: Path, base: Pa
     (shards / "a.jsonl").rename(tmp_path / "a")
     refused(run, run_dir, DataError, r"data/a\.jsonl is gone")
     (tmp_path / "a").rename(shards / "a.jsonl")
-    (base / "tokenizer.json").write_text("other")
+    (base / "tokenizer.json").write_text("{}")
     refused(run, run_dir, DataError, r"tokenizer\.json of model\.base .*base changed")
 
 
@@ -196,9 +196,9 @@ def test_what_keeps_a_run_from_going_on_is_named_with_its_files(tmp_path: Path, 
     assert known is not None
     same = (known["tokenizer_hash"], known["template_hash"])
     assert what_changed(run_dir, run, data_of(shards, "xz"), *same) == (
-        f"the data changed: {shards}/b.jsonl gives other rows than it did"
+        f"the data changed ({shards}/b.jsonl gives other rows than it did)"
     )
-    (base / "tokenizer.json").write_text("other")
+    (base / "tokenizer.json").write_text("{}")
     files = f"(tokenizer.json of model.base {base} changed)"
     assert what_changed(run_dir, run, data_of(shards, "xz"), "other", same[1]) == (
         f"the tokenizer of model.base {base} changed {files}"
