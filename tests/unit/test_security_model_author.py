@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
-from bench.hostile.templates import IN_C
+from bench.hostile.templates import IN_C, NESTED
 from ftray.chat import ChatFormat, Message, trial, try_template
 from ftray.chat.turns import Cutter
 from ftray.config import Model
@@ -34,7 +34,20 @@ def render(source: str, content: str = "hello there") -> str:
     return Template(source).render([{"role": "user", "content": content}], True, bos_token="<s>").text
 
 
-TAKES_MEMORY = ("expandtabs", "wordwrap", "nested width", "percent", "indent method", "join", "batch")
+TAKES_MEMORY = (
+    "expandtabs",
+    "wordwrap",
+    "nested width",
+    "percent",
+    "indent method",
+    "join",
+    "batch",
+    "join range",
+    "text in a loop",
+    "format fields",
+    "characters",
+    "sort characters",
+)
 
 
 @pytest.mark.parametrize("name", IN_C)
@@ -73,6 +86,18 @@ FAIR = {
 @pytest.mark.parametrize("source", FAIR)
 def test_what_public_templates_do_is_done(source: str) -> None:
     assert render(source) == FAIR[source]
+
+
+def test_a_namespace_does_not_write_out_what_it_holds() -> None:
+    for shown in ("{{ ns }}", "{{ ns ~ '' }}", "{{ ns | string }}", "{{ '%s' % ns }}", "{{ '{}'.format(ns) }}"):
+        assert render(NESTED + shown) == "<namespace>"
+
+
+def test_generation_marks_are_placed_in_one_pass() -> None:
+    source = "{% for i in range(60000) %}{% generation %}a{% endgeneration %}{% endfor %}"
+    marks = Template(source).render([{"role": "user", "content": "x"}], False).marks
+    assert marks[:2] == [(0, 1), (1, 2)]
+    assert marks[-1] == (59_999, 60_000)
 
 
 def test_long_conversations_are_not_taken_for_attacks() -> None:
