@@ -11,7 +11,8 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ftray.errors import DataError
@@ -22,6 +23,7 @@ MAX_RECORD_BYTES = 1 << 24  # four million tokens of English
 PIECE_BYTES = 1 << 18
 ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may stand for 128 KiB: 4 KiB of them for 128 MiB
 ZSTD_WINDOW_BYTES = 1 << 27
+MAX_COLUMNS = 1024  # of a CSV file: a row of two bytes gets a value for each
 BLANKS = " \t\r\n"
 
 
@@ -106,6 +108,16 @@ def check_record(uri: str, size_bytes: int, where: str) -> None:
         )
 
 
+def check_columns(uri: str, names: Sequence[str], limit: int) -> None:
+    """Raises DataError for more columns than the limit, and for two of one name."""
+    if len(names) > limit:
+        raise DataError(
+            f"{uri} has {len(names)} columns, and at most {limit} are read; remove those that are not needed"
+        )
+    if twice := sorted(name for name, number in Counter(names).items() if number > 1):
+        raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+
+
 class _Text(io.TextIOBase):
     """Decoded pieces as something that the csv module reads line by line, with line ends as they are."""
 
@@ -132,8 +144,7 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     try:
         reader = csv.DictReader(iter(_Text(uri, pieces)))
         names = list(reader.fieldnames or [])
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+        check_columns(uri, names, MAX_COLUMNS)
         for row in reader:
             yield dict(row)
     except csv.Error as err:

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.expand import FREE_BYTES, MAX_RATIO, MAX_RECORD_BYTES, check_columns
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 
 # Extension types whose values are plain: pyarrow itself implements them, in C++.
 HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
 EXTENSION_KEY = b"ARROW:extension:name"
+MAX_COLUMNS = 10_000
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
 VALUE_BYTES = 64  # what a value costs as a Python object, at least
@@ -129,9 +130,7 @@ def check_schema(schema: Any, uri: str) -> None:
     """
     import pyarrow as pa
 
-    names = schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+    check_columns(uri, schema.names, MAX_COLUMNS)
     for column in schema:
         waiting: list[Any] = [column]
         while waiting:
