@@ -123,10 +123,13 @@ class _Text(io.TextIOBase):
 
     def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
         self._uri, self._lines = uri, lines(uri, pieces)
+        self.row_bytes = 0  # of the row that is being read; its fields may hold line ends
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         before = 0
         for line in self._lines:
+            self.row_bytes += len(line) + 1
+            check_record(self._uri, self.row_bytes - 1, "a row")
             try:
                 yield line.decode() + "\n"
             except UnicodeDecodeError as err:
@@ -142,11 +145,14 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     """
     csv.field_size_limit(MAX_RECORD_BYTES)  # csv's own limit is 128 KB a field
     try:
-        reader = csv.DictReader(iter(_Text(uri, pieces)))
+        text = _Text(uri, pieces)
+        reader = csv.DictReader(iter(text))
         names = list(reader.fieldnames or [])
         check_columns(uri, names, MAX_COLUMNS)
+        text.row_bytes = 0
         for row in reader:
             yield dict(row)
+            text.row_bytes = 0
     except csv.Error as err:
         raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
 

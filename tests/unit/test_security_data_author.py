@@ -238,6 +238,16 @@ def test_a_file_of_very_many_columns_is_refused(tmp_path: Path) -> None:
     assert row["c1023"] is None
 
 
+def test_a_csv_row_of_many_large_fields_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expand, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b,c\n" + '"x\ny",b,c\n' * 500)  # many rows may be larger together
+    assert len(read(path)) == 500
+    path.write_text("a,b,c\n" + ",".join(['"' + "x\n" * 200 + '"'] * 3) + "\n")
+    with pytest.raises(DataError, match=r"rows\.csv, a row: a record of more than"):
+        read(path)
+
+
 def test_dates_that_python_has_not_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     for column in (pa.array([-(2**62)], pa.timestamp("us")), pa.array([1], pa.timestamp("s", "No/Where"))):
