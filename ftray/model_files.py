@@ -1,13 +1,14 @@
 """Files of a stranger's model directory, checked before a library reads them: config, weight index, tokenizer.
 
 A config may name code or kernels to load, an index may name files outside the directory, and a tokenizer may replace a
-character by megabytes. Knows JSON and paths; loads no model.
+character by megabytes. Knows JSON, paths and the hub's cache; loads no model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,6 +54,29 @@ def check_model_files(directory: Path) -> None:
     path = directory / "tokenizer.json"
     if (tree := _read(path, MAX_TOKENIZER_BYTES)) is not None:
         check_tokenizer(tree, path)
+
+
+@lru_cache(maxsize=8)
+def check_hub_model(name: str, revision: str | None) -> str:
+    """Checks the small files of a hub's model as `check_model_files` does, before a library reads them.
+
+    Args:
+        name: `org/name`.
+        revision: Branch, tag or commit; None: the main branch.
+
+    Returns:
+        The commit whose files were checked.
+
+    Raises:
+        ModelError: As `check_model_files`.
+        OSError: The model can't be had; huggingface_hub's own errors are such, or ValueError.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [*CONFIGS, "*.index.json", "tokenizer.json"]
+    directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    check_model_files(directory)
+    return directory.name
 
 
 def check_config(tree: Any, path: Path) -> None:

@@ -58,7 +58,14 @@ _SECRETS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
     (re.compile(rf"(?<![\w-])(?:{'|'.join(_KEYS)})"), "…"),
     (
         re.compile(
-            r"(?<![\w-])((?:proxy-)?authorization|x-[\w-]{0,60}(?:key|token)|private-token|(?:set-)?cookie)"
+            r"(?<![\w-])((?:set-)?cookie[\"']?\s*[:=]\s*[\"']?)(?=[^\s\"',;]{6})[^\s\"',;]+(?:;\s*[^\s\"',;]+){0,100}",
+            re.IGNORECASE,
+        ),
+        r"\1…",
+    ),
+    (
+        re.compile(
+            r"(?<![\w-])((?:proxy-)?authorization|x-[\w-]{0,60}(?:key|token)|private-token)"
             r"([\"']?\s*[:=]\s*[\"']?)(?:(bearer|basic|token|digest|negotiate)\s+)?(?=[^\s\"',;]{6})[^\s\"',]+",
             re.IGNORECASE,
         ),
@@ -68,7 +75,8 @@ _SECRETS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
     (re.compile(rf"(?<![\w-])({_SCREAMED}\s*=\s*)(?:\"[^\"\n]+\"|'[^'\n]+'|{_PLAIN_VALUE}[^\s\"',;&]{{4,}})"), r"\1…"),
     (
         re.compile(
-            rf"(?<![\w-])((?:--)?{_NAMED}[\"']?\s*[:=]\s*)(?:\"[^\"\n]{{4,}}\"|'[^'\n]{{4,}}'|"
+            rf"(?<![\w-])((?:--)?{_NAMED}\\{{0,3}}[\"']?\s*[:=]\s*|--{_NAMED}\s+(?!-))"
+            rf"(?:\\{{1,3}}\"[^\"\n]{{4,}}\\{{1,3}}\"|\"[^\"\n]{{4,}}\"|'[^'\n]{{4,}}'|"
             rf"{_PLAIN_VALUE}[^\s\"',;&<>]{{4,}})",
             re.IGNORECASE,
         ),

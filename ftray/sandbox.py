@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from types import GeneratorType
 from typing import Any, cast
 
 from ftray.template_budget import (
+    CHARS_A_STEP,
     ITEMS_A_STEP,
-    MAX_CHARS,
     SIZED,
     Meter,
     TemplateLimitError,
@@ -29,8 +28,8 @@ from ftray.template_budget import (
     check_format,
     check_operands,
     check_operator,
-    counted,
     current,
+    prepared,
     sized,
     spend,
     weighed,
@@ -39,7 +38,7 @@ from ftray.template_budget import (
 TODAY = datetime(2024, 7, 26, tzinfo=UTC)  # the default date of Llama 3's templates
 BUDGET = 1_000_000  # steps of one rendering; each character of the conversation adds CHARS_BUDGET
 CHARS_BUDGET = 2
-MAX_SOURCE_CHARS = 1 << 18
+MAX_SOURCE_CHARS = 1 << 16  # the longest public templates have about 30,000
 
 
 def _words(text: str) -> frozenset[str]:
@@ -106,14 +105,10 @@ class Template:
         meter = Meter(BUDGET + CHARS_BUDGET * sum(len(turn["content"]) for turn in turns))
         token = current.set(meter)
         try:
-            num_chars = 0
             for piece in self._template.generate(
                 messages=list(turns), tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
             ):
-                num_chars += len(piece)
-                if num_chars > MAX_CHARS:
-                    raise TemplateLimitError("the chat template writes too much for this conversation; it may not end")
-                meter.written.append(piece)
+                meter.write(piece)
         finally:
             current.reset(token)
         return Rendered("".join(meter.written), meter.marks)
@@ -147,8 +142,7 @@ def _environment() -> Any:
         def _mark(self, caller: Callable[[], str]) -> str:
             text = str(caller())
             meter = current.get()
-            start = sum(map(len, meter.written))
-            meter.marks.append((start, start + len(text)))
+            meter.marks.append((meter.num_written, meter.num_written + len(text)))
             return text
 
     class Counting(ImmutableSandboxedEnvironment):
@@ -174,16 +168,22 @@ def _environment() -> Any:
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             name = getattr(function, "__name__", "")
             owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # str.format is wrapped
-            operands = [owner, *args] if isinstance(owner, SIZED) else list(args)
-            for value in (*operands, *kwargs.values()):
+            for value in (*([owner] if isinstance(owner, SIZED) else ()), *args, *kwargs.values()):
                 weighed(value)
+            args = prepared(name if isinstance(owner, SIZED) else "", args)
+            operands = [owner, *args] if isinstance(owner, SIZED) else list(args)
             check_operands(name, operands, kwargs)
-            args = tuple(counted(a) if isinstance(a, GeneratorType) else a for a in args)
             return sized(super().call(context, function, *args, **kwargs))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             check_operator(operator, left, right)
             return sized(super().call_binop(context, operator, left, right))
+
+    class PlainNamespace(Namespace):
+        """Jinja's `namespace`, which doesn't write out what it holds."""
+
+        def __repr__(self) -> str:
+            return "<namespace>"
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -207,6 +207,7 @@ def _environment() -> Any:
         if name in TESTS
     }
     made.globals = {name: value for name, value in made.globals.items() if name in GLOBALS}
+    made.globals["namespace"] = PlainNamespace
     made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     made.finalize = weighed
     return made
@@ -220,21 +221,30 @@ def _add_counting(tree: Any) -> None:
     def filtered(node: Any, name: str, *args: Any) -> Any:
         return nodes.Filter(node, name, [nodes.Const(a) for a in args], [], None, None, lineno=node.lineno)
 
+    def steps_of(node: Any) -> int:
+        size = sum(1 for _ in node.find_all(nodes.Node))
+        return 1 + size // ITEMS_A_STEP + sum(len(d.data) for d in node.find_all(nodes.TemplateData)) // CHARS_A_STEP
+
     class Transformer(NodeTransformer):
         def visit_For(self, node: Any) -> Any:  # noqa: N802
             if node.test is not None:
-                node.test = filtered(node.test, "_spend")
+                node.test = filtered(node.test, "_spend", steps_of(node.test))
             return self.visit_Macro(node)
 
         def visit_Macro(self, node: Any) -> Any:  # noqa: N802
-            size = sum(1 for _ in node.find_all(nodes.Node))
+            steps = steps_of(node)
             self.generic_visit(node)
             nothing = nodes.Const(None, lineno=node.lineno)
-            spent = filtered(nothing, "_spend", 1 + size // ITEMS_A_STEP)
+            spent = filtered(nothing, "_spend", steps)
             node.body.insert(0, nodes.ExprStmt(spent, lineno=node.lineno))
             return node
 
-        visit_CallBlock = visit_Macro  # noqa: N815
+        visit_CallBlock = visit_Block = visit_Macro  # noqa: N815
+
+        def visit_Pair(self, node: Any) -> Any:  # noqa: N802 - Python hashes keys anew each time, with all that is in them
+            self.generic_visit(node)
+            node.key = filtered(node.key, "_weighed")
+            return node
 
         def visit_Concat(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
@@ -250,6 +260,10 @@ def _add_counting(tree: Any) -> None:
 
         def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
-            return filtered(node, "_sized") if isinstance(node.arg, nodes.Slice) and node.ctx == "load" else node
+            if isinstance(node.arg, nodes.Slice):
+                return filtered(node, "_sized") if node.ctx == "load" else node
+            if not isinstance(node.arg, nodes.Const):
+                node.arg = filtered(node.arg, "_weighed")
+            return node
 
     Transformer().visit(tree)

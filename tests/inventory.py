@@ -34,6 +34,7 @@ PARSERS = (
     "from_gguf",
     "GGUFReader",
     "load_dataset",
+    "load_dataset_builder",
     "ParquetFile",
     "read_table",
     "read_schema",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 LOOP = "{% for i in range(99999) %}"
 LARGE = "{% set a = 'ab' * 1000000 %}"
+NESTED = "{% set ns = namespace(x=(1, 1)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
 # Loops and allocations in C, which no step of the template's own shows.
 IN_C = {
     "lipsum": "{{ lipsum(n=100000) }}",
@@ -55,6 +56,28 @@ IN_C = {
     "cycler": "{{ cycler(1, 2) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "dict key": NESTED + "{% set d = {ns.x: 1} %}",
+    "item key": NESTED + "{{ messages[0][ns.x] }}",
+    "format fields": LARGE + "{{ ('{0}' * 1000).format(a) }}",
+    "percent fields": LARGE + "{{ ('%(a)s' * 600) % {'a': a} }}",
+    "format of a list": "{{ ['%9999999999d'] | format(1) }}",
+    "tojson separators": "{{ range(5000) | list | tojson(separators=('x' * 1000000, ':')) }}",
+    "join range": "{{ range(90000) | join('x' * 4000) }}",
+    "join reversed": "{{ (range(90000) | list | reverse) | join('x' * 10000) }}",
+    "join loop": LOOP + "{{ loop | join('x' * 10000) }}{% endfor %}",
+    "characters": "{{ ('\u4e00' * 8000000) | list | length }}",
+    "sort characters": "{{ ('\u4e00' * 8000000) | sort | length }}",
+    "title": "{{ ('a-' * 8000000) | title | length }}",
+    "strip": "{{ ('a' * 2000000).strip('b' * 2000000 ~ 'a') }}",
+    "trim": "{{ ('a' * 2000000) | trim('b' * 2000000 ~ 'a') }}",
+    "rfind": "{{ ('a' * 2000000).rfind('ab' ~ 'a' * 500000) }}",
+    "attribute path": "{% set ns = namespace(a=1) %}{% set ns.a = ns %}"
+    "{{ ([ns] * 10000) | map(attribute='a.' * 30000 ~ 'a') | list }}",
+    "lazy chain": "{% set ns = namespace(a=range(2)) %}" + LOOP +
+    "{% set ns.a = ns.a | map('string') %}{% endfor %}{{ ns.a | list }}",
+    "text in a loop": "{% set x %}" + LOOP + "x" * 60_000 + "{% endfor %}{% endset %}",
+    "large block": "{% block a %}" + "{% set x = 1 %}" * 3_000 + "{% endblock %}" + LOOP + "{% set x = self.a() %}{% endfor %}",
+    "large condition": "{% set a = 1 %}{% for i in range(99999) if [" + "a," * 12_000 + "] and 0 %}{% endfor %}",
     "long source": "{# " + "x" * 300_000 + " #}",
     "deep source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "deep blocks": "{% if 1 %}" * 300 + "{% endif %}" * 300,

@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ftray.errors import DataError
@@ -23,6 +23,7 @@ MAX_RECORD_BYTES = 1 << 24  # four million tokens of English
 PIECE_BYTES = 1 << 18
 ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may stand for 128 KiB: 4 KiB of them for 128 MiB
 ZSTD_WINDOW_BYTES = 1 << 27
+MAX_COLUMNS = 1024  # of a CSV file: a row of two bytes gets a value for each
 BLANKS = " \t\r\n"
 
 
@@ -118,15 +119,28 @@ def check_record(uri: str, size_bytes: int, where: str) -> None:
         )
 
 
+def check_columns(uri: str, names: Sequence[str], limit: int) -> None:
+    """Raises DataError for more columns than the limit, and for two of one name."""
+    if len(names) > limit:
+        raise DataError(
+            f"{uri} has {len(names)} columns, and at most {limit} are read; remove those that are not needed"
+        )
+    if twice := sorted(name for name, number in Counter(names).items() if number > 1):
+        raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+
+
 class _Text(io.TextIOBase):
     """Decoded pieces as something that the csv module reads line by line, with line ends as they are."""
 
     def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
         self._uri, self._lines = uri, lines(uri, pieces)
+        self.row_bytes = 0  # of the row that is being read; its fields may hold line ends
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         before = 0
         for line in self._lines:
+            self.row_bytes += len(line) + 1
+            check_record(self._uri, self.row_bytes - 1, "a row")
             try:
                 yield line.decode() + "\n"
             except UnicodeDecodeError as err:
@@ -142,12 +156,14 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     """
     csv.field_size_limit(MAX_RECORD_BYTES)  # csv's own limit is 128 KB a field
     try:
-        reader = csv.DictReader(iter(_Text(uri, pieces)))
+        text = _Text(uri, pieces)
+        reader = csv.DictReader(iter(text))
         names = list(reader.fieldnames or [])
-        if twice := sorted(name for name, number in Counter(names).items() if number > 1):
-            raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+        check_columns(uri, names, MAX_COLUMNS)
+        text.row_bytes = 0
         for row in reader:
             yield dict(row)
+            text.row_bytes = 0
     except csv.Error as err:
         raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
 

@@ -8,19 +8,19 @@ can also hold billions of values, or pages that expand a thousandfold, so both a
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.expand import MAX_RATIO, MAX_RECORD_BYTES
+from ftray.data.expand import MAX_RATIO, MAX_RECORD_BYTES, check_columns
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 
 # Extension types whose values are plain: pyarrow itself implements them, in C++.
 HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
 EXTENSION_KEY = b"ARROW:extension:name"
+MAX_COLUMNS = 10_000
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
 FREE_BYTES = 1 << 28  # what a row group may expand to whatever its size
@@ -131,9 +131,7 @@ def check_schema(schema: Any, uri: str) -> None:
     """
     import pyarrow as pa
 
-    names = schema.names
-    if twice := sorted(name for name, number in Counter(names).items() if number > 1):
-        raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
+    check_columns(uri, schema.names, MAX_COLUMNS)
     for column in schema:
         waiting: list[Any] = [column]
         while waiting:

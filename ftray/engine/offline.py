@@ -20,6 +20,7 @@ from ftray.engine.directory import check_model_directory
 from ftray.engine.protocol import Completion, Engine, FinishReason, SamplingParams
 from ftray.engine.transformers import TransformersEngine
 from ftray.errors import ModelError
+from ftray.model_files import check_hub_model
 
 
 def generate_all(
@@ -126,6 +127,8 @@ def load_engine(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a replica's log is no terminal
     try:
+        if not is_local:
+            options["revision"] = check_hub_model(str(model_dir), revision)
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as err:

@@ -300,9 +300,11 @@ def _local(model_dir: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_dir, revision=revision, allow_patterns=_FILES))
+        directory = Path(snapshot_download(model_dir, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError) as err:
         raise ModelError(f"{model_dir} can't be had from the hub: {' '.join(str(err).split())[:200]}") from None
+    check_model_directory(directory)
+    return directory
 
 
 def _generation_eos(directory: Path) -> Any:

@@ -15,7 +15,7 @@ from ftray.chat import ChatFormat, Message, template_of, try_template
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
 from ftray.model.weights_check import check_finite
-from ftray.model_files import check_config, check_model_files
+from ftray.model_files import check_config, check_hub_model, check_model_files
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,16 @@ def resolve_base(model: config.Model) -> str:
     return str(directory.resolve())
 
 
+def checked_revision(model: config.Model, base: str) -> str | None:
+    """The revision to load: of a hub's model the commit whose small files were checked. Raises ModelError."""
+    if Path(base).is_absolute():
+        return model.revision
+    try:
+        return check_hub_model(base, model.revision)
+    except (OSError, ValueError) as err:
+        raise ModelError(_explain(model, "config", err)) from None
+
+
 def absolute_base(model: config.Model) -> config.Model:
     """The same base for processes with another working directory, as Ray's workers have. Raises as `resolve_base`."""
     if model.base.startswith("embedded:"):
@@ -65,10 +75,9 @@ def load_tokenizer(model: config.Model) -> Any:
     from transformers import AutoTokenizer
 
     base = resolve_base(model)
+    revision = checked_revision(model, base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=model.trust_remote_code)
     except Exception as err:  # noqa: BLE001 - a damaged tokenizer.json raises what Rust and Python have
         raise ModelError(_explain(model, "tokenizer", err)) from None
     if not tokenizer.is_fast:
@@ -114,12 +123,13 @@ def load_base(model: config.Model, dtype: torch.dtype, quantize: bool = False) -
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     base = resolve_base(model)
+    revision = checked_revision(model, base)
     try:
-        found = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        found = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=model.trust_remote_code)
         apply_kernels(found.model_type)
         loaded, info = AutoModelForCausalLM.from_pretrained(
             base,
-            revision=model.revision,
+            revision=revision,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
@@ -168,8 +178,10 @@ def outline_base(model: config.Model, dtype: torch.dtype) -> PreTrainedModel:
     from ftray.model.kernels import apply_kernels
 
     trust = model.trust_remote_code
+    base = resolve_base(model)
+    revision = checked_revision(model, base)
     try:
-        found = AutoConfig.from_pretrained(resolve_base(model), revision=model.revision, trust_remote_code=trust)
+        found = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust)
         apply_kernels(found.model_type)
         with torch.device("meta"):
             outline: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -187,8 +199,9 @@ def check_base(model: config.Model) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     base = resolve_base(model)
+    revision = checked_revision(model, base)
     try:
-        found = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        found = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=model.trust_remote_code)
     except Exception as err:  # noqa: BLE001 - a config's class raises what its values lead to
         raise ModelError(_explain(model, "config", err)) from None
     own = {"_attn_implementation": getattr(found, "_attn_implementation_internal", None)}  # to_dict() leaves it out

@@ -127,10 +127,11 @@ def check_targets(model: config.Model, method: config.Method) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ftray.model.load import resolve_base
+    from ftray.model.load import checked_revision, resolve_base
 
+    place = resolve_base(model)
     base = AutoConfig.from_pretrained(
-        resolve_base(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        place, revision=checked_revision(model, place), trust_remote_code=model.trust_remote_code
     )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(base, trust_remote_code=model.trust_remote_code)

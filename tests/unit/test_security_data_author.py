@@ -228,6 +228,30 @@ def test_one_large_text_that_a_dictionary_repeats_is_not_copied(
     assert len(read(path)) == 200  # one by one
 
 
+def test_a_file_of_very_many_columns_is_refused(tmp_path: Path) -> None:
+    """Each row of a CSV file, however short, has a value for each column."""
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(f"c{i}" for i in range(200_000)) + "\n" + "a\n" * 1000)
+    with pytest.raises(DataError, match="has 200000 columns, and at most 1024 are read"):
+        read(path)
+    with pytest.raises(DataError, match="has 20000 columns, and at most 10000 are read"):
+        check_schema(pa.schema([(f"c{i}", pa.string()) for i in range(20_000)]), "wide.parquet")
+    path.write_text(",".join(f"c{i}" for i in range(1024)) + "\na\n")
+    (row,) = read(path)
+    assert row["c0"] == "a"
+    assert row["c1023"] is None
+
+
+def test_a_csv_row_of_many_large_fields_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expand, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b,c\n" + '"x\ny",b,c\n' * 500)  # many rows may be larger together
+    assert len(read(path)) == 500
+    path.write_text("a,b,c\n" + ",".join(['"' + "x\n" * 200 + '"'] * 3) + "\n")
+    with pytest.raises(DataError, match=r"rows\.csv, a row: a record of more than"):
+        read(path)
+
+
 def test_dates_that_python_has_not_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     for column in (pa.array([-(2**62)], pa.timestamp("us")), pa.array([1], pa.timestamp("s", "No/Where"))):

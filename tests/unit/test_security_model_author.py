@@ -8,19 +8,22 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
-from bench.hostile.templates import IN_C
+from bench.hostile.templates import IN_C, NESTED
 from ftray.chat import ChatFormat, Message, trial, try_template
 from ftray.chat.turns import Cutter
 from ftray.config import Model
 from ftray.data.tokenize import pack_tokenizer
 from ftray.engine.directory import check_model_directory
+from ftray.engine.offline import load_engine
 from ftray.errors import DataError, FtrayError, ModelError
 from ftray.model import load
 from ftray.model_files import check_model_files
@@ -34,7 +37,20 @@ def render(source: str, content: str = "hello there") -> str:
     return Template(source).render([{"role": "user", "content": content}], True, bos_token="<s>").text
 
 
-TAKES_MEMORY = ("expandtabs", "wordwrap", "nested width", "percent", "indent method", "join", "batch")
+TAKES_MEMORY = (
+    "expandtabs",
+    "wordwrap",
+    "nested width",
+    "percent",
+    "indent method",
+    "join",
+    "batch",
+    "join range",
+    "text in a loop",
+    "format fields",
+    "characters",
+    "sort characters",
+)
 
 
 @pytest.mark.parametrize("name", IN_C)
@@ -73,6 +89,18 @@ FAIR = {
 @pytest.mark.parametrize("source", FAIR)
 def test_what_public_templates_do_is_done(source: str) -> None:
     assert render(source) == FAIR[source]
+
+
+def test_a_namespace_does_not_write_out_what_it_holds() -> None:
+    for shown in ("{{ ns }}", "{{ ns ~ '' }}", "{{ ns | string }}", "{{ '%s' % ns }}", "{{ '{}'.format(ns) }}"):
+        assert render(NESTED + shown) == "<namespace>"
+
+
+def test_generation_marks_are_placed_in_one_pass() -> None:
+    source = "{% for i in range(60000) %}{% generation %}a{% endgeneration %}{% endfor %}"
+    marks = Template(source).render([{"role": "user", "content": "x"}], False).marks
+    assert marks[:2] == [(0, 1), (1, 2)]
+    assert marks[-1] == (59_999, 60_000)
 
 
 def test_long_conversations_are_not_taken_for_attacks() -> None:
@@ -229,6 +257,28 @@ def test_a_config_that_names_a_kernel_of_a_hub_is_refused(model: Path, key: str,
         for read in (lambda: load.check_base(Model(base=str(model))), lambda: check_model_directory(model)):
             with pytest.raises(ModelError, match=rf"config\.json: {key} is .*which may be code from a hub"):
                 read()
+
+
+def test_a_model_of_a_hub_is_checked_as_a_directory_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789" * 4
+    place = tmp_path / "hub/models--org--hostile"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
+    shutil.copytree(spoil(model, "config.json", _attn_implementation="org/kernel"), place / "snapshots" / commit)
+    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    base = Model(base="org/hostile")
+    for read in (
+        lambda: load.load_tokenizer(base),
+        lambda: load.check_base(base),
+        lambda: load.load_base(base, torch.float32),
+        lambda: load_engine("org/hostile"),
+    ):
+        with pytest.raises(ModelError, match=r"config\.json: _attn_implementation is .*may be code from a hub"):
+            read()
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x", "..\\x", "", None, 5, "a\0b"])
