@@ -115,7 +115,7 @@ def feed(plan: LoadPlan, start: int, stop: int, found: dict[str, Any]) -> None:
 
 def measure(directory: Path, base: config.ModelConfig, chunk_mb: float, batch: int, clean: str) -> list[dict[str, Any]]:
     """The three phases over a directory of shards. Needs a started Ray."""
-    rules = dict.fromkeys(("duplicates", "near_duplicates", "overlap", "quality"), clean)
+    rules = dict.fromkeys(("duplicates", "near_duplicates", "contamination", "quality"), clean)
     data = config.DataConfig.model_validate(
         {
             "max_seq_len": 4096,

@@ -151,7 +151,7 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
         "near_duplicate": "s0.jsonl",
         "overlap": "e.jsonl",
     }
-    off = data.model_copy(update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", overlap="off")})
+    off = data.model_copy(update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", contamination="off")})
     assert indexed(model, tmp_path, off)[0].found == {}
 
 
@@ -160,7 +160,7 @@ def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
 ) -> None:
     told = data_of(planted["train"], eval=[{"path": str(planted["eval"])}])
     drop = told.model_copy(
-        update={"clean": config.CleanConfig(duplicates="drop", near_duplicates="drop", overlap="drop")}
+        update={"clean": config.CleanConfig(duplicates="drop", near_duplicates="drop", contamination="drop")}
     )
     index, _ = indexed(model, tmp_path, told)
     dropping, heldout = indexed(model, tmp_path, drop)
