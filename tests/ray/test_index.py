@@ -151,7 +151,9 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
         "near_duplicate": "s0.jsonl",
         "overlap": "e.jsonl",
     }
-    off = data.model_copy(update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", contamination="off")})
+    off = data.model_copy(
+        update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", contamination="off")}
+    )
     assert indexed(model, tmp_path, off)[0].found == {}
 
 

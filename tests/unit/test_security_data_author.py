@@ -353,11 +353,3 @@ def test_a_file_of_nothing_but_bad_records_is_refused_before_they_fill_the_memor
     seen = []
     with pytest.raises(DataError, match=r"part\.jsonl has more than 100 bad records in one piece, the last at 200"):
         seen.extend(examples.read_examples(chunk, chat, examples.Rules(100, "auto", None, None, None)))
-
-
-def test_a_csv_of_a_hundred_thousand_columns_is_read_in_time_that_grows_with_them(tmp_path: Path) -> None:
-    names = [f"c{n}" for n in range(100_000)]
-    (tmp_path / "part.csv").write_text(",".join(names) + "\n1\n")
-    assert read(tmp_path / "part.csv")[0]["c0"] == "1"
-    (tmp_path / "part.csv").write_text(",".join([*names, "c5"]) + "\n1\n")
-    refuse(tmp_path / "part.csv", "has the column 'c5' twice")
