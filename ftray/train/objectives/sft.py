@@ -102,7 +102,7 @@ class SummedLossModel(torch.nn.Module):
             loss: torch.Tensor = self.head(self._hidden(inputs, supervised), targets, smoothing)
             return loss
         logits = self._logits(inputs, supervised)
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        return _cross_entropy(logits.float(), targets, smoothing).sum()
 
     @torch.no_grad()
     def token_scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +120,7 @@ class SummedLossModel(torch.nn.Module):
             pieces = (logits for logits in [self._logits(inputs, supervised)])
         losses, hits = [], []
         for logits, wanted in zip(pieces, targets.split(size), strict=True):
-            losses.append(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none"))
+            losses.append(_cross_entropy(logits.float(), wanted))
             hits.append(logits.argmax(dim=-1) == wanted)
         return torch.cat(losses), torch.cat(hits)
 
@@ -173,7 +173,7 @@ class LossHead(torch.nn.Module):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for piece, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = (piece @ self.weight.T).float()
-            loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing)
+            loss += _cross_entropy(logits, wanted, smoothing).sum()
         return loss
 
 
@@ -225,8 +225,9 @@ def _slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tup
         losses = softmax_slope_(logits, targets)
         return logits, losses
     wide = logits.float()
-    norm = torch.logsumexp(wide, dim=-1, keepdim=True)
-    losses = (norm - (1 - smoothing) * wide.gather(1, targets[:, None]))[:, 0]
+    norm = _log_sum_exp(wide)
+    losses = (norm - (1 - smoothing) * wide.gather(1, targets[:, None]))[:, 0].float()
+    norm = norm.float()
     if smoothing:
         losses = losses - smoothing * wide.mean(dim=1)
     slope = wide.sub_(norm).exp_()  # softmax, in place
@@ -234,6 +235,32 @@ def _slope(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tup
         slope -= smoothing / logits.shape[1]
     slope.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], smoothing - 1.0, dtype=torch.float32))
     return slope.to(logits.dtype), losses
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy float32 [tokens] of float32 logits [tokens, vocabulary]; differentiable."""
+    if logits.is_cuda:
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    losses = (_log_sum_exp(logits) - (1 - smoothing) * logits.gather(1, targets[:, None]))[:, 0]
+    if smoothing:
+        losses = losses - smoothing * logits.mean(dim=1)
+    return losses.float()
+
+
+def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of exponentials over the vocabulary; differentiable.
+
+    Args:
+        logits: float32 [tokens, vocabulary].
+
+    Returns:
+        [tokens, 1]; float64 on CPU, where torch adds up a vocabulary in float32 with few partial sums: with AVX2 and 49,152
+        entries the loss of a token is off by 1e-5.
+    """
+    if logits.is_cuda:
+        return torch.logsumexp(logits, dim=-1, keepdim=True)
+    top = logits.detach().amax(dim=-1, keepdim=True)
+    return top.double() + (logits - top).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64).log()
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
