@@ -200,3 +200,17 @@ def ray_metric(name: str, *labels: str) -> float | None:
     except OSError:  # nobody listens yet
         return None
     return next((value for (known, *has), value in told.items() if known == name and set(labels) <= set(has)), None)
+
+
+def wait_for_metric(name: str, *labels: str) -> float:
+    """The first series of that name with those labels, as soon as Ray's agent shows it."""
+    value: float | None = None
+
+    def is_shown() -> bool:
+        nonlocal value
+        value = ray_metric(name, *labels)
+        return value is not None
+
+    wait_for(is_shown, name)
+    assert value is not None
+    return value

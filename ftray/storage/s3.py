@@ -115,15 +115,16 @@ async def _send(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
     return response
 
 
-def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments: Any) -> Any:
+def request(operation: str, uri: str, unless: tuple[str, ...] = (), shown: str = "", **arguments: Any) -> Any:
     """The answer to one S3 request about `uri`, its Body read; None if the store refuses with a code in `unless`.
 
     Passing troubles (5xx, SlowDown, resets, timeouts, cut answers) are retried with exponential backoff and jitter
-    until the deadline of RETRY_S. Raises MissingFile, and StorageError with the remedy.
+    until the deadline of RETRY_S. Errors name `shown`, or else `uri`. Raises MissingFile, and StorageError with the remedy.
     """
     from fsspec.asyn import sync
 
     bucket, key = bucket_and_key(uri)
+    shown = shown or uri
     arguments = {"Bucket": bucket, **({"Key": key} if key else {}), **arguments}
     budget_s = retry_s.get() or _default_retry_s()
     renewals = math.inf if budget_s > _default_retry_s() else 1
@@ -144,11 +145,11 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), **arguments:
                 _connect.cache_clear()  # a new session reads the keys anew: a file, a role, a process may have new ones
                 renewals -= 1
             elif expired or not _is_passing(error):
-                raise _explained(uri, error) from error
+                raise _explained(shown, error) from error
             if time.monotonic() + pause_s > deadline:
                 failed = "can't be reached" if "Connect" in code else "gave no good answer"
                 raise StorageError(
-                    f"{_endpoint()} {failed} for {uri} within {budget_s:.3g} s (last: {code}); check "
+                    f"{_endpoint()} {failed} for {shown} within {budget_s:.3g} s (last: {code}); check "
                     "AWS_ENDPOINT_URL_S3 and the network, or try longer with FTRAY_STORAGE_RETRY_S"
                 ) from error
         time.sleep(pause_s * _jitter.uniform(0.5, 1))
@@ -209,7 +210,7 @@ def pages(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
     """The objects of a bucket whose keys begin with `prefix`, all pages of them. Raises StorageError."""
     more: dict[str, Any] = {}
     while True:
-        page = request("list_objects_v2", f"s3://{bucket}", Prefix=prefix, **more)
+        page = request("list_objects_v2", f"s3://{bucket}", shown=f"s3://{bucket}/{prefix}", Prefix=prefix, **more)
         yield from page.get("Contents", [])
         if not page.get("IsTruncated"):
             return

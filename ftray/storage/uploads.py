@@ -46,7 +46,9 @@ def _pages(bucket: str, prefix: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """Each upload, and the time by the store's clock."""
     more: dict[str, Any] = {}
     while True:
-        page = s3.request("list_multipart_uploads", f"s3://{bucket}", Prefix=prefix, **more)
+        page = s3.request(
+            "list_multipart_uploads", f"s3://{bucket}", shown=f"s3://{bucket}/{prefix}", Prefix=prefix, **more
+        )
         answered = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
         for entry in page.get("Uploads", []):
             if entry["Key"].startswith(prefix):

@@ -101,7 +101,7 @@ def test_the_endpoint_serves_out_of_the_bucket(place: Place, ended: Ended) -> No
 @pytest.mark.parametrize(
     ("environment", "overrides", "fragments"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, (), ("s3://data/", "AWS_ACCESS_KEY_ID")),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, (), ("s3://data/", "AWS_SECRET_ACCESS_KEY")),
         ({"AWS_ACCESS_KEY_ID": "nobody"}, (), ("s3://data/", "AWS_ACCESS_KEY_ID")),
         ({}, ("storage=s3://no-such-bucket/runs",), ("s3://no-such-bucket", "bucket")),
         ({}, ("data.train.0.path=s3://no-such-bucket/shards/", "storage=here"), ("s3://no-such-bucket", "bucket")),

@@ -49,7 +49,7 @@ SETTINGS: dict[str, Settings] = {
     "lora-2-dora": setting("lora", 2, method__dora=True, method__rslora=True),
     "lora-3": setting("lora", 3, "bf16", deepspeed__overrides={}),  # adapters stay whole between steps
     "lora-3-dora": setting("lora", 3, method__dora=True),
-    "prompt-2": setting("prompt", 2, train__label_smoothing=0.1),
+    "prompt-2": setting("prompt-tuning", 2, train__label_smoothing=0.1),
 }
 QUICK = ("full-1-fp16", "full-3-all", "lora-0-bf16", "lora-3")
 THE_REST = tuple(name for name in SETTINGS if name not in QUICK)

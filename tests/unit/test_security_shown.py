@@ -56,6 +56,13 @@ def test_an_error_that_quotes_foreign_text_is_printable(capsys: pytest.CaptureFi
     assert "\x1b" not in capsys.readouterr().err
 
 
+@pytest.fixture(autouse=True)
+def auth_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`JobClient` sets the mode where a token is set: with both calls the variable is gone again after the test."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -68,7 +75,6 @@ def test_an_error_that_quotes_foreign_text_is_printable(capsys: pytest.CaptureFi
 )
 def test_a_token_is_not_sent_in_plain_text(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "very-secret-token")
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(
         ConfigError, match=r"in plain text .*http://127\.0\.0\.1:8265, use https, or add --insecure"
     ) as refused:
