@@ -24,7 +24,9 @@ def environment_stays() -> Iterator[None]:
     for name in after.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
-    assert after == before, "the test left environment variables behind; use monkeypatch.setenv before the code sets them"
+    assert after == before, (
+        "the test left environment variables behind; use monkeypatch.setenv before the code sets them"
+    )
 
 
 def _watched() -> dict[str, str]:
