@@ -24,6 +24,7 @@ from ftray.chat.template import FILTERS, TESTS, Template
 from ftray.config import ModelConfig
 from ftray.data.tokenizer import pack_tokenizer
 from ftray.engine.batch import load_engine
+from ftray.engine.vllm.engine import VllmEngine
 from ftray.errors import DataError, FtrayError, ModelError
 from ftray.model import load
 from ftray.storage.model_directory import check_model_directory, check_model_files
@@ -275,6 +276,7 @@ def test_a_model_of_a_hub_is_checked_as_a_directory_is(
         lambda: load.check_base(base),
         lambda: load.load_base(base, torch.float32),
         lambda: load_engine("org/hostile"),
+        lambda: VllmEngine("org/hostile"),
     ):
         with pytest.raises(ModelError, match=r"config\.json: _attn_implementation is .*may be code from a hub"):
             read()

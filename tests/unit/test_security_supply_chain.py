@@ -118,6 +118,30 @@ def test_the_sbom_has_licence_and_hashes_of_every_package_and_the_cuda_libraries
     assert {"torch", "nvidia-cublas", "nvidia-nccl-cu13", "triton"} <= {part["name"] for part in parts}
 
 
+def recipe(target: str) -> list[str]:
+    """The commands that make would run for a target in a fresh clone."""
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [line for line in done.stdout.replace("\\\n", "").splitlines() if line.strip()]
+
+
+def test_make_install_checks_the_hash_of_every_package_but_torch() -> None:
+    installs = [line for line in recipe("install") if "pip install" in line]
+    unchecked = [line for line in installs if "--require-hashes" not in line]
+    assert len(installs) == 4
+    assert len(unchecked) == 2
+    assert any("^torch==" in line for line in unchecked)
+    assert any(line.endswith("--no-deps --no-build-isolation --editable .") for line in unchecked)
+
+
+def test_make_lint_runs_bandit_and_the_licence_check_and_ci_runs_make_lint() -> None:
+    commands = recipe("lint")
+    assert any(line.startswith(".venv/bin/bandit ") and line.endswith("--recursive ftray") for line in commands)
+    assert any(line.endswith(".ci/licences.py") for line in commands)
+    assert re.search(r"^\{? ?make .*\blint\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
 def test_the_image_has_no_test_tools() -> None:
     image = {
         line.split("==")[0] for line in (ROOT / "requirements.image.lock").read_text().splitlines() if "==" in line

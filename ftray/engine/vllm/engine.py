@@ -53,8 +53,8 @@ class VllmEngine:
         tensor_parallel: int = 1,
         revision: str | None = None,
     ) -> None:
+        self._directory = _local(model_dir, revision)  # checks the files before vLLM reads them
         _quieten()
-        self._directory = _local(model_dir, revision)
         self.name, self._dtype, self.max_num_seqs = name, dtype, max_num_seqs
         self._max_adapters, self._tensor_parallel = max_adapters, tensor_parallel
         try:
