@@ -232,7 +232,7 @@ def main() -> int:
         finally:
             driver.process.kill()
             nodes.shutdown()
-        told = [(line["step"], line["rows"]) for line in lines]
+        told = [(line["step"], line["sequences"]) for line in lines]
         found = {
             "minutes": given.minutes,
             "failures": {kind: sum(1 for _, k in kills if k == kind) for kind in given.what},

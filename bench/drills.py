@@ -121,7 +121,7 @@ def whole(directory: Path, num_steps: int, place: str = "runs/drill") -> dict[st
     lines = [json.loads(line) for line in text.splitlines()]
     env = {**os.environ, "FTRAY_CACHE": str(directory / "cache")}
     expected = rows_told(directory, env, num_steps)
-    same = {line["step"]: line["rows"] for line in lines} == expected and len(lines) == num_steps
+    same = {line["step"]: line["sequences"] for line in lines} == expected and len(lines) == num_steps
     damaged = [problem for found in list_checkpoints(run_dir) for problem in storage.verify_directory(found.uri)]
     return {"steps": len(lines), "rows_as_planned": same, "damaged": damaged, "ok": same and not damaged}
 

@@ -109,7 +109,7 @@ def prove_kills(kind: str, kills: int, steps: int, parts: dict[str, Path], seed:
     killer = Killer(kills, steps, seed)
     rough = train(runs["rough"], killer)
     lines = {name: metrics(place / "tiny") for name, place in places.items()}
-    told = {n: [(x["step"], x["loss"], x["rows"]) for x in each] for n, each in lines.items()}
+    told = {n: [(x["step"], x["loss"], x["sequences"]) for x in each] for n, each in lines.items()}
     wrong = [a for a, b in zip(told["smooth"], told["rough"], strict=False) if a != b]
     hashes = {"smooth": cluster.weights_hash(smooth), "rough": cluster.weights_hash(rough)}
     return {
@@ -146,7 +146,7 @@ def prove_sizes(kind: str, steps: int, rate: float, parts: dict[str, Path]) -> d
     told = [metrics(parts["root"] / kind / n / "tiny") for n in ("one", "many")]
     apart = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(*told, strict=True)]
     after = [max(apart[change : change + 50]) for change in changes]
-    same_rows = [a["rows"] for a in told[0]] == [b["rows"] for b in told[1]]
+    same_rows = [a["sequences"] for a in told[0]] == [b["sequences"] for b in told[1]]
     return {
         "kind": kind,
         "equal": same_rows and max(after) <= 1e-5 and apart[-1] <= 1e-3,

@@ -273,7 +273,7 @@ class Trial:
         """(step, loss, digest of its rows) of each committed step."""
         text = self._site.h0.python("-c", TELL, f"s3://data/{case}/tiny/metrics.jsonl")
         lines = [json.loads(line) for line in text.splitlines() if line]
-        return [(line["step"], line["loss"], line["rows"]) for line in lines]
+        return [(line["step"], line["loss"], line["sequences"]) for line in lines]
 
 
 def main() -> int:

@@ -75,16 +75,17 @@ def _wait_for_memory() -> None:
 def main() -> None:
     """The watched process."""
     from ftray.cli import main as cli
-    from ftray.events import bus
+    from ftray.events.bus import EventBus
+    from ftray.events.types import Event, to_dict
 
-    show = bus._show
-    out = os.fdopen(os.dup(1), "w", buffering=1)  # a run sends its own output elsewhere
+    emit = EventBus.emit
+    out = os.fdopen(os.dup(1), "w", buffering=1)  # a run redirects its own output
 
-    def told(event: dict[str, Any], bar: Any, console: Any) -> None:
-        out.write(MARK + json.dumps(event) + "\n")
-        show(event, bar, console)
+    def watched(bus: EventBus, event: Event) -> None:
+        out.write(MARK + json.dumps(to_dict(event), default=vars) + "\n")
+        emit(bus, event)
 
-    bus._show = told
+    EventBus.emit = watched  # type: ignore[method-assign]
     sys.argv = ["ftray", "train", *sys.argv[1:]]
     cli.main()
 

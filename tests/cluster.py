@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ftray import config, console, storage
 from ftray.driver.launch import train
 from ftray.driver.run_record import open_run
+from ftray.events.bus import Subscriber
 from ftray.train.checkpoint.catalog import CheckpointRef
 
 DEADLINE_S = 300.0
@@ -85,17 +86,17 @@ class Watched(io.StringIO):
 
 
 def run_training(
-    run: config.RunConfig, *script: Any, parent: str | None = None, tell: Callable[[dict[str, Any]], None] | None = None
+    run: config.RunConfig, *script: Any, parent: str | None = None, subscribers: Sequence[Subscriber] = ()
 ) -> tuple[CheckpointRef, str]:
     """Trains in this process; returns the last checkpoint and what the user saw.
 
-    script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from. tell: as in `train`.
+    script: `until, act`, or one Watched. parent: the checkpoint that a new run starts from. subscribers: as in `train`.
     """
     stream = script[0] if script and isinstance(script[0], Watched) else Watched(*([script] if script else []))
     run_dir = open_run(run, parent)
     kept, console.PLAIN_EVERY_S = console.PLAIN_EVERY_S, 0.0
     try:
-        found = train(run, run_dir, console.Console(stream), tell=tell)
+        found = train(run, run_dir, console.Console(stream), subscribers=subscribers)
     finally:
         console.PLAIN_EVERY_S = kept
         if stream.failed:  # the test could not do what it is about

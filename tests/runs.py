@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 
 def line(step: int, loss: float, unix_s: float, **more: Any) -> dict[str, Any]:
     """A line of metrics.jsonl: 1,000 tokens in a second."""
-    found = {"step": step, "loss": loss, "num_tokens": 1000, "num_supervised": 500, "learning_rate": 1e-4 * step}
+    found = {"step": step, "loss": loss, "num_tokens": 1000, "num_trained_tokens": 500, "learning_rate": 1e-4 * step}
     return {**found, "grad_norm": 0.5, "tokens_per_s": 1000.0, "data_wait_s": 0.01, "unix_s": unix_s, **more}
 
 
@@ -45,7 +45,7 @@ def write_run(
     (run_dir / "metrics" / segment).write_text("".join(json.dumps(each) + "\n" for each in lines))
     step = lines[-1]["step"] + 1
     progress = RunProgress(step=step, finished=step == run.train.max_steps, segments=[segment])
-    held_out = [(each["heldout_loss"], each["step"] + 1) for each in lines if "heldout_loss" in each]
+    held_out = [(each["eval_loss"], each["step"] + 1) for each in lines if "eval_loss" in each]
     progress.best = dict(zip(("loss", "step"), min(held_out), strict=True)) if held_out else None
     files = run_dir / "made"
     files.mkdir()
@@ -105,7 +105,7 @@ def with_two_kills(storage_dir: Path) -> tuple[config.RunConfig, Path]:
     """A run of 40 steps of a second: a worker lost after 20, its command killed after 30, an hour of nothing, the rest."""
     times = [10 + n if n < 20 else 40 + n if n < 30 else 3700 + n for n in range(40)]
     lines = [
-        line(n, 3.0 * 0.95**n, BEGAN_S + at, **({"heldout_loss": 3.1 * 0.95**n} if n % 10 == 9 else {}))
+        line(n, 3.0 * 0.95**n, BEGAN_S + at, **({"eval_loss": 3.1 * 0.95**n} if n % 10 == 9 else {}))
         | {"learning_rate": 5e-3 * 0.82**n}  # ends at 2e-6, as real ones do
         for n, at in enumerate(times)
     ]
@@ -117,7 +117,7 @@ def with_two_kills(storage_dir: Path) -> tuple[config.RunConfig, Path]:
         [
             (0, "began", {"step": 0, "host": "n1", "pid": 1}),
             (9, "start", {"step": 0, **start}),
-            (28, "alarm", {"kind": "spike", "step": 18, "text": "the loss jumped and came back"}),
+            (28, "alert", {"kind": "spike", "step": 18, "text": "the loss jumped and came back"}),
             (30, "failed", {"why": "worker 1 on n2 was killed (SIGKILL)", "step": 23}),
             (50, "start", {"step": 20, **start}),
         ],

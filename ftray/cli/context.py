@@ -68,11 +68,11 @@ def owned(
 
 
 def launch(run: config.RunConfig, run_dir: str, console: Console, lease: Lease) -> CheckpointRef:
-    """Training itself, with its figures told to Ray's metrics."""
+    """Trains the run and exports its metrics to Ray."""
     from ftray.driver.launch import train
     from ftray.report.ray_metrics import TrainingMetrics
 
-    return train(run, run_dir, console, lease, tell=TrainingMetrics(run, warn=console.warn).heard)
+    return train(run, run_dir, console, lease, subscribers=[TrainingMetrics(run, warn=console.warn)])
 
 
 @contextmanager

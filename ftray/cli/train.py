@@ -66,7 +66,7 @@ def _sweep(run: config.RunConfig, target: str, console: Console) -> config.RunCo
                 console,
                 target,
                 lease,
-                lambda trial: TrainingMetrics(trial, warn=console.warn, name=f"{run.name}/{trial.name}").heard,
+                lambda trial: TrainingMetrics(trial, warn=console.warn, name=f"{run.name}/{trial.name}"),
                 render_page=render_page,
             )
             return winning_run(run, run_dir, winner)

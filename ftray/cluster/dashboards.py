@@ -31,8 +31,8 @@ TRAINING: list[Panel] = [
     (
         "Loss",
         "short",
-        "Of the last step, and held out.",
-        [(f"ray_ftray_loss{_RUN}", "{{run}}"), (f"ray_ftray_heldout_loss{_RUN}", "{{run}} held out")],
+        "Of the last step, and of the eval set.",
+        [(f"ray_ftray_loss{_RUN}", "{{run}}"), (f"ray_ftray_eval_loss{_RUN}", "{{run}} eval")],
     ),
     (
         "Tokens a second",
@@ -75,10 +75,10 @@ TRAINING: list[Panel] = [
         [(f"time() - ray_ftray_checkpoint_unix_seconds{_RUN}", "{{run}}")],
     ),
     (
-        "Alarms",
+        "Alerts",
         "short",
         "By kind; the run's log says what to do.",
-        [(f"sum by (run, kind) (ray_ftray_alarms{_RUN})", "{{run}} {{kind}}")],
+        [(f"sum by (run, kind) (ray_ftray_alerts{_RUN})", "{{run}} {{kind}}")],
     ),
     ("Gradient norm", "short", "Before clipping.", [(f"ray_ftray_grad_norm{_RUN}", "{{run}}")]),
     ("Learning rate", "sci", "", [(f"ray_ftray_learning_rate{_RUN}", "{{run}}")]),

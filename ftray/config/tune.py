@@ -60,7 +60,7 @@ class TuneConfig(Section):
     """Share of its steps that every trial gets before it may be given up."""
     reduction_factor: Annotated[Float, Field(gt=1)] = 3.0
     """For `asha`: of so many trials one goes on at a rung; rungs are at grace, grace × factor, grace × factor², …"""
-    metric: Literal["heldout_loss"] = "heldout_loss"
+    metric: Literal["eval_loss"] = "eval_loss"
     """What trials are compared by; taken every `evaluate.every` steps (left out: ten times in a trial)."""
     max_concurrent: Positive | None = None
     """Trials that train at once; left out: as many as the cluster has room for."""

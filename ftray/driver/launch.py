@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,8 +35,9 @@ from ftray.driver.trackers import tracked
 from ftray.driver.worker_group import GroupResult, HangDetector, run_group
 from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.events.alerts import AlertMonitor
-from ftray.events.bus import EventBus, Tell
+from ftray.events.bus import ConsoleSubscriber, EventBus, Subscriber
 from ftray.events.event_log import EventLog
+from ftray.events.types import CheckpointStarted, Event, GroupFailed
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
 from ftray.train.checkpoint.catalog import CheckpointRef, find_newest, list_checkpoints, merge_metrics, read_metrics
 from ftray.train.driver_channel import DriverChannel
@@ -49,14 +50,16 @@ START_S = "20"  # seconds that Ray Train tries to place a group of workers
 
 @dataclass(frozen=True)
 class TrialHooks:
-    """Who follows a run from outside: a sweep, of whose trials it is one.
+    """Hooks for a sweep that runs this training job as one of its trials.
 
-    heard: told each event of rank 0, and alarms; after a held-out loss the workers wait until it has returned. caught:
-    gets a signal's number when the run is to stop as at that signal. data, heldout: what trials share (the run's data,
-    and a reference to the held-out rows); None: the run prepares its own.
+    Attributes:
+        subscriber: Follows the trial. After an eval the workers wait until its handlers return.
+        caught: Signals; the run stops as if it had received them.
+        data: Data that the trials share; None if the run prepares its own.
+        heldout: Reference to the table of eval sequences that the trials share.
     """
 
-    heard: Tell
+    subscriber: Subscriber
     caught: list[int]
     data: PreparedData | None = None
     heldout: Any = None
@@ -68,11 +71,11 @@ def train(
     console: Console,
     lease: storage.Lease | None = None,
     follower: TrialHooks | None = None,
-    tell: Tell | None = None,
+    subscribers: Sequence[Subscriber] = (),
 ) -> CheckpointRef:
     """Trains a run to its end; returns its last checkpoint. Needs a started Ray, and the run's lease.
 
-    tell: told each event of rank 0, and alarms, for figures that others read.
+    subscribers: follow the run's events, metrics for example.
 
     Raises DataError, ConfigError before any worker starts; Interrupted after Ctrl-C with a committed checkpoint;
     Preempted after SIGTERM; RunError when workers fail more often than allowed.
@@ -98,21 +101,26 @@ def train(
     journal = EventLog(run_dir, is_ours)
     step = newest.step if newest else 0
     watch = AlertMonitor(run, data.plan.num_steps, _lines_before(run_dir, console))
-    told = [each for each in (tell, follower.heard if follower else None) if each is not None]
     with (
         journal.session(step),
         tracked(run, run_dir, console.warn, is_ours) as committed_one,
         console.progress("train: step", data.plan.num_steps, step) as bar,
     ):
-        hearing = EventBus(console, bar, journal, watch, committed_one, told)
+        bus = EventBus()
+        ConsoleSubscriber(console, bar).subscribe(bus)
+        journal.subscribe(bus)
+        bus.subscribe(CheckpointStarted, lambda _: committed_one())
+        watch.subscribe(bus, console.warn)
+        for subscriber in (*subscribers, *([follower.subscriber] if follower else [])):
+            subscriber.subscribe(bus)
 
         def start(world_size: int, wish: Wish) -> GroupResult:
             try:
-                ended = _start(job, world_size, data.plan, use_gpu, wish, hearing.heard)
+                ended = _start(job, world_size, data.plan, use_gpu, wish, bus.emit)
             except RayError as err:
-                journal.tell("failed", why=explain(err))
+                journal.write(GroupFailed(explain(err)))
                 raise
-            journal.group_ended(ended)
+            journal.group_ended(ended.event_type, ended.why)
             return ended
 
         try:
@@ -137,11 +145,11 @@ def _last_checkpoint(run_dir: str, console: Console) -> CheckpointRef:
 
 
 def _lines_before(run_dir: str, console: Console) -> list[dict[str, Any]]:
-    """Metrics that alarms go on from: the first, and the newest."""
+    """Metrics that alerts continue from: the first and the newest."""
     try:
         return read_metrics(run_dir, most=50, warn=console.warn)
     except StorageError as err:
-        console.warn(f"alarms begin anew, earlier metrics can't be read: {err}")
+        console.warn(f"alerts start without earlier metrics, which cannot be read: {err}")
         return []
 
 
@@ -217,7 +225,7 @@ def say_plan(run: config.RunConfig, data: PreparedData, newest: CheckpointRef | 
 
 
 def _start(
-    job: TrainJob, world_size: int, plan: LoadPlan, use_gpu: bool, wish: Wish, show: Callable[[dict[str, Any]], None]
+    job: TrainJob, world_size: int, plan: LoadPlan, use_gpu: bool, wish: Wish, emit: Callable[[Event], None]
 ) -> GroupResult:
     """One group of workers, to its end."""
     run = job.run
@@ -247,7 +255,7 @@ def _start(
             dataset_config=LoaderConfig(plan),
         )
         try:
-            return run_group(trainer, monitor, HangDetector(run.train.hang_timeout_s), show, wish)
+            return run_group(trainer, monitor, HangDetector(run.train.hang_timeout_s), emit, wish)
         finally:
             ray.kill(monitor)
 

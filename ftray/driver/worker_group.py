@@ -16,6 +16,19 @@ from ray.train.torch import TorchTrainer
 
 from ftray import errors
 from ftray.errors import FtrayError, RunError
+from ftray.events.types import (
+    CheckpointStarted,
+    EvalFinished,
+    Event,
+    GroupEnded,
+    GroupFailed,
+    GroupLeft,
+    GroupNotPlaced,
+    StepFinished,
+    TrainingEnded,
+    WorkerInfo,
+    WorkersJoined,
+)
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain, had_no_room
 
@@ -24,7 +37,7 @@ OTHER_PHASES_S = 3600.0  # without an event while loading, compiling, saving or 
 KILL_S = 120.0  # after which a group that was killed counts as gone whatever Ray Train says
 OVERTAKEN = "the run was taken over"  # wishes: its workers may write no more
 LEAVE_AT_ONCE = "asked to stop"  # after the step under way, and before the first one without any
-COUNTED = ("step", "heldout", "checkpoint")  # after these a step is due; after others something else is under way
+STEP_IS_NEXT = (StepFinished, EvalFinished, CheckpointStarted)  # after other events the workers do something else
 
 
 @dataclass(frozen=True)
@@ -40,18 +53,32 @@ class GroupResult:
     failure: str = ""
     no_room: bool = False
 
+    @property
+    def event_type(self) -> type[GroupEnded] | None:
+        """The event that the log keeps of this end; None if the group trained to the end."""
+        if self.finished:
+            return None
+        if self.no_room:
+            return GroupNotPlaced
+        return GroupFailed if self.failure or self.error else GroupLeft
+
+    @property
+    def why(self) -> str:
+        """Why it ended early."""
+        return self.failure or self.wish or (str(self.error) if self.error else "")
+
 
 class HangDetector:
     """Seconds since a group gave a sign, and whether that is too long. now: for tests."""
 
     def __init__(self, hang_timeout_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._now = hang_timeout_s, now
-        self._last_s, self._counts, self._steps = now(), False, 0
+        self._last_s, self._counts = now(), False
 
-    def heard(self, event: dict[str, Any]) -> None:
-        """An event came. The first step of a group compiles; what it takes does not count."""
+    def note(self, event: Event) -> None:
+        """Restarts the clock. A group's first step is not timed: it compiles kernels."""
         self._last_s = self._now()
-        self._counts = event["event"] in COUNTED
+        self._counts = isinstance(event, STEP_IS_NEXT)
 
     @property
     def hangs(self) -> str:
@@ -68,10 +95,10 @@ def run_group(
     trainer: TorchTrainer,
     monitor: Any,
     clock: HangDetector,
-    show: Callable[[dict[str, Any]], None],
+    emit: Callable[[Event], None],
     wish: Callable[[list[WorkerLocation]], str],
 ) -> GroupResult:
-    """Starts a group and watches it to its end. show: told each event of rank 0.
+    """Starts a group and watches it to its end. emit: gets each event of rank 0.
 
     wish: asked again and again, with where the workers run, why the group should commit a checkpoint and leave ("":
     it should not). A group that hangs is killed, and so is one that may not write any more, or has nothing to commit.
@@ -91,16 +118,15 @@ def run_group(
         thread.join(POLL_S)
         evaluated = None
         for event in ray.get(monitor.drain.remote()):
-            clock.heard(event)
-            show(event)
-            finished = finished or bool(event.get("finished"))
-            stepped = stepped or event["event"] == "step"
-            evaluated = event["step"] if event["event"] == "heldout" else evaluated
+            clock.note(event)
+            emit(event)
+            finished = finished or (isinstance(event, TrainingEnded) and event.finished)
+            stepped = stepped or isinstance(event, StepFinished)
+            evaluated = event.step if isinstance(event, EvalFinished) else evaluated
         places = ray.get(monitor.places.remote())
         if places and not joined:
             joined = True
-            found = [{"rank": each.rank, "host": each.host, "pid": each.pid} for each in places]
-            show({"event": "joined", "places": found})
+            emit(WorkersJoined(tuple(WorkerInfo(each.rank, each.host, each.pid) for each in places)))
         if not asked and (asked := wish(places)):
             monitor.stop.remote()
             if asked == OVERTAKEN or (asked == LEAVE_AT_ONCE and not stepped):

@@ -1,88 +1,122 @@
-"""What becomes of the events of rank 0: shown, kept in the journal, watched for alarms, told to those who follow."""
+"""Delivers the events of a run to its subscribers, by type and in order of subscription."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
-from ftray.console import Console
-from ftray.events.alerts import Alert, AlertMonitor
-from ftray.events.event_log import EventLog
+from ftray.console import Console, ProgressLine
+from ftray.events.types import (
+    AlertRaised,
+    CheckpointStarted,
+    EvalFinished,
+    Event,
+    MemoryPlanned,
+    MicroBatchChanged,
+    StepFinished,
+    TrainingEnded,
+    TrainingStarted,
+    WeightsRewound,
+    WorkersJoined,
+    payload,
+)
 
-Tell = Callable[[dict[str, Any]], None]  # who is told each event of rank 0
+E = TypeVar("E", bound=Event)
 
 
-@dataclass(frozen=True)
 class EventBus:
-    """All who hear the events of a run. on_checkpoint: called when one was committed; told: each event, and alarms."""
+    """Calls the handlers of an event's type. An error of a handler reaches the emitter."""
 
-    console: Console
-    bar: Any
-    journal: EventLog
-    watch: AlertMonitor
-    on_checkpoint: Callable[[], None]
-    told: Sequence[Tell]
+    def __init__(self) -> None:
+        self._handlers: list[tuple[type[Event], Callable[[Any], None]]] = []
 
-    def heard(self, event: dict[str, Any]) -> None:
-        """Takes one event, in this order: shown, kept, judged, told."""
-        self._log(event)
-        _show(event, self.bar, self.console)
-        self.journal.heard(event)
-        if event["event"] == "checkpoint":
-            self.on_checkpoint()
-        for alarm in _alarms(self.watch, event, self.console):
-            self.console.warn(f"step {alarm.step}: {alarm.text}")
-            self.journal.tell("alarm", kind=alarm.kind, step=alarm.step, text=alarm.text)
-            self._tell({"event": "alarm", "kind": alarm.kind})
-        self._tell(event)
+    def subscribe(self, kind: type[E], handler: Callable[[E], None]) -> None:
+        """Calls `handler` with each event of type `kind`; `Event` subscribes to all."""
+        self._handlers.append((kind, handler))
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        for tell in self.told:
-            tell(event)
-
-    def _log(self, event: dict[str, Any]) -> None:
-        if event["event"] == "step":
-            self.console.step = event["step"]
-        for worker in event.get("places", ()):
-            self.console.event("worker", f"worker {worker['rank']} is up on {worker['host']}", **worker)
-        if event["event"] not in ("busy", "joined"):
-            what = {key: value for key, value in event.items() if key not in ("event", "step")}
-            self.console.event(event["event"], rank=0, **what)
+    def emit(self, event: Event) -> None:
+        """Calls each handler of the event's type. A handler may emit further events."""
+        for kind, handler in self._handlers:
+            if isinstance(event, kind):
+                handler(event)
 
 
-def _alarms(watch: AlertMonitor, event: dict[str, Any], console: Console) -> list[Alert]:
-    """What the watch says; it never ends a run."""
-    try:
-        return list(watch.heard(event))
-    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
-        console.warn(
-            f"an alarm could not be decided ({type(err).__name__}: {err}); this is a fault of ftray, report it"
+class Subscriber(Protocol):
+    """Follows a run through its events."""
+
+    def subscribe(self, bus: EventBus) -> None:
+        """Subscribes its handlers."""
+
+
+class ConsoleSubscriber:
+    """Shows events: the progress line, messages, and a JSON object per event where the console prints JSON."""
+
+    def __init__(self, console: Console, bar: ProgressLine) -> None:
+        self._console, self._bar = console, bar
+
+    def subscribe(self, bus: EventBus) -> None:
+        """Subscribes its handlers."""
+        bus.subscribe(WorkersJoined, self._joined)
+        bus.subscribe(StepFinished, self._at_step)
+        for kind in (
+            TrainingStarted,
+            MemoryPlanned,
+            MicroBatchChanged,
+            StepFinished,
+            EvalFinished,
+            CheckpointStarted,
+            WeightsRewound,
+            TrainingEnded,
+        ):
+            bus.subscribe(kind, self._log)
+        bus.subscribe(StepFinished, self._step)
+        bus.subscribe(EvalFinished, self._eval)
+        bus.subscribe(WeightsRewound, self._rewound)
+        bus.subscribe(MemoryPlanned, self._memory)
+        bus.subscribe(MicroBatchChanged, self._micro_batch)
+        bus.subscribe(TrainingStarted, self._started)
+        bus.subscribe(AlertRaised, self._alert)
+
+    def _log(self, event: Event) -> None:
+        values = {key: value for key, value in payload(event).items() if key != "step"}
+        self._console.event(event.name, rank=0, **values)
+
+    def _at_step(self, event: StepFinished) -> None:
+        self._console.step = event.step
+
+    def _joined(self, event: WorkersJoined) -> None:
+        for each in event.workers:
+            text = f"worker {each.rank} is up on {each.host}"
+            self._console.event("worker", text, rank=each.rank, host=each.host, pid=each.pid)
+        self._console.say("train: workers are up and load the model")
+
+    def _step(self, event: StepFinished) -> None:
+        skipped = " · skipped (not finite)" if event.skipped else ""
+        self._bar.update(event.step + 1, f"loss {event.loss:.4f} · {event.tokens_per_s:.0f} tokens/s{skipped}")
+
+    def _eval(self, event: EvalFinished) -> None:
+        self._console.say(f"eval loss at step {event.step}: {event.eval_loss:.4f}")
+
+    def _rewound(self, event: WeightsRewound) -> None:
+        self._console.warn(
+            f"weights and optimizer are restored from step {event.to}; training continues at step {event.step}"
         )
-        return []
 
+    def _memory(self, event: MemoryPlanned) -> None:
+        self._console.say(
+            f"train: micro-batch {event.micro_batch_size}, gradient checkpointing in {event.layers} of {event.num_layers} "
+            f"layers; {event.peak / 2**30:.0f} GiB expected on each GPU"
+        )
 
-def _show(event: dict[str, Any], bar: Any, console: Console) -> None:
-    if event["event"] == "step":
-        skipped = " · skipped (not finite)" if event.get("skipped") else ""
-        bar.update(event["step"] + 1, f"loss {event['loss']:.4f} · {event['tokens_per_s']:.0f} tokens/s{skipped}")
-    elif event["event"] == "heldout":
-        console.say(f"held-out loss at step {event['step']}: {event['heldout_loss']:.4f}")
-    elif event["event"] == "rewind":
-        console.warn(
-            f"weights and optimizer are those of step {event['to']} again; training goes on at step {event['step']}"
+    def _micro_batch(self, event: MicroBatchChanged) -> None:
+        self._console.warn(
+            f"the run started with a micro-batch of {event.before} packed sequences, which does not fit these workers; it "
+            f"continues with {event.now}. Dropout masks change, everything else stays the same"
         )
-    elif event["event"] == "joined":
-        console.say("train: workers are up and load the model")
-    elif event["event"] == "fit":
-        console.say(
-            f"train: micro-batch {event['micro_batch_size']}, {event['layers']} of {event['num_layers']} layers recomputed; "
-            f"{event['peak'] / 2**30:.0f} GiB expected on each GPU"
-        )
-    elif event["event"] == "other micro-batch":
-        console.warn(
-            f"the micro-batch of {event['before']} rows that this run was begun with doesn't fit these workers; it is "
-            f"{event['now']} from here on: dropout falls on other places than it would have, all else stays the same"
-        )
-    elif event["event"] == "start" and event["step"] > 0:
-        console.say(f"train: workers continue at step {event['step']}")
+
+    def _started(self, event: TrainingStarted) -> None:
+        if event.step > 0:
+            self._console.say(f"train: workers continue at step {event.step}")
+
+    def _alert(self, event: AlertRaised) -> None:
+        self._console.warn(f"step {event.step}: {event.text}")

@@ -10,6 +10,16 @@ from typing import Any
 
 from ftray.console import duration
 from ftray.events.event_log import LoggedEvent
+from ftray.events.types import (
+    AlertRaised,
+    GroupFailed,
+    GroupLeft,
+    GroupNotPlaced,
+    SessionEnded,
+    SessionStarted,
+    TrainingStarted,
+    WeightsRewound,
+)
 
 GAP_S = 1.0  # between two drivers, from which on it is told
 Line = Mapping[str, Any]
@@ -27,13 +37,12 @@ class DriverSession:
     @property
     def worker_s(self) -> float:
         """Seconds times workers; until its first group starts, those of that group count."""
-        starts = [e for e in self.events if e.event == "start"]
+        starts = [(e.unix_s, e.event.workers) for e in self.events if isinstance(e.event, TrainingStarted)]
         if not starts:
             return 0.0
-        times = [self.began_s, *(e.unix_s for e in starts[1:]), self.ended_s]
+        times = [self.began_s, *(unix_s for unix_s, _ in starts[1:]), self.ended_s]
         return sum(
-            (until - since) * int(e.what.get("workers", 1))
-            for e, since, until in zip(starts, times, times[1:], strict=False)
+            (until - since) * workers for (_, workers), since, until in zip(starts, times, times[1:], strict=False)
         )
 
 
@@ -62,7 +71,7 @@ class RunHistory:
     @property
     def num_failures(self) -> int:
         """Groups of workers that were lost, and drivers that ended otherwise than they should have."""
-        lost = sum(e.event == "failed" for e in self.events)
+        lost = sum(isinstance(e.event, GroupFailed) for e in self.events)
         return lost + sum(not s.how for s in self.sessions[:-1])
 
     def cost(self, price_per_hour: float) -> float:
@@ -79,7 +88,7 @@ def history_of(events: Sequence[LoggedEvent], lines: Sequence[Line]) -> RunHisto
     for number, name in enumerate(names):
         own = tuple(e for e in events if e.session == name)
         last = own[-1]
-        how = str(last.what.get("how", "")) if last.event == "ended" else ""
+        how = last.event.how if isinstance(last.event, SessionEnded) else ""
         seen = [at for at in signs if begins[number] <= at < begins[number + 1]]
         ended_s = last.unix_s if how else max([last.unix_s, *seen])
         sessions.append(DriverSession(begins[number], ended_s, how, own))
@@ -102,33 +111,34 @@ def as_rows(history: RunHistory) -> list[list[str]]:
     return rows
 
 
-def _words(event: LoggedEvent, later: Sequence[LoggedEvent]) -> str:
-    what = event.what
-    if event.event == "began":
-        return f"a command took the run up at step {what.get('step')} on {what.get('host')}"
-    if event.event == "start":
-        workers = what.get("workers", 1)
-        return f"{workers} worker{'s' if workers != 1 else ''} ({what.get('device')}) began at step {what.get('step')}"
-    if event.event == "failed":
-        return _failure(event, next((e for e in later if e.event == "start"), None))
-    if event.event == "rewind":
-        return f"weights and optimizer went back to those of step {what.get('to')}"
-    if event.event == "alarm":
-        return f"alarm at step {what.get('step')}: {what.get('text')}"
-    if event.event == "ended":
-        return str(what.get("how")) + (f": {what['why']}" if what.get("why") else "")
-    return f"{event.event}: {what.get('why', '')}"
+def _words(logged: LoggedEvent, later: Sequence[LoggedEvent]) -> str:
+    match logged.event:
+        case SessionStarted(step=step, host=host):
+            return f"a command took the run up at step {step} on {host}"
+        case TrainingStarted(step=step, workers=workers, device=device):
+            return f"{workers} worker{'s' if workers != 1 else ''} ({device}) began at step {step}"
+        case GroupFailed():
+            return _failure(logged.unix_s, logged.event, later)
+        case WeightsRewound(to=to):
+            return f"weights and optimizer were restored from step {to}"
+        case AlertRaised(step=step, text=text):
+            return f"alert at step {step}: {text}"
+        case SessionEnded(how=how, why=why):
+            return how + (f": {why}" if why else "")
+        case GroupLeft(why=why) | GroupNotPlaced(why=why):
+            return f"{logged.event.name}: {why}"
+    return logged.event.name
 
 
-def _failure(event: LoggedEvent, again: LoggedEvent | None) -> str:
-    """again: the start after it, if any."""
-    done = event.what.get("step")
-    told = f"failure{'' if done is None else f' after step {done}'}: {event.what.get('why')}"
-    if again is None:
-        return told
-    told += f"; training went on {duration(again.unix_s - event.unix_s)} later at step {again.what.get('step')}"
-    repeated = 0 if done is None else done - again.what.get("step", done)
-    return f"{told}: {repeated} step{'s' if repeated != 1 else ''} done again" if repeated > 0 else told
+def _failure(unix_s: float, event: GroupFailed, later: Sequence[LoggedEvent]) -> str:
+    words = f"failure{'' if event.step is None else f' after step {event.step}'}: {event.why}"
+    for again in later:
+        if isinstance(again.event, TrainingStarted):
+            step = again.event.step
+            words += f"; training went on {duration(again.unix_s - unix_s)} later at step {step}"
+            repeated = 0 if event.step is None else event.step - step
+            return f"{words}: {repeated} step{'s' if repeated != 1 else ''} done again" if repeated > 0 else words
+    return words
 
 
 def _time(unix_s: float) -> str:

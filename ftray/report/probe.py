@@ -13,6 +13,7 @@ from typing import Any
 from ftray import config
 from ftray.errors import RunError
 from ftray.events.event_log import LoggedEvent
+from ftray.events.types import TrainingStarted
 from ftray.report.plan import ProbeResult
 
 STEPS, WARM_UP = 10, 4  # taken; the first are slower: memory is found, kernels are compiled
@@ -35,12 +36,11 @@ def probe_of(run: config.RunConfig) -> config.RunConfig:
 def probed(metrics: Sequence[Mapping[str, Any]], events: Sequence[LoggedEvent]) -> ProbeResult:
     """What its steps were measured at. Raises RunError where too few of them are left."""
     steps = [line for line in metrics[WARM_UP:] if line.get("tokens_per_s")]
-    start = next((event for event in reversed(events) if event.event == "start"), None)
+    start = next((each.event for each in reversed(events) if isinstance(each.event, TrainingStarted)), None)
     if not steps or start is None:
         raise RunError(f"the probe left {len(metrics)} of {STEPS} steps, too few to measure; plan without --probe")
-    workers = int(start.what.get("workers", 1))
     speed, step_s = (median(each) for each in zip(*map(_speed, steps), strict=True))
-    return ProbeResult(speed / workers, step_s, workers, str(start.what.get("device", "")), len(steps))
+    return ProbeResult(speed / start.workers, step_s, start.workers, start.device, len(steps))
 
 
 def _speed(line: Mapping[str, Any]) -> tuple[float, float]:

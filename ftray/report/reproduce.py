@@ -12,6 +12,7 @@ from ftray.data.prepare import PreparedData, prepare_data
 from ftray.driver.lineage import changed_files, environment, environment_changes, read_lineage
 from ftray.errors import ConfigError, DataError, RunError
 from ftray.events.event_log import read_events
+from ftray.events.types import TrainingStarted
 from ftray.model.load import absolute_base, load_tokenizer, tokenizer_hash
 from ftray.train.checkpoint.catalog import CheckpointRef, list_checkpoints, read_metrics
 
@@ -68,7 +69,7 @@ def compare_runs(old_dir: str, new_dir: str) -> str:
     """A sentence: whether rows, losses and weights are the same. Raises RunError where they had to be and are not."""
     old, new = ({line["step"]: line for line in read_metrics(each)} for each in (old_dir, new_dir))
     steps = sorted(old.keys() & new.keys())
-    if any(old[s].get("rows") != new[s].get("rows") for s in steps):
+    if any(old[s].get("sequences") != new[s].get("sequences") for s in steps):
         raise RunError(f"{new_dir} took other rows than {old_dir}")
     apart = [s for s in steps if old[s]["loss"] != new[s]["loss"]]
     at, sums, again = _last_common(old_dir, new_dir)
@@ -77,9 +78,9 @@ def compare_runs(old_dir: str, new_dir: str) -> str:
     gaps = [abs(old[s]["loss"] - new[s]["loss"]) for s in apart if None not in (old[s]["loss"], new[s]["loss"])]
     most = max(gaps, default=0.0) if len(gaps) == len(apart) else math.nan  # one was not finite
     said = f"rows of {len(steps)} steps are the same; losses differ by at most {most:.3g}, first at step {min(apart, default=at)}"
-    devices = {e.what.get("device") for each in (old_dir, new_dir) for e in read_events(each) if e.event == "start"}
-    sizes = {e.what.get("workers") for each in (old_dir, new_dir) for e in read_events(each) if e.event == "start"}
-    if devices == {"CPU"} and len(sizes) == 1:
+    events = [logged.event for each in (old_dir, new_dir) for logged in read_events(each)]
+    starts = [event for event in events if isinstance(event, TrainingStarted)]
+    if {start.device for start in starts} == {"CPU"} and len({start.workers for start in starts}) == 1:
         raise RunError(f"{said}, although both were trained on CPUs by as many workers")
     return f"{said}: sums on GPUs, and over other numbers of workers, are not bit for bit the same"
 

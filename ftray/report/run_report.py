@@ -27,6 +27,7 @@ from ftray.errors import ConfigError, DataError, Interrupted, ModelError, Preemp
 from ftray.evaluate.report import counted, details, figure_rows, gate_lines
 from ftray.evaluate.results import Comparison, read_results
 from ftray.events.event_log import read_events
+from ftray.events.types import AlertRaised, TrainingStarted
 from ftray.redact import redacted
 from ftray.report.data_page import render_parts
 from ftray.report.goodput import RunHistory, as_rows, history_of
@@ -112,7 +113,7 @@ def render_report(known: ReportData) -> str:
         (
             facts(_summary(known)),
             section("Damaged files", items(known.damaged), kind="warnings"),
-            section("Alarms", items(_alarms(known.history)), kind="warnings"),
+            section("Alerts", items(_alerts(known.history)), kind="warnings"),
             section("Training", _curves(known)),
             section("Evaluation", _guarded(_evaluation, known, "evaluate", "ftray evaluate"), kind="long"),
             section("Sweep", _guarded(_sweep, known, "tune", "ftray tune"), kind="long"),
@@ -162,10 +163,10 @@ def _summary(known: ReportData) -> list[tuple[str, str]]:
 
 def _mfu(known: ReportData) -> str:
     """The median step's share of what the cards could do; "" where cards or the base's shape are not known."""
-    starts = [event for event in known.history.events if event.event == "start"]
+    starts = _starts(known.history)
     speeds = [line["tokens_per_s"] for line in known.metrics if line.get("tokens_per_s")]
-    kinds = {(str(event.what.get("device")), int(event.what.get("workers", 1))) for event in starts}
-    card = card_of(starts[-1].what["device"]) if starts and len(kinds) == 1 else None  # else the steps are not alike
+    kinds = {(event.device, event.workers) for event in starts}
+    card = card_of(starts[-1].device) if starts and len(kinds) == 1 else None  # else the steps are not alike
     if card is None or not speeds:
         return ""
     try:
@@ -197,8 +198,13 @@ def _state(known: ReportData) -> str:
     return f"{how or 'training, or killed'} at step {step}; the same command continues it"
 
 
-def _alarms(history: RunHistory) -> list[str]:
-    return [f"step {e.what.get('step')}: {e.what.get('text')}" for e in history.events if e.event == "alarm"]
+def _starts(history: RunHistory) -> list[TrainingStarted]:
+    return [logged.event for logged in history.events if isinstance(logged.event, TrainingStarted)]
+
+
+def _alerts(history: RunHistory) -> list[str]:
+    events = [logged.event for logged in history.events]
+    return [f"step {event.step}: {event.text}" for event in events if isinstance(event, AlertRaised)]
 
 
 def _curves(known: ReportData) -> str:
@@ -213,7 +219,7 @@ def _curves(known: ReportData) -> str:
         points = [((line["step"] + 1) / steps, line[key]) for line in metrics if line.get(key) is not None]
         return PlotCurve(name, points if dotted else thinned(points), kind, dash, dotted=dotted)
 
-    held_out = curve("held out", "heldout_loss", "second", "7 4", dotted=True)
+    held_out = curve("eval", "eval_loss", "second", "7 4", dotted=True)
     loss = [curve("training", "loss"), *([held_out] if held_out.points else [])]
     plots = section("Loss over steps", lines(loss, places, _told("loss", metrics, "loss"), legend=len(loss) > 1), 3)
     for title, key in (
@@ -338,7 +344,7 @@ def _environment(known: ReportData) -> list[tuple[str, str]]:
         told.append(("ftray's code", where["code"]["commit"] or where["code"]["sha256"]))
         told.append(("machine", ", ".join(filter(None, (where["cpu"], f"Python {where['python']}", where["image"])))))
         told += [(f"from step {c['step']}", "; ".join(c["changes"])) for c in lineage.get("continued", [])]
-    devices = {f"{e.what.get('workers')} × {e.what.get('device')}" for e in known.history.events if e.event == "start"}
+    devices = {f"{start.workers} × {start.device}" for start in _starts(known.history)}
     told += [("workers", ", ".join(sorted(devices)))] if devices else []
     told.append(("versions", ", ".join(f"{name} {version}" for name, version in identity.get("versions", {}).items())))
     return [(name, text) for name, text in told if text]

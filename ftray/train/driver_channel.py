@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from ftray.events.types import Event
+
 
 @dataclass(frozen=True)
 class WorkerLocation:
@@ -24,7 +26,7 @@ class DriverChannel:
     """An actor. Rank 0 records events; the driver drains them."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._last_settled = -1
@@ -40,13 +42,13 @@ class DriverChannel:
         """What `join` kept: the workers that have begun."""
         return sorted(self._places, key=lambda place: place.rank)
 
-    def record(self, event: dict[str, Any]) -> bool:
+    def record(self, event: Event) -> bool:
         """Keeps an event for the driver; returns whether it wants the run to stop."""
         with self._lock:
             self._events.append(event)
             return self._stop
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> list[Event]:
         """Events since the last call, oldest first."""
         with self._lock:
             events, self._events = self._events, []
@@ -83,7 +85,7 @@ class DriverLink:
     def __init__(self, monitor: Any) -> None:
         self._monitor, self._reply, self._stop = monitor, None, False
 
-    def send(self, event: dict[str, Any], last: bool = False) -> None:
+    def send(self, event: Event, last: bool = False) -> None:
         """Sends an event without waiting, unless it is the last."""
         self._reply = self._monitor.record.remote(event)
         if last:

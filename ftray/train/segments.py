@@ -17,7 +17,7 @@ from ftray.storage import parse_object
 
 NAME = re.compile(r"\d{8,}-\d{8,}\.jsonl")
 NUMBERS = (
-    *("loss", "heldout_loss", "num_tokens", "num_supervised", "learning_rate", "grad_norm", "tokens_per_s"),
+    *("loss", "eval_loss", "num_tokens", "num_trained_tokens", "learning_rate", "grad_norm", "tokens_per_s"),
     *("data_wait_s", "unix_s", "peak_memory_gib", "loss_scale"),
 )
 

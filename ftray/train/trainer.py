@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,19 @@ from ftray.compat.deepspeed import deepspeed_without_compiler
 from ftray.data.loader import RankBatch, RankLoader, to_batch
 from ftray.data.packing import IGNORE_INDEX
 from ftray.errors import ConfigError, RunError
+from ftray.events.types import (
+    CheckpointStarted,
+    EvalFinished,
+    Event,
+    MemoryPlanned,
+    MicroBatchChanged,
+    PhaseStarted,
+    StepFinished,
+    TrainingEnded,
+    TrainingStarted,
+    WeightsRewound,
+    payload,
+)
 from ftray.model.fp8 import FORMATS, check_device, use_eight_bits
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint.catalog import CheckpointRef, RunProgress, find_newest
@@ -74,14 +87,14 @@ class Trainer:
     def train(self) -> None:
         """Runs the steps; every rank leaves at the same one."""
         if not self._progress.finished:
-            self._link_send(
-                {"event": "start", "step": self._progress.step, "num_steps": self._shard.plan.num_steps} | self._place()
+            self._emit(
+                TrainingStarted(self._progress.step, self._shard.plan.num_steps, self._world_size, self._device_name())
             )
-            if self._fit.peak is not None:
-                self._link_send({"event": "fit", **asdict(self._fit)})
-            if self._micro_before not in (None, self._fit.micro_batch_size):
-                now = {"now": self._fit.micro_batch_size, "before": self._micro_before}
-                self._link_send({"event": "other micro-batch", **now})
+            fit = self._fit
+            if fit.peak is not None:
+                self._emit(MemoryPlanned(fit.micro_batch_size, fit.layers, fit.num_layers, fit.peak))
+            if self._micro_before is not None and self._micro_before != fit.micro_batch_size:
+                self._emit(MicroBatchChanged(fit.micro_batch_size, self._micro_before))
             for batch, wait_s in _timed(self._shard.batches(self._progress.step)):
                 num_supervised, stop = self._agree(batch)
                 if stop:
@@ -93,11 +106,10 @@ class Trainer:
                 self._save()
         self._busy("saving")
         self._writer.wait()
-        self._link_send({"event": "end", "step": self._progress.step, "finished": self._progress.finished}, last=True)
+        self._emit(TrainingEnded(self._progress.step, self._progress.finished), last=True)
 
-    def _place(self) -> dict[str, Any]:
-        name = "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
-        return {"workers": self._world_size, "device": name}
+    def _device_name(self) -> str:
+        return "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device)
 
     def _build_engine(self, most_documents: int = 1) -> tuple[Any, dict[str, torch.nn.Parameter]]:
         """most_documents: in a row."""
@@ -189,7 +201,7 @@ class Trainer:
         self._put_back(TensorPartReader(found.uri), found.progress.num_updates)
         self._progress.num_updates, self._progress.bad_in_row = found.progress.num_updates, 0
         self._lines[-1]["rewound_to"] = found.step
-        self._link_send({"event": "rewind", "step": self._progress.step, "to": found.step})
+        self._emit(WeightsRewound(self._progress.step, found.step))
 
     def _agree(self, batch: RankBatch) -> tuple[float, bool]:
         """Supervised tokens of the global batch, and whether to stop before this step: one sum over all ranks."""
@@ -234,27 +246,26 @@ class Trainer:
         progress.num_bad_steps += is_bad
         progress.bad_in_row = progress.bad_in_row + 1 if is_bad else 0
         duration_s = time.monotonic() - began_s + wait_s
-        line = {
-            "step": batch.step,
-            "loss": sums[0] / max(1.0, num_supervised),
-            "num_tokens": int(sums[1]),
-            "num_supervised": int(num_supervised),
-            "rows": f"{int(sums[2]):x}",
-            "learning_rate": rate,
-            "grad_norm": float(norm) if norm is not None else None,
-            "tokens_per_s": round(sums[1] / duration_s, 1),
-            "data_wait_s": round(wait_s, 4),
-            "unix_s": round(time.time(), 3),
-        }
-        line |= slowest(sums[len(told) :])
-        if not applied:
-            line["skipped"] = True
-        if scale is not None:
-            line["loss_scale"] = scale["cur_scale"]
-        if self._device.type == "cuda":
-            line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self._lines.append(line)
-        self._link_send({"event": "step", **line})
+        event = StepFinished(
+            batch.step,
+            loss=sums[0] / max(1.0, num_supervised),
+            num_tokens=int(sums[1]),
+            num_trained_tokens=int(num_supervised),
+            sequences=f"{int(sums[2]):x}",
+            learning_rate=rate,
+            grad_norm=float(norm) if norm is not None else None,
+            tokens_per_s=round(sums[1] / duration_s, 1),
+            data_wait_s=round(wait_s, 4),
+            unix_s=round(time.time(), 3),
+            **slowest(sums[len(told) :]),
+            skipped=None if applied else True,
+            loss_scale=scale["cur_scale"] if scale is not None else None,
+            peak_memory_gib=(
+                round(torch.cuda.max_memory_allocated() / 2**30, 2) if self._device.type == "cuda" else None
+            ),
+        )
+        self._lines.append(payload(event))
+        self._emit(event)
         if progress.num_bad_steps > self._run.train.max_bad_steps:
             raise RunError(
                 f"step {batch.step}: {progress.num_bad_steps} steps had a non-finite loss or gradient, allowed are "
@@ -296,8 +307,8 @@ class Trainer:
         sums = self._sum([loss_sum, count])
         loss, progress = sums[0] / sums[1], self._progress
         is_best = progress.note_heldout(loss)
-        self._lines[-1]["heldout_loss"] = loss
-        self._link_send({"event": "heldout", "step": progress.step, "heldout_loss": loss})
+        self._lines[-1]["eval_loss"] = loss
+        self._emit(EvalFinished(progress.step, loss))
         if self._job.waits and self._link is not None:
             self._link.await_verdict(progress.step)
         return is_best
@@ -309,15 +320,14 @@ class Trainer:
         self._progress.micro_batch_size = self._fit.micro_batch_size
         parts = local_parts(self._engine, self._parameters, self._rank, self._world_size)
         self._writer.save(self._progress, parts, self._lines)
-        self._link_send({"event": "checkpoint", "step": self._progress.step})
+        self._emit(CheckpointStarted(self._progress.step))
         self._lines = []
         self._saved_s = time.monotonic()
 
     def _busy(self, phase: str) -> None:
-        """Tells the driver that no step is due until the next event."""
-        self._link_send({"event": "busy", "phase": phase})
+        self._emit(PhaseStarted(phase))
 
-    def _link_send(self, event: dict[str, Any], last: bool = False) -> None:
+    def _emit(self, event: Event, last: bool = False) -> None:
         if self._link is not None:
             self._link.send(event, last)
 

@@ -40,7 +40,8 @@ from ftray.errors import (
     RunHeldError,
     StorageError,
 )
-from ftray.events.bus import Tell
+from ftray.events.bus import EventBus, Subscriber
+from ftray.events.types import EvalFinished, StepFinished, TrainingStarted
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
 from ftray.redact import redacted
 from ftray.signals import is_termination
@@ -67,14 +68,14 @@ def sweep(
     console: Console,
     target: str,
     lease: storage.Lease | None = None,
-    teller: Callable[[config.RunConfig], Tell] | None = None,
+    follow: Callable[[config.RunConfig], Subscriber] | None = None,
     *,
     render_page: PageRenderer,
 ) -> TrialRecord:
     """Runs a sweep, or continues it; returns the winner. Needs a started Ray, and the run's lease.
 
-    target: the run file as it was named, for the command that is printed. teller: who is told a trial's events, for figures
-    that others read. Raises ConfigError, DataError before any trial
+    target: the run file as it was named, for the command that is printed. follow: makes a subscriber to a trial's events,
+    for metrics. Raises ConfigError, DataError before any trial
     starts; Interrupted, Preempted when trials have committed their checkpoints; RunError if every trial failed.
     """
     assert run.tune is not None  # `check_tune` asks for it
@@ -85,7 +86,7 @@ def sweep(
     if left > 0:
         known = f", {len(state.trials)} of them known" if state.trials else ""
         console.say(f"tune: {total} trials{known}; {run.tune.search} search, scheduler {run.tune.scheduler}")
-        _Sweep(run, run_dir, state, console, lease, teller).run_all()
+        _Sweep(run, run_dir, state, console, lease, follow).run_all()
     winner = state.winner()
     if winner is None:
         raise RunError(f"every trial failed; the first: {state.trials[0].error}. See {tune_dir}/state.json")
@@ -133,12 +134,12 @@ class _Sweep:
         state: SweepState,
         console: Console,
         lease: storage.Lease | None,
-        teller: Callable[[config.RunConfig], Tell] | None,
+        follow: Callable[[config.RunConfig], Subscriber] | None,
     ) -> None:
         assert run.tune is not None
         self._run, self._tune, self._run_dir, self._dir = run, run.tune, run_dir, tune_directory(run_dir)
         self._state = state
-        self._console, self._lease, self._teller = console, lease, teller
+        self._console, self._lease, self._follow = console, lease, follow
         self._head = ray.get_runtime_context().gcs_address
         self._use_gpu = check_resources(run)
         if "train.precision" in run.tune.space:  # fp16 needs GPUs
@@ -261,25 +262,20 @@ class _Sweep:
     def _train(self, running: _RunningTrial, data: PreparedData | None) -> None:
         """A trial's thread."""
         told = _TrialConsole(running.trial.name, self._console, self._lock)
-        follower = TrialHooks(partial(self._heard, running), running.caught, data, self._heldout)
+        follower = TrialHooks(_TrialSubscriber(self, running), running.caught, data, self._heldout)
         try:
-            tell = self._teller(running.run) if self._teller else None
+            subscribers = [self._follow(running.run)] if self._follow else []
             with storage.acquire_lease(storage.absolute(running.run.directory), warn=told.warn) as lease:
-                train(running.run, open_run(running.run), told, lease, follower, tell)
+                train(running.run, open_run(running.run), told, lease, follower, subscribers)
         except FtrayError as err:
             running.ended = err
         except BaseException as err:  # noqa: BLE001 - a thread's error would be lost; one trial's is not the sweep's
             running.ended = RunError(f"{type(err).__name__}: {' '.join(str(err).split())[:300]}")
 
-    def _heard(self, running: _RunningTrial, event: dict[str, Any]) -> None:
-        """An event of a trial, on its thread. After a held-out loss its workers wait for this to return."""
-        if event["event"] == "start":
-            running.trial.num_steps = int(event["num_steps"])
-        elif event["event"] == "step":
-            running.step = int(event["step"]) + 1
-        elif event["event"] == "heldout":
-            with self._lock:
-                self._judged(running, int(event["step"]), float(event["heldout_loss"]))
+    def judge(self, running: _RunningTrial, event: EvalFinished) -> None:
+        """Decides whether a trial goes on after an eval; its workers wait for this to return."""
+        with self._lock:
+            self._judged(running, event.step, event.eval_loss)
 
     def _judged(self, running: _RunningTrial, step: int, loss: float) -> None:
         trial = running.trial
@@ -356,6 +352,25 @@ class _Sweep:
                 if not self._unsaved:
                     self._console.warn(f"the sweep's state can't be kept now ({err}); trying again")
                 self._unsaved = True
+
+
+class _TrialSubscriber:
+    """Keeps a trial's progress and stops it after an eval where the scheduler decides so."""
+
+    def __init__(self, sweep: _Sweep, running: _RunningTrial) -> None:
+        self._sweep, self._running = sweep, running
+
+    def subscribe(self, bus: EventBus) -> None:
+        """Subscribes its handlers."""
+        bus.subscribe(TrainingStarted, self._started)
+        bus.subscribe(StepFinished, self._step)
+        bus.subscribe(EvalFinished, lambda event: self._sweep.judge(self._running, event))
+
+    def _started(self, event: TrainingStarted) -> None:
+        self._running.trial.num_steps = event.num_steps
+
+    def _step(self, event: StepFinished) -> None:
+        self._running.step = event.step + 1
 
 
 class _TrialConsole(Console):

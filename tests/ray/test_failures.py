@@ -208,7 +208,7 @@ def test_weights_that_went_bad_are_those_of_a_checkpoint_before_and_training_goe
             writer.save(progress, bad, [])
             writer.wait()
     found, text = cluster.run_training(run)
-    assert "weights and optimizer are those of step 2 again; training goes on at step 6" in text
+    assert "weights and optimizer are restored from step 2; training continues at step 6" in text
     assert found.progress.finished
     assert (found.progress.num_bad_steps, found.progress.num_updates) == (2, 4)
     told = cluster.losses(run_dir)

@@ -22,6 +22,7 @@ from ftray.data.loader import BatchCoordinator
 from ftray.errors import ConfigError, DataError, Interrupted
 from ftray.evaluate.run import compare
 from ftray.events.event_log import read_events
+from ftray.events.types import AlertRaised, GroupFailed
 from ftray.report.plan import START_S
 from ftray.report.ray_metrics import TrainingMetrics
 from ftray.report.reproduce import check_before
@@ -50,9 +51,9 @@ def run_of(parts: dict[str, Path], directory: Path, **overrides: Any) -> Any:
     return cluster.make_run(directory, parts["model"], parts["data"], **overrides)
 
 
-def alarms_of(run_dir: str) -> list[str]:
-    """Kinds of the alarms that a run's journal holds."""
-    return [event.what["kind"] for event in read_events(run_dir) if event.event == "alarm"]
+def alerts_of(run_dir: str) -> list[str]:
+    """Kinds of the alerts in a run's event log."""
+    return [each.event.kind for each in read_events(run_dir) if isinstance(each.event, AlertRaised)]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,10 @@ def test_interrupted_and_killed_runs_end_bit_identical(
     assert found.progress.finished
     assert cluster.losses(str(tmp_path / "rough/tiny")) == expected
     assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
-    (failed,) = [event for event in read_events(str(tmp_path / "rough/tiny")) if event.event == "failed"]
-    assert stopped_at < failed.what["step"] <= 24
+    (failed,) = [e.event for e in read_events(str(tmp_path / "rough/tiny")) if isinstance(e.event, GroupFailed)]
+    assert stopped_at < (failed.step or 0) <= 24
     for name in ("smooth", "rough"):
-        told = set(alarms_of(str(tmp_path / name / "tiny")))
+        told = set(alerts_of(str(tmp_path / name / "tiny")))
         assert told <= {"straggler"}, "nothing is wrong, but on a busy machine one worker may get less of it"
 
 
@@ -145,16 +146,12 @@ def test_a_run_keeps_the_micro_batch_that_it_was_begun_with_or_says_that_it_can_
     recorded_as(middle, run_dir, 3)
     found, text = cluster.run_training(run)
     assert found.progress.micro_batch_size == 1
-    assert (
-        "the micro-batch of 3 rows that this run was begun with doesn't fit these workers; it is 1 from here on" in text
-    )
+    assert "a micro-batch of 3 packed sequences, which does not fit these workers; it continues with 1" in text
     assert cluster.losses(run_dir) == first
 
 
 @pytest.mark.long
-def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
-    parts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_eval_loss_steers_early_stopping_and_the_best_checkpoint_stays(parts: dict[str, Path], tmp_path: Path) -> None:
     run = run_of(
         parts,
         tmp_path,
@@ -166,23 +163,23 @@ def test_heldout_loss_steers_early_stopping_and_the_best_checkpoint_stays(
         checkpoint__keep=1,
     )
     began_s = time.time()
-    found, text = cluster.run_training(run, tell=TrainingMetrics(run).heard)
+    found, text = cluster.run_training(run, subscribers=[TrainingMetrics(run)])
     assert found.progress.finished
     assert found.progress.best is not None
     best = int(found.progress.best["step"])
     assert found.step == best + 2 < 12
     assert {f.step for f in list_checkpoints(str(tmp_path / "tiny"))} == {best, found.step}
-    assert text.count("held-out loss at step") == found.step
+    assert text.count("eval loss at step") == found.step
 
     def figure(name: str) -> float | None:
         return cluster.ray_metric(f"ray_ftray_{name}", "run=tiny")
 
-    names = ("loss", "heldout_loss", "workers", "restarts", "planned_steps", "checkpoint_step", "goodput")
+    names = ("loss", "eval_loss", "workers", "restarts", "planned_steps", "checkpoint_step", "goodput")
     cluster.wait_for(lambda: figure("step") == figure("checkpoint_step") == found.step, "Ray's metrics")
     told = {name: cluster.wait_for_metric(f"ray_ftray_{name}", "run=tiny") for name in names}
     *_, last = read_metrics(str(tmp_path / "tiny"))
     assert told.pop("loss") == pytest.approx(last["loss"])
-    assert told.pop("heldout_loss") == pytest.approx(last["heldout_loss"])
+    assert told.pop("eval_loss") == pytest.approx(last["eval_loss"])
     assert 0 < told.pop("goodput") < 1
     assert told == {"workers": 2, "restarts": 0, "planned_steps": 12, "checkpoint_step": found.step}
     real, padded = (cluster.ray_metric(f"ray_ftray_{kind}tokens_per_second", "run=tiny") for kind in ("", "padded_"))
@@ -329,18 +326,18 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
         RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"
     ):
         cluster.run_training(run)
-    assert alarms_of(str(tmp_path / "tiny")) == ["not finite"], "once, and nothing unrelated"
+    assert alerts_of(str(tmp_path / "tiny")) == ["not finite"], "once, and nothing unrelated"
 
 
 def told_of(run: Any, fault: Callable[[], None], words: str) -> tuple[set[str], str]:
-    """Kinds of the alarms of a run of 400 steps with a fault from its third on, and what the user saw.
+    """Kinds of the alerts of a run of 400 steps with a fault from its third on, and what the user saw.
 
     Once the words are said it is interrupted.
     """
     stream = cluster.Watched(("step 3/400", fault), (words, cluster.press_ctrl_c))
     with pytest.raises(Interrupted, match="checkpoint of step"):
         cluster.run_training(run, stream)
-    return set(alarms_of(run.directory)), stream.getvalue()
+    return set(alerts_of(run.directory)), stream.getvalue()
 
 
 @pytest.mark.long
@@ -361,9 +358,9 @@ def test_data_that_comes_late_is_told_and_nothing_else(
     monkeypatch.setattr(alerts, "WAIT_S", 3.0)  # ten times shorter, as the run is
     run = run_of(parts, tmp_path, train__max_steps=400)
     with cluster.slowed(f"ray::{BatchCoordinator.__name__}", 3.0, 0.2) as slow:
-        kinds, text = told_of(run, slow, "of the time for data")
+        kinds, text = told_of(run, slow, "of the time, and GPUs idle")
     assert kinds == {"starving"}
-    assert re.search(r"warning: step \d+: workers wait \d+% of the time for data", text)
+    assert re.search(r"warning: step \d+: workers wait for data \d+% of the time", text)
 
 
 @pytest.mark.long

@@ -15,12 +15,14 @@ from ray.util import placement_group_table
 from ftray import config, console, storage
 from ftray.driver.run_record import open_run
 from ftray.errors import DataError, Interrupted, RunError
+from ftray.events.types import StepFinished
 from ftray.report.sweep_page import render_page
 from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.tune.runner import sweep, winning_run
 from ftray.tune.space import check_tune
 from ftray.tune.state import SweepState, TrialRecord, open_state, save_state
 from tests import cluster, tiny
+from tests.events import Recorder
 
 RATES = [1e-2, 2e-2, 1e-6]  # the last one learns nothing
 
@@ -61,10 +63,12 @@ def run_sweep(run: config.RunConfig, *script: Any, told: dict[str, list[Any]] | 
     stream = cluster.Watched(*script)
     check_tune(run)
     heard = {} if told is None else told
-    teller = lambda trial: heard.setdefault(trial.name, []).append  # noqa: E731
-    return sweep(
-        run, open_run(run), console.Console(stream), "run.yaml", None, teller, render_page=render_page
-    ), stream.getvalue()
+
+    def follow(trial: config.RunConfig) -> Recorder:
+        return Recorder(heard.setdefault(trial.name, []))
+
+    winner = sweep(run, open_run(run), console.Console(stream), "run.yaml", None, follow, render_page=render_page)
+    return winner, stream.getvalue()
 
 
 def state_of(run: config.RunConfig) -> SweepState:
@@ -107,15 +111,15 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
         [json.loads(line) for line in storage.read_bytes(f"{place}/metrics.jsonl").splitlines()]
         for place in (f"{run.directory}/tune/{winner.name}", alone.directory)
     )
-    same = ("step", "loss", "rows", "num_tokens", "grad_norm", "learning_rate", "heldout_loss")
+    same = ("step", "loss", "sequences", "num_tokens", "grad_norm", "learning_rate", "eval_loss")
     assert [[line.get(k) for k in same] for line in theirs] == [[line.get(k) for k in same] for line in ours]
     assert len(ours) == 8
     assert sorted(told) == ["trial-000", "trial-001", "trial-002"], "for Prometheus"
-    steps = [event["loss"] for event in told[winner.name] if event["event"] == "step"]
+    steps = [event.loss for event in told[winner.name] if isinstance(event, StepFinished)]
     assert steps == [line["loss"] for line in theirs]
 
     results = json.loads(storage.read_bytes(f"{run.directory}/tune/results.json"))
-    assert results["best"]["loss"] == min(line["heldout_loss"] for line in ours if "heldout_loss" in line)
+    assert results["best"]["loss"] == min(line["eval_loss"] for line in ours if "eval_loss" in line)
     assert results["steps"] == {"done": sum(t.step for t in trials), "of": 24}
     assert storage.verify_directory(results["best"]["checkpoint"]) == []
     best = config.load_run(f"{run.directory}/tune/best.yaml")

@@ -1,7 +1,7 @@
 """Both dashboards under a real Prometheus: each of their queries finds something while a run trains and a model answers.
 
 Run by hand, where `prometheus` is installed: `python -m pytest tests/trials/test_prometheus.py`. What only a GPU or a fault
-can show (MFU, memory of a GPU, alarms, errors) is named in `ABSENT`, and its query must be understood.
+can show (MFU, memory of a GPU, alerts, errors) is named in `ABSENT`, and its query must be understood.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.unit.test_engine import byte_tokenizer
 
 ABSENT = {
     ("training", "MFU"),
-    ("training", "Alarms"),
+    ("training", "Alerts"),
     ("training", "Memory of rank 0's GPU"),
     ("training", "GPUs at work"),
     ("serving", "Errors"),
@@ -85,7 +85,7 @@ def _work(root: Path) -> None:
     byte_tokenizer().save_pretrained(root / "served")
     endpoint = start_endpoint(root / "served", ServedModels("tiny"), ServeConfig(port=0, max_tokens=1000), num_cpus=0.5)
     client = openai.OpenAI(base_url=endpoint.url, api_key="none", max_retries=0, timeout=60)
-    train(run, open_run(run), Console(Watched()), tell=gauges.heard)
+    train(run, open_run(run), Console(Watched()), subscribers=[gauges])
     for _ in range(60):
         for part in client.completions.create(model="tiny", prompt="Hello there", max_tokens=40, stream=True):
             assert part.choices

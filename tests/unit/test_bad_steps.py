@@ -102,7 +102,7 @@ def test_a_step_with_an_infinite_loss_and_finite_gradients_is_left_out_on_all_ra
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
-def test_a_heldout_loss_that_is_not_finite_is_never_the_best_and_counts_against_patience(nothing: float) -> None:
+def test_an_eval_loss_that_is_not_finite_is_never_the_best_and_counts_against_patience(nothing: float) -> None:
     progress, seen = RunProgress(), []
     for step, loss in enumerate([nothing, 3.0, nothing, 2.0, nothing, 2.5, 2.0, nothing], 1):
         progress.step = step
@@ -111,7 +111,7 @@ def test_a_heldout_loss_that_is_not_finite_is_never_the_best_and_counts_against_
     assert progress.best == {"step": 4, "loss": 2.0}
 
 
-def test_a_run_of_heldout_losses_that_are_none_runs_out_of_patience_without_a_best() -> None:
+def test_eval_losses_that_are_not_finite_runs_out_of_patience_without_a_best() -> None:
     progress = RunProgress()
     assert [progress.note_heldout(math.nan) for _ in range(3)] == [False] * 3
     assert (progress.best, progress.since_best) == (None, 3)

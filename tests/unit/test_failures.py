@@ -15,8 +15,10 @@ from ftray.driver.resources import fitting, world_size_for
 from ftray.driver.supervisor import WorkerSupply, store_lost
 from ftray.driver.worker_group import OTHER_PHASES_S, HangDetector
 from ftray.errors import ConfigError, RunError
+from ftray.events.types import CheckpointStarted, PhaseStarted, TrainingStarted
 from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.train.failures import explain, out_of_memory
+from tests.events import step_finished
 
 
 class Hand:
@@ -34,19 +36,19 @@ def test_a_missing_step_counts_and_loading_compiling_saving_and_evaluating_do_no
     clock = HangDetector(10.0, hand)
     hand.s += 1000  # loading
     assert clock.hangs == ""
-    clock.heard({"event": "start"})
+    clock.note(TrainingStarted(0))
     hand.s += 1000  # compiling the first step
     assert clock.hangs == ""
-    clock.heard({"event": "step"})
+    clock.note(step_finished(0))
     hand.s += 9
     assert clock.hangs == ""
-    clock.heard({"event": "busy"})
+    clock.note(PhaseStarted("saving"))
     hand.s += 1000  # saving, evaluating
     assert clock.hangs == ""
-    clock.heard({"event": "checkpoint"})
+    clock.note(CheckpointStarted(1))
     hand.s += 11
     assert clock.hangs == "no step for 11 s (train.hang_timeout_s: 10)"
-    clock.heard({"event": "step"})
+    clock.note(step_finished(0))
     assert clock.hangs == ""
 
 

@@ -241,7 +241,7 @@ def test_the_fused_smoothed_loss_is_the_plain_one_with_its_gradients(num_tokens:
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_labels_are_smoothed_in_training_and_not_in_the_heldout_loss() -> None:
+def test_labels_are_smoothed_in_training_and_not_in_the_eval_loss() -> None:
     model, batch = tiny.make_model(seed=3), batch_of(documents())
     smooth, plain = SummedLossModel(model, 0.2).train(), SummedLossModel(model).train()
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]

@@ -15,6 +15,7 @@ from ftray.cli import main
 from ftray.data.prepare import SUMMARY, _shape_of
 from ftray.errors import ConfigError, ModelError, RunError
 from ftray.events.event_log import LoggedEvent
+from ftray.events.types import TrainingStarted
 from ftray.model.fp8 import FORMATS
 from ftray.report.gpu_specs import CARDS, NEEDED, check_accelerator, does, tokens_per_s
 from ftray.report.model_shape import KNOWN, ModelShape, read_shape, shape_of
@@ -384,7 +385,7 @@ def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path)
     lines = [
         {"step": n, "num_tokens": 9000, "tokens_per_s": 1e6 if n < WARM_UP else 3000.0 + n} for n in range(STEPS)
     ]  # rows far from full
-    start = LoggedEvent("1-a", 0.0, "start", {"workers": 2, "device": "NVIDIA H200"})
+    start = LoggedEvent("1-a", 0.0, TrainingStarted(0, 10, 2, "NVIDIA H200"))
     found = probed(lines, [start])
     assert found == ProbeResult(3006.5 / 2, pytest.approx(9000 / 3006.5), 2, "NVIDIA H200", 6), (
         "the first steps are left out"

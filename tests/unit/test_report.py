@@ -14,13 +14,16 @@ from ftray.cli import main
 from ftray.console import Console
 from ftray.driver.worker_group import GroupResult
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError, StorageError
+from ftray.events.bus import EventBus
 from ftray.events.event_log import EventLog, read_events
+from ftray.events.types import GroupFailed, GroupLeft, GroupNotPlaced, SessionEnded, TrainingStarted
 from ftray.redact import redacted, redacted_tree
 from ftray.report.goodput import as_rows, history_of
 from ftray.report.gpu_specs import card_of
 from ftray.report.html import PlotAxis, PlotCurve, bars, columns, lines, table
 from ftray.report.run_report import read_known, render_report, report_to, thinned, try_report, write_report
 from ftray.train.checkpoint.catalog import read_metrics
+from tests.events import step_finished
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
 VOID = {"meta"}
@@ -73,7 +76,7 @@ def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> 
     assert f"failure after step 23: {failure}: 3 steps done again" in words
     assert "last sign of this command; it was killed" in words
     assert "nothing trained for 60 min" in words or "nothing trained for 1 h 0 min" in words
-    assert "alarm at step 18: the loss jumped and came back" in words
+    assert "alert at step 18: the loss jumped and came back" in words
     assert words[-1] == "finished"
     assert as_rows(found)[0][0] == "2027-01-15 08:00:00"
 
@@ -102,7 +105,7 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
         "num_workers: 2",
     ):
         assert words in page.text, words
-    parts = ["Alarms", "Training", "Evaluation", "What happened", "Environment", "Settings"]
+    parts = ["Alerts", "Training", "Evaluation", "What happened", "Environment", "Settings"]
     assert [title for title in page.texts if title in parts] == parts
     assert sum(tag == "svg" for tag, _ in page.tags) == 5, "loss, rate, norm, throughput, waiting; no GPU's memory"
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
@@ -206,12 +209,17 @@ def test_other_settings_than_the_runs_are_not_shown_as_its_own(tmp_path: Path) -
 
 def live_until_interrupted(journal: EventLog) -> None:
     with journal.session(7):
-        journal.heard({"event": "start", "step": 7, "num_steps": 9, "workers": 2, "device": "CPU", "x": 1})
-        journal.heard({"event": "step", "step": 7, "loss": 1.0})
-        journal.group_ended(GroupResult(False, failure="lost"))
-        journal.group_ended(GroupResult(False, no_room=True, failure="nothing free"))
-        journal.group_ended(GroupResult(False, wish="there is room for 4 workers"))
-        journal.group_ended(GroupResult(True))
+        bus = EventBus()
+        journal.subscribe(bus)
+        bus.emit(TrainingStarted(7, 9, 2, "CPU"))
+        bus.emit(step_finished(7))
+        for result in (
+            GroupResult(False, failure="lost"),
+            GroupResult(False, no_room=True, failure="nothing free"),
+            GroupResult(False, wish="there is room for 4 workers"),
+            GroupResult(True),
+        ):
+            journal.group_ended(result.event_type, result.why)
         raise Interrupted("interrupted; again")
 
 
@@ -222,10 +230,14 @@ def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_ove
     with pytest.raises(Interrupted):
         live_until_interrupted(journal)
     found = read_events(str(tmp_path))
-    assert [e.event for e in found] == ["began", "start", "failed", "no room", "left", "ended"]
-    assert found[1].what == {"step": 7, "num_steps": 9, "workers": 2, "device": "CPU"}
-    assert [e.what for e in found[2:4]] == [{"why": "lost", "step": 8}, {"why": "nothing free"}]
-    assert found[-1].what == {"how": "interrupted", "why": "interrupted; again"}
+    assert [e.event for e in found[1:]] == [
+        TrainingStarted(7, 9, 2, "CPU"),
+        GroupFailed("lost", 8),
+        GroupNotPlaced("nothing free"),
+        GroupLeft("there is room for 4 workers"),
+        SessionEnded("interrupted", "interrupted; again"),
+    ]
+    assert [e.event.name for e in found] == ["began", "start", "failed", "no room", "left", "ended"], "in the file"
     assert [e.unix_s for e in found] == sorted(e.unix_s for e in found)
     mine[0] = False
     with pytest.raises(RunError), journal.session(7):

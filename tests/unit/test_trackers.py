@@ -76,7 +76,7 @@ def commit(run_dir: Path, segments: list[str], lines: list[dict[str, Any]]) -> R
 def lines_of(first: int, end: int, factor: float = 1.0) -> list[dict[str, Any]]:
     """Metrics of steps first … end - 1, held-out losses among them; the loss of step 7 was not finite."""
     found = [line(n, factor * 3.0 * 0.97**n, 1_800_000_000.0 + n, rows="ab") for n in range(first, end)]
-    found = [each | ({"heldout_loss": 2.9 * 0.97 ** each["step"]} if each["step"] % 5 == 4 else {}) for each in found]
+    found = [each | ({"eval_loss": 2.9 * 0.97 ** each["step"]} if each["step"] % 5 == 4 else {}) for each in found]
     return [each | ({"loss": None, "skipped": True} if each["step"] == 7 else {}) for each in found]
 
 
@@ -142,9 +142,9 @@ def test_the_curve_is_that_of_the_metrics_also_after_a_kill(name: str, tmp_path:
         last = commit(run_dir, second.segments, lines_of(20, 30))
     assert told == []
     assert merge_metrics(str(run_dir), last) == 30
-    for figure in ("loss", "heldout_loss", "num_tokens", "learning_rate"):
+    for figure in ("loss", "eval_loss", "num_tokens", "learning_rate"):
         assert READERS[name](run_dir, figure) == curve_of_the_run(run_dir, figure, name), figure
-    assert [len(READERS[name](run_dir, figure)) for figure in ("loss", "heldout_loss")] == [29, 6]
+    assert [len(READERS[name](run_dir, figure)) for figure in ("loss", "eval_loss")] == [29, 6]
     last = commit(run_dir, last.segments, lines_of(30, 33))
     for _ in range(2):  # the run is continued; and once more, with nothing to do
         with trackers.tracked(run, str(run_dir), told.append):

@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no-eval": (
         {"space": {"train.learning_rate": LR}, "data": {"train": [{"path": "p"}]}},
-        "tune.metric heldout_loss needs held-out data, and data.eval is missing; add data.eval",
+        "tune.metric eval_loss needs held-out data, and data.eval is missing; add data.eval",
     ),
     "data": ({"space": {"data.max_seq_len": choice(128, 256)}}, "data.max_seq_len changes the data of a trial"),
     "own-data-without-every": (

@@ -1,6 +1,6 @@
-"""Each fault that is planted raises its alarm and no other; a run that is well raises none.
+"""Each planted fault raises its alert and no other; a healthy run raises none.
 
-The lines are made; those of a real model are in test_alarms_trained.
+The metrics are synthetic; those of a real model are in test_alerts_trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from ftray import config
-from ftray.events.alerts import RULES, Alert, AlertMonitor
+from ftray.events.alerts import RULES, AlertMonitor
+from ftray.events.bus import EventBus
+from ftray.events.types import AlertRaised, EvalFinished, StepFinished, TrainingStarted, payload
+from tests.events import step_finished
 
 
 def run_of(**train: Any) -> config.RunConfig:
@@ -23,7 +26,23 @@ def run_of(**train: Any) -> config.RunConfig:
 
 
 def line(step: int, loss: float, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "num_tokens": 1000, "tokens_per_s": 1000.0, "data_wait_s": 0.01, **more}
+    return payload(step_finished(step, loss=loss, **more))
+
+
+def finished(line: dict[str, Any]) -> StepFinished:
+    return StepFinished(**{name: value for name, value in line.items() if name != "eval_loss"})
+
+
+def monitored(monitor: AlertMonitor) -> tuple[EventBus, list[AlertRaised]]:
+    """A bus that a monitor follows, and the alerts that come on it."""
+    bus, raised = EventBus(), list[AlertRaised]()
+    bus.subscribe(AlertRaised, raised.append)
+
+    def fail(text: str) -> None:
+        raise AssertionError(text)
+
+    monitor.subscribe(bus, fail)
+    return bus, raised
 
 
 def healthy(num_steps: int, seed: int, noise: float = 0.06) -> list[dict[str, Any]]:
@@ -35,24 +54,23 @@ def healthy(num_steps: int, seed: int, noise: float = 0.06) -> list[dict[str, An
         slow = {"slowest_rank": rng.randrange(4), "slowest_by": 1 + rng.random() * 0.3}
         lines.append(line(n, level * (1 + rng.gauss(0, noise)), data_wait_s=rng.random() * 0.05, **slow))
         if n % 20 == 19:
-            lines[-1]["heldout_loss"] = level * 1.04 * (1 + rng.gauss(0, 0.002))
+            lines[-1]["eval_loss"] = level * 1.04 * (1 + rng.gauss(0, 0.002))
     return lines
 
 
-def alarms(lines: Sequence[dict[str, Any]], num_steps: int = 0, **train: Any) -> list[Alert]:
-    """What a run of these lines hears, each step when it comes."""
-    watch = AlertMonitor(run_of(**train), num_steps or len(lines))
-    found = watch.heard({"event": "start", "step": 0})
+def alerts(lines: Sequence[dict[str, Any]], num_steps: int = 0, **train: Any) -> list[AlertRaised]:
+    """The alerts of a run with these metrics."""
+    bus, raised = monitored(AlertMonitor(run_of(**train), num_steps or len(lines)))
+    bus.emit(TrainingStarted(0))
     for each in lines:
-        plain = {name: value for name, value in each.items() if name != "heldout_loss"}
-        found += watch.heard({"event": "step", **plain})
-        if "heldout_loss" in each:
-            found += watch.heard({"event": "heldout", "step": each["step"] + 1, "heldout_loss": each["heldout_loss"]})
-    return found
+        bus.emit(finished(each))
+        if "eval_loss" in each:
+            bus.emit(EvalFinished(each["step"] + 1, each["eval_loss"]))
+    return raised
 
 
 def kinds(lines: Sequence[dict[str, Any]], **how: Any) -> list[str]:
-    return [alarm.kind for alarm in alarms(lines, **how)]
+    return [alert.kind for alert in alerts(lines, **how)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -65,9 +83,9 @@ def test_a_batch_that_gives_no_number_is_named_and_told_once() -> None:
     lines = healthy(100, 0)
     for step in (40, 41):
         lines[step] = line(step, math.nan, skipped=True)
-    (alarm,) = alarms(lines)
-    assert (alarm.kind, alarm.step) == ("not finite", 40)
-    assert "--steps 40:41" in alarm.text
+    (alert,) = alerts(lines)
+    assert (alert.kind, alert.step) == ("not finite", 40)
+    assert "--steps 40:41" in alert.text
     lines[40] = line(40, 1.5, skipped=True)  # a gradient
     assert kinds(lines[:41]) == ["not finite"]
     assert kinds([line(0, 3.0, skipped=True, loss_scale=65536.0), *healthy(100, 0)[1:]]) == [], (
@@ -80,9 +98,9 @@ def test_a_batch_that_gives_no_number_is_named_and_told_once() -> None:
 def test_a_jump_that_comes_back_is_a_spike_and_one_that_stays_is_the_rate() -> None:
     lines = healthy(200, 1)
     lines[120]["loss"] = 9.0
-    (alarm,) = alarms(lines)
-    assert (alarm.kind, alarm.step) == ("spike", 125)
-    assert "at step 120 and came back" in alarm.text
+    (alert,) = alerts(lines)
+    assert (alert.kind, alert.step) == ("spike", 125)
+    assert "at step 120 and came back" in alert.text
     for n in range(120, 200):
         lines[n]["loss"] = 5.0 + 0.01 * (n % 7)
     assert kinds(lines) == ["learning rate too high"]
@@ -101,12 +119,12 @@ def test_a_loss_that_goes_nowhere_is_told_while_much_is_left() -> None:
     level = median(each["loss"] for each in lines[140:160])
     rng = random.Random(5)
     stuck = [*lines[:150], *(line(n, level * (1 + rng.gauss(0, 0.01))) for n in range(150, 400))]
-    (alarm,) = alarms(stuck)
-    assert alarm.kind == "plateau"
-    assert 200 < alarm.step < 300
-    assert "may bring nothing" in alarm.text
-    (never,) = alarms([line(n, 2.8 * (1 + rng.gauss(0, 0.01))) for n in range(400)])
-    assert "nothing is learned" in never.text
+    (alert,) = alerts(stuck)
+    assert alert.kind == "plateau"
+    assert 200 < alert.step < 300
+    assert "has not improved for 100 steps" in alert.text
+    (never,) = alerts([line(n, 2.8 * (1 + rng.gauss(0, 0.01))) for n in range(400)])
+    assert "the model does not learn" in never.text
     assert kinds(stuck[:330], num_steps=330) == ["plateau"]
     late = [*healthy(400, 2)[:340], *(line(n, 1.1) for n in range(340, 400))]
     assert kinds(late) == [], "at the end nothing is left to save"
@@ -116,20 +134,20 @@ def test_a_held_out_loss_that_rises_while_the_other_falls_is_told() -> None:
     lines = healthy(400, 6)
     for each in lines[200:]:
         each["loss"] *= 1 - 0.3 * (each["step"] - 200) / 200
-        if "heldout_loss" in each:
-            each["heldout_loss"] = lines[199]["heldout_loss"] * (1 + (each["step"] - 199) / 400)
-    (alarm,) = alarms(lines)
-    assert alarm.kind == "overfitting"
-    assert "(step 200)" in alarm.text
-    assert "evaluate.early_stopping" in alarm.text
+        if "eval_loss" in each:
+            each["eval_loss"] = lines[199]["eval_loss"] * (1 + (each["step"] - 199) / 400)
+    (alert,) = alerts(lines)
+    assert alert.kind == "overfitting"
+    assert "(step 200)" in alert.text
+    assert "evaluate.early_stopping" in alert.text
 
 
 def test_a_held_out_loss_after_none_but_bad_steps_says_nothing_of_them() -> None:
     lines = healthy(400, 6)
     for each in lines[200:]:
         each["loss"] = None
-        if "heldout_loss" in each:
-            each["heldout_loss"] = 9.0 + each["step"]
+        if "eval_loss" in each:
+            each["eval_loss"] = 9.0 + each["step"]
     assert "overfitting" not in kinds(lines)
 
 
@@ -139,10 +157,10 @@ def test_data_that_is_waited_for_is_told_but_not_the_start_nor_one_long_wait() -
     assert kinds(lines) == []
     for each in lines[50:]:
         each["data_wait_s"] = 0.4
-    (alarm,) = alarms(lines)
-    assert alarm.kind == "starving"
-    assert "of the time for data" in alarm.text
-    assert alarm.step == 65, "from when the window's waits, without the longest, are a fifth of its time"
+    (alert,) = alerts(lines)
+    assert alert.kind == "starving"
+    assert "of the time, and GPUs idle" in alert.text
+    assert alert.step == 65, "from when the window's waits, without the longest, are a fifth of its time"
     for each in lines:
         each["tokens_per_s"] = 40_000.0  # 25 ms a step: 2.5 s in all
         each["data_wait_s"] = 0.01
@@ -153,31 +171,35 @@ def test_data_that_comes_late_after_a_start_counts_from_then_on() -> None:
     lines = healthy(120, 3)
     for each in lines[60:]:
         each["data_wait_s"] = 0.4
-    watch = AlertMonitor(run_of(), 120, before=lines[:60])
-    assert watch.heard({"event": "start", "step": 60}) == []
-    (alarm,) = [alarm for each in lines[60:] for alarm in watch.heard({"event": "step", **each})]
-    assert (alarm.kind, alarm.step) == ("starving", 92), "three steps to settle, then thirty seconds"
+    bus, raised = monitored(AlertMonitor(run_of(), 120, before=lines[:60]))
+    bus.emit(TrainingStarted(60))
+    for each in lines[60:]:
+        bus.emit(finished(each))
+    (alert,) = raised
+    assert (alert.kind, alert.step) == ("starving", 92), "three steps to settle, then thirty seconds"
 
 
 def test_one_slow_worker_is_named_but_not_now_this_one_now_that() -> None:
     lines = healthy(100, 4)
     for each in lines[30:]:
         each |= {"slowest_rank": 2, "slowest_by": 2.2}
-    (alarm,) = alarms(lines)
-    assert alarm.kind == "straggler"
-    assert alarm.text.startswith("worker 2 takes 2.2 times as long")
+    (alert,) = alerts(lines)
+    assert alert.kind == "straggler"
+    assert alert.text.startswith("worker 2 takes 2.2 times as long")
     for n, each in enumerate(lines):
         each |= {"slowest_rank": n % 4, "slowest_by": 2.2}
     assert kinds(lines) == []
 
 
 def test_steps_that_are_done_again_after_a_failure_count_once() -> None:
-    watch = AlertMonitor(run_of(), 200, before=healthy(200, 5)[:40])
-    assert watch.heard({"event": "start", "step": 30}) == []
-    found = [alarm for each in healthy(200, 5)[30:] for alarm in watch.heard({"event": "step", **each})]
-    assert found == []
-    assert [each["step"] for each in watch._lines] == list(range(200))
+    monitor = AlertMonitor(run_of(), 200, before=healthy(200, 5)[:40])
+    bus, raised = monitored(monitor)
+    bus.emit(TrainingStarted(30))
+    for each in healthy(200, 5)[30:]:
+        bus.emit(finished(each))
+    assert raised == []
+    assert [each["step"] for each in monitor._lines] == list(range(200))
 
 
-def test_every_alarm_says_what_to_do() -> None:
+def test_every_alert_says_what_to_do() -> None:
     assert set(RULES) == {"not finite", "learning rate too high", "spike", "overfitting", "starving", "straggler"}

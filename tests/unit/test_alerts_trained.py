@@ -1,4 +1,4 @@
-"""Alarms on a real model's curves: the tiny Llama, trained here on a language with a rule, well and badly."""
+"""Alerts on a real model's curves: the tiny Llama, trained here on a language with a rule, well and badly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftray.train.objectives.sft import SummedLossModel, flatten_rows
 from ftray.train.step_timer import Stopwatch, slowest
 from ftray.train.trainer import _timed
 from tests import tiny
-from tests.unit.test_alarms import alarms, kinds, line
+from tests.unit.test_alerts import alerts, kinds, line
 
 RATE = 2e-3
 
@@ -60,7 +60,7 @@ def trained(
         if every and n % every == every - 1:
             with torch.no_grad():
                 sums = [(float(loss_of(*vars(b).values())), float((b.labels >= 0).sum())) for b in held_out]
-            lines[-1]["heldout_loss"] = sum(s for s, _ in sums) / sum(c for _, c in sums)
+            lines[-1]["eval_loss"] = sum(s for s, _ in sums) / sum(c for _, c in sums)
     return lines
 
 
@@ -70,23 +70,23 @@ def test_a_real_run_that_is_well_raises_none() -> None:
     assert kinds(lines) == []
 
 
-def test_a_real_run_with_a_hundred_times_the_rate_raises_its_alarm_alone() -> None:
+def test_a_real_run_with_a_hundred_times_the_rate_raises_its_alert_alone() -> None:
     lines = trained(100 * RATE, 60, every=20, taught=60)
-    (alarm,) = alarms(lines, learning_rate=100 * RATE)
-    assert alarm.kind == "learning rate too high"
-    assert "a third of 0.2 or less" in alarm.text
-    assert alarm.step < 60, "while there is something to save"
+    (alert,) = alerts(lines, learning_rate=100 * RATE)
+    assert alert.kind == "learning rate too high"
+    assert "at most a third of 0.2" in alert.text
+    assert alert.step < 60, "while there is something to save"
 
 
-def test_a_real_run_with_a_batch_that_is_no_number_raises_its_alarm_alone() -> None:
-    (alarm,) = alarms(trained(RATE, 60, every=20, taught=40, bad=(30, 31)))
-    assert (alarm.kind, alarm.step) == ("not finite", 30)
+def test_a_real_run_with_a_batch_that_is_no_number_raises_its_alert_alone() -> None:
+    (alert,) = alerts(trained(RATE, 60, every=20, taught=40, bad=(30, 31)))
+    assert (alert.kind, alert.step) == ("not finite", 30)
 
 
-def test_a_real_run_on_very_little_data_raises_its_alarm_alone() -> None:
+def test_a_real_run_on_very_little_data_raises_its_alert_alone() -> None:
     lines = trained(2.5 * RATE, 200, few=1, every=10, taught=60)
-    (alarm,) = alarms(lines)
-    assert alarm.kind == "overfitting"
+    (alert,) = alerts(lines)
+    assert alert.kind == "overfitting"
     assert lines[-1]["loss"] < lines[10]["loss"], "by heart"
 
 
