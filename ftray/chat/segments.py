@@ -1,52 +1,70 @@
-"""A conversation → the text that the template writes, cut where tokens must not reach across. Knows no tokenizer.
+"""Cuts the text of a rendered conversation at the borders that no token may cross. Knows no tokenizer.
 
-The text is cut before and after each answer: where the text ends that the template writes for the turns before it with
-the generation prompt, and where the text of the turns up to it ends. Templates that rewrite earlier turns (they leave
-thoughts out of all answers but the last, for example) write no text that holds every answer behind its own prompt.
-Then each answer is a document of its own: its prompt, as the endpoint would be asked, and the answer.
+The text is cut before and after each answer: at the end of the text that the template renders for the preceding messages
+with the generation prompt, and at the end of the text for the messages up to and including the answer. Some templates
+rewrite earlier messages (they drop the reasoning of all answers but the last, for example), so that no single text contains
+each answer after its own prompt. Then each answer becomes a document of its own: the prompt that the endpoint would receive,
+and the answer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftray.chat.messages import Message
-from ftray.chat.template import Rendered, compiled
-from ftray.chat.template_analysis import only_copies
-from ftray.chat.template_budget import TemplateLimitError
+from ftray.chat.template_limits import MARK, TemplateLimitError
 from ftray.errors import DataError
 
-MARK, BLANK = "\ue0f7", "\u2003"  # around the places of texts in a rendered shape; in no template that is used so
-PLACE = re.compile(f"({BLANK}?){MARK}(\\d+){MARK}({BLANK}?)")
+if TYPE_CHECKING:
+    from ftray.chat.template import Rendered
+
+BLANK = "\u2003"  # around the placeholder of a text: shows where the template strips it
+PLACEHOLDER = re.compile(f"({BLANK}?){MARK}(\\d+){MARK}({BLANK}?)")
 MAX_SHAPES = 1000
 
-Segment = tuple[str, bool]  # a text that is tokenized by itself, and whether it is learned
+Segment = tuple[str, bool]  # a text that is tokenized separately, and whether it is trained on
 Document = list[Segment]
+ShapeKey = tuple[tuple[str, bool], ...]  # of each message: its role, and whether it has a text
 
 
 class TemplateSegmenter:
-    """A chat template. names: its variables, as the tokenizer's special tokens. uses_marks: whether what its
-    `{% generation %}` marks name is learned, instead of the whole turn."""
+    """Renders conversations with a chat template and cuts them into segments.
+
+    Args:
+        template: The template's source.
+        names: Special tokens by the names under which the template knows them.
+
+    Attributes:
+        uses_marks: Whether the text in the template's `{% generation %}` blocks is trained on, instead of whole answers.
+    """
 
     def __init__(self, template: str, names: dict[str, str]) -> None:
         self._template, self._names = template, names
-        self._shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
+        self._shapes: dict[ShapeKey, _Shape | None] = {}
+        self._only_copies = MARK not in template and BLANK not in template  # until a probe shows the opposite
         self._missing_roles: dict[str, str | None] = {}
         self.uses_marks = False
 
     @property
     def has_marks(self) -> bool:
-        """Whether the template has `{% generation %}` marks."""
+        """Whether the template has `{% generation %}` blocks."""
+        from ftray.chat.template import compiled
+
         return compiled(self._template).has_marks
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
-        """The conversation as the template writes it. Raises DataError where it can't."""
+        """Renders a conversation.
+
+        Raises:
+            DataError: The template cannot render it.
+        """
         if not messages:
             raise DataError("the conversation begins with the assistant; begin with a system or user turn")
         for role in {m.role for m in messages} & {"system", "tool"}:
-            if (reason := self._why_not(role)) is not None:
+            if (reason := self._why_missing(role)) is not None:
                 where = "the first user turn" if role == "system" else "a user turn"
                 raise DataError(f"the chat template has no {role} role ({reason}); put its text into {where}")
         try:
@@ -57,31 +75,36 @@ class TemplateSegmenter:
             raise DataError(f"the chat template refuses the conversation: {_one_line(err)}") from None
 
     def cut_prompt(self, messages: Sequence[Message]) -> list[str]:
-        """The text up to and with the generation prompt, cut around each answer that the template hasn't rewritten."""
+        """The text up to and including the generation prompt, cut around each answer that the template has not rewritten."""
         full = self.render(messages, add_generation_prompt=True).text
         cuts = [border for pair in self._borders(full, messages) if pair is not None for border in pair]
         return [full[a:b] for a, b in zip([0, *cuts], [*cuts, len(full)], strict=True)]
 
     def cut_example(self, messages: Sequence[Message]) -> list[Document]:
-        """The documents of a conversation: one, or one for each learned answer where the template rewrites earlier turns.
+        """Cuts a conversation into documents: one, or one per trained answer if the template rewrites earlier messages.
 
-        Raises DataError, as `render`, and where no prompt of the endpoint would match the text.
+        Raises:
+            DataError: The template cannot render it, or no prompt of the endpoint would match the text.
         """
         rendered = self.render(messages)
         borders = self._borders(rendered.text, messages)
         if None in borders:
             answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
             return [self._answer(messages[: i + 1]) for i in answers]
-        turns = [m for m in messages if m.role == "assistant"]
+        answered = [m for m in messages if m.role == "assistant"]
         document: Document = []
-        done = 0
-        for turn, (start, end) in zip(turns, borders, strict=True):  # type: ignore[misc]
-            document += [(rendered.text[done:start], False), *self._marked(rendered, start, end, turn.train)]
-            done = end
-        return [[*document, (rendered.text[done:], False)]]
+        end_of_last = 0
+        for message, (start, end) in zip(answered, borders, strict=True):  # type: ignore[misc]
+            document += [(rendered.text[end_of_last:start], False)]
+            document += self._marked(rendered, start, end, message.train)
+            end_of_last = end
+        return [[*document, (rendered.text[end_of_last:], False)]]
 
     def cut_by_shape(self, messages: Sequence[Message]) -> list[Document]:
-        """`cut_example`, from a rendering of other texts in the same roles where that is known to be the same."""
+        """`cut_example`, without a rendering if another conversation with the same roles has had one.
+
+        That works if the template only copies the messages' texts, which a rendering of placeholders shows.
+        """
         key = tuple([(m.role, bool(m.content)) for m in messages])
         if key not in self._shapes:
             if len(self._shapes) >= MAX_SHAPES:
@@ -97,7 +120,7 @@ class TemplateSegmenter:
         return [document]
 
     def _borders(self, full: str, messages: Sequence[Message]) -> list[tuple[int, int] | None]:
-        """Of each assistant turn: where it begins and ends in the text, or None where the template rewrote it."""
+        """The start and end of each answer in the text, or None if the template rewrote it."""
         borders: list[tuple[int, int] | None] = []
         for i, message in enumerate(messages):
             if message.role == "assistant":
@@ -107,56 +130,59 @@ class TemplateSegmenter:
         return borders
 
     def _answer(self, messages: Sequence[Message]) -> Document:
-        """The last turn behind its prompt, which is cut as the endpoint's."""
+        """The last message after its prompt, which is cut as for the endpoint."""
         prompt = self.cut_prompt(messages[:-1])
         rendered, start = self.render(messages), sum(map(len, prompt))
         if not rendered.text.startswith("".join(prompt)):
             raise DataError(
-                f"the chat template writes another prompt for the answer of turn {len(messages) - 1} than the endpoint would "
-                "be given; use a base with another template"
+                f"the chat template renders turn {len(messages) - 1} after another prompt than the endpoint would receive; "
+                "use a base with another template"
             )
         return [*((text, False) for text in prompt), *self._marked(rendered, start, len(rendered.text), True)]
 
-    def _marked(self, rendered: Rendered, start: int, end: int, learned: bool) -> Document:
-        """The segments of an answer; learned is all of it, or what the template marks."""
+    def _marked(self, rendered: Rendered, start: int, end: int, trained: bool) -> Document:
+        """The segments of an answer. All of it is trained on, or the marked parts."""
         segments: Document = []
-        done = start
+        end_of_last = start
         for mark in rendered.marks if self.uses_marks else ():
             low, high = max(mark[0], start), min(mark[1], end)
             if low < high:
-                segments += [(rendered.text[done:low], False), (rendered.text[low:high], learned)]
-                done = high
-        return [*segments, (rendered.text[done:end], learned and not self.uses_marks)]
+                segments += [(rendered.text[end_of_last:low], False), (rendered.text[low:high], trained)]
+                end_of_last = high
+        return [*segments, (rendered.text[end_of_last:end], trained and not self.uses_marks)]
 
-    def _find_shape(self, key: tuple[tuple[str, bool], ...]) -> _Shape | None:
-        template = self._template
-        if self.uses_marks or not only_copies(template) or MARK in template or BLANK in template:
+    def _find_shape(self, key: ShapeKey) -> _Shape | None:
+        if self.uses_marks or not self._only_copies:
             return None
-        texts = [f"{BLANK}{MARK}{i}{MARK}{BLANK}" if said else "" for i, (_, said) in enumerate(key)]
+        probe = _PlaceholderSegmenter(self._template, self._names)
+        texts = [f"{BLANK}{MARK}{i}{MARK}{BLANK}" if has_text else "" for i, (_, has_text) in enumerate(key)]
         try:
-            documents = self.cut_example([Message(role, text) for (role, _), text in zip(key, texts, strict=True)])
+            documents = probe.cut_example([Message(role, text) for (role, _), text in zip(key, texts, strict=True)])
         except DataError:
+            self._only_copies = not probe.inspects_texts
             return None
         if len(documents) != 1 or len(documents[0]) != 2 * sum(role == "assistant" for role, _ in key) + 1:
             return None
-        turns = [i for i, (role, _) in enumerate(key) if role == "assistant"]
+        answers = [i for i, (role, _) in enumerate(key) if role == "assistant"]
         shape: list[tuple[list[str | _TextSpan], int | None]] = []
         for n, (text, _) in enumerate(documents[0]):
-            pieces = PLACE.split(text)  # literal, blank, number, blank, literal, …
+            pieces = PLACEHOLDER.split(text)  # literal, blank, number, blank, literal, …
             parts: list[str | _TextSpan] = [pieces[0]]
             for before, number, after, literal in zip(*(pieces[k::4] for k in (1, 2, 3, 4)), strict=True):
                 if before != after:
-                    return None  # trimmed on one side, or together with what stands beside it
-                parts += [_TextSpan(int(number), trimmed=not before), literal]
-            shape.append(([p for p in parts if p != ""], turns[n // 2] if n % 2 else None))
+                    return None  # stripped on one side, or together with its neighbor
+                parts += [_TextSpan(int(number), stripped=not before), literal]
+            shape.append(([p for p in parts if p != ""], answers[n // 2] if n % 2 else None))
         return shape
 
     def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+        from ftray.chat.template import compiled
+
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return compiled(self._template).render(turns, add_generation_prompt, **self._names)
 
-    def _why_not(self, role: str) -> str | None:
-        """Why the template can't show turns of a role, seen on a probe; None if it can. Some leave them out in silence."""
+    def _why_missing(self, role: str) -> str | None:
+        """The reason why the template cannot show messages of a role, or None. A probe shows it: some drop them silently."""
         if role not in self._missing_roles:
             rest = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
             at = 0 if role == "system" else 2
@@ -167,33 +193,52 @@ class TemplateSegmenter:
                 if "7919" not in self._run(probe, True).text:
                     self._missing_roles[role] = "it leaves such turns out"
             except Exception as err:  # noqa: BLE001 - as in `render`
-                if not _fails(lambda: self._run(rest, True)):
+                if self._renders(rest):
                     self._missing_roles[role] = _one_line(err)
         return self._missing_roles[role]
+
+    def _renders(self, messages: Sequence[Message]) -> bool:
+        try:
+            self._run(messages, True)
+        except Exception:  # noqa: BLE001 - as in `render`
+            return False
+        return True
+
+
+class _PlaceholderSegmenter(TemplateSegmenter):
+    """Renders placeholders instead of the messages' texts."""
+
+    inspects_texts = False
+
+    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+        from jinja2 import TemplateError
+
+        from ftray.chat.template import Placeholder, compiled
+
+        turns = [{"role": m.role, "content": m.content and Placeholder(m.content)} for m in messages]
+        try:
+            return compiled(self._template).render(turns, add_generation_prompt, **self._names)
+        except TemplateError:  # it refuses these roles, whatever the texts are
+            raise
+        except Exception:
+            self.inspects_texts = True
+            raise
 
 
 @dataclass(frozen=True)
 class _TextSpan:
-    """Where a turn's text stands in a segment."""
+    """The place of a message's text in a segment."""
 
     turn: int
-    trimmed: bool
+    stripped: bool
 
     def of(self, messages: Sequence[Message]) -> str:
         text = messages[self.turn].content
-        return text.strip() if self.trimmed else text
+        return text.strip() if self.stripped else text
 
 
-_Shape = list[tuple[list[str | _TextSpan], int | None]]  # segments: their parts, and whose turn each is
+_Shape = list[tuple[list[str | _TextSpan], int | None]]  # segments: their parts, and the message of an answer
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _fails(action: Callable[[], object]) -> bool:
-    try:
-        action()
-    except Exception:  # noqa: BLE001 - as in `render`
-        return True
-    return False

@@ -134,7 +134,7 @@ def test_a_template_that_takes_too_long_or_too_much_is_refused_where_it_is_tried
         "class Open:\n"
         "    def __init__(self, source): self.t = jinja2.Template(source)\n"
         "    def render(self, turns, prompt, **names): return self.t.render(messages=turns)\n"
-        "s.Template = t.Template = Open\n"
+        "s.Template = Open\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     for source in ("{% for a in range(10**12) %}{% endfor %}", "{{ 'a' * 10**10 }}"):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.chat import ChatFormat, Encoded, Message
-from ftray.chat.template_analysis import only_copies
+from ftray.chat.segments import TemplateSegmenter
 from ftray.config import ModelConfig
 from ftray.data import tokenizer as tokenize
 from ftray.data.chunks import _tokenizer, streams
@@ -57,6 +57,16 @@ COPYING = {
         + "{{ '[' ~ loop.index ~ ']' }}{% endfor %}"
         + ASK
     ),
+    "keeps it in a namespace": "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = m['content'] %}{% endfor %}"
+    + tiny.TEMPLATE,
+    "takes any key": tiny.TEMPLATE.replace("m['content']", "m['con' + 'tent']"),
+    "tells the day": tiny.TEMPLATE.replace("m['content']", "m['content'] + strftime_now('%d')"),
+    "captures it": tiny.TEMPLATE.replace("m['content']", "say(m.content)").replace(
+        "{% for m in", "{% macro say(x) %}[{{ x | trim }}]{% endmacro %}{% for m in", 1
+    ),
+    "sets a block of it": tiny.TEMPLATE.replace("m['content']", "x").replace(
+        "{{ '<|im_start|>'", "{% set x %}[{{ m.content }}]{% endset %}{{ '<|im_start|>'", 1
+    ),
 }
 # Each does something else with some texts than with others.
 LOOKING = {
@@ -72,13 +82,16 @@ LOOKING = {
     "takes its first letter": tiny.TEMPLATE.replace("m['content']", "m['content'][0]"),
     "changes case": tiny.TEMPLATE.replace("m['content']", "m['content'] | upper"),
     "formats with it": tiny.TEMPLATE.replace("m['content']", "m['content'] % ()"),
-    "keeps it in a namespace": "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = m['content'] %}{% endfor %}"
-    + tiny.TEMPLATE,
-    "takes any key": tiny.TEMPLATE.replace("m['content']", "m['con' + 'tent']"),
     "goes through a macro": "{% macro f(x) %}{{ x | upper }}{% endmacro %}"
     + tiny.TEMPLATE.replace("m['content']", "f(m.content)"),
     "looks at the neighbour": tiny.TEMPLATE.replace("m['content']", "m['content'] + loop.previtem.content"),
-    "tells the day": tiny.TEMPLATE.replace("m['content']", "m['content'] + strftime_now('%d')"),
+    "captures it and looks": tiny.TEMPLATE.replace("m['content']", "(say(m.content) | length | string)").replace(
+        "{% for m in", "{% macro say(x) %}{{ x }}{% endmacro %}{% for m in", 1
+    ),
+    "asks for a letter": tiny.TEMPLATE.replace("m['content']", "m['content'] | int(0) | string"),
+    "looks for it in a list": tiny.TEMPLATE.replace("m['content']", "('!' if m['content'] in ['a'] else '?')"),
+    "takes it as a key": tiny.TEMPLATE.replace("m['content']", "m['content'] + {'a': 'b'}.get(m['content'], '')"),
+    "asks whether what is left is empty": tiny.TEMPLATE.replace("m['content']", "('!' if m['content'] | trim else '')"),
     "is no template": "{% for %}",
 }
 
@@ -172,7 +185,6 @@ def test_many_at_once_are_what_each_is_by_itself_with_a_real_model() -> None:
 @pytest.mark.parametrize("name", COPYING)
 def test_a_template_that_copies_is_rendered_once_for_all_conversations_of_its_shape(name: str) -> None:
     chat = chat_of(COPYING[name])
-    assert only_copies(COPYING[name])
     conversations: list[list[Message] | str] = [
         [Message("user", f"{n}?"), Message("assistant", f" {n}! ")] for n in range(20)
     ]
@@ -183,7 +195,9 @@ def test_a_template_that_copies_is_rendered_once_for_all_conversations_of_its_sh
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_a_template_that_looks_into_texts_is_rendered_for_each(name: str) -> None:
-    assert not only_copies(LOOKING[name])
+    key = tuple((role, True) for role in ("system", "user", "assistant", "user", "assistant"))
+    assert TemplateSegmenter(tiny.TEMPLATE, {})._find_shape(key) is not None
+    assert TemplateSegmenter(LOOKING[name], {})._find_shape(key) is None
 
 
 def test_a_template_that_trims_two_texts_together_is_rendered_for_each() -> None:
