@@ -1,40 +1,145 @@
-"""The verbs that look at runs: `plan`, `report`, `runs`."""
+"""Commands that look at a run: `check`, `plan`, `report`, `runs compare`, `runs gc`."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, BadParameter, Option
 
 from ftray import config
-from ftray.cli.context import launch, open_target, owned
+from ftray.cli.context import AsJson, Overrides, RunTarget, command, launch, open_target, owned
 from ftray.console import Console
 
 if TYPE_CHECKING:
     from ftray.report.plan import ProbeResult
 
 
-def plan(arguments: argparse.Namespace, console: Console) -> int:
-    """Says what a run will need: memory, steps, time, cost."""
+@command()
+def check(target: RunTarget, overrides: Overrides = None, as_json: AsJson = False, *, console: Console) -> int:
+    """Validate a run file and print the settings derived from it. Starts no Ray."""
+    from ftray import storage
+    from ftray.report.gpu_specs import check_accelerator
+    from ftray.train.zero.config import deepspeed_config
+
+    run = open_target(target, overrides)
+    deepspeed_config(run.train, run.deepspeed, run.micro_batch_size, run.world_sizes[0])
+    check_accelerator(run)
+    is_local = not storage.is_remote(run.storage) and "RAY_ADDRESS" not in os.environ  # else the run may run elsewhere
+    if is_local and run.tracking.trackers:
+        from ftray.driver.trackers import check_trackers
+
+        check_trackers(run)
+    sweep = None
+    if run.tune is not None:
+        from ftray.tune.space import check_tune, describe
+
+        sweep = describe(check_tune(run))
+    check_serving(run, is_local=is_local)
+    if as_json:
+        console.say(json.dumps(run.model_dump(mode="json"), indent=1))
+        return 0
+    for name, text in _summary(run, sweep):
+        console.say(f"{name:<11}{text}")
+    return 0
+
+
+def _summary(run: config.RunConfig, sweep: str | None) -> list[tuple[str, str]]:
+    """What follows from a run file, as pairs of a name and a text."""
+    data, train = run.data, run.train
+    if data.eval is None:
+        eval_data = "none"
+    elif isinstance(data.eval, config.SplitConfig):
+        eval_data = f"{data.eval.fraction:g} of the records"
+    else:
+        eval_data = f"{len(data.eval)} sources"
+    length = (
+        f"{train.max_steps} steps"
+        if train.max_steps
+        else f"{train.epochs:g} epochs; `ftray data index` counts their steps"
+    )
+    epoch = (
+        "one pass over the source that is largest relative to its weight; others repeat or stop early"
+        if data.train[0].weight
+        else "each record once; an incomplete global batch carries over to the next epoch, or is dropped at the end"
+    )
+    every = f"{run.checkpoint.every} steps" if isinstance(run.checkpoint.every, int) else run.checkpoint.every
+    batch = f"{run.world_sizes[0]} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
+    if len(run.world_sizes) > 1:
+        batch += f" (or {', '.join(map(str, run.world_sizes[1:]))} workers)"
+    return [
+        ("run", f"{run.directory}  (config hash {run.config_hash})"),
+        ("model", f"{run.model.base}, {run.method.type}, {train.precision}"),
+        ("data", f"{len(data.train)} training sources, eval: {eval_data}"),
+        ("sequences", f"{data.max_seq_len} tokens, {'packed' if data.packing else 'one record each'}"),
+        ("epoch", epoch),
+        ("length", length),
+        ("step", f"{train.global_batch_size} packed sequences = {batch}"),
+        ("tokens", f"at most {train.global_batch_size * data.max_seq_len} per step"),
+        ("DeepSpeed", f"ZeRO stage {run.deepspeed.zero_stage}, CPU offload: {run.deepspeed.offload}"),
+        ("checkpoint", f"every {every}; keeps the newest {run.checkpoint.keep} and the best"),
+        *([("tune", sweep)] if sweep else []),
+    ]
+
+
+def check_serving(run: config.RunConfig, *, is_local: bool) -> None:
+    """Raises ConfigError if the endpoint of this run could not start.
+
+    Args:
+        run: The run.
+        is_local: The endpoint would start on this machine, so installed packages count.
+    """
+    from ftray.serve.preflight import check_holds, check_installed
+
+    if run.method.type == "prompt-tuning":  # not served
+        return
+    runs = [run]
+    if run.tune is not None:
+        from ftray.tune.space import corners, trial_run
+
+        runs = [trial_run(run, params, "trial", run.storage) for params in corners(run.tune)]
+    for trial in runs:
+        check_holds(trial)
+    if is_local:
+        check_installed(run.serve)
+
+
+@command(starts_ray=lambda options: bool(options["probe"]))
+def plan(
+    target: RunTarget,
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None, Option(help="GPU to plan for, such as H100 or A100-80G. Default: scale.accelerator.")
+    ] = None,
+    probe: Annotated[
+        bool, Option("--probe", help="Measure the speed with a few training steps on the cluster, which are discarded.")
+    ] = False,
+    as_json: AsJson = False,
+    *,
+    console: Console,
+) -> int:
+    """Estimate memory, time and cost of a run. Starts no Ray, unless --probe is set."""
     from ftray import storage
     from ftray.report.plan import make_plan
     from ftray.report.plan_text import as_text, as_tree
 
-    run = open_target(arguments.run, arguments.overrides)
+    run = open_target(target, overrides)
     run_dir = storage.absolute(run.directory)
-    told = Console(sys.stderr) if arguments.json else console
-    found = make_plan(run, run_dir, arguments.card, _probe(run, told) if arguments.probe else None)
-    if arguments.json:
-        console.say(json.dumps(as_tree(found), indent=1))
+    messages = Console(sys.stderr) if as_json else console
+    result = make_plan(run, run_dir, card, _probe(run, messages) if probe else None)
+    if as_json:
+        console.say(json.dumps(as_tree(result), indent=1))
         return 0
-    for line in as_text(found, run):
+    for line in as_text(result, run):
         console.say(line)
     return 0
 
 
 def _probe(run: config.RunConfig, console: Console) -> ProbeResult:
-    """Trains a few steps on the cluster, as a run that is deleted whatever comes of it."""
+    """Trains a few steps on the cluster as a temporary run, which is always deleted."""
     from ftray import storage
     from ftray.events.event_log import read_events
     from ftray.report.probe import STEPS, probe_of, probed
@@ -50,35 +155,63 @@ def _probe(run: config.RunConfig, console: Console) -> ProbeResult:
         storage.delete_tree(storage.absolute(trial.directory))
 
 
-def report(arguments: argparse.Namespace, console: Console) -> int:
-    """Writes all that is known of a run as one page."""
+@command()
+def report(
+    target: RunTarget,
+    overrides: Overrides = None,
+    html: Annotated[str | None, Option(metavar="FILE", help="Write the page there instead.")] = None,
+    *,
+    console: Console,
+) -> int:
+    """Write the run's report, <run>/report.html. Starts no Ray."""
     from ftray import storage
     from ftray.report.run_report import report_to
 
-    run = open_target(arguments.run, arguments.overrides)
-    report_to(run, storage.absolute(run.directory), console, arguments.html)
+    run = open_target(target, overrides)
+    report_to(run, storage.absolute(run.directory), console, html)
     return 0
 
 
-def compare(arguments: argparse.Namespace, console: Console) -> int:
-    """Shows two runs side by side."""
+@command()
+def compare(
+    one: Annotated[str, Argument(help="Directory of a run (local or s3://), or its run file.", show_default=False)],
+    other: Annotated[str, Argument(help="The run to compare it with.", show_default=False)],
+    *,
+    console: Console,
+) -> int:
+    """Compare two runs: settings, data, packages, metrics."""
     from ftray import storage
     from ftray.report.compare_runs import compare_known
     from ftray.report.run_report import read_known
 
-    opened = [open_target(target, arguments.overrides) for target in (arguments.one, arguments.other)]
-    known = [read_known(run, storage.absolute(run.directory)) for run in opened]
-    for each in known:
+    runs = [open_target(target) for target in (one, other)]
+    artifacts = [read_known(run, storage.absolute(run.directory)) for run in runs]
+    for each in artifacts:
         for text in each.damaged:
             console.warn(text)
-    for line in compare_known(*known):
+    for line in compare_known(*artifacts):
         console.say(line)
     return 0
 
 
-def gc(arguments: argparse.Namespace, console: Console) -> int:
-    """Sweeps what no run needs any more."""
+def _hours(hours: float) -> float:
+    if not 0 <= hours < math.inf:
+        raise BadParameter(f"{hours} is not a number of hours")
+    return hours
+
+
+@command()
+def gc(
+    directory: Annotated[
+        str, Argument(help="Directory of a run, or one that holds runs (local or s3://).", show_default=False)
+    ],
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be deleted.")] = False,
+    older_than: Annotated[float, Option(metavar="HOURS", callback=_hours, help="Keep younger files.")] = 1.0,
+    *,
+    console: Console,
+) -> int:
+    """Delete files that no run needs any more."""
     from ftray.driver.garbage_collection import sweep_place
 
-    sweep_place(arguments.place, arguments.older_than * 3600, arguments.dry_run, console)
+    sweep_place(directory, older_than * 3600, dry_run, console)
     return 0

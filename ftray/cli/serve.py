@@ -1,20 +1,23 @@
-"""The verbs `publish` and `serve`: from runs, with their checkpoints and gates, to what the serve room is told.
+"""Commands that serve models: `publish` and `serve`.
 
-The serve room knows no runs and no training; what it needs of them is looked up here, before Ray starts.
+The package `serve` knows no runs and no training. These commands look up checkpoints, gates and adapters for it before
+Ray starts.
 """
 
 from __future__ import annotations
 
-import argparse
 import getpass
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
 
 from ftray import config
-from ftray.cli.context import open_target
+from ftray.cli.context import Overrides, RunTarget, command, open_target
 from ftray.console import Console
 from ftray.errors import CheckpointError, ConfigError, GateError, ModelError
 
@@ -44,108 +47,132 @@ def _exported_adapter(run: config.RunConfig, target: str) -> tuple[str, str, int
 
     if run.method.type not in ("lora", "qlora"):
         raise ConfigError(
-            f"method.type {run.method.type} makes no LoRA adapter, and only these are published; use lora"
+            f"method.type {run.method.type} makes no LoRA adapter, and only LoRA adapters can be published; use lora"
         )
     run_dir = storage.absolute(run.directory)
     if has_begun(run_dir):
-        best_checkpoint(run_dir)  # a damaged one is named, instead of one before it being taken for the end
+        best_checkpoint(run_dir)  # raises for a damaged checkpoint, instead of taking an older one for the last
     if finished_checkpoint(run, verify=False) is None:
-        raise ConfigError(f"the run '{run.name}' is not trained to its end; finish it first: ftray train {target}")
+        raise ConfigError(f"the run '{run.name}' is not fully trained; finish it first: ftray train {target}")
     step = best_checkpoint(run_dir).step
     model_dir = storage.join(run_dir, "model")
     manifest = storage.read_manifest(model_dir)
     if manifest is None or manifest["meta"].get("step") != step:
-        raise ConfigError(f"{model_dir} does not hold the model of step {step}; write it first: ftray export {target}")
+        raise ConfigError(f"{model_dir} does not hold the model of step {step}; export it first: ftray export {target}")
     return run_dir, model_dir, step, manifest
 
 
-def publish(arguments: argparse.Namespace, console: Console) -> int:
-    """Makes a run's adapter servable beside its base, or takes it away."""
-    from ftray import storage
+@command()
+def publish(
+    target: RunTarget,
+    overrides: Overrides = None,
+    name: Annotated[str | None, Option(help="Name of the adapter for clients. Default: the run's name.")] = None,
+    remove: Annotated[bool, Option("--remove", help="Remove all versions of the adapter.")] = False,
+    list_: Annotated[
+        bool, Option("--list", help="List the adapters published for the base, and those that are rejected.")
+    ] = False,
+    sign: Annotated[
+        str | None, Option(metavar="KEYFILE", help="Sign with this Ed25519 key (PEM); see serve.trusted_keys.")
+    ] = None,
+    owner: Annotated[str | None, Option(help="The publisher. Default: FTRAY_OWNER or the login name.")] = None,
+    take_over: Annotated[
+        bool, Option("--take-over", help="Publish or remove the adapter although it has another owner.")
+    ] = False,
+    *,
+    console: Console,
+) -> int:
+    """Publish the run's adapter under <storage>/published/, for endpoints of its base."""
     from ftray.serve import registry
-    from ftray.serve.model_metadata import reference_of
     from ftray.serve.signing import Signer
 
-    run = open_target(arguments.run, arguments.overrides)
-    name = registry.check_name(arguments.name or run.name)
+    run = open_target(target, overrides)
+    adapter_name = registry.check_name(name or run.name)
     base = _base_of(run)
     place = registry.registry_of(run.storage, base.base)
-    public = f"{registry.base_name(base.base)}:{name}"
-    if arguments.list:
+    public = f"{registry.base_name(base.base)}:{adapter_name}"
+    if list_:
         _list_registry(place, registry.base_name(base.base), run.serve, console)
         return 0
-    owner, signer = _owner(arguments.owner), Signer(arguments.sign) if arguments.sign else None
-    if arguments.remove:
-        number = registry.remove(place, name, owner=owner, signer=signer, take_over=arguments.take_over)
+    publisher, signer = _owner(owner), Signer(sign) if sign else None
+    if remove:
+        number = registry.remove(place, adapter_name, owner=publisher, signer=signer, take_over=take_over)
         console.say(f"{public} is no longer published ({number} version{'s' if number > 1 else ''} removed)")
         return 0
-    run_dir, model_dir, step, manifest = _exported_adapter(run, arguments.run)
-    _check_gates(run_dir, step, arguments.run)
-    meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
-    meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
-    meta |= {"reference": reference} if (reference := reference_of(run_dir)) else {}
-    found, is_new = registry.publish(
+    model_dir, meta = _publishable(run, base, target)
+    adapter, is_new = registry.publish(
         place,
-        name,
+        adapter_name,
         model_dir,
-        storage.join(model_dir, "merged"),
+        f"{model_dir}/merged",
         meta,
-        owner=owner,
+        owner=publisher,
         signer=signer,
-        take_over=arguments.take_over,
+        take_over=take_over,
     )
-    said = (
-        f"published {public}, version {found.version}: {found.uri}"
+    message = (
+        f"published {public}, version {adapter.version}: {adapter.uri}"
         if is_new
-        else f"{public} is published already: {found.uri}"
+        else f"{public} is already published: {adapter.uri}"
     )
     if signer is not None:
-        said += f"\nsigned; endpoints that ask for a signature trust it with serve.trusted_keys=[{signer.public_key}]"
-    console.say(f"{said}\nendpoints that serve its base take it up within seconds: ftray serve {arguments.run}")
+        message += f"\nsigned; endpoints trust it with serve.trusted_keys=[{signer.public_key}]"
+    console.say(f"{message}\nendpoints of its base load it within seconds: ftray serve {target}")
     return 0
 
 
+def _publishable(run: config.RunConfig, base: config.ModelConfig, target: str) -> tuple[str, dict[str, Any]]:
+    """The exported model's directory and the metadata to publish with it. Raises as `_exported_adapter` and `_check_gates`."""
+    from ftray.serve.model_metadata import reference_of
+
+    run_dir, model_dir, step, manifest = _exported_adapter(run, target)
+    _check_gates(run_dir, step, target)
+    meta: dict[str, Any] = {"base": base.base, "revision": base.revision, "run": run.name, "step": step}
+    meta |= {"lineage": manifest["meta"]["lineage"]} if "lineage" in manifest["meta"] else {}
+    meta |= {"reference": reference} if (reference := reference_of(run_dir)) else {}
+    return model_dir, meta
+
+
 def _owner(typed: str | None) -> str:
-    """Who publishes: as typed, or as the environment tells. Raises ConfigError for a name that can't be kept."""
+    """The publisher: from --owner or the environment. Raises ConfigError for an invalid name."""
     owner = typed or os.environ.get("FTRAY_OWNER")
     if not owner:
         try:
             owner = getpass.getuser()
         except (OSError, KeyError):  # a container's user may have no name
-            raise ConfigError("who publishes is not known; give --owner, or set FTRAY_OWNER") from None
+            raise ConfigError("the publisher is unknown; use --owner, or set FTRAY_OWNER") from None
     if not owner.strip() or len(owner) > 256 or not owner.isprintable():
-        raise ConfigError(f"--owner {owner[:60]!r} can't be kept; give 1 to 256 printable characters")
+        raise ConfigError(f"--owner {owner[:60]!r} is not a valid owner; use 1 to 256 printable characters")
     return owner
 
 
 def _list_registry(place: str, base: str, serve_cfg: config.ServeConfig, console: Console) -> None:
-    """Shows the version of each adapter that is served, and each that is not, with the reason."""
+    """Prints each adapter with the version that is served, and each rejected one with the reason."""
     from ftray.serve.registry import scan
 
     bytes_at_most = serve_cfg.max_adapter_mb * 1_000_000
-    found = scan(place, trusted=serve_cfg.trusted_keys, max_adapter_bytes=bytes_at_most)
-    for name, one in found.adapters.items():
-        signed = ", signed" if "signature" in one.meta else ""
-        console.say(f"{base}:{name}  version {one.version}, owner {one.meta.get('owner', 'unknown')}{signed}")
-    if not found.adapters:
-        console.say(f"nothing that can be served is published under {place}")
-    for rejected in found.rejected.values():
+    contents = scan(place, trusted=serve_cfg.trusted_keys, max_adapter_bytes=bytes_at_most)
+    for name, adapter in contents.adapters.items():
+        signed = ", signed" if "signature" in adapter.meta else ""
+        console.say(f"{base}:{name}  version {adapter.version}, owner {adapter.meta.get('owner', 'unknown')}{signed}")
+    if not contents.adapters:
+        console.say(f"no servable adapter is published under {place}")
+    for rejected in contents.rejected.values():
         console.warn(str(rejected))
 
 
 def _check_gates(run_dir: str, step: int, target: str) -> None:
-    """Raises GateError if a gate refused this step, ConfigError if the gates saw another one. No gates: fine."""
+    """Raises GateError if a gate refused this step, ConfigError if the gates were evaluated for another step."""
     from ftray import storage
 
     uri = storage.join(run_dir, "evaluate", "results.json")
-    remedy = f"so that no gate is known to pass; evaluate anew: ftray evaluate {target}"
+    remedy = f"so the gates are unknown; evaluate again: ftray evaluate {target}"
     results = storage.find_object(uri, remedy) or {}
     gates = results.get("gates") or []
     if not isinstance(gates, list) or not all(isinstance(gate, dict) for gate in gates):
         raise ConfigError(f"{uri} is damaged (gates), {remedy}")
     if gates and results.get("step") != step:
         raise ConfigError(
-            f"the gates saw step {results.get('step')}, not step {step}; evaluate it: ftray evaluate {target}"
+            f"the gates were evaluated for step {results.get('step')}, not for step {step}; evaluate it: ftray evaluate {target}"
         )
     failed = [str(gate.get("name")) for gate in gates if not gate.get("passed")]
     if failed:
@@ -155,51 +182,52 @@ def _check_gates(run_dir: str, step: int, target: str) -> None:
 
 
 def _base_of(run: config.RunConfig) -> config.ModelConfig:
-    """What runs on the same base agree on, whatever directory a command was typed in."""
+    """The base with an absolute path, so that runs on the same base agree."""
     from ftray.model.load import absolute_base
 
     return absolute_base(run.model)
 
 
-def serve(arguments: argparse.Namespace, console: Console) -> int:
-    """Serves a run, and other runs' adapters beside it, until Ctrl-C; or prints the Serve config."""
+@command(is_work=True, starts_ray=True)
+def serve(
+    target: RunTarget,
+    overrides: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="RUN|KEY=VALUE",
+            help="More runs or adapter directories of the same base, and overrides such as serve.port=9000.",
+            show_default=False,
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, Option("--config", help="Print the config for `serve deploy` and RayService instead.")
+    ] = False,
+    *,
+    console: Console,
+) -> int:
+    """Serve the base with the run's and all published adapters, OpenAI-compatible, until Ctrl-C."""
     from ftray import storage
     from ftray.cli.session import quiet, ray_session
     from ftray.serve import proxy
-    from ftray.serve.auth import read_key_hashes
-    from ftray.serve.model_metadata import reference_of
-    from ftray.serve.preflight import check_holds, check_installed
     from ftray.serve.run import check_endpoint, run_until_signal, serve_config, start_endpoint
 
-    overrides = [word for word in arguments.overrides if "=" in word]
-    run = open_target(arguments.run, overrides)
-    if run.method.type == "prompt-tuning":
-        raise ConfigError(
-            "method.type prompt can't be served: its virtual tokens are no weights of the model; load the adapter in "
-            f"{storage.join(storage.absolute(run.directory), 'model')} with PEFT, or train with lora"
-        )
-    more = [word for word in arguments.overrides if "=" not in word]
-    check_holds(run)
-    if not arguments.config:
-        check_installed(run.serve)
-        read_key_hashes(run.serve.host)  # who may ask is settled before anything is looked for
-    model_dir, served = _what_to_serve(run, more)
-    dirs = {run.name: storage.absolute(run.directory)} | {
-        n: uri.rpartition("/")[0] for n, uri in served.adapters.items()
-    }
-    served = replace(served, references={n: found for n, place in dirs.items() if (found := reference_of(place))})
+    words = overrides or []
+    run = open_target(target, [word for word in words if "=" in word])
+    _check_servable(run, is_local=not print_config)
+    model_dir, served = _what_to_serve(run, [word for word in words if "=" not in word])
+    served = replace(served, references=_references(run, served))
     replica: dict[str, Any] = {
         "place": storage.absolute(run.directory),
         "dtype": _DTYPES[run.train.precision],
         "num_gpus": float(run.serve.tensor_parallel if run.scale.accelerator else 0),
     }
     _check_shares(run.serve, served)
-    if arguments.config:
+    if print_config:
         import yaml
 
         console.say(yaml.safe_dump(serve_config(model_dir, served, run.serve, **replica), sort_keys=False).rstrip())
         return 0
-    say_step(run, arguments.run, console)
+    say_step(run, target, console)
     check_endpoint(model_dir, run.serve)
     proxy.announce()
     with quiet(run.name, console), ray_session(run.serve.max_replicas * run.scale.cpus_per_worker):
@@ -207,15 +235,42 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
         endpoint = start_endpoint(model_dir, served, run.serve, name=run.name, warn=console.warn, **replica)
         console.say(f"serving {run.name} at {endpoint.url}  (Ctrl-C drains and stops)\n{_curl(endpoint.url, run.name)}")
         if served.registry:
-            console.say(
-                f"side by side: {endpoint.url.removesuffix('v1')}  adapters published for {served.model_id} appear by themselves"
-            )
-        run_until_signal(endpoint, _events(run, console))
+            page = endpoint.url.removesuffix("v1")
+            console.say(f"side by side: {page}  new adapters published for {served.model_id} appear automatically")
+        run_until_signal(endpoint, _canary_watch(run, console))
     return 0
 
 
+def _check_servable(run: config.RunConfig, *, is_local: bool) -> None:
+    """Raises ConfigError if the run can't be served. is_local: on this machine, so its packages and API keys count."""
+    from ftray import storage
+    from ftray.serve.auth import read_key_hashes
+    from ftray.serve.preflight import check_holds, check_installed
+
+    if run.method.type == "prompt-tuning":
+        model_dir = storage.join(storage.absolute(run.directory), "model")
+        raise ConfigError(
+            f"method.type prompt-tuning can't be served, because virtual tokens are not model weights; load the adapter in "
+            f"{model_dir} with PEFT, or train with lora"
+        )
+    check_holds(run)
+    if is_local:
+        check_installed(run.serve)
+        read_key_hashes(run.serve.host)  # authentication is checked first
+
+
+def _references(run: config.RunConfig, served: ServedModels) -> dict[str, Any]:
+    """The drift baselines of the served models, by name."""
+    from ftray import storage
+    from ftray.serve.model_metadata import reference_of
+
+    run_dirs = {run.name: storage.absolute(run.directory)}
+    run_dirs |= {name: uri.rpartition("/")[0] for name, uri in served.adapters.items()}
+    return {name: reference for name, run_dir in run_dirs.items() if (reference := reference_of(run_dir))}
+
+
 def say_step(run: config.RunConfig, target: str, console: Console) -> None:
-    """Warns when the exported model that is served is not that of the run's best checkpoint, or that one is damaged.
+    """Warns if the exported model is not the run's best checkpoint, or that checkpoint is damaged.
 
     Raises ModelError for an export whose manifest is damaged.
     """
@@ -228,43 +283,47 @@ def say_step(run: config.RunConfig, target: str, console: Console) -> None:
         manifest = storage.read_manifest(place)
     except CheckpointError:
         raise ModelError(
-            f"{storage.join(place, storage.MANIFEST)} is damaged; write the model anew: ftray export {target}"
+            f"{storage.join(place, storage.MANIFEST)} is damaged; export the model again: ftray export {target}"
         ) from None
     step = manifest["meta"].get("step") if manifest else None
-    if step is None:  # not an export of this run's
+    if step is None:  # not an export of this run
         return
     try:
         best = best_checkpoint(run_dir).step
-    except ConfigError:  # without its checkpoints
+    except ConfigError:  # the checkpoints are gone
         return
     except CheckpointError as err:
-        console.warn(f"the model that is served is of step {step}; {err}")
+        console.warn(f"the served model is from step {step}; {err}")
         return
     if step != best:
         console.warn(
-            f"the model that is served is of step {step}, the run's best checkpoint of step {best}; to serve that one: "
+            f"the served model is from step {step}, but the run's best checkpoint is step {best}; to serve that one: "
             f"ftray export {target}"
         )
 
 
 def _gpus_for(run: config.RunConfig, wanted: float, console: Console) -> float:
-    """GPUs of a replica, none where there are none and it can do without. Raises ConfigError: Serve would only wait."""
+    """GPUs of a replica: 0 on a machine without GPUs, if the engine allows it.
+
+    Raises:
+        ConfigError: The cluster has too few GPUs; Ray Serve would wait forever.
+    """
     import ray
 
-    there, needed = ray.cluster_resources().get("GPU", 0.0), wanted * max(1, run.serve.min_replicas)
-    if there >= needed:
+    available, needed = ray.cluster_resources().get("GPU", 0.0), wanted * max(1, run.serve.min_replicas)
+    if available >= needed:
         return wanted
-    if there == 0 and run.serve.engine == "transformers":
-        console.warn(f"scale.accelerator is {run.scale.accelerator}, but there is no GPU here: the CPU answers")
+    if available == 0 and run.serve.engine == "transformers":
+        console.warn(f"scale.accelerator is {run.scale.accelerator}, but this machine has no GPU; serving on the CPU")
         return 0.0
     raise ConfigError(
-        f"{max(1, run.serve.min_replicas)} replicas (serve.min_replicas) of {wanted:g} GPUs need {needed:g}, there are "
-        f"{there:g}; lower serve.min_replicas or serve.tensor_parallel, or serve where there are more"
+        f"{max(1, run.serve.min_replicas)} replicas (serve.min_replicas) of {wanted:g} GPUs need {needed:g} GPUs, "
+        f"the cluster has {available:g}; lower serve.min_replicas or serve.tensor_parallel, or use a larger cluster"
     )
 
 
 def _what_to_serve(run: config.RunConfig, more: list[str]) -> tuple[str, ServedModels]:
-    """Model directory or hub id, and which models stand for it and its adapters."""
+    """The model directory or hub id, and the names of the served models."""
     from ftray import storage
     from ftray.model.load import resolve_base
     from ftray.serve.adapter_cache import ServedModels
@@ -285,9 +344,7 @@ def _what_to_serve(run: config.RunConfig, more: list[str]) -> tuple[str, ServedM
     for word in more:
         name, uri = _adapter_of(word, base)
         if name in adapters:
-            raise ConfigError(
-                f"two of what is to be served are called {name}; rename one, or publish it under another name"
-            )
+            raise ConfigError(f"two served models are called {name}; rename one run, or publish it under another name")
         adapters[name] = uri
     if (model_id := base_name(base.base)) in adapters:
         model_id = f"{model_id}-base"
@@ -297,7 +354,7 @@ def _what_to_serve(run: config.RunConfig, more: list[str]) -> tuple[str, ServedM
 
 
 def _adapter_of(word: str, base: config.ModelConfig) -> tuple[str, str]:
-    """Name and URI of a further run's adapter, or of an adapter's directory."""
+    """Name and URI of an adapter, from another run or an adapter directory."""
     from ftray import storage
     from ftray.engine.adapters import CONFIG_FILE
     from ftray.serve.registry import check_name
@@ -306,51 +363,51 @@ def _adapter_of(word: str, base: config.ModelConfig) -> tuple[str, str]:
     if storage.exists(storage.join(uri, CONFIG_FILE)):
         return check_name(Path(uri).name), uri
     other = open_target(word, [])
-    theirs = _base_of(other)
-    if (theirs.base, theirs.revision) != (base.base, base.revision):
+    other_base = _base_of(other)
+    if (other_base.base, other_base.revision) != (base.base, base.revision):
         raise ConfigError(
-            f"{word} was trained on {theirs.base}, not on {base.base}; adapters of one base are served together"
+            f"{word} was trained on {other_base.base}, not on {base.base}; only adapters of the same base can be served together"
         )
     uri = storage.join(storage.absolute(other.directory), "model")
     if other.method.type not in ("lora", "qlora") or not storage.exists(storage.join(uri, CONFIG_FILE)):
-        raise ConfigError(f"{uri} holds no LoRA adapter; write it first: ftray export {word}")
+        raise ConfigError(f"{uri} holds no LoRA adapter; export it first: ftray export {word}")
     return other.name, uri
 
 
 def _check_shares(serve_cfg: config.ServeConfig, served: ServedModels) -> None:
-    """Raises ConfigError for a model of serve.ab that is not there."""
+    """Raises ConfigError if serve.ab names an unknown model."""
     if not serve_cfg.ab:
         return
     from ftray.serve.registry import list_published
 
     published = list_published(served.registry, serve_cfg.trusted_keys) if served.registry else {}
-    there = [served.model_id, *served.adapters, *(f"{served.model_id}:{name}" for name in published)]
-    if missing := [model for model in serve_cfg.ab if model not in there]:
-        raise ConfigError(f"serve.ab names {missing[0]}, which is not there; there are {', '.join(there)}")
+    models = [served.model_id, *served.adapters, *(f"{served.model_id}:{name}" for name in published)]
+    if missing := [model for model in serve_cfg.ab if model not in models]:
+        raise ConfigError(f"serve.ab names {missing[0]}, which is not served; use one of {', '.join(models)}")
 
 
-def _events(run: config.RunConfig, console: Console) -> Any:
-    """Tells what replicas decided: a canary that was returned, once."""
+def _canary_watch(run: config.RunConfig, console: Console) -> Callable[[], None]:
+    """Returns a function for the endpoint's loop that reports, once, that the canary was taken out of rotation."""
     from ftray import storage
     from ftray.errors import StorageError
     from ftray.serve.routing import POLL_S, event_uri
 
-    told, ticks = False, 0
+    is_reported, ticks = False, 0
 
-    def look() -> None:
-        nonlocal told, ticks
+    def poll() -> None:
+        nonlocal is_reported, ticks
         ticks += 1
-        if run.serve.canary is None or told or ticks % int(2 * POLL_S):
+        if run.serve.canary is None or is_reported or ticks % int(2 * POLL_S):
             return
         uri = event_uri(storage.absolute(run.directory), run.serve.ab, run.serve.canary)
         try:
             if storage.exists(uri):
-                event, told = storage.read_object(uri), True
+                event, is_reported = storage.read_object(uri), True
                 console.say(f"the canary {event.get('model')} gets no more requests: {event.get('why')}  ({uri})")
         except StorageError:
             return
 
-    return look
+    return poll
 
 
 def _curl(url: str, model: str) -> str:

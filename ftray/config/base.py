@@ -1,8 +1,8 @@
-"""What sections of the run file are made of: numbers that are no booleans, groups of keys that refuse the unknown."""
+"""Building blocks of the run file's sections: strict numbers, and groups of keys that refuse unknown keys."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -20,6 +20,14 @@ Positive = Annotated[Int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A frozen group of keys that refuses the ones it doesn't know."""
+    """A frozen group of keys that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+
+
+def defaults() -> Any:
+    """The default of a field that holds a section: all of the section's own defaults.
+
+    An instance as the default would build a validator for each section alone and double the import time of the config.
+    """
+    return Field({}, validate_default=True)

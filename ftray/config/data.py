@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ftray.config.base import Float, Int, Section
+from ftray.config.base import Float, Int, Section, defaults
 
 
 class SourceConfig(Section):
@@ -89,7 +89,7 @@ class DataConfig(Section):
     """Pack several records into a row, with attention kept inside each. Off: one record a row."""
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """For classification: the only answers allowed; any other makes a bad record."""
-    clean: CleanConfig = CleanConfig()
+    clean: CleanConfig = defaults()
     max_bad_records: Annotated[Int, Field(ge=0)] = 0
     """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts. What
     `data.clean` drops is wanted and isn't counted."""

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from ftray.config.base import Float, Int, Positive, Section
+from ftray.config.base import Float, Int, Positive, Section, defaults
 
 Metric = Literal[
     "loss", "rouge", "bleu", "chrf", "bertscore", "exact", "extract", "format", "json", "classes", "general"
@@ -177,7 +177,7 @@ class EvaluateConfig(Section):
     """Answers printed side by side."""
     max_new_tokens: Positive = 128
     """Longest answer, in tokens."""
-    human: HumanEvalConfig = HumanEvalConfig()
+    human: HumanEvalConfig = defaults()
     judge: JudgeConfig | None = None
     """Another model that compares the answers (`ftray evaluate judge`)."""
 

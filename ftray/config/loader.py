@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ftray.config.aliases import alias_hint
 from ftray.errors import ConfigError
 
 MAX_YAML_CHARS = 1 << 16  # a run file has a few thousand; PyYAML reads as many in a second or two
@@ -296,7 +297,7 @@ class Schema:
         ]
 
     def closest(self, parts: Sequence[str]) -> str:
-        """Names the key that an unknown one may have meant: of the same name elsewhere, then alike in its own section."""
+        """Suggests a key for an unknown one: the same name, another trainer's name for it, then the smallest edit distance."""
         *above, leaf = [part for part in parts if not part.isdecimal() and "." not in part] or parts
         section = "".join(f"{part}." for part in above)
         leaf = re.sub(r"(?<=[a-z])(?=[A-Z])|[-\s]", "_", leaf).lower()
@@ -305,6 +306,8 @@ class Schema:
             k.removeprefix(section): k for k in known if k.startswith(section) and "." not in k.removeprefix(section)
         }
         near = [own[leaf]] if leaf in own else [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+        if not near and (hint := alias_hint(leaf)):
+            return hint
         near = near or [own[m] for m in difflib.get_close_matches(leaf, own, n=1, cutoff=0.6)]
         near = near or [k for k in known if "".join(word[0] for word in k.rsplit(".", 1)[-1].split("_")) == leaf]  # lr
         leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}

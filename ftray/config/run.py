@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ftray.config import loader
-from ftray.config.base import Section
+from ftray.config.base import Section, defaults
 from ftray.config.constraints import impossible
 from ftray.config.data import DataConfig
 from ftray.config.evaluate import EvaluateConfig
@@ -34,15 +34,15 @@ class RunConfig(Section):
     storage: str = Field("runs", min_length=1)
     """Directory or `s3://bucket/prefix` under which runs live."""
     model: ModelConfig
-    method: MethodConfig = MethodConfig()
+    method: MethodConfig = defaults()
     data: DataConfig
-    train: TrainConfig = TrainConfig()
-    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    scale: ScaleConfig = ScaleConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    serve: ServeConfig = ServeConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    train: TrainConfig = defaults()
+    deepspeed: DeepSpeedConfig = defaults()
+    scale: ScaleConfig = defaults()
+    checkpoint: CheckpointConfig = defaults()
+    evaluate: EvaluateConfig = defaults()
+    serve: ServeConfig = defaults()
+    tracking: TrackingConfig = defaults()
     tune: TuneConfig | None = None
 
     @field_validator("name")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.report.model_shape import ModelShape
 from ftray.train.memory import RECOMPUTE_COST, SMALL_BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from ftray.report.model_shape import ModelShape
 
 MEASURED = "H200"
 MATMUL_SHARE = 0.697  # of the data sheet's dense rate that products reach

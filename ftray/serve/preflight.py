@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 
 from ftray import config
-from ftray.engine.adapters import VLLM_MAX_RANK
 from ftray.errors import ConfigError
 
 
@@ -25,6 +24,8 @@ def check_holds(run: config.RunConfig) -> None:
     method, cfg = run.method, run.serve
     if cfg.engine != "vllm" or method.type not in ("lora", "qlora") or not cfg.max_adapters:
         return
+    from ftray.engine.adapters import VLLM_MAX_RANK  # keeps `ftray check` fast
+
     instead = "set serve.max_adapters: 0 (merged weights), or serve.engine: transformers"
     if method.dora:
         raise ConfigError(f"serve.engine is vllm, which serves no adapters with method.dora; {instead}")

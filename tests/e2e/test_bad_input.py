@@ -398,7 +398,7 @@ def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
     assert_refused(desk.ftray("check", "run.yaml", "train.max_step=3"), "did you mean train.max_steps?")
     usage = desk.ftray("trian", "run.yaml")
     assert usage.code == 2
-    assert "choose from" in usage.err
+    assert "Did you mean 'train'?" in usage.err
     desk.env["RAY_ADDRESS"] = "127.0.0.1:9"
     refused = desk.ftray("train", "run.yaml")
     assert_refused(refused, "RAY_ADDRESS 127.0.0.1:9", "correct or unset it")

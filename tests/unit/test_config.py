@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 from ftray import config
 from ftray.cli import main
 from ftray.config import load_run, parse_run
+from ftray.config.aliases import ALIASES
+from ftray.config.loader import Schema
 from ftray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -563,8 +566,8 @@ def test_check_prints_what_follows_from_the_file(run_file: Path, capsys: pytest.
     arguments = ["train.global_batch_size=8", "scale.num_workers=2", "train.micro_batch_size=2", "train.max_steps=5"]
     assert main.main(["check", str(run_file), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "step       8 rows = 2 workers × micro-batch 2 × 2 accumulated" in lines
-    assert "tokens     at most 16384 a step" in lines
+    assert "step       8 packed sequences = 2 workers × micro-batch 2 × 2 accumulated" in lines
+    assert "tokens     at most 16384 per step" in lines
     assert "length     5 steps" in lines
 
 
@@ -575,12 +578,13 @@ def test_the_reference_page_is_up_to_date() -> None:
 
 
 def test_every_key_is_described() -> None:
+    docs = runpy.run_path(str(ROOT / "docs" / "make_run_file.py"))["key_docs"]()
     bare = [
         f"{section.__name__}.{name}"
         for section in config.Section.__subclasses__()
         if section is not config.RunConfig
         for name, field in section.model_fields.items()
-        if not field.description and field.annotation not in config.Section.__subclasses__()
+        if (section.__name__, name) not in docs and field.annotation not in config.Section.__subclasses__()
     ]
     assert bare == []
 
@@ -589,5 +593,75 @@ def test_overrides_may_stand_before_and_behind_options(capsys: pytest.CaptureFix
     assert main.main(["check", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
     shown = json.loads(capsys.readouterr().out)["train"]
     assert (shown["seed"], shown["epochs"]) == (3, 2.0)
-    with pytest.raises(SystemExit):
-        main.main(["check", "jobs/quickstart.yaml", "--jsn"])
+    assert main.main(["check", "jobs/quickstart.yaml", "--jsn"]) == 2
+    assert "No such option: --jsn. Did you mean --json?" in capsys.readouterr().err
+
+
+def test_a_double_dash_in_front_of_an_override_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["check", "jobs/quickstart.yaml", "--train.seed=3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian", "x.yaml"], "No such command 'trian'. Did you mean 'train'?"),
+        (["data", "indx", "x.yaml"], "No such command 'indx'. Did you mean 'index'?"),
+        (["train", "x.yaml", "--form", "y"], "No such option: --form. Did you mean --from?"),
+        (["export", "x.yaml", "--stpe=3"], "No such option: --stpe. Did you mean --step?"),
+        (["train", "x.yaml", "--lora_r", "8"], "No such option: --lora_r; did you mean method.rank?"),
+        (["train", "x.yaml", "--bf16"], "No such option: --bf16; set train.precision to bf16"),
+        (
+            ["train", "x.yaml", "--train.seed", "8"],
+            "--train.seed is a setting; write train.seed=VALUE or --train.seed=VALUE",
+        ),
+        (["export", "x.yaml", "--step", "0"], "Invalid value for '--step'"),
+        (["train"], "Missing argument"),
+    ],
+)
+def test_a_wrong_word_is_a_usage_error_with_a_suggestion(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_that_exclude_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["export", "x.yaml", "--quantize", "nf4", "--to", "gguf"]) == 2
+    assert capsys.readouterr().err == "ftray: --quantize and --to exclude each other; use one of them\n"
+
+
+def test_version_and_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main.main(["--version"]) == 0
+    assert re.fullmatch(r"ftray \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    monkeypatch.setenv("_FTRAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "ftray tr")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert main.main([]) == 0
+    assert capsys.readouterr().out.split() == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("lora_r", "did you mean method.rank?"),
+        ("num_train_epochs", "did you mean train.epochs?"),
+        ("save_steps", "did you mean checkpoint.every?"),
+        ("output_dir", "did you mean storage?"),
+        ("train.per_device_train_batch_size", "did you mean train.micro_batch_size?"),
+        ("gradient_accumulation_steps", "set train.global_batch_size; the accumulation steps follow from it"),
+        ("sequence_len", "did you mean data.max_seq_len?"),
+        ("bf16", "set train.precision to bf16"),
+        ("wandb_project", "set the environment variable WANDB_PROJECT"),
+    ],
+)
+def test_keys_of_other_trainers_are_answered(run_file: Path, key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"unknown key {key}; {remedy}")):
+        config.load_run(run_file, [f"{key}=1"])
+
+
+def test_every_alias_names_a_key_that_exists() -> None:
+    known = set(Schema(config.RunConfig).known())
+    targets = [target for target in ALIASES.values() if " " not in target]
+    assert [t for t in targets if t.replace(".0", "") not in known] == []
+    assert not known.intersection(ALIASES)

@@ -61,7 +61,7 @@ def test_a_complete_run_is_published_once_and_taken_away(
     code, said = typed(capsys, "publish", run_file)
     assert code == 0
     assert said.startswith("published base:polite, version 0001-")
-    assert typed(capsys, "publish", run_file)[1].startswith("base:polite is published already: ")
+    assert typed(capsys, "publish", run_file)[1].startswith("base:polite is already published: ")
     assert typed(capsys, "publish", run_file, "--name", "other")[1].startswith("published base:other, version 0001-")
     (manifest,) = (tmp_path / "runs/published/base/polite").glob("*/manifest.json")
     meta = json.loads(manifest.read_text())["meta"]
@@ -86,7 +86,7 @@ def test_gates_decide(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "the gate gate-1 refused the model" in said
     gates(tmp_path, True, True, step=2)
     code, said = typed(capsys, "publish", run_file)
-    assert (code, "the gates saw step 2, not step 3" in said) == (2, True)
+    assert (code, "the gates were evaluated for step 2, not for step 3" in said) == (2, True)
     assert not (tmp_path / "runs/published").exists()
     gates(tmp_path, True, True)
     assert typed(capsys, "publish", run_file)[0] == 0
@@ -97,7 +97,7 @@ def test_gates_decide(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (("--name", "../x"), ("can't be an adapter's name",)),
         (("method.type=full",), ("method.type full", "use lora")),
-        (("name=nowhere",), ("'nowhere' is not trained to its end", "ftray train run.yaml")),
+        (("name=nowhere",), ("'nowhere' is not fully trained", "ftray train run.yaml")),
     ],
 )
 def test_what_can_not_be_published_is_told(
@@ -164,9 +164,12 @@ def test_a_serve_config_for_elsewhere_needs_no_engine_here(
     ("words", "fragment"),
     [
         (("nowhere",), "nowhere is neither a run file"),
-        (("run.yaml",), "two of what is to be served are called polite"),
+        (("run.yaml",), "two served models are called polite"),
         (("runs/polite/model", "serve.max_adapters=0"), "serve.max_adapters is 0"),
-        (("serve.ab={polite: 0.5, base:x: 0.5}",), "serve.ab names base:x, which is not there; there are base, polite"),
+        (
+            ("serve.ab={polite: 0.5, base:x: 0.5}",),
+            "serve.ab names base:x, which is not served; use one of base, polite",
+        ),
         (("serve.canary.model=x",), "canary.model (x) must be one of at least two models in ab"),
         (("serve.ab={default: 1}",), "ab can't hold the model 'default'"),
     ],

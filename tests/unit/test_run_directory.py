@@ -461,14 +461,14 @@ def test_who_serves_an_older_step_than_the_best_is_told_so(root: Path) -> None:
     storage.commit_directory(str(model), str(model), {"step": 4})
     say_step(run, "run.yaml", Console(stream))
     assert stream.getvalue() == (
-        "warning: the model that is served is of step 4, the run's best checkpoint of step 6; to serve that one: "
+        "warning: the served model is from step 4, but the run's best checkpoint is step 6; to serve that one: "
         "ftray export run.yaml\n"
     )
     damage(root / LATEST / "manifest.json", "zeros")
     say_step(run, "run.yaml", Console(stream))
-    assert "is of step 4; the newest checkpoint is damaged" in stream.getvalue()
+    assert "is from step 4; the newest checkpoint is damaged" in stream.getvalue()
     damage(model / "manifest.json", "truncated")
-    with pytest.raises(ModelError, match=r"write the model anew: ftray export run\.yaml"):
+    with pytest.raises(ModelError, match=r"export the model again: ftray export run\.yaml"):
         say_step(run, "run.yaml", Console(stream))
 
 
