@@ -97,9 +97,15 @@ _CERTAIN = 16  # characters of a value that nobody writes by chance
 def redacted(text: str) -> str:
     """The text with … in place of what opens something."""
     for value in _of_environment():
-        for form in {value, html.escape(value), repr(value)[1:-1], json.dumps(value)[1:-1]}:
+        for form in {value, *_html_forms(value), repr(value)[1:-1], json.dumps(value)[1:-1]}:
             text = text.replace(form, "…")
     return without_shapes(text)
+
+
+def _html_forms(value: str) -> set[str]:
+    """The value as HTML, escaped by the standard library and by Jinja2, which write quotes differently."""
+    escaped = html.escape(value)
+    return {escaped, escaped.replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
 
 
 def without_shapes(text: str) -> str:

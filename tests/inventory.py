@@ -82,7 +82,15 @@ PROCESSES = (
     "Process",
     "get_context",
 )
-TEMPLATES = ("from_string", "compile_expression", "Template", "jinja2.Environment", "SandboxedEnvironment")
+TEMPLATES = (
+    "from_string",
+    "get_template",
+    "compile_expression",
+    "Template",
+    "Environment",
+    "SandboxedEnvironment",
+    "ImmutableSandboxedEnvironment",
+)
 KINDS = {"parses": PARSERS, "starts": PROCESSES, "templates": TEMPLATES}
 
 

@@ -181,15 +181,15 @@ def compare(
 ) -> int:
     """Compare two runs: settings, data, packages, metrics."""
     from ftray import storage
-    from ftray.report.compare_runs import compare_known
-    from ftray.report.run_report import read_known
+    from ftray.report.compare_runs import compare_reports
+    from ftray.report.run_report import read_report_data
 
     runs = [open_target(target) for target in (one, other)]
-    artifacts = [read_known(run, storage.absolute(run.directory)) for run in runs]
+    artifacts = [read_report_data(run, storage.absolute(run.directory)) for run in runs]
     for each in artifacts:
         for text in each.damaged:
             console.warn(text)
-    for line in compare_known(*artifacts):
+    for line in compare_reports(*artifacts):
         console.say(line)
     return 0
 

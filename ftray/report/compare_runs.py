@@ -13,7 +13,7 @@ from ftray.report.run_report import ReportData
 SAME = "the same"
 
 
-def compare_known(a: ReportData, b: ReportData) -> list[str]:
+def compare_reports(a: ReportData, b: ReportData) -> list[str]:
     """Lines: what differs, then figures of both."""
     lines = [f"settings   {_settings(a, b)}", f"data       {_data(a, b)}", f"packages   {_environment(a, b)}", ""]
     rows = [["", a.run.name, b.run.name], *_figures(a, b)]

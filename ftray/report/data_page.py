@@ -1,32 +1,49 @@
-"""The statistics as one HTML page, or as a part of another; how a page looks and plots is in `page`."""
+"""The page of `ftray data stats --html`, also a part of the run report."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from markupsafe import Markup
+
 from ftray.data.stats import DatasetStats, SplitStats, facts
-from ftray.report.html import bars, columns, items, page, section
-from ftray.report.html import facts as as_facts
+from ftray.report.html import HtmlTable, bars, columns, page, render
 
 
 def render_page(stats: DatasetStats, name: str) -> str:
-    """The whole page."""
+    """Renders the whole page."""
     return page(f"Data of {name}", render_parts(stats))
 
 
-def render_parts(stats: DatasetStats, level: int = 2) -> str:
-    """Warnings, and both parts. level: of their headings."""
-    parts = "".join(_part(part, level) for part in (stats.train, stats.heldout) if part is not None)
-    return section("Worth a look", items(stats.warnings), level, "warnings") + parts
+def render_parts(
+    stats: DatasetStats | None, level: int = 2, sources: HtmlTable | None = None, note: str = ""
+) -> Markup:
+    """Renders a note, the sources, the warnings and both splits.
 
-
-def _part(part: SplitStats, level: int) -> str:
-    title = "Training" if part.name == "train" else "Held out"
-    plots = columns(
-        "Tokens in a record", [(f"{low}–{high - 1}", number) for low, high, number in part.histogram()], "records"
+    Args:
+        stats: The statistics, if they are known.
+        level: The level of the headings.
+        sources: A table of the training sources.
+        note: A sentence above.
+    """
+    splits = [each for each in (stats.train, stats.heldout) if each is not None] if stats else []
+    return render(
+        "data.html",
+        level=level,
+        note=note,
+        sources=sources,
+        warnings=stats.warnings if stats else [],
+        splits=[_split(each) for each in splits],
     )
-    if part.labels:
-        plots += bars("Records of each label", [(label, float(n)) for label, n in part.labels.items()], "{:,.0f}")
-    if len(part.scripts) > 1:
-        plots += bars("Letters by script", [(s.title(), 100 * share) for s, share in part.scripts.items()], "{:.1f}%")
-    styles = [(style, 100 * share) for style, share in part.styles.items()]
-    plots += bars("Answers that …", styles, "{:.0f}%", most=100.0)
-    return section(title, as_facts(facts(part)), level) + f'<div class="grid">{plots}</div>'
+
+
+def _split(split: SplitStats) -> dict[str, Any]:
+    bins = [(f"{low}–{high - 1}", number) for low, high, number in split.histogram()]
+    plots = [columns("Tokens per record", bins, "records")]
+    if split.labels:
+        plots.append(bars("Records per label", [(label, float(n)) for label, n in split.labels.items()], "{:,.0f}"))
+    if len(split.scripts) > 1:
+        plots.append(bars("Letters by script", [(s.title(), 100 * x) for s, x in split.scripts.items()], "{:.1f}%"))
+    styles = [(style, 100 * share) for style, share in split.styles.items()]
+    plots.append(bars("Answers that …", styles, "{:.0f}%", most=100.0))
+    return {"title": "Training" if split.name == "train" else "Eval", "facts": facts(split), "plots": plots}

@@ -1,30 +1,23 @@
-"""A sweep as one HTML page, or as a part of another; how a page looks and plots is in `page`.
-
-Knows the state; nothing of how it came about.
-"""
+"""The page of a sweep, also a part of the run report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
-from ftray.report.html import PlotAxis, PlotCurve, bars, lines, page, path, section, svg, table, wide
+from markupsafe import Markup
+
+from ftray.report.html import Chart, Drawing, HtmlTable, PlotAxis, Series, bars, chart, page, render
 from ftray.tune.space import as_word
 from ftray.tune.state import SweepState, TrialRecord
 
-WIDTH, HEIGHT, TOP, SIDE = (
-    720,
-    300,
-    24,
-    60,
-)  # of the plot of settings, in its own units; top, side: for names and numbers
+WIDTH, HEIGHT, TOP, SIDE = 720, 300, 24, 60  # of the parallel coordinates; top, side: margins for names and numbers
 
 
 def render_page(
     name: str, state: SweepState, winner: TrialRecord, importance: tuple[float, dict[str, float]] | None, command: str
 ) -> str:
-    """The whole page."""
+    """Renders the whole page."""
     return page(f"Sweep of {name}", render_sweep(state, winner, importance, command))
 
 
@@ -34,69 +27,81 @@ def render_sweep(
     importance: tuple[float, dict[str, float]] | None,
     command: str,
     level: int = 2,
-) -> str:
-    """The sweep's parts. level: of their headings."""
+) -> Markup:
+    """Renders the parts of the page.
+
+    Args:
+        state: The sweep.
+        winner: Its best trial.
+        importance: The share of the steps after which it was computed, and the share of each key.
+        command: The command that trains with the best settings.
+        level: The level of the headings.
+    """
     trials = [t for t in state.trials if t.best is not None]
     best = winner.best
     assert best is not None
-    told = (
-        f"<p>Best: {escape(winner.name)}, held-out loss {best.loss:.4f} at step {best.step} of {winner.num_steps}.</p>"
+    shares = [(key, 100 * share) for key, share in importance[1].items()] if importance else []
+    title = f"Importance of each setting for the loss at {importance[0]:.0%} of the steps" if importance else ""
+    return render(
+        "sweep.html",
+        level=level,
+        best=f"Best: {winner.name}, eval loss {best.loss:.4f} at step {best.step} of {winner.num_steps}.",
+        command=command,
+        parallel=_parallel(trials, winner),
+        chart=_loss_chart(trials, winner),
+        importance=bars(title, shares, "{:.0f}%", most=100.0),
+        trials=_table(state, winner),
     )
-    told += f"<p><code>{escape(command)}</code></p>" if command else ""
-    told += section("Settings and held-out loss", wide(_parallel(trials, winner), "settings of the trials"), level)
-    told += section("Held-out loss during training", _curves(trials, winner), level)
-    if importance is not None and importance[1]:
-        title = f"What decided the loss at {importance[0]:.0%} of the steps"
-        told += bars(title, [(key, 100 * share) for key, share in importance[1].items()], "{:.0f}%", most=100.0)
-    return told + section("Trials", _table(state, winner), level)
 
 
-def _parallel(trials: Sequence[TrialRecord], winner: TrialRecord) -> str:
-    """One line a trial through an axis for each key and one for the loss; the best on top."""
+def _parallel(trials: Sequence[TrialRecord], winner: TrialRecord) -> Drawing:
+    """Parallel coordinates: one line per trial through an axis per key and one for the loss; the best on top."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     columns = [(key, {t.number: t.params[key] for t in trials if key in t.params}) for key in keys]
-    columns.append(("held-out loss", {t.number: t.best.loss for t in trials if t.best}))
+    columns.append(("eval loss", {t.number: t.best.loss for t in trials if t.best}))
     axes = [PlotAxis(list(values.values()), as_word) for _, values in columns]
-    step = (WIDTH - 2 * SIDE) / max(1, len(columns) - 1)
-    drawn, names = "", ""
+    step, last = (WIDTH - 2 * SIDE) / max(1, len(columns) - 1), len(columns) - 1
+    drawing = Drawing("", f"{len(trials)} trials, {len(keys)} keys and the eval loss", WIDTH, HEIGHT)
     for i, ((key, _), axis) in enumerate(zip(columns, axes, strict=True)):
         x = SIDE + i * step
-        anchor = "start" if i == 0 else "end" if i == len(columns) - 1 else "middle"
-        drawn += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - TOP}"/>'
-        title = escape(key) + (" (log)" if axis.is_log else "")
-        names += f'<text x="{x:.1f}" y="{14 if i % 2 == 0 else HEIGHT - 6}" text-anchor="{anchor}">{title}</text>'
-        beside = f'x="{x - 5:.1f}" text-anchor="end"' if i == 0 else f'x="{x + 5:.1f}"'  # where lines strike fewest
-        lower = 4 if i in (0, len(columns) - 1) else -4
-        names += "".join(f'<text {beside} y="{_y(at) + lower:.1f}">{escape(name)}</text>' for at, name in axis.ticks())
+        drawing.line(x, x, TOP, HEIGHT - TOP)
+        anchor = "start" if i == 0 else "end" if i == last else "middle"
+        drawing.text(x, 14 if i % 2 == 0 else HEIGHT - 6, key + (" (log)" if axis.is_log else ""), anchor)
+        for place, name in axis.ticks():  # beside the axis, where the fewest lines cross
+            drawing.text(
+                x - 5 if i == 0 else x + 5,
+                _y(place) + (4 if i in (0, last) else -4),
+                name,
+                "end" if i == 0 else "start",
+            )
     for trial in _best_last(trials, winner):
         points = [
             (SIDE + i * step, _y(axis.place(values[trial.number])))
             for i, ((_, values), axis) in enumerate(zip(columns, axes, strict=True))
             if trial.number in values
         ]
-        curve = _curve(trial, winner, axes[-1].place(columns[-1][1][trial.number]), points)
-        drawn += path(points, curve)
-    label = f"{len(trials)} trials, {len(keys)} keys and the held-out loss"
-    return svg(drawn + names, label, WIDTH, HEIGHT)
+        color = _color(axes[-1].place(columns[-1][1][trial.number]))
+        drawing.path(points, color, _label(trial), is_best=trial is winner)
+    return drawing
 
 
-def _curves(trials: Sequence[TrialRecord], winner: TrialRecord) -> str:
-    """Held-out loss over the share of the steps; each ends with its trial's number where there is room."""
-    best = PlotAxis([t.best.loss for t in trials if t.best])
-    curves = [
-        _curve(
-            trial,
-            winner,
-            best.place(trial.best.loss) if trial.best else 1.0,
-            [(r.share, r.loss) for r in trial.reports if math.isfinite(r.loss)],
+def _loss_chart(trials: Sequence[TrialRecord], winner: TrialRecord) -> Chart | None:
+    """Eval loss over the share of the steps, one curve per trial."""
+    axis = PlotAxis([t.best.loss for t in trials if t.best])
+    series = [
+        Series(
+            _label(trial),
+            [(100 * r.share, r.loss) for r in trial.reports if math.isfinite(r.loss)],
+            color=_color(axis.place(trial.best.loss) if trial.best else 1.0),
+            width=4 if trial is winner else 1.5,
         )
         for trial in _best_last(trials, winner)
     ]
-    shares = [(share, f"{share:.0%}") for share in (0.0, 0.5, 1.0)]
-    return lines(curves, shares, f"Held-out losses of {len(trials)} trials over their steps")
+    summary = f"Eval loss of {len(trials)} trials. The best one is the thickest line."
+    return chart("Eval loss during training", "share of the steps (%)", "eval loss", series, summary)
 
 
-def _table(state: SweepState, winner: TrialRecord) -> str:
+def _table(state: SweepState, winner: TrialRecord) -> HtmlTable:
     keys = list(dict.fromkeys(key for trial in state.trials for key in trial.params))
     shown = sorted(state.trials, key=lambda t: t.best.loss if t.best else math.inf)
     rows = [
@@ -109,7 +114,7 @@ def _table(state: SweepState, winner: TrialRecord) -> str:
         ]
         for trial in shown
     ]
-    return table("trials", ["trial", *keys, "status", "steps", "best held-out loss"], rows, best=shown.index(winner))
+    return HtmlTable("trials", ["trial", *keys, "status", "steps", "best eval loss"], rows, best=shown.index(winner))
 
 
 def _best_last(trials: Sequence[TrialRecord], winner: TrialRecord) -> list[TrialRecord]:
@@ -117,16 +122,14 @@ def _best_last(trials: Sequence[TrialRecord], winner: TrialRecord) -> list[Trial
 
 
 def _y(place: float) -> float:
-    """Low values are at the bottom."""
+    """The height of a place; low values are at the bottom."""
     return HEIGHT - TOP - 8 - place * (HEIGHT - 2 * TOP - 16)
 
 
-def _curve(trial: TrialRecord, winner: TrialRecord, place: float, points: Sequence[tuple[float, float]]) -> PlotCurve:
-    """A trial's line. place: of its best loss among all, which gives its colour."""
+def _label(trial: TrialRecord) -> str:
     loss = f"{trial.best.loss:.4f}" if trial.best else ""
-    told = ", ".join(f"{key}={as_word(value)}" for key, value in trial.params.items())
-    kind = "best" if trial is winner else ""
-    return PlotCurve(f"{trial.name}: {told}; {loss}", points, kind, color=_color(place), tag=str(trial.number))
+    settings = ", ".join(f"{key}={as_word(value)}" for key, value in trial.params.items())
+    return f"{trial.name}: {settings}; {loss}"
 
 
 def _color(place: float) -> str:

@@ -1,6 +1,6 @@
-"""Pages for people: a chat that shows two models side by side, and the description of the API. Files of the package.
+"""Pages: a chat with two models side by side, and the API reference.
 
-They ask nobody but this endpoint: the policy that is sent along forbids the browser anything else.
+Their content security policy lets the browser contact only this endpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,7 +19,6 @@ from ftray.serve.openai import MAX_BODY_BYTES, ChatRequest, CompletionRequest, F
 from ftray.serve.openai_responses import ModelList
 
 _FILES = {
-    "/": ("chat.html", "text/html; charset=utf-8"),
     "/docs": ("docs.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
@@ -41,11 +41,11 @@ def page_routes(keeps_feedback: bool) -> list[Route]:
     Args:
         keeps_feedback: Whether the chat page offers to keep an opinion; without it, the endpoint refuses feedback.
     """
-    routes = []
+    templates = Environment(loader=PackageLoader("ftray.serve"), autoescape=True, undefined=StrictUndefined)
+    chat = templates.get_template("chat.html").render(keeps_feedback=keeps_feedback).encode()
+    routes = [Route("/", partial(_file, chat, "text/html; charset=utf-8"), methods=["GET"])]
     for path, (name, kind) in _FILES.items():
         body = (files("ftray.serve") / "static" / name).read_bytes()
-        if name == "chat.html" and keeps_feedback:
-            body = body.replace(b'data-feedback="off"', b'data-feedback="on"')
         routes.append(Route(path, partial(_file, body, kind), methods=["GET"]))
     return [*routes, Route("/openapi.json", _openapi, methods=["GET"])]
 

@@ -114,6 +114,25 @@ def test_a_page_asks_for_nothing_fits_and_shuts_nobody_out(
     context.close()
 
 
+def test_charts_show_values_on_hover_and_can_be_smoothed(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(viewport={"width": 1000, "height": 1200})
+    page.goto(pages["report"].as_uri())
+    assert page.locator(".chart canvas").count() == page.locator(".chart").count() == 5
+    page.locator(".u-over").first.hover(position={"x": 100, "y": 50})
+    legend = page.locator(".u-legend").first.locator(".u-value").all_inner_texts()
+    assert int(legend[0]) > 0, "the step"
+    assert float(legend[1]) > 0, "the training loss"
+    page.locator(".smoothing input").fill("0.9")
+    assert page.locator(".smoothing output").inner_text() == "0.90"
+    smoothed = page.locator(".u-legend").first.locator(".u-value").all_inner_texts()
+    assert smoothed[0] == legend[0]
+    assert float(smoothed[1]) > float(legend[1]), "the mean of a falling loss lies above it"
+    page.goto(pages["sweep"].as_uri())
+    page.locator(".u-over").first.hover(position={"x": 100, "y": 60})
+    assert page.locator(".chart output").first.inner_text().startswith("trial-")
+    page.close()
+
+
 def test_on_paper_no_plot_is_cut(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page()
     page.goto(pages["report"].as_uri())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ftray.cli import main
-from ftray.report.compare_runs import compare_known
-from ftray.report.run_report import read_known
+from ftray.report.compare_runs import compare_reports
+from ftray.report.run_report import read_report_data
 from tests.runs import BEGAN_S, line, with_two_kills, write_evaluation, write_run
 
 
@@ -53,11 +53,11 @@ def test_files_and_packages_that_differ_are_named(tmp_path: Path) -> None:
             "environment": where,
         }
         file.write_text(json.dumps(tree))
-        found = read_known(run, str(run_dir))
+        found = read_report_data(run, str(run_dir))
         assert found.newest is not None
         found.newest.meta["data_hash"] = rows
         known.append(found)
-    text = "\n".join(compare_known(*known))
+    text = "\n".join(compare_reports(*known))
     assert "settings   the same" in text
     assert "data       /d/1 gives other rows; only a has /d/a; only b has /d/b" in text
     assert "packages   in b, torch is 2.14 instead of 2.13" in text

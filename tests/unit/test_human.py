@@ -304,7 +304,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 
 
 def test_the_page_writes_text_only_as_text() -> None:
-    source = (Path(config.__file__).parents[1] / "evaluate/human/page.js").read_text()
+    source = (Path(config.__file__).parents[1] / "evaluate/human/static/page.js").read_text()
     for unsafe in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"):
         assert unsafe not in source
 

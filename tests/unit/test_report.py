@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ftray.report.html as report_html
 from ftray.cli import main
 from ftray.console import Console
 from ftray.driver.worker_group import GroupResult
@@ -20,13 +25,13 @@ from ftray.events.types import GroupFailed, GroupLeft, GroupNotPlaced, SessionEn
 from ftray.redact import redacted, redacted_tree
 from ftray.report.goodput import as_rows, history_of
 from ftray.report.gpu_specs import card_of
-from ftray.report.html import PlotAxis, PlotCurve, bars, columns, lines, table
-from ftray.report.run_report import read_known, render_report, report_to, thinned, try_report, write_report
+from ftray.report.html import HtmlTable, PlotAxis, Series, bars, chart, columns, render
+from ftray.report.run_report import read_report_data, render_report, report_to, thinned, try_report, write_report
 from ftray.train.checkpoint.catalog import read_metrics
 from tests.events import step_finished
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
-VOID = {"meta"}
+VOID = {"input", "meta"}
 
 
 class Page(HTMLParser):
@@ -37,6 +42,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.scripts: list[str] = []
         self.feed(text)
         assert self.open == []
 
@@ -44,6 +50,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -52,12 +60,18 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
             self.texts.append(data)
 
     @property
     def text(self) -> str:
         return "\n".join(self.texts)
+
+    @property
+    def charts(self) -> list[dict[str, Any]]:
+        return [json.loads(a["data-chart"] or "") for _, a in self.tags if "data-chart" in a]
 
 
 def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> None:
@@ -83,33 +97,47 @@ def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> 
 
 def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
     run, run_dir = with_two_kills(tmp_path)
-    text = render_report(read_known(run, str(run_dir)))
+    text = render_report(read_report_data(run, str(run_dir)))
     page = Page(text)
-    assert not {"script", "link", "img", "iframe", "a"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "a"} & {tag for tag, _ in page.tags}
     assert not {"src", "href", "onload", "onclick"} & {name for _, attributes in page.tags for name in attributes}
-    assert not re.search(r"https?:|url\(|@import|\bnan\b", text)
+    static = Path(report_html.__file__).with_name("static")
+    assert page.scripts == [(static / name).read_text() for name in ("uplot/uPlot.iife.min.js", "curves.js")]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'"
+    assert policy in [attributes.get("content") for _, attributes in page.tags], "no other script may run"
+    rest = text.replace(page.scripts[0], "").replace(page.scripts[1], "")
+    assert not re.search(r"https?:|url\(|@import|\bnan\b", rest)
     for words in (
         "trained to the end, 40 steps",
         "2.4076 → 0.5168 (means",
         "40,000 tokens in 40 steps",
         "best 0.4194, at step 40",
         "the tuned model is better",
-        "1 min 49 s, of which 40 s (37%, the goodput) in steps that count; 2 failures",
-        "0.18 for training, at 3.6 for a worker's hour",
+        "1 min 49 s, of which 40 s (37%, the goodput) in committed steps; 2 failures",
+        "0.18 for training, at 3.6 per worker hour",
         "step 18: the loss jumped and came back",
         "<script>alert(1)</script>",
-        "held-out loss",
+        "eval loss",
         "-50.0%",
         "1 × NVIDIA H200, 2 × NVIDIA H200",
         "ftray 0.1.0, torch 2.13.0",
         "num_workers: 2",
     ):
         assert words in page.text, words
-    parts = ["Alerts", "Training", "Evaluation", "What happened", "Environment", "Settings"]
+    parts = ["Alerts", "Training", "Evaluation", "History", "Environment", "Settings"]
     assert [title for title in page.texts if title in parts] == parts
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5, "loss, rate, norm, throughput, waiting; no GPU's memory"
-    assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
-    assert text.count("<circle") == 4, "a mark for each held-out loss"
+    titles = [[series["label"] for series in each["series"]] for each in page.charts]
+    assert titles == [
+        ["training", "eval"],
+        ["learning rate"],
+        ["gradient norm"],
+        ["tokens per second"],
+        ["seconds per step"],
+    ]
+    assert all(each["x_title"] == "step" and each["y_title"] for each in page.charts)
+    assert sum(value is not None for value in page.charts[0]["series"][1]["values"]) == 4, "eval losses"
+    assert page.text.count(" over 40 steps: first ") == 5, "each chart in words"
 
 
 @pytest.mark.parametrize(
@@ -122,12 +150,12 @@ def test_the_page_holds_all_parts_and_asks_for_nothing(tmp_path: Path) -> None:
 )
 def test_the_loss_of_one_step_is_not_the_headline(tmp_path: Path, losses: list[float], told: str) -> None:
     run, run_dir = write_run(tmp_path, [line(n, loss, BEGAN_S + n) for n, loss in enumerate(losses)])
-    assert told in render_report(read_known(run, str(run_dir)))
+    assert told in render_report(read_report_data(run, str(run_dir)))
 
 
 def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
     run, run_dir = with_two_kills(tmp_path)
-    text = render_report(read_known(run, str(run_dir)))
+    text = render_report(read_report_data(run, str(run_dir)))
     assert "hunter2" not in text
     assert "s3://…@bucket/data" in text
     assert redacted("at https://x.org/a?X-Amz-Signature=abc&y=1&amp;token=s3cr3t") == (
@@ -138,6 +166,14 @@ def test_no_password_or_key_of_an_address_is_shown(tmp_path: Path) -> None:
     )
     kept = redacted_tree({"why": [f"Bearer {'a' * 20}", f"hf_{'b' * 30} AKIA{'C' * 16}", 'say key="x"', 3]})
     assert kept == {"why": ["Bearer …", "… …", 'say key="x"', 3]}
+
+
+def test_a_secret_with_quotes_is_removed_from_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_PASSWORD", 'it\'s "quoted" & <kept>')
+    run, run_dir = with_two_kills(tmp_path)
+    data = read_report_data(run, str(run_dir))
+    data = replace(data, identity={**data.identity, "parent": 's3://b/it\'s "quoted" & <kept>'})
+    assert "s3://b/…" in render_report(data)
 
 
 def test_no_secret_is_in_a_traceback_an_error_or_the_journal(
@@ -265,31 +301,41 @@ def test_long_curves_are_averaged_and_keep_their_ends_in_order() -> None:
     assert thinned(points[:7], 100) == points[:7]
 
 
-def test_lines_are_told_apart_by_dashes_and_nothing_is_drawn_of_nothing() -> None:
-    assert lines([PlotCurve("a", [])], [], "x") == columns("t", [], "x") == bars("t", [], "{}") == ""
-    text = lines(
-        [PlotCurve("a<b", [(0, 1.0), (1, 1.0)]), PlotCurve("c", [(0.5, 1.0)], "second", "7 4", dotted=True)],
-        [(0, "0")],
-        "x",
-        True,
-    )
-    page = Page(text)
-    paths = [attributes for tag, attributes in page.tags if tag == "path"]
-    assert [p.get("stroke-dasharray") for p in paths] == [None, "7 4", None, "7 4"]
-    assert "a<b" in page.text
-    assert all(0 <= float(x) <= 480 for x in re.findall(r' (?:x|x1|x2|cx)="([^"]*)"', text))
+def test_a_chart_joins_its_curves_over_one_axis_and_is_none_without_points() -> None:
+    assert chart("t", "x", "y", [Series("a", [])], "") is columns("t", [], "x") is bars("t", [], "{}") is None
+    made = chart("t", "x", "y", [Series("a<b", [(1, 1.0), (3, 2.0)]), Series("c", [(2, 1.0)], dash=(7, 4))], "s")
+    assert made is not None
+    tree = json.loads(made.json)
+    assert (tree["x"], tree["is_log"]) == ([1, 2, 3], False)
+    assert [each["values"] for each in tree["series"]] == [[1, None, 2], [None, 1, None]]
+    assert [each["points"] for each in tree["series"]] == [False, True], "a single point has a mark"
+    wide = chart("t", "x", "y", [Series("a", [(0, 1.0), (1, 1000.0)])], "")
+    assert wide is not None
+    assert json.loads(wide.json)["is_log"]
+
+
+def test_an_axis_places_numbers_by_size_and_names_them_briefly() -> None:
     assert PlotAxis([1.0, 1000.0]).place(31.6) == pytest.approx(0.5, abs=1e-3), "magnitudes"
     assert PlotAxis([1.0, 3.0]).place(2.0) == 0.5
-    assert "log scale" in lines([PlotCurve("a", [(0, 1.0), (1, 1000.0)])], [(0, "0")], "x")
-    assert "log scale" not in text
-    near = [PlotCurve(name, [(0, 9.0), (1, at)], tag=name) for name, at in (("a", 0.0), ("b", 0.1), ("c", 5.0))]
-    ends = [words for words in Page(lines(near, [], "x")).texts if words in "abc"]
-    assert ends[-2:] == ["c", "b"], "what would stand on another's tag is left out"
     numbers = {
         v: PlotAxis([v, 0.0]).ticks()[v > 0][1] for v in (2.08e-6, 1.02e-4, 2e-4, 0.00102, 13_497.0, 1_234_567.0, 1e10)
     }
     assert list(numbers.values()) == ["2.08e-6", "1.02e-4", "2e-4", "0.00102", "13,497", "1.23e6", "1e10"]
-    assert "&lt;i&gt;" in table("t", ["<i>"], [["<i>"]], best=0)
+
+
+def test_templates_escape_every_text_also_in_attributes_and_charts() -> None:
+    evil = "\"'><script>alert(1)</script>"
+    values = {"level": 2, "note": evil, "warnings": [evil], "sources": HtmlTable(evil, [evil], [[evil]], best=0)}
+    plots = [columns(evil, [(evil, 1)], evil), bars(evil, [(evil, 1.0)], "{}")]
+    split = {"title": evil, "facts": [(evil, evil)], "plots": plots}
+    text = render("data.html", splits=[split], **values)
+    made = chart(evil, evil, evil, [Series(evil, [(0, 1.0)])], evil)
+    text += render("sweep.html", level=2, best=evil, command=evil, parallel=plots[0], chart=made, importance=None,
+                   trials=values["sources"])  # fmt: skip
+    assert "<script" not in text
+    assert html.unescape(text).count("<script>") > 20
+    (tree,) = Page(f"<div>{text}</div>").charts
+    assert tree["series"][0]["label"] == tree["x_title"] == evil
 
 
 def begun_on(storage_dir: Path, *devices: tuple[str, int], **sections: Any) -> str:
@@ -298,7 +344,7 @@ def begun_on(storage_dir: Path, *devices: tuple[str, int], **sections: Any) -> s
     run, run_dir = write_run(storage_dir, lines_of, **sections)
     starts = [(n, "start", {"step": 0, "workers": size, "device": name}) for n, (name, size) in enumerate(devices)]
     write_session(run_dir, "1-a", [(0, "began", {"step": 0, "host": "n1", "pid": 1}), *starts])
-    return render_report(read_known(run, str(run_dir)))
+    return render_report(read_report_data(run, str(run_dir)))
 
 
 def test_mfu_is_by_the_formula_of_the_docs(tmp_path: Path) -> None:

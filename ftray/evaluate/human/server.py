@@ -41,7 +41,7 @@ _HEADERS = {
 
 def build_page(sheet: Sheet, answers: RatingStore, token: str) -> Starlette:
     """An ASGI app: the page, the sheet with one rater's answers, and a place to put each answer."""
-    page = {name: (files(__package__) / f"page.{name}").read_bytes() for name in _KINDS}
+    page = {name: (files(__package__) / "static" / f"page.{name}").read_bytes() for name in _KINDS}
 
     def file(name: str) -> Any:
         return lambda _: Response(page[name], media_type=_KINDS[name], headers=_HEADERS)
