@@ -128,7 +128,11 @@ def measure(directory: Path, base: config.ModelConfig, chunk_mb: float, batch: i
     phases: list[dict[str, Any]] = [{}, {}, {}]
     with tempfile.TemporaryDirectory() as scratch, phase("index", phases[0]):
         index = build_index(stream, int(chunk_mb * 1e6), scratch, tokenizer_hash(load_tokenizer(base)))
-        phases[0] |= {"chunks": len(index.facts), "tokens": index.total("num_tokens"), "rows": index.total("num_rows")}
+        phases[0] |= {
+            "chunks": len(index.facts),
+            "tokens": index.total("num_tokens"),
+            "rows": index.total("num_sequences"),
+        }
     plan = make_plan(index, stream, 0, batch, 1, None)
     with phase("stream", phases[1]):
         feed(plan, 0, plan.num_steps, phases[1])

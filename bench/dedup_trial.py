@@ -88,8 +88,9 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
     """Findings of the index of directory/train against directory/eval, and the seconds that it took."""
     from ftray import config
     from ftray.data.chunks import streams
-    from ftray.data.index import build_index, read_findings
+    from ftray.data.index import build_index
     from ftray.model.load import load_tokenizer
+    from tests.rows import read_findings
 
     source = {"columns": columns}
     data = config.DataConfig(

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers too
 
 from ftray.data.loader import LoaderConfig, LoadPlan  # noqa: E402
-from ftray.data.order_trace import _TracingRank  # noqa: E402
+from ftray.data.verify import _TracingRank  # noqa: E402
 from tests import cluster, rows, tiny  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
@@ -61,7 +61,7 @@ def fed_slowly(plan: LoadPlan, world_size: int, seed: int) -> Steps:
         rng = random.Random(seed * 100 + rank)
         for _ in range(plan.num_steps):
             time.sleep(rng.choice([0, 0, 0.01, 0.4 if rank == seed % world_size else 0.05]))
-            taken[rank].append(ray.get(ranks[rank].next.remote())["rows"])
+            taken[rank].append(ray.get(ranks[rank].next.remote())["sequences"])
 
     threads = [threading.Thread(target=consume, args=(rank,)) for rank in range(world_size)]
     for thread in threads:

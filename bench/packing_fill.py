@@ -38,9 +38,9 @@ def measure_fill(source: config.SourceConfig, load: TokenizerLoader, seq_len: in
         for chunk in cut_shard(shard, 0, int(chunk_mb * 1e6)):
             packed = pack_chunk(chunk, stream)
             num_chunks += 1
-            num_rows += len(packed.rows)
+            num_rows += len(packed.sequences)
             num_records += len(packed.examples)
-            num_tokens += sum(row.num_tokens for row in packed.rows)
+            num_tokens += sum(row.num_tokens for row in packed.sequences)
     fill = num_tokens / (num_rows * seq_len)
     return {
         "fill": round(fill, 5),

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 
 from ftray import config
 from ftray.console import Console
+from ftray.data.checks.findings import DataFinding
 from ftray.data.chunks import pack_chunk
+from ftray.data.index import Index
 from ftray.data.loader import LoadPlan
-from ftray.data.order import chunk_order, row_order
-from ftray.data.order_trace import trace_order
+from ftray.data.order import chunk_order, sequence_order
 from ftray.data.prepare import prepare_data
+from ftray.data.verify import trace_order
 from ftray.model.load import load_tokenizer, tokenizer_hash
 from tests import cluster, tiny
 
@@ -43,6 +46,13 @@ def make_plan(directory: Path, base: Path, sources: list[dict[str, Any]], **over
     return prepare_data(run, str(directory / run.name), Console(io.StringIO()), load, tokenizer_hash(load())).plan
 
 
+def read_findings(index: Index, directory: str) -> list[DataFinding]:
+    """The findings file of an index."""
+    lines = (Path(directory) / index.findings).read_text().splitlines() if index.findings else []
+    names = [f.name for f in fields(DataFinding)]
+    return [DataFinding(**{name: json.loads(line)[name] for name in names}) for line in lines]
+
+
 def replay(plan: LoadPlan) -> Iterator[tuple[Row, list[tuple[str, int]]]]:
     """Row after row of the run with its records, by the rules of `order` alone: no Ray, no cursors, no stops."""
     streams = [_replay_source(plan, source) for source in range(len(plan.sources))]
@@ -57,8 +67,8 @@ def _replay_source(plan: LoadPlan, source: int) -> Iterator[tuple[Row, list[tupl
     while True:
         for number in chunk_order(keys, plan.seed, epoch, source):
             found, (path, start) = packed[number], keys[number]
-            for at in row_order(len(found.rows), plan.seed, epoch, source, path, start):
-                row = found.rows[at]
+            for at in sequence_order(len(found.sequences), plan.seed, epoch, source, path, start):
+                row = found.sequences[at]
                 digest = hashlib.sha256(row.input_ids.tobytes() + row.labels.tobytes()).hexdigest()
                 records = [(path, found.examples[d].position) for d in row.documents]
                 yield (source, epoch, number, at, digest), records
@@ -76,6 +86,6 @@ def fed_steps(plan: LoadPlan, world_size: int, start: int = 0, end: int | None =
     steps: dict[int, list[Row]] = {}
     last = plan.num_steps if end is None else end
     for entry in trace_order(plan, world_size, start, start, last):
-        assert len(entry["rows"]) == plan.global_batch_size // world_size
-        steps.setdefault(entry["step"], []).extend(tuple(row) for row in entry["rows"])
+        assert len(entry["sequences"]) == plan.global_batch_size // world_size
+        steps.setdefault(entry["step"], []).extend(tuple(row) for row in entry["sequences"])
     return steps

@@ -128,7 +128,7 @@ def order(
         raise ConfigError(f"--after-step {start} is not below the last step of --steps {first}:{end}; lower it")
     messages = Console(sys.stderr) if json else console  # only the lines of JSON go to stdout
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as out, _data_of(run, messages) as (_, data):
-        from ftray.data.order_trace import as_line, as_text, trace_order
+        from ftray.data.verify import as_line, as_text, trace_order
 
         if end > data.plan.num_steps:
             raise ConfigError(f"--steps {first}:{end}: the run has {data.plan.num_steps} steps; lower it")

@@ -1,7 +1,7 @@
-"""A chunk → packed rows: the one pure function that the index pass and the training feed both run.
+"""Turns a chunk into packed sequences: the one pure function that both the index pass and training run.
 
-Knows sources, formats, cleaning and packing; nothing of order, epochs or Ray. The same descriptor gives the same rows,
-on any machine, in any process.
+Knows sources, formats, cleaning and packing, but not order, epochs or Ray. The same descriptor gives the same sequences on any
+machine and in any process.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from typing import Any
 from ftray import config
 from ftray.chat import ChatFormat
 from ftray.data.examples import Example, Quarantined, Rules, read_examples
-from ftray.data.packing import PackedRow, pack_examples
+from ftray.data.packing import PackedSequence, pack_examples
 from ftray.data.sources import Chunk
 from ftray.data.tokenizer import BatchTokenizer, TokenizerLoader, backend_json
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Training or held-out data: its sources, and how a chunk of them becomes rows.
+    """Training or eval data: its sources, and the settings that turn a chunk into packed sequences.
 
-    part: `train` or `eval` where one set of sources is split by `eval_fraction`, else None. load_tokenizer: picklable,
-    called once a process. data: the section that it comes from; None: nothing is looked for over all records. slices:
-    column that examples keep (`Example.slice`); it changes no row.
+    Attributes:
+        part: `train` or `eval` if one set of sources is split by `eval_fraction`, else None.
+        load_tokenizer: Picklable. Called once per process.
+        data: The section of the run file. None skips all checks that need every record.
+        slices: A column that examples keep (`Example.slice`). It does not change the sequences.
     """
 
     sources: tuple[config.SourceConfig, ...]
@@ -36,7 +38,7 @@ class DatasetSpec:
     part: str | None
     load_tokenizer: Callable[[], Any]
     data: config.DataConfig | None = None
-    is_heldout: bool = False
+    is_eval: bool = False
     slices: str | None = None
 
     def rules(self, source: int) -> Rules:
@@ -60,33 +62,44 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """Rows of a chunk in packing order; the examples they hold; for each document (`PackedRow.documents`) whose it is; and
-    the bad records."""
+    """The packed sequences of a chunk, in packing order.
 
-    rows: list[PackedRow]
+    Attributes:
+        sequences: The packed sequences.
+        examples: The examples in them.
+        owners: For each document (`PackedSequence.documents`), the index of its example.
+        bad: The bad records.
+    """
+
+    sequences: list[PackedSequence]
     examples: list[Example]
     owners: list[int]
     bad: list[Quarantined]
 
     @property
     def digest(self) -> str:
-        """Hash over the rows' input_ids and labels: what the chunk means to training."""
+        """Hash of the sequences' input_ids and labels, which are all that training sees of the chunk."""
         digest = hashlib.blake2b(digest_size=16)
-        for row in self.rows:
-            digest.update(row.input_ids.tobytes())
-            digest.update(row.labels.tobytes())
+        for sequence in self.sequences:
+            digest.update(sequence.input_ids.tobytes())
+            digest.update(sequence.labels.tobytes())
         return digest.hexdigest()
 
 
 def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple[DatasetSpec, DatasetSpec | None]:
-    """Training stream and, where the run file has one, the held-out stream. load_tokenizer: picklable."""
+    """The training data and, if the run has one, the eval set.
+
+    Args:
+        data: The section of the run file.
+        load_tokenizer: Picklable.
+    """
     loader = load_tokenizer if isinstance(load_tokenizer, TokenizerLoader) else TokenizerLoader(load_tokenizer)
 
     def stream(
-        sources: list[config.SourceConfig], fraction: float | None, part: str | None, is_heldout: bool
+        sources: list[config.SourceConfig], fraction: float | None, part: str | None, is_eval: bool
     ) -> DatasetSpec:
         shape = (data.max_seq_len, data.packing, fraction, part, loader)
-        return DatasetSpec(tuple(sources), *shape, data, is_heldout)
+        return DatasetSpec(tuple(sources), *shape, data, is_eval)
 
     if data.eval is None:
         return stream(data.train, None, None, False), None
@@ -97,7 +110,11 @@ def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple
 
 
 def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:
-    """Reads, cleans, tokenizes and packs a chunk. Raises DataError when the shard changed or can't be read."""
+    """Reads, cleans, tokenizes and packs a chunk.
+
+    Raises:
+        DataError: The shard changed or cannot be read.
+    """
     chat, pad_id = _tokenizer(stream.load_tokenizer)
     examples: list[Example] = []
     bad: list[Quarantined] = []
@@ -108,8 +125,8 @@ def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:
             bad.append(item)
     documents = [document for example in examples for document in example.encoded.documents()]
     owners = [i for i, example in enumerate(examples) for _ in example.encoded.starts]
-    rows = pack_examples(documents, stream.max_seq_len, pad_id, stream.packing)
-    return PackedChunk(rows, examples, owners, bad)
+    sequences = pack_examples(documents, stream.max_seq_len, pad_id, stream.packing)
+    return PackedChunk(sequences, examples, owners, bad)
 
 
 @lru_cache(maxsize=2)

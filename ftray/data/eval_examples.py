@@ -45,7 +45,7 @@ class EvalExample:
 def read_samples(index: Index, stream: DatasetSpec, number: int | None = None) -> list[EvalExample]:
     """`number` records or all: chunk by chunk and in each by a fixed hash order, the same whenever and wherever.
 
-    Needs a started Ray. Raises DataError where a shard gives other rows than when it was indexed.
+    Needs a started Ray. Raises DataError where a shard no longer gives the sequences that were indexed.
     """
     samples = _samples(index, stream, AHEAD)
     try:
@@ -69,7 +69,7 @@ def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
     packed = pack_chunk(facts.chunk, stream)
     if packed.digest != facts.digest:  # size and etag are the old ones, the content is not
         raise DataError(
-            f"{facts.chunk.uri} gives other rows than when it was indexed: the file or the tokenizer changed while the run "
+            f"{facts.chunk.uri} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run "
             "was using it; restore it, or start a new run under another name"
         )
     return _ordered(packed.examples, facts.chunk)
@@ -117,7 +117,7 @@ def pick_shots(index: Index, stream: DatasetSpec, number: int, questions: Sequen
     return shots
 
 
-def check_heldout(data: config.DataConfig) -> None:
+def check_eval_split(data: config.DataConfig) -> None:
     """Raises DataError where a source holds out no record; reads until it finds one. No Ray.
 
     What can't be read as a record is left to the index pass, which tells it.
@@ -135,7 +135,7 @@ def check_heldout(data: config.DataConfig) -> None:
     for source in data.train:
         number, found = 0, False
         for raw in _raw_records(source.path, data.chunk_mb):
-            number, found = number + 1, _is_held_out(raw, split)
+            number, found = number + 1, _is_in_eval(raw, split)
             if found:
                 break
         if not found and number:
@@ -145,7 +145,7 @@ def check_heldout(data: config.DataConfig) -> None:
             )
 
 
-def _is_held_out(raw: RawRecord, split: config.SplitConfig) -> bool:
+def _is_in_eval(raw: RawRecord, split: config.SplitConfig) -> bool:
     try:
         return split_part(parse_record(raw), split.fraction, split.group) == "eval"
     except BadRecord:

@@ -84,7 +84,7 @@ FIXES = {
     "missing_field": "fill the field that is named, or remove the record",
     "no_answer": "add the answer, or remove the record",
     "not_an_object": "write one JSON object a line",
-    "nothing_supervised": "give it an answer of at least two tokens, or remove it",
+    "no_trained_tokens": "give it an answer of at least two tokens, or remove it",
     "too_long": "raise data.max_seq_len, or split the record",
     "too_many_fields": "put quotes around fields that hold commas",
     "unknown_label": "correct the answer, or add it to data.labels",
@@ -212,7 +212,7 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
     if num_tokens > rules.max_seq_len:
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
     if not np.any(encoded.loss_mask[1:]):
-        raise BadRecord("nothing_supervised", "no token of it is under the loss")
+        raise BadRecord("no_trained_tokens", "no token of it is under the loss")
     said = draft.conversation
     messages, text = (None, said) if isinstance(said, str) else (said, None)
     return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum, draft.slice)

@@ -1,7 +1,7 @@
 """The index pass: reads everything once, before any training worker starts, and knows what there is.
 
-For each chunk: records, packed rows, tokens, a digest. From these follow the exact number of steps, the order of rows
-(`plan`), the quarantine, and the identity of the data (`plan_hash`): two runs with one plan hash see the same rows.
+For each chunk: records, packed sequences, tokens, a digest. From these follow the exact number of steps, the order of sequences
+(`plan`), the quarantine, and the identity of the data (`plan_hash`): two runs with one plan hash see the same sequences.
 
 One Ray Data pass describes every chunk (`records`); what it found is kept as one file a shard, under a name that covers
 the shard's etag and cuts, settings and tokenizer, so that a new shard is the only one that is read when one is added.
@@ -15,9 +15,9 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -40,23 +40,23 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 5  # raise it when a chunk's rows, facts or records change their meaning
+VERSION = 6  # raise it when a chunk's sequences, facts or records change their meaning
 SUM = "sha256"  # of all else in an index: a number that changed would look like data that changed
 NUM_LINES = 50  # entries of a quarantine file whose line is counted
-NOTHING = RequiredFields(signatures=False, grams=False, is_heldout=False, min_answer_chars=0)
+NOTHING = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
 _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers end a line there
 
 
 @dataclass(frozen=True)
 class ChunkFacts:
-    """What the index knows of a chunk. most_documents: in one row; 0 in indexes that did not count them yet."""
+    """What the index knows of a chunk. most_documents: in one sequence; 0 in indexes that did not count them yet."""
 
     chunk: Chunk
     num_records: int
-    num_rows: int
+    num_sequences: int
     num_tokens: int
-    num_supervised: int
+    num_trained_tokens: int
     digest: str
     most_documents: int = 0
 
@@ -82,25 +82,25 @@ class Index:
 
     @property
     def most_documents(self) -> int:
-        """Documents of the row that holds the most."""
+        """Documents of the sequence that holds the most."""
         return max((f.most_documents for f in self.facts), default=0)
 
     def of_source(self, source: int) -> list[ChunkFacts]:
-        """Chunks of a source that give rows, in file order."""
-        return [f for f in self.facts if f.chunk.source == source and f.num_rows]
+        """Chunks of a source that give sequences, in file order."""
+        return [f for f in self.facts if f.chunk.source == source and f.num_sequences]
 
     def mixture(self, stream: DatasetSpec) -> Mixture:
-        """How the sources' rows are mixed."""
-        rows = tuple(sum(f.num_rows for f in self.of_source(i)) for i in range(len(stream.sources)))
+        """How the sources' sequences are mixed."""
+        sequences = tuple(sum(f.num_sequences for f in self.of_source(i)) for i in range(len(stream.sources)))
         weights = [s.weight for s in stream.sources]
-        return Mixture(rows, None if weights[0] is None else tuple(w for w in weights if w is not None))
+        return Mixture(sequences, None if weights[0] is None else tuple(w for w in weights if w is not None))
 
     @property
     def data_hash(self) -> str:
-        """Identity of the rows, wherever the files lie: paths within their sources, places, the rows' content, and what
+        """Identity of the sequences, wherever the files lie: paths within their sources, places, the sequences' content, and what
         was dropped or moved to the other side of the split."""
         parts = [
-            (f.chunk.source, f.chunk.path, f.chunk.start, f.num_rows, f.digest, f.chunk.dropped, f.chunk.moved)
+            (f.chunk.source, f.chunk.path, f.chunk.start, f.num_sequences, f.digest, f.chunk.dropped, f.chunk.moved)
             for f in self.facts
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -126,7 +126,7 @@ def build_index(
         names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
     own = surveys[both.index(stream)]
     found = None
-    if stream.data is not None and not stream.is_heldout:
+    if stream.data is not None and not stream.is_eval:
         found = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
     index = replace(_assemble(stream, own, found, moved), shards=names[both.index(stream)])
     if found is not None and len(found):
@@ -138,7 +138,7 @@ def build_index(
 
 
 def read_index(directory: str, data_hash: str) -> Index | None:
-    """The index of those in a run's `data/` whose rows are known by this hash."""
+    """The index of those in a run's `data/` whose sequences are known by this hash."""
     for file in storage.list_files(directory, suffix=".json"):
         if file.path.startswith("index-"):
             index = _read(file.uri)
@@ -167,23 +167,9 @@ def _sum_of(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
-def read_survey(index: Index, directory: str) -> RecordTable:
+def read_record_table(index: Index, directory: str) -> RecordTable:
     """The record tables behind an index; what `data.clean` took out is in them."""
     return _open_survey([f.chunk for f in index.facts], index.shards, directory)
-
-
-def read_findings(index: Index, directory: str) -> Iterator[DataFinding]:
-    """All that was found over the whole set, record by record."""
-    if index.findings is None:
-        return
-    names = [f.name for f in fields(DataFinding)]
-    mapped = storage.map_file(storage.join(directory, index.findings))
-    for line in iter(mapped.readline, b""):
-        try:
-            tree = storage.parse_object(line)
-            yield DataFinding(**{name: tree[name] for name in names})
-        except (ValueError, KeyError) as err:
-            raise _damaged(storage.join(directory, index.findings), err) from None
 
 
 def _both(stream: DatasetSpec) -> list[DatasetSpec]:
@@ -281,9 +267,9 @@ def _wants(stream: DatasetSpec, num_streams: int) -> RequiredFields:
     if stream.data is None:
         return NOTHING
     clean, compares = stream.data.clean, stream.data.clean.contamination != "off" and num_streams > 1
-    near = clean.near_duplicates != "off" and not stream.is_heldout
+    near = clean.near_duplicates != "off" and not stream.is_eval
     return RequiredFields(
-        near or compares, compares, stream.is_heldout, 0 if stream.data.labels else clean.min_answer_chars
+        near or compares, compares, stream.is_eval, 0 if stream.data.labels else clean.min_answer_chars
     )
 
 
@@ -323,7 +309,7 @@ def _assemble(
 
 
 def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:
-    return s.num_records, s.num_rows, s.num_tokens, s.num_supervised, s.digest, s.most_documents
+    return s.num_records, s.num_sequences, s.num_tokens, s.num_trained_tokens, s.digest, s.most_documents
 
 
 def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
@@ -346,7 +332,7 @@ def _index_key(
     shapes = [[(s.format, s.columns) for s in each.sources] for each in both]
     clean = stream.data.clean.model_dump() if stream.data else None
     chunks = [[asdict(chunk) for chunk in each] for each in listed]
-    return _hash([_settings(stream, tokenizer_hash), stream.is_heldout, shapes, clean, chunks])
+    return _hash([_settings(stream, tokenizer_hash), stream.is_eval, shapes, clean, chunks])
 
 
 def _hash(parts: list[Any]) -> str:
@@ -354,7 +340,7 @@ def _hash(parts: list[Any]) -> str:
 
 
 def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: int, directory: str) -> None:
-    """Writes the quarantine file; raises DataError for too many bad records, or no rows in a source.
+    """Writes the quarantine file; raises DataError for too many bad records, or no sequences in a source.
 
     what: `train` or `eval`, for messages and the quarantine file's name. What `data.clean` took out is in the quarantine
     file too, but isn't counted: it was asked for.

@@ -1,9 +1,9 @@
-"""Ray Data carries the order out: a coordinator hands each rank, for each step, its rows as references to blocks.
+"""Feeds packed sequences to the ranks in the planned order, with Ray Data.
 
-One actor (`Feed`) iterates an order-preserving Ray Data execution of the plan's chunks, mixes sources row by row and
-tells each rank which rows of which blocks are its own; ranks fetch these blocks themselves, so no row passes through
-the coordinator. It enters Ray Train through `DataConfig.configure`: `ray.train.get_dataset_shard("train")` returns a
-`FeedShard`. Knows nothing of models or losses.
+One actor (`BatchCoordinator`) iterates an order-preserving Ray Data execution over the plan's chunks, mixes the sources
+sequence by sequence and tells each rank which parts of which blocks to fetch. Ranks fetch the blocks themselves, so no
+sequence passes through the coordinator. Ray Train's `DataConfig.configure` is the entry point:
+`ray.train.get_dataset_shard("train")` returns a `RankLoader`. Knows nothing of models or losses.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from ray.train import DataConfig
 
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.index import ChunkFacts, Index
-from ftray.data.order import Mixture, chunk_order, find_cursor, row_order
+from ftray.data.order import Mixture, chunk_order, find_cursor, sequence_order
 from ftray.data.ray_options import SEGMENT, open_dataset
 from ftray.errors import DataError
 
-STEPS_AHEAD = 8  # steps that the coordinator prepares before the slowest rank has asked for them
-FETCH_AHEAD = 2  # steps whose blocks a rank asks for in advance
-ROW_BYTES = 12  # of a row for each of its tokens: three int32
+STEPS_AHEAD = 8  # steps that the coordinator prepares before the slowest rank requests them
+FETCH_AHEAD = 2  # steps that a rank requests in advance
+TOKEN_BYTES = 12  # three int32 per token of a sequence
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """All that decides which rows a step takes: the stream, its chunks with their rows, seed and batch size.
+    """Everything that decides which packed sequences a step takes.
 
-    packed: of each source, references to its chunks' rows in packing order, where several runs of one Ray share them
-    (`share_rows`); it decides nothing.
+    Attributes:
+        stream: The training data.
+        sources: The chunks of each source.
+        mixture: How the sources are mixed.
+        packed: For each source, references to its chunks' sequences in packing order, if several runs of one Ray share them
+            (`share_sequences`). It changes no batch.
     """
 
     stream: DatasetSpec
@@ -51,7 +55,7 @@ class LoadPlan:
 
     @property
     def most_documents(self) -> int:
-        """Documents of the row that holds the most."""
+        """The largest number of documents in one sequence."""
         return max(f.most_documents for facts in self.sources for f in facts)
 
     def chunk_keys(self, source: int) -> list[tuple[str, int]]:
@@ -59,57 +63,64 @@ class LoadPlan:
         return [(f.chunk.path, f.chunk.start) for f in self.sources[source]]
 
     def position(self, step: int) -> list[dict[str, int]]:
-        """Cursor of each source before a step: (epoch, chunk, row), for the checkpoint."""
+        """The cursor of each source before a step, for the checkpoint."""
         counts = self.mixture.counts(step * self.global_batch_size)
         cursors = [
-            find_cursor(k, [f.num_rows for f in self.sources[i]], self.chunk_keys(i), self.seed, i)
+            find_cursor(k, [f.num_sequences for f in self.sources[i]], self.chunk_keys(i), self.seed, i)
             for i, k in enumerate(counts)
         ]
-        return [{"epoch": c.epoch, "chunk": c.chunk, "row": c.row} for c in cursors]
+        return [{"epoch": c.epoch, "chunk": c.chunk, "sequence": c.sequence} for c in cursors]
 
 
 def make_plan(
     index: Index, stream: DatasetSpec, seed: int, global_batch_size: int, epochs: float, max_steps: int | None
 ) -> LoadPlan:
-    """Plan of a run; num_steps counts whole global batches in `epochs`, or max_steps."""
+    """The plan of a run. num_steps counts whole global batches in `epochs`, or is max_steps."""
     mixture = index.mixture(stream)
-    num_steps = max_steps or int(round(epochs * mixture.rows_per_epoch, 6)) // global_batch_size
+    num_steps = max_steps or int(round(epochs * mixture.sequences_per_epoch, 6)) // global_batch_size
     sources = tuple(tuple(index.of_source(i)) for i in range(len(stream.sources)))
     return LoadPlan(stream, sources, mixture, seed, global_batch_size, num_steps)
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """A rank's rows of a step. input_ids, labels, position_ids: int32 [rows, max_seq_len].
+    """A rank's packed sequences of one step.
 
-    row_ids: (source, epoch, chunk, row) of each row. first_row: place of the first of them in the run.
+    Attributes:
+        step: The step.
+        first_sequence: The number of its first sequence in the run.
+        input_ids: int32 [sequences, max_seq_len].
+        labels: int32 [sequences, max_seq_len].
+        position_ids: int32 [sequences, max_seq_len].
+        num_tokens: int32 [sequences], tokens that are not padding.
+        sequence_ids: (source, epoch, chunk, sequence) of each sequence.
     """
 
     step: int
-    first_row: int
+    first_sequence: int
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     position_ids: npt.NDArray[np.int32]
     num_tokens: npt.NDArray[np.int32]
-    row_ids: list[tuple[int, int, int, int]] = field(default_factory=list)
+    sequence_ids: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
-def _rows_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed: int | None) -> pa.Table:
-    """Rows of a chunk as an Arrow table, in the order of the epoch (seed None: in packing order)."""
+def _sequence_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed: int | None) -> pa.Table:
+    """The sequences of a chunk as an Arrow table, in the order of the epoch (seed None: in packing order)."""
     number, epoch, facts = item
     chunk = facts.chunk
     packed = pack_chunk(chunk, stream)
-    if packed.digest != facts.digest:  # size and etag are the old ones, the content is not
+    if packed.digest != facts.digest:  # size and etag are unchanged, the content is not
         raise DataError(
-            f"{chunk.uri} gives other rows than when it was indexed: the file or the tokenizer changed while the run was "
+            f"{chunk.uri} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run was "
             "using it; restore it, or start a new run under another name"
         )
-    n = len(packed.rows)
-    places = range(n) if seed is None else row_order(n, seed, epoch, chunk.source, chunk.path, chunk.start)
-    rows = [packed.rows[i] for i in places]
+    n = len(packed.sequences)
+    places = range(n) if seed is None else sequence_order(n, seed, epoch, chunk.source, chunk.path, chunk.start)
+    sequences = [packed.sequences[i] for i in places]
 
     def matrix(name: str) -> pa.FixedSizeListArray:
-        flat = np.concatenate([getattr(r, name) for r in rows]) if rows else np.zeros(0, np.int32)
+        flat = np.concatenate([getattr(r, name) for r in sequences]) if sequences else np.zeros(0, np.int32)
         return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.int32()), stream.max_seq_len)
 
     return pa.table(
@@ -117,30 +128,31 @@ def _rows_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed: in
             "input_ids": matrix("input_ids"),
             "labels": matrix("labels"),
             "position_ids": matrix("position_ids"),
-            "num_tokens": pa.array([r.num_tokens for r in rows], pa.int32()),
+            "num_tokens": pa.array([r.num_tokens for r in sequences], pa.int32()),
             "source": pa.array([chunk.source] * n, pa.int32()),
             "epoch": pa.array([epoch] * n, pa.int32()),
             "chunk": pa.array([number] * n, pa.int32()),
-            "row": pa.array(list(places), pa.int32()),
+            "sequence": pa.array(list(places), pa.int32()),
             "records": pa.array(
-                [[packed.examples[packed.owners[d]].position for d in r.documents] for r in rows], pa.list_(pa.int64())
+                [[packed.examples[packed.owners[d]].position for d in r.documents] for r in sequences],
+                pa.list_(pa.int64()),
             ),
         }
     )
 
 
-def to_batch(table: pa.Table, step: int = 0, first_row: int = 0) -> RankBatch:
-    """A table of rows as numpy arrays."""
+def to_batch(table: pa.Table, step: int = 0, first_sequence: int = 0) -> RankBatch:
+    """A table of sequences as numpy arrays."""
 
     def matrix(name: str) -> npt.NDArray[np.int32]:
         column = table.column(name).combine_chunks()
         flat: npt.NDArray[np.int32] = column.flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(column), -1)
 
-    ids = [table.column(name).to_pylist() for name in ("source", "epoch", "chunk", "row")]
+    ids = [table.column(name).to_pylist() for name in ("source", "epoch", "chunk", "sequence")]
     return RankBatch(
         step,
-        first_row,
+        first_sequence,
         matrix("input_ids"),
         matrix("labels"),
         matrix("position_ids"),
@@ -149,30 +161,34 @@ def to_batch(table: pa.Table, step: int = 0, first_row: int = 0) -> RankBatch:
     )
 
 
-def heldout_table(index: Index, stream: DatasetSpec) -> pa.Table:
-    """All held-out rows in source and file order, as one table."""
-    items = [(i, 0, f) for i, f in enumerate(index.facts) if f.num_rows]
-    dataset = open_dataset(partial(_rows_table, stream=stream, seed=None), items)
+def eval_table(index: Index, stream: DatasetSpec) -> pa.Table:
+    """All sequences of the eval set in source and file order, as one table."""
+    items = [(i, 0, f) for i, f in enumerate(index.facts) if f.num_sequences]
+    dataset = open_dataset(partial(_sequence_table, stream=stream, seed=None), items)
     return pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def share_rows(plan: LoadPlan, most_bytes: float) -> tuple[tuple[ray.ObjectRef, ...], ...] | None:
-    """References to the rows of all chunks, each read and tokenized once, for `Plan.packed`; None if they take more bytes."""
-    num_rows = sum(facts.num_rows for source in plan.sources for facts in source)
-    if num_rows * plan.stream.max_seq_len * ROW_BYTES > most_bytes:
+def share_sequences(plan: LoadPlan, most_bytes: float) -> tuple[tuple[ray.ObjectRef, ...], ...] | None:
+    """Reads and tokenizes all chunks once, to be shared by several runs (`LoadPlan.packed`).
+
+    Returns:
+        References to the sequences of each chunk, or None if they take more than most_bytes.
+    """
+    num_sequences = sum(facts.num_sequences for source in plan.sources for facts in source)
+    if num_sequences * plan.stream.max_seq_len * TOKEN_BYTES > most_bytes:
         return None
     shared = []
     for source in plan.sources:
         items = [(i, 0, facts) for i, facts in enumerate(source)]
         refs: list[ray.ObjectRef] = []
         for lo in range(0, len(items), SEGMENT):
-            dataset = open_dataset(partial(_rows_table, stream=plan.stream, seed=None), items[lo : lo + SEGMENT])
+            dataset = open_dataset(partial(_sequence_table, stream=plan.stream, seed=None), items[lo : lo + SEGMENT])
             refs += [block.ref for bundle in dataset.iter_internal_ref_bundles() for block in bundle.blocks]
         shared.append(tuple(refs))
     return tuple(shared)
 
 
-Run = tuple[ray.ObjectRef, int, int, int]  # rows [lo, hi) of a block, in an epoch
+Span = tuple[ray.ObjectRef, int, int, int]  # sequences [lo, hi) of a block, in an epoch
 
 
 class BatchCoordinator:
@@ -182,21 +198,24 @@ class BatchCoordinator:
         self._plan, self._world_size = plan, world_size
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._ready: dict[int, list[list[Run]]] = {}
+        self._ready: dict[int, list[list[Span]]] = {}
         self._acked = [0] * world_size
         self._error: BaseException | None = None
 
     def begin(self, step: int) -> None:
-        """Starts to prepare steps from `step`; the first rank's call counts, all ranks pass the same."""
+        """Starts preparing steps from `step`. Only the first call counts; all ranks pass the same step."""
         with self._changed:
             if self._thread is None:
                 self._acked = [step] * self._world_size
                 self._thread = threading.Thread(target=self._prepare, args=(step,), daemon=True)
                 self._thread.start()
 
-    def get(self, rank: int, step: int) -> list[Run]:
-        """A rank's runs of rows for a step. Steps before `step` are done with: a threaded actor may run calls out of
-        order, so the step itself says how far the rank is."""
+    def get(self, rank: int, step: int) -> list[Span]:
+        """A rank's spans of sequences for a step.
+
+        Steps before `step` are finished. A threaded actor may run calls out of order, so the step itself shows
+        the rank's progress.
+        """
         with self._changed:
             self._acked[rank] = max(self._acked[rank], step - FETCH_AHEAD)
             for old in [s for s in self._ready if s < min(self._acked)]:
@@ -210,9 +229,9 @@ class BatchCoordinator:
     def _prepare(self, step: int) -> None:
         try:
             size, share = self._plan.global_batch_size, self._plan.global_batch_size // self._world_size
-            rows = self._rows(step * size)
+            sequences = self._sequences(step * size)
             while step < self._plan.num_steps:
-                batch = list(islice(rows, size))
+                batch = list(islice(sequences, size))
                 parts = [_coalesce(batch[r * share : (r + 1) * share]) for r in range(self._world_size)]
                 with self._changed:
                     self._changed.wait_for(lambda s=step: s - min(self._acked) <= STEPS_AHEAD)  # type: ignore[misc]
@@ -224,62 +243,62 @@ class BatchCoordinator:
                 self._error = err
                 self._changed.notify_all()
 
-    def _rows(self, start: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-        """(block, row in it, epoch) of the run's rows start, start + 1, …"""
+    def _sequences(self, start: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """(block, index in it, epoch) of the run's sequences start, start + 1, …"""
         counts = self._plan.mixture.counts(start)
-        streams = [self._source_rows(i, k) for i, k in enumerate(counts)]
+        streams = [self._source_sequences(i, k) for i, k in enumerate(counts)]
         for source in self._plan.mixture.sources(start):
             yield next(streams[source])
 
-    def _source_rows(self, source: int, k: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-        """Rows of one source from its k-th, epoch after epoch; reads no chunk before the one that holds the k-th."""
+    def _source_sequences(self, source: int, k: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """Sequences of one source from its k-th, epoch after epoch. Reads no chunk before the one with the k-th."""
         plan, facts, keys = self._plan, self._plan.sources[source], self._plan.chunk_keys(source)
-        cursor = find_cursor(k, [f.num_rows for f in facts], keys, plan.seed, source)
-        epoch, place, skip = cursor.epoch, cursor.chunk, cursor.row
+        cursor = find_cursor(k, [f.num_sequences for f in facts], keys, plan.seed, source)
+        epoch, place, skip = cursor.epoch, cursor.chunk, cursor.sequence
         while True:
             items = [(i, epoch, facts[i]) for i in chunk_order(keys, plan.seed, epoch, source)]
             if plan.packed is not None:
-                for i, _, found in items[place:]:
-                    where = (found.chunk.source, found.chunk.path, found.chunk.start)
-                    for row in row_order(found.num_rows, plan.seed, epoch, *where)[skip:]:
-                        yield plan.packed[source][i], int(row), epoch
+                for i, _, chunk_facts in items[place:]:
+                    where = (chunk_facts.chunk.source, chunk_facts.chunk.path, chunk_facts.chunk.start)
+                    for sequence in sequence_order(chunk_facts.num_sequences, plan.seed, epoch, *where)[skip:]:
+                        yield plan.packed[source][i], int(sequence), epoch
                     skip = 0
                 place = len(items)
             while place < len(items):
                 segment = items[place : place + SEGMENT]
                 place += len(segment)
-                dataset = open_dataset(partial(_rows_table, stream=plan.stream, seed=plan.seed), segment)
+                dataset = open_dataset(partial(_sequence_table, stream=plan.stream, seed=plan.seed), segment)
                 for bundle in dataset.iter_internal_ref_bundles():
                     for block in bundle.blocks:
-                        num_rows = int(block.metadata.num_rows or 0)
-                        lo, skip = min(skip, num_rows), max(0, skip - num_rows)
-                        for row in range(lo, num_rows):
-                            yield block.ref, row, epoch
+                        num_sequences = int(block.metadata.num_rows or 0)
+                        lo, skip = min(skip, num_sequences), max(0, skip - num_sequences)
+                        for sequence in range(lo, num_sequences):
+                            yield block.ref, sequence, epoch
             epoch, place = epoch + 1, 0
 
 
-def _coalesce(rows: list[tuple[ray.ObjectRef, int, int]]) -> list[Run]:
-    runs: list[Run] = []
-    for ref, row, epoch in rows:
-        if runs and runs[-1][0] == ref and runs[-1][2:] == (row, epoch):
-            runs[-1] = (ref, runs[-1][1], row + 1, epoch)
+def _coalesce(sequences: list[tuple[ray.ObjectRef, int, int]]) -> list[Span]:
+    runs: list[Span] = []
+    for ref, sequence, epoch in sequences:
+        if runs and runs[-1][0] == ref and runs[-1][2:] == (sequence, epoch):
+            runs[-1] = (ref, runs[-1][1], sequence + 1, epoch)
         else:
-            runs.append((ref, row, row + 1, epoch))
+            runs.append((ref, sequence, sequence + 1, epoch))
     return runs
 
 
 def _piece(block: pa.Table, lo: int, hi: int, epoch: int) -> pa.Table:
-    """Rows [lo, hi) of a block as those of an epoch: shared blocks (`share_rows`) serve every epoch."""
-    rows = block.slice(lo, hi - lo)
-    column = rows.column_names.index("epoch")
-    return rows.set_column(column, "epoch", pa.array([epoch] * rows.num_rows, pa.int32()))
+    """Sequences [lo, hi) of a block, labeled with an epoch: shared blocks (`share_sequences`) serve every epoch."""
+    sequences = block.slice(lo, hi - lo)
+    column = sequences.column_names.index("epoch")
+    return sequences.set_column(column, "epoch", pa.array([epoch] * sequences.num_rows, pa.int32()))
 
 
 class RankLoader:
-    """What `ray.train.get_dataset_shard("train")` returns to a rank."""
+    """The value of `ray.train.get_dataset_shard("train")` on a rank."""
 
-    def __init__(self, feed: Any, plan: LoadPlan, rank: int, world_size: int) -> None:
-        self._feed, self.plan, self._rank, self._world_size = feed, plan, rank, world_size
+    def __init__(self, coordinator: Any, plan: LoadPlan, rank: int, world_size: int) -> None:
+        self._coordinator, self.plan, self._rank, self._world_size = coordinator, plan, rank, world_size
 
     def batches(self, start_step: int) -> Iterator[RankBatch]:
         """This rank's batches of the steps start_step … num_steps - 1."""
@@ -288,17 +307,17 @@ class RankLoader:
             yield to_batch(table, step, step * self.plan.global_batch_size + self._rank * share)
 
     def tables(self, start_step: int) -> Iterator[pa.Table]:
-        """This rank's rows of the steps start_step … num_steps - 1, with where each came from (see `_rows_table`)."""
-        ray.get(self._feed.begin.remote(start_step))
+        """This rank's sequences of the steps start_step … num_steps - 1, with their origin (see `_sequence_table`)."""
+        ray.get(self._coordinator.begin.remote(start_step))
         last = self.plan.num_steps
-        asked = deque(
-            self._feed.get.remote(self._rank, s) for s in range(start_step, min(start_step + FETCH_AHEAD, last))
+        requests = deque(
+            self._coordinator.get.remote(self._rank, s) for s in range(start_step, min(start_step + FETCH_AHEAD, last))
         )
         blocks: dict[ray.ObjectRef, pa.Table] = {}
         for step in range(start_step, last):
             if step + FETCH_AHEAD < last:
-                asked.append(self._feed.get.remote(self._rank, step + FETCH_AHEAD))
-            runs: list[Run] = ray.get(asked.popleft())
+                requests.append(self._coordinator.get.remote(self._rank, step + FETCH_AHEAD))
+            runs: list[Span] = ray.get(requests.popleft())
             needed = list(dict.fromkeys(ref for ref, *_ in runs))
             missing = [ref for ref in needed if ref not in blocks]
             fetched = dict(zip(missing, ray.get(missing), strict=True))
@@ -307,18 +326,18 @@ class RankLoader:
 
 
 class LoaderConfig(DataConfig):
-    """Ray Train's hook: gives each rank of a new worker group a shard of one new coordinator."""
+    """Ray Train's hook: gives each rank of a new worker group a loader of one new coordinator."""
 
     def __init__(self, plan: LoadPlan) -> None:
         super().__init__()
         self._plan = plan
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, RankLoader]]:
-        """One `FeedShard` under the name `train` for each rank; what Ray Train passes as datasets is a placeholder."""
+        """One `RankLoader` named `train` per rank. The datasets that Ray Train passes are a placeholder."""
         del datasets
-        feed = (
+        coordinator = (
             ray.remote(BatchCoordinator)
             .options(num_cpus=0, max_concurrency=(FETCH_AHEAD + 2) * world_size + 2)
             .remote(self._plan, world_size)
         )
-        return [{"train": RankLoader(feed, self._plan, rank, world_size)} for rank in range(world_size)]
+        return [{"train": RankLoader(coordinator, self._plan, rank, world_size)} for rank in range(world_size)]

@@ -1,8 +1,8 @@
-"""The global order of rows, as a function. Pure: no Ray, no files, no clock, no random generator.
+"""The global order of packed sequences as a pure function: no Ray, files, clock or random generator.
 
-Two functions make it. `chunk_order` permutes a source's chunks for each epoch by a keyed hash; `Mixture` says which
-source the n-th row of the run comes from, in closed form, so that any step can be found without replaying those before
-it. Step t takes rows [t·G, (t+1)·G) of the run; rank r of W takes the r-th slice of these.
+`chunk_order` permutes a source's chunks in each epoch by a keyed hash. `Mixture` gives the source of the n-th sequence of the
+run in closed form, so any step can be found without replaying the steps before it. With a global batch size G, step t takes
+the sequences [t·G, (t+1)·G) of the run, and data rank r takes the r-th slice of them.
 """
 
 from __future__ import annotations
@@ -17,61 +17,74 @@ from itertools import accumulate
 
 
 def key(*parts: object) -> bytes:
-    """Eight bytes of blake2b over the parts' texts: the sort key of every shuffle here."""
+    """The sort key of every shuffle: eight bytes of blake2b over the parts' texts."""
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
 
 
 def chunk_order(chunks: Sequence[tuple[str, int]], seed: int, epoch: int, source: int) -> list[int]:
-    """Places of the chunks in the order of an epoch. chunks: (path relative to the source, start)."""
+    """The order of a source's chunks in an epoch.
+
+    Args:
+        chunks: (path relative to the source, start) of each chunk.
+        seed: The run's seed.
+        epoch: The epoch, from 0.
+        source: The number of the source.
+
+    Returns:
+        Indices into `chunks`.
+    """
     return sorted(range(len(chunks)), key=lambda i: (key(seed, epoch, source, *chunks[i]), chunks[i]))
 
 
-def row_order(num_rows: int, seed: int, epoch: int, source: int, path: str, start: int) -> list[int]:
-    """Places of a chunk's rows in the order of an epoch."""
-    return sorted(range(num_rows), key=lambda i: key(seed, epoch, source, path, start, i))
+def sequence_order(num_sequences: int, seed: int, epoch: int, source: int, path: str, start: int) -> list[int]:
+    """The order of a chunk's packed sequences in an epoch, as indices into their packing order."""
+    return sorted(range(num_sequences), key=lambda i: key(seed, epoch, source, path, start, i))
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a source stands: the next row is `row` of the `chunk`-th chunk in the order of `epoch`."""
+    """The position of a source: its next packed sequence is number `sequence` of the `chunk`-th chunk in the order of `epoch`."""
 
     epoch: int
     chunk: int
-    row: int
+    sequence: int
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which source each row of the run comes from, by stride scheduling.
+    """The source of each packed sequence of the run, by stride scheduling.
 
-    The k-th row of a source of share w is due at (k + ½) / w; rows are taken in the order of their due times, ties by
-    the source's place. So every window of n rows holds n·w rows of a source within one row for each other source.
-    num_rows: rows of each source in one pass. weights: relative shares; None takes each source's rows exactly once an
-    epoch.
+    The k-th sequence of a source with share w is due at (k + ½) / w. Sequences are taken in the order of their due times; ties go
+    to the earlier source. Every window of n sequences therefore contains n·w sequences of a source, give or take one per other
+    source.
+
+    Args:
+        num_sequences: Packed sequences of each source in one pass.
+        weights: Relative shares. None takes each sequence of each source exactly once per epoch.
     """
 
-    num_rows: tuple[int, ...]
+    num_sequences: tuple[int, ...]
     weights: tuple[float, ...] | None = None
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
-        """Exact share of each source; they sum to 1."""
-        parts = [Fraction(str(part)) for part in (self.num_rows if self.weights is None else self.weights)]
+        """Exact share of each source. They sum to 1."""
+        parts = [Fraction(str(part)) for part in (self.num_sequences if self.weights is None else self.weights)]
         return tuple(p / sum(parts) for p in parts)
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Rows until the source that is largest relative to its share has been seen once; without weights, all rows."""
+    def sequences_per_epoch(self) -> int:
+        """Sequences until every source has been seen once; without weights, the number of all sequences."""
         if self.weights is None:
-            return sum(self.num_rows)
-        return max(-(-n // share) for n, share in zip(self.num_rows, self.shares, strict=True))
+            return sum(self.num_sequences)
+        return max(-(-n // share) for n, share in zip(self.num_sequences, self.shares, strict=True))
 
     def counts(self, n: int) -> list[int]:
-        """Rows of each source among the first n rows of the run."""
+        """Sequences of each source among the first n sequences of the run."""
         return self._state(n)[0]
 
     def sources(self, start: int) -> Iterator[int]:
-        """Sources of the rows start, start + 1, … without end."""
+        """Sources of the sequences start, start + 1, …, without end."""
         counts, heap = self._state(start)
         shares = self.shares
         while True:
@@ -81,7 +94,7 @@ class Mixture:
             yield i
 
     def _state(self, n: int) -> tuple[list[int], list[tuple[Fraction, int]]]:
-        # A count that is surely not too high, then the few rows that are missing in order of their due times.
+        # Start with counts that are certainly not too high, then add the missing sequences in order of their due times.
         shares = self.shares
         counts = [max(0, int(w * (n - len(shares))) - 1) for w in shares]
         heap = [(_due(c, w), i) for i, (c, w) in enumerate(zip(counts, shares, strict=True))]
@@ -98,11 +111,19 @@ def _due(count: int, share: Fraction) -> Fraction:
 
 
 def find_cursor(
-    k: int, rows_by_chunk: Sequence[int], chunks: Sequence[tuple[str, int]], seed: int, source: int
+    k: int, sequences_by_chunk: Sequence[int], chunks: Sequence[tuple[str, int]], seed: int, source: int
 ) -> Cursor:
-    """Cursor of the k-th row (from 0) that a source gives over all epochs. rows_by_chunk: in the chunks' own order."""
-    total = sum(rows_by_chunk)
+    """The position of the k-th sequence (from 0) of a source over all epochs.
+
+    Args:
+        k: The number of the sequence.
+        sequences_by_chunk: Packed sequences of each chunk.
+        chunks: (path relative to the source, start) of each chunk.
+        seed: The run's seed.
+        source: The number of the source.
+    """
+    total = sum(sequences_by_chunk)
     epoch, rest = divmod(k, total)
-    ends = list(accumulate(rows_by_chunk[i] for i in chunk_order(chunks, seed, epoch, source)))
+    ends = list(accumulate(sequences_by_chunk[i] for i in chunk_order(chunks, seed, epoch, source)))
     place = bisect_right(ends, rest)
     return Cursor(epoch, place, rest - (ends[place - 1] if place else 0))

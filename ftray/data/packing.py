@@ -1,8 +1,8 @@
-"""Examples → packed rows. Pure: numpy only; knows no files, tokenizers or Ray.
+"""Packs examples into sequences of max_seq_len tokens. Pure numpy: no files, tokenizers or Ray.
 
-A row holds whole examples ("documents") one after the other, then padding. Positions restart at 0 in each document
-and in the padding, so that a block-diagonal mask or `cu_seqlens` follows from them. Labels are shifted here, once:
-labels[t] is the token that the logits at t must predict, or IGNORE_INDEX; a document's last token predicts nothing.
+A packed sequence contains whole examples ("documents") and then padding. Positions restart at 0 in each document and in the
+padding, so a block-diagonal mask or `cu_seqlens` follows from them. Labels are shifted here, once: labels[t] is the token that
+the logits at t must predict, or IGNORE_INDEX. The last token of a document predicts nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """input_ids, labels, position_ids: int32 [max_seq_len]. lengths: tokens of each document; documents: their places."""
+class PackedSequence:
+    """One training sequence.
+
+    Attributes:
+        input_ids: int32 [max_seq_len].
+        labels: int32 [max_seq_len], IGNORE_INDEX for tokens that are not trained on.
+        position_ids: int32 [max_seq_len].
+        lengths: Tokens of each document.
+        documents: Indices of the documents in the list that was packed.
+    """
 
     input_ids: Array
     labels: Array
@@ -36,38 +44,49 @@ class PackedRow:
         return sum(self.lengths)
 
     @property
-    def num_supervised(self) -> int:
-        """Tokens under the loss."""
+    def num_trained_tokens(self) -> int:
+        """Tokens that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
 def best_fit(lengths: Sequence[int], max_seq_len: int) -> list[list[int]]:
-    """Places whole documents into rows by best-fit decreasing (Johnson 1973; for packing: Ding et al. 2024).
+    """Assigns documents to sequences by best-fit decreasing.
 
-    lengths: tokens of each document. Returns, for each row, the places of its documents in `lengths`, ascending.
-    Deterministic: ties go to the earlier document and the earlier row. Raises ValueError for a length of 0 or above
-    max_seq_len.
+    Deterministic: ties go to the earlier document and the earlier sequence.
+
+    Args:
+        lengths: Tokens of each document.
+        max_seq_len: Tokens of a sequence.
+
+    Returns:
+        For each sequence, the ascending indices of its documents.
+
+    Raises:
+        ValueError: A length is 0 or above max_seq_len.
+
+    Source:
+        Johnson 1973; for language models Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
     """
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), sorted: the first that fits is the tightest
+    sequences: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, sequence), sorted: the first that fits is the tightest
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[i]
         if not 0 < length <= max_seq_len:
-            raise ValueError(f"document {i} has {length} tokens; a row holds 1 to {max_seq_len}")
+            raise ValueError(f"document {i} has {length} tokens; a sequence has room for 1 to {max_seq_len}")
         at = bisect.bisect_left(free, (length, -1))
         if at == len(free):
-            rows.append([])
-            room, row = max_seq_len, len(rows) - 1
+            sequences.append([])
+            space, sequence = max_seq_len, len(sequences) - 1
         else:
-            room, row = free.pop(at)
-        rows[row].append(i)
-        if room > length:
-            bisect.insort(free, (room - length, row))
-    return [sorted(row) for row in rows]
+            space, sequence = free.pop(at)
+        sequences[sequence].append(i)
+        if space > length:
+            bisect.insort(free, (space - length, sequence))
+    return [sorted(sequence) for sequence in sequences]
 
 
 def shift_labels(input_ids: Sequence[int] | Array, loss_mask: Sequence[bool] | npt.NDArray[np.bool_]) -> Array:
-    """labels[t] = input_ids[t + 1] where loss_mask[t + 1], else IGNORE_INDEX; int32, as long as input_ids."""
+    """Returns int32 labels: labels[t] = input_ids[t + 1] if loss_mask[t + 1], else IGNORE_INDEX."""
     labels = np.full(len(input_ids), IGNORE_INDEX, dtype=np.int32)
     ids, mask = np.asarray(input_ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.bool_)
     np.copyto(labels[:-1], ids[1:], where=mask[1:])
@@ -79,24 +98,33 @@ def pack_examples(
     max_seq_len: int,
     pad_id: int,
     packing: bool = True,
-) -> list[PackedRow]:
-    """Packs (input_ids, loss_mask) pairs into rows of max_seq_len; with packing off, one document a row."""
+) -> list[PackedSequence]:
+    """Packs examples.
+
+    Args:
+        examples: (input_ids, loss_mask) of each document.
+        max_seq_len: Tokens of a sequence.
+        pad_id: The token id of padding.
+        packing: If off, each sequence contains one document.
+    """
     documents = [(np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=np.bool_)) for ids, mask in examples]
     lengths = [len(ids) for ids, _ in documents]
-    rows = best_fit(lengths, max_seq_len) if packing else [[i] for i in range(len(lengths))]
+    sequences = best_fit(lengths, max_seq_len) if packing else [[i] for i in range(len(lengths))]
     padding = np.full(max_seq_len, pad_id, dtype=np.int32)
-    unlearned = np.zeros(max_seq_len, dtype=np.bool_)
+    untrained = np.zeros(max_seq_len, dtype=np.bool_)
     positions = np.arange(max_seq_len, dtype=np.int32)
     packed = []
-    for row in rows:
-        mine = [lengths[i] for i in row]
-        ends = list(accumulate(mine))
-        room = max_seq_len - ends[-1]
-        if room < 0:
-            raise ValueError(f"document {row[0]} has {ends[-1]} tokens; a row holds 1 to {max_seq_len}")
-        input_ids = np.concatenate([*(documents[i][0] for i in row), padding[:room]])
-        mask = np.concatenate([*(documents[i][1] for i in row), unlearned[:room]])
-        mask[ends[:-1]] = False  # a document's first token is predicted by nothing, least of all by its neighbour
-        position_ids = np.concatenate([positions[:n] for n in (*mine, room)])
-        packed.append(PackedRow(input_ids, shift_labels(input_ids, mask), position_ids, mine, row))
+    for sequence in sequences:
+        own_lengths = [lengths[i] for i in sequence]
+        ends = list(accumulate(own_lengths))
+        space = max_seq_len - ends[-1]
+        if space < 0:
+            raise ValueError(
+                f"document {sequence[0]} has {ends[-1]} tokens; a sequence has room for 1 to {max_seq_len}"
+            )
+        input_ids = np.concatenate([*(documents[i][0] for i in sequence), padding[:space]])
+        mask = np.concatenate([*(documents[i][1] for i in sequence), untrained[:space]])
+        mask[ends[:-1]] = False  # nothing predicts the first token of a document, least of all the document before it
+        position_ids = np.concatenate([positions[:n] for n in (*own_lengths, space)])
+        packed.append(PackedSequence(input_ids, shift_labels(input_ids, mask), position_ids, own_lengths, sequence))
     return packed

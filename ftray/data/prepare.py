@@ -1,89 +1,114 @@
-"""A run's data, ready to be fed: indexed, checked, proven on a sample, and planned.
+"""A run's data, ready for training: indexed, checked, verified on a sample, and planned.
 
-What training and the `data` verbs have in common. Knows runs and Ray Data; the tokenizer is handed in, so that nothing
-here knows models.
+Shared by training and the `data` commands. Knows runs and Ray Data. The tokenizer is passed in, so this module knows no models.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ftray import config, storage
 from ftray.console import Console
 from ftray.data.chunks import DatasetSpec, streams
-from ftray.data.drift_baseline import write_reference
-from ftray.data.index import Index, build_index, check_index
+from ftray.data.index import Index, build_index, check_index, read_record_table
 from ftray.data.loader import LoadPlan, make_plan
 from ftray.data.sources import other_files
-from ftray.data.verify import prove_sample
+from ftray.data.verify import verify_sample
 from ftray.errors import ConfigError, DataError, StorageError
 
 SUMMARY = "summary.json"
-COUNTS = ("num_records", "num_tokens", "num_supervised", "num_rows")
+REFERENCE = "reference.json"
+DECILES = range(10, 100, 10)
+REFERENCE = "reference.json"
+DECILES = range(10, 100, 10)
+COUNTS = ("num_records", "num_tokens", "num_trained_tokens", "num_sequences")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A run's data as the index knows it. data_hash: identity of training and held-out rows."""
+    """A run's data as the index knows it.
+
+    Attributes:
+        plan: The order of the training sequences.
+        index: The index of the training data.
+        eval_stream: The eval set, if the run has one.
+        eval_index: Its index.
+        data_hash: Identity of the training and eval sequences.
+    """
 
     plan: LoadPlan
     index: Index
-    heldout_stream: DatasetSpec | None
-    heldout_index: Index | None
+    eval_stream: DatasetSpec | None
+    eval_index: Index | None
     data_hash: str
 
 
 def prepare_data(
     run: config.RunConfig, run_dir: str, console: Console, load_tokenizer: Callable[[], Any], tokenizer_hash: str
 ) -> PreparedData:
-    """Index of training and held-out data, checked, and the plan. Needs a started Ray.
+    """Indexes and checks the training data and the eval set, and makes the plan. Needs a started Ray.
 
-    load_tokenizer: picklable. Raises DataError, ConfigError.
+    Args:
+        run: The run.
+        run_dir: The run's directory.
+        console: Shows progress.
+        load_tokenizer: Picklable.
+        tokenizer_hash: Identity of the tokenizer.
+
+    Raises:
+        DataError: The data is missing, unreadable or unusable.
+        ConfigError: The settings do not fit the data.
     """
     directory = storage.join(run_dir, "data")
-    stream, heldout = streams(run.data, load_tokenizer)
+    stream, eval_set = streams(run.data, load_tokenizer)
     chunk_bytes = int(run.data.chunk_mb * 1e6)
     index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
-    heldout_index = _index(heldout, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if heldout else None
-    _say_left_out(run.data, console)
-    _keep_summary(run.data, index.mixture(stream).rows_per_epoch, index, heldout_index, directory)
+    eval_index = _index(eval_set, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if eval_set else None
+    _warn_about_other_files(run.data, console)
+    _keep_summary(run.data, index.mixture(stream).sequences_per_epoch, index, eval_index, directory)
     try:
         write_reference(index, directory)
     except (DataError, StorageError) as err:
-        console.warn(f"figures for endpoints' drift were not kept: {err}")
-    hashes = [index.data_hash, heldout_index.data_hash if heldout_index else None]
+        console.warn(f"could not write {REFERENCE}, which endpoints need for drift detection: {err}")
+    hashes = [index.data_hash, eval_index.data_hash if eval_index else None]
     return PreparedData(
-        plan_rows(index, stream, run.train), index, heldout, heldout_index, "-".join(h for h in hashes if h)
+        plan_sequences(index, stream, run.train), index, eval_set, eval_index, "-".join(h for h in hashes if h)
     )
 
 
-def _keep_summary(data: config.DataConfig, rows: int, index: Index, heldout: Index | None, directory: str) -> None:
-    """Writes the counts that a plan of the run is made from, without Ray, tokenizer or the data."""
+def _keep_summary(
+    data: config.DataConfig, sequences: int, index: Index, eval_set: Index | None, directory: str
+) -> None:
+    """Writes the counts from which `ftray plan` works without Ray, the tokenizer or the data."""
     counts = [
         {name: each.total(name) for name in COUNTS} | {"most_documents": each.most_documents} if each else None
-        for each in (index, heldout)
+        for each in (index, eval_set)
     ]
-    tree = {"settings": _shape_of(data), "rows_per_epoch": rows, "train": counts[0], "eval": counts[1]}
+    tree = {"settings": _settings_of(data), "sequences_per_epoch": sequences, "train": counts[0], "eval": counts[1]}
     storage.write_bytes(storage.join(directory, SUMMARY), json.dumps(tree, indent=1).encode())
 
 
 def read_summary(run: config.RunConfig, run_dir: str) -> dict[str, Any] | None:
-    """Counts of a run's data as they were indexed last: `rows_per_epoch`; of `train` and `eval` COUNTS and `most_documents`.
+    """The counts of a run's data when it was last indexed: `sequences_per_epoch`, and COUNTS and `most_documents` of both parts.
 
-    None where the data was not indexed yet, or with other settings.
+    Returns:
+        None if the data has not been indexed yet, or only with other settings.
     """
     uri = storage.join(run_dir, "data", SUMMARY)
     try:
         tree = storage.find_object(uri) or {}
     except storage.DamagedFile:
-        return None  # written anew when the data is indexed again
-    is_whole = isinstance(tree.get("rows_per_epoch"), int) and all(
+        return None  # indexing the data writes it again
+    is_whole = isinstance(tree.get("sequences_per_epoch"), int) and all(
         map(_is_count, (tree.get("train"), tree.get("eval")))
     )
-    return tree if is_whole and tree.get("settings") == _shape_of(run.data) else None
+    return tree if is_whole and tree.get("settings") == _settings_of(run.data) else None
 
 
 def _is_count(counts: object) -> bool:
@@ -93,16 +118,21 @@ def _is_count(counts: object) -> bool:
     return all(isinstance(value, int) for value in values)
 
 
-def _shape_of(data: config.DataConfig) -> dict[str, Any]:
+def _settings_of(data: config.DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include={"train", "eval", "max_seq_len", "packing", "labels", "clean"})
 
 
-def plan_rows(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> LoadPlan:
-    """Which rows the steps of a run take. Raises DataError, ConfigError for fewer rows than a step takes."""
+def plan_sequences(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> LoadPlan:
+    """Decides which packed sequences the steps of a run take.
+
+    Raises:
+        DataError: There are fewer sequences than one step takes.
+        ConfigError: train.epochs is less than one step.
+    """
     plan = make_plan(index, stream, train.seed, train.global_batch_size, train.epochs, train.max_steps)
-    if plan.mixture.rows_per_epoch < train.global_batch_size:
+    if plan.mixture.sequences_per_epoch < train.global_batch_size:
         raise DataError(
-            f"data.train gives {plan.mixture.rows_per_epoch} packed rows, fewer than train.global_batch_size "
+            f"data.train gives {plan.mixture.sequences_per_epoch} packed sequences, fewer than train.global_batch_size "
             f"({train.global_batch_size}); lower it, or add data"
         )
     if plan.num_steps < 1:
@@ -110,13 +140,13 @@ def plan_rows(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> L
     return plan
 
 
-def _say_left_out(data: config.DataConfig, console: Console) -> None:
+def _warn_about_other_files(data: config.DataConfig, console: Console) -> None:
     for source in [*data.train, *(data.eval if isinstance(data.eval, list) else [])]:
         if names := other_files(source.path):
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             console.warn(
-                f"{source.path}: {len(names)} files are empty or of a kind that isn't read ({shown}); convert those that "
-                "hold records"
+                f"{source.path}: {len(names)} files are empty or have an unsupported format ({shown}); convert those "
+                "with records to a supported format"
             )
 
 
@@ -137,30 +167,62 @@ def _index(
 
         index = build_index(stream, chunk_bytes, directory, token_hash, show)
     check_index(index, stream, what, run.data.max_bad_records, directory)
-    proven = prove_sample(stream, index, what)
-    tokens, rows = index.total("num_tokens"), index.total("num_rows")
+    num_verified = verify_sample(stream, index, what)
+    tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
     bad = f", {len(index.bad)} bad records quarantined" if index.bad else ""
+    fill = tokens / max(1, sequences * run.data.max_seq_len)
     console.say(
-        f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_supervised')} supervised), "
-        f"{rows} packed rows, {100 * tokens / max(1, rows * run.data.max_seq_len):.1f}% full{bad}; {proven} read back and proven"
+        f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_trained_tokens')} trained), "
+        f"{sequences} packed sequences, {fill:.1%} full{bad}; {num_verified} examples verified"
     )
     return index
 
 
 def say_steps(plan: LoadPlan, train: config.TrainConfig, console: Console) -> None:
-    """Tells what an epoch is, how many steps it gives, and what becomes of the tail."""
-    size, per_epoch = plan.global_batch_size, plan.mixture.rows_per_epoch
+    """Prints the length of an epoch and of the run in steps, and what happens to the tail."""
+    size, per_epoch = plan.global_batch_size, plan.mixture.sequences_per_epoch
     steps, tail = divmod(per_epoch, size)
     console.say(
-        f"an epoch: {per_epoch} rows, {steps} steps of {size}"
-        + (f"; its tail ({tail} of {size} rows) is carried into the next epoch's first step" if tail else "")
+        f"an epoch: {per_epoch} sequences, {steps} steps of {size}"
+        + (f"; its tail ({tail} of {size} sequences) is carried into the next epoch's first step" if tail else "")
     )
     left = round(train.epochs * per_epoch) - plan.num_steps * size if train.max_steps is None else 0
     console.say(
         f"the run: {plan.num_steps} steps, {plan.num_steps * size / per_epoch:.2f} epochs"
-        + (f"; its tail ({left} of {size} rows) fills no step and is left out" if left > 0 else "")
+        + (f"; its tail ({left} of {size} sequences) fills no step and is left out" if left > 0 else "")
     )
     if plan.mixture.weights is not None:
-        for source, share, rows in zip(plan.stream.sources, plan.mixture.shares, plan.mixture.num_rows, strict=True):
-            passes = float(share) * per_epoch / rows
-            console.say(f"  {source.path}: {float(share):.1%} of the rows, {passes:.2f} passes an epoch")
+        for source, share, sequences in zip(
+            plan.stream.sources, plan.mixture.shares, plan.mixture.num_sequences, strict=True
+        ):
+            passes = float(share) * per_epoch / sequences
+            console.say(f"  {source.path}: {float(share):.1%} of the sequences, {passes:.2f} passes an epoch")
+
+
+def write_reference(index: Index, directory: str) -> None:
+    """Writes the statistics of the training data with which an endpoint compares its requests (`serve/drift.py`).
+
+    They come from the index's record tables: `prompt_tokens`, the nine deciles of the prompts' lengths in tokens, and `scripts`,
+    each script's share of the letters. The prompt of a record is the part that is not trained on. An existing file for this index
+    is kept.
+    """
+    uri = storage.join(directory, REFERENCE)
+    if storage.exists(uri) and _hash_in(storage.read_bytes(uri)) == index.data_hash:
+        return
+    records = read_record_table(index, directory)
+    lengths = records.column("num_tokens") - records.column("num_trained_tokens")
+    scripts = sum((Counter(summary.scripts) for summary in records.summaries), Counter[str]())
+    letters = max(1, scripts.total())
+    reference = {
+        "data_hash": index.data_hash,
+        "prompt_tokens": [int(n) for n in np.percentile(lengths, DECILES, method="higher")] if len(lengths) else [],
+        "scripts": {script: round(number / letters, 6) for script, number in scripts.most_common(20)},
+    }
+    storage.write_bytes(uri, json.dumps(reference).encode())
+
+
+def _hash_in(text: bytes) -> object:
+    try:
+        return storage.parse_object(text).get("data_hash")
+    except ValueError:
+        return None

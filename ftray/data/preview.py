@@ -24,7 +24,7 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Tokens in a row of one kind: `learned`, `context` or `special`."""
+    """Tokens in a sequence of one kind: `learned`, `context` or `special`."""
 
     text: str
     kind: str
@@ -53,9 +53,9 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
                 console.say(f"\n--- {where}{which}: {num_tokens} tokens, {num_learned} learned")
                 console.say(paint(pieces(chat, document), colour), styled=True)
         if stream.packing and lengths:
-            rows = [[lengths[place] for place in row] for row in best_fit(lengths, stream.max_seq_len)]
-            told = ", ".join(" + ".join(map(str, row)) for row in rows)
-            console.say(f"\npacked alone, in rows of {stream.max_seq_len} tokens: {told}")
+            sequences = [[lengths[place] for place in sequence] for sequence in best_fit(lengths, stream.max_seq_len)]
+            told = ", ".join(" + ".join(map(str, sequence)) for sequence in sequences)
+            console.say(f"\npacked alone, in sequences of {stream.max_seq_len} tokens: {told}")
 
 
 def _records(

@@ -1,7 +1,4 @@
-"""How ftray runs Ray Data: in order, bounded, and without dropping anything. The only file that sets its options.
-
-Knows Ray Data; nothing of what is mapped.
-"""
+"""Runs Ray Data in order, with bounded memory, and without dropping blocks. The only module that sets Ray Data's options."""
 
 from __future__ import annotations
 
@@ -17,15 +14,15 @@ from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 T = TypeVar("T")
 
-STORE_BYTES = 256 << 20  # most that an execution keeps in the object store
-SEGMENT = 512  # items of one execution: opening one takes Ray 0.6 ms an item before the first is worked on
+STORE_BYTES = 256 << 20  # object store limit of one execution
+SEGMENT = 512  # items of one execution: Ray needs 0.6 ms per item to start one
 
 
 def map_in_order(function: Callable[[T], bytes], items: Sequence[T]) -> Generator[bytes, None, None]:
-    """function(item) for each item, in parallel, results in the items' order. Results are small.
+    """Yields function(item) for each item, in the items' order, computed in parallel. Results must be small.
 
-    Close it where an exception may leave it half way (contextlib.closing): Ray Data's part, closed by the garbage
-    collector after Ray's end, prints a traceback.
+    Close the generator if an exception may abandon it (contextlib.closing): Ray Data prints a traceback if the garbage collector
+    closes it after Ray has shut down.
     """
     for lo in range(0, len(items), SEGMENT):
 
@@ -39,11 +36,11 @@ def map_in_order(function: Callable[[T], bytes], items: Sequence[T]) -> Generato
 
 
 def open_dataset(function: Callable[[T], pa.Table], items: Sequence[T]) -> ray.data.Dataset:
-    """A dataset of one block for each item, function(item), kept in the items' order."""
+    """A dataset with one block per item, function(item), in the items' order."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = 0  # anything above drops blocks in silence
-    context.retried_map_errors = False  # storage retries what may pass; Ray's retry would add its words to our errors
+    context.max_errored_blocks = 0  # a larger value drops blocks silently
+    context.retried_map_errors = False  # storage retries transient errors; Ray's retry would wrap our messages
     context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(object_store_memory=STORE_BYTES)
     )

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from ftray.chat import Message
 from ftray.chat.scripts import count_scripts
-from ftray.data.checks.contamination import NgramHashes, fingerprints, heldout_fingerprints
+from ftray.data.checks.contamination import NgramHashes, eval_fingerprints, fingerprints
 from ftray.data.checks.dedup import NUM_PERM, Signatures, record_keys, signature, spoken_text
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.examples import Example, Quarantined
@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         "prompt": pa.uint64(),
         "answer": pa.uint64(),
         "num_tokens": pa.int32(),
-        "num_supervised": pa.int32(),
+        "num_trained_tokens": pa.int32(),
         "flags": pa.int32(),
         "digest": pa.uint64(),
         "stratum": pa.string(),
@@ -63,7 +63,7 @@ class RequiredFields:
 
     signatures: bool
     grams: bool
-    is_heldout: bool
+    is_eval: bool
     min_answer_chars: int
 
 
@@ -72,13 +72,13 @@ class ChunkSummary:
     """What the index knows of a chunk besides its records."""
 
     num_records: int
-    num_rows: int
+    num_sequences: int
     num_tokens: int
-    num_supervised: int
+    num_trained_tokens: int
     digest: str
     bad: list[Quarantined]
     scripts: dict[str, int]
-    most_documents: int  # in one row
+    most_documents: int  # in one sequence
 
 
 def describe_chunk(chunk: Chunk, stream: DatasetSpec, wants: RequiredFields) -> bytes:
@@ -88,13 +88,13 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, wants: RequiredFields) -> 
     lines = [_describe(example, wants, scripts) for example in packed.examples]
     summary = ChunkSummary(
         len(packed.examples),
-        len(packed.rows),
-        sum(r.num_tokens for r in packed.rows),
-        sum(r.num_supervised for r in packed.rows),
+        len(packed.sequences),
+        sum(r.num_tokens for r in packed.sequences),
+        sum(r.num_trained_tokens for r in packed.sequences),
         packed.digest,
         packed.bad,
         dict(scripts),
-        max((len(r.lengths) for r in packed.rows), default=0),
+        max((len(r.lengths) for r in packed.sequences), default=0),
     )
     sink = io.BytesIO()
     with open_writer(sink) as write:
@@ -136,8 +136,8 @@ def _describe(example: Example, wants: RequiredFields, scripts: Counter[str]) ->
     for turn in turns:
         count_scripts(turn.content, scripts)
     mask = example.encoded.loss_mask
-    every, chosen = heldout_fingerprints(turns) if wants.grams and wants.is_heldout else ([], [])
-    if wants.grams and not wants.is_heldout:
+    every, chosen = eval_fingerprints(turns) if wants.grams and wants.is_eval else ([], [])
+    if wants.grams and not wants.is_eval:
         chosen = fingerprints(turns)
     return {
         "position": example.position,
@@ -145,7 +145,7 @@ def _describe(example: Example, wants: RequiredFields, scripts: Counter[str]) ->
         "prompt": keys.prompt,
         "answer": keys.answer,
         "num_tokens": len(example.encoded.input_ids),
-        "num_supervised": int(np.count_nonzero(mask[1:])),
+        "num_trained_tokens": int(np.count_nonzero(mask[1:])),
         "flags": _flags(turns, answer, wants.min_answer_chars),
         "digest": example.digest,
         "stratum": example.stratum,

@@ -19,14 +19,14 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.data.checks.labels import count_labels
 from ftray.data.chunks import DatasetSpec
-from ftray.data.index import Index, read_survey
+from ftray.data.index import Index, read_record_table
 from ftray.data.prepare import PreparedData
 from ftray.data.record_table import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, RecordTable
 
 PERCENTILES = (1, 10, 50, 90, 99)
 NUM_BINS = 24
 MAX_LABELS = 200  # more different short answers are no labels
-FEW_RECORDS, FEW_HELDOUT, FEW_OF_A_LABEL = 500, 50, 10
+FEW_RECORDS, FEW_EVAL, FEW_OF_A_LABEL = 500, 50, 10
 UNBALANCED, LONG_TAIL, MIXED = 10.0, 8.0, (0.02, 0.25)
 STYLES = {
     "begin with a capital": CAPITAL,
@@ -40,13 +40,13 @@ STYLES = {
 class SplitStats:
     """Figures of the training or of the held-out data. lengths: tokens of each record, sorted. labels: None where the
     answers are no labels. styles: share of answers written in each way. bad, found: records by rule; left: of the found ones
-    those that are still in the rows."""
+    those that are still in the sequences."""
 
     name: str
     num_records: int
     num_tokens: int
-    num_supervised: int
-    num_rows: int
+    num_trained_tokens: int
+    num_sequences: int
     fill: float
     lengths: npt.NDArray[np.int32]
     labels: dict[str, int] | None
@@ -75,12 +75,12 @@ class DatasetStats:
     """Both parts, and what a person should look at."""
 
     train: SplitStats
-    heldout: SplitStats | None
+    eval_set: SplitStats | None
     warnings: list[str]
 
 
 def collect(stream: DatasetSpec, index: Index, survey: RecordTable, name: str, labels: list[str] | None) -> SplitStats:
-    """Figures of a stream, of the records that are in its rows."""
+    """Figures of a stream, of the records that are in its sequences."""
     kept = np.concatenate(
         [
             np.isin(found.batch.column("position").to_numpy(), facts.chunk.dropped, invert=True)
@@ -92,14 +92,14 @@ def collect(stream: DatasetSpec, index: Index, survey: RecordTable, name: str, l
     answers = survey.texts("label").filter(pa.array(kept))
     scripts = sum((Counter(s.scripts) for s in survey.summaries), Counter[str]())
     letters = max(1, scripts.total())
-    rows, tokens = index.total("num_rows"), index.total("num_tokens")
+    sequences, tokens = index.total("num_sequences"), index.total("num_tokens")
     return SplitStats(
         name,
         index.total("num_records"),
         tokens,
-        index.total("num_supervised"),
-        rows,
-        tokens / max(1, rows * stream.max_seq_len),
+        index.total("num_trained_tokens"),
+        sequences,
+        tokens / max(1, sequences * stream.max_seq_len),
         np.sort(survey.column("num_tokens")[kept]),
         _labels(answers, labels),
         {script: number / letters for script, number in scripts.most_common()},
@@ -122,17 +122,17 @@ def _count(entries: Sequence[Any]) -> dict[str, int]:
     return dict(Counter(entry.rule for entry in entries).most_common())
 
 
-def warn(train: SplitStats, heldout: SplitStats | None, num_steps_rows: int) -> list[str]:
-    """What the field's guides advise against, each with what to do. num_steps_rows: rows of a global batch."""
+def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int) -> list[str]:
+    """What the field's guides advise against, each with what to do. global_batch_size: sequences of a global batch."""
     said = []
     if train.num_records < FEW_RECORDS:
         said.append(
             f"only {train.num_records} training records: below {FEW_RECORDS}, quality and variety decide; use LoRA with a "
             "low rank, and look at held-out loss for overfitting"
         )
-    if train.num_rows < num_steps_rows:
+    if train.num_sequences < global_batch_size:
         said.append(
-            f"an epoch has {train.num_rows} rows and a global batch {num_steps_rows}: lower train.global_batch_size"
+            f"an epoch has {train.num_sequences} sequences and a global batch {global_batch_size}: lower train.global_batch_size"
         )
     if train.labels and min(train.labels.values()) * UNBALANCED < max(train.labels.values()):
         (most, many), (least, few) = next(iter(train.labels.items())), list(train.labels.items())[-1]
@@ -155,11 +155,11 @@ def warn(train: SplitStats, heldout: SplitStats | None, num_steps_rows: int) -> 
     copies = train.left.get("duplicate", 0) + train.left.get("near_duplicate", 0)
     if copies > 0.01 * train.num_records:
         said.append(f"{copies} records ({copies / train.num_records:.1%}) repeat others; set data.clean to drop them")
-    if heldout is None:
+    if eval_set is None:
         said.append("nothing is held out, so that overfitting won't be seen; set data.eval: {fraction: 0.1}")
-    elif heldout.num_records < FEW_HELDOUT:
+    elif eval_set.num_records < FEW_EVAL:
         said.append(
-            f"only {heldout.num_records} held-out records: their loss will be noisy; hold out {FEW_HELDOUT} or more"
+            f"only {eval_set.num_records} held-out records: their loss will be noisy; hold out {FEW_EVAL} or more"
         )
     return said
 
@@ -178,14 +178,14 @@ _WORDS = {
 def show_stats(data: PreparedData, run: config.RunConfig, run_dir: str, console: Console) -> DatasetStats:
     """Prints the statistics of a run's data and returns them."""
     directory = storage.join(run_dir, "data")
-    pairs = [("train", data.plan.stream, data.index), ("eval", data.heldout_stream, data.heldout_index)]
+    pairs = [("train", data.plan.stream, data.index), ("eval", data.eval_stream, data.eval_index)]
     parts = [
-        collect(stream, index, read_survey(index, directory), name, run.data.labels)
+        collect(stream, index, read_record_table(index, directory), name, run.data.labels)
         for name, stream, index in pairs
         if stream is not None and index is not None
     ]
-    heldout = parts[1] if len(parts) > 1 else None
-    stats = DatasetStats(parts[0], heldout, warn(parts[0], heldout, run.train.global_batch_size))
+    eval_set = parts[1] if len(parts) > 1 else None
+    stats = DatasetStats(parts[0], eval_set, warn(parts[0], eval_set, run.train.global_batch_size))
     for line in as_text(stats):
         console.say(line)
     if data.index.findings is not None:
@@ -196,7 +196,7 @@ def show_stats(data: PreparedData, run: config.RunConfig, run_dir: str, console:
 def as_text(stats: DatasetStats) -> list[str]:
     """The figures as lines."""
     lines = []
-    for part in (stats.train, stats.heldout):
+    for part in (stats.train, stats.eval_set):
         if part is not None:
             lines += ["", f"data.{part.name}", *[f"  {name:<13}{text}" for name, text in facts(part)]]
             lines += [f"  {'':<13}{low:>6}–{high - 1:<6}{number:>9} {bar}" for low, high, number, bar in _bars(part)]
@@ -207,11 +207,11 @@ def as_text(stats: DatasetStats) -> list[str]:
 
 def facts(part: SplitStats) -> list[tuple[str, str]]:
     """(name, text) of everything but the plots."""
-    supervised = part.num_supervised / max(1, part.num_tokens)
+    supervised = part.num_trained_tokens / max(1, part.num_tokens)
     told = [
         ("records", f"{part.num_records:,}"),
-        ("tokens", f"{part.num_tokens:,}, of which {part.num_supervised:,} ({supervised:.1%}) are learned"),
-        ("rows", f"{part.num_rows:,}, {part.fill:.1%} full"),
+        ("tokens", f"{part.num_tokens:,}, of which {part.num_trained_tokens:,} ({supervised:.1%}) are learned"),
+        ("sequences", f"{part.num_sequences:,}, {part.fill:.1%} full"),
         (
             "lengths",
             ", ".join(f"{p}%: {part.percentile(p)}" for p in PERCENTILES) + f", longest: {part.percentile(100)}",

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftray import config, storage
 from ftray.console import Console, duration
-from ftray.data.loader import LoaderConfig, LoadPlan, heldout_table
+from ftray.data.loader import LoaderConfig, LoadPlan, eval_table
 from ftray.data.prepare import PreparedData, prepare_data
 from ftray.driver.gloo_backend import GlooBackend
 from ftray.driver.lineage import record_lineage, what_changed
@@ -163,8 +163,8 @@ def _job(
 ) -> TrainJob:
     """What each worker is handed; what it is made from is recorded in the run. Raises RunHeldError."""
     heldout = follower.heldout if follower else None
-    if heldout is None and data.heldout_stream and data.heldout_index and run.evaluate.every:
-        heldout = ray.put(heldout_table(data.heldout_index, data.heldout_stream))
+    if heldout is None and data.eval_stream and data.eval_index and run.evaluate.every:
+        heldout = ray.put(eval_table(data.eval_index, data.eval_stream))
     if lease is not None and not storage.holds(lease.token):
         raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
     lineage = record_lineage(
@@ -212,7 +212,7 @@ def check_checkpoint(
 def say_plan(run: config.RunConfig, data: PreparedData, newest: CheckpointRef | None, console: Console) -> None:
     """Tells what will be trained, what an epoch is, and what becomes of the tail."""
     plan, size = data.plan, run.train.global_batch_size
-    used, per_epoch = plan.num_steps * size, plan.mixture.rows_per_epoch
+    used, per_epoch = plan.num_steps * size, plan.mixture.sequences_per_epoch
     tail = round(run.train.epochs * per_epoch) - used if run.train.max_steps is None else 0
     console.say(
         f"train: {plan.num_steps} steps of {size} rows ({used / per_epoch:.2f} epochs of {per_epoch} rows"

@@ -154,7 +154,7 @@ def id_of(lineage: Mapping[str, Any]) -> str:
 def _data_files(data: PreparedData) -> list[dict[str, Any]]:
     """Each shard that is read, its etag, and a hash of the rows that it gives."""
     files = []
-    for part, index in (("train", data.index), ("eval", data.heldout_index)):
+    for part, index in (("train", data.index), ("eval", data.eval_index)):
         for (source, uri), group in groupby(index.facts if index else (), key=lambda f: (f.chunk.source, f.chunk.uri)):
             facts = list(group)
             rows = hashlib.sha256(json.dumps([f.digest for f in facts]).encode()).hexdigest()[:16]

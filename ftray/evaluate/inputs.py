@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
-from ftray.data.eval_examples import check_heldout
+from ftray.data.eval_examples import check_eval_split
 from ftray.data.sources import list_shards
 from ftray.errors import ConfigError, DataError
 
@@ -23,7 +23,7 @@ LIBRARIES = {  # metric → the module that it needs, the extra that brings it
 
 def check_inputs(run: config.RunConfig) -> None:
     """Raises ConfigError or DataError, in one sentence, for what `ftray evaluate` would stumble over later."""
-    check_heldout(run.data)
+    check_eval_split(run.data)
     read_schema(run.evaluate)
     read_pairs(run.evaluate)
     metrics = run.evaluate.metrics

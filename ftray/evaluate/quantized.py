@@ -106,10 +106,10 @@ def quantize_scored(
         sums = score_documents(model, examples, max_seq_len, rows_at_once, 0, device).sum(0)
         return float(sums[0] / sums[2]), int(sums[2])
 
-    (loss_before, num_supervised) = costs(before)
+    (loss_before, num_trained_tokens) = costs(before)
     quantize(before, after, kind, precision, device)
     return QuantizationResult(
-        kind, loss_before, costs(after)[0], num_supervised, _weight_bytes(before), _weight_bytes(after)
+        kind, loss_before, costs(after)[0], num_trained_tokens, _weight_bytes(before), _weight_bytes(after)
     )
 
 

@@ -34,7 +34,7 @@ def table(comparison: Comparison) -> list[str]:
 def counted(comparison: Comparison) -> str:
     """What the figures are over."""
     base = comparison.base
-    over = f"{base.num_supervised} supervised held-out tokens"
+    over = f"{base.num_trained_tokens} supervised held-out tokens"
     rest = f", the rest over {base.num_answers} answers" if base.num_answers else ""
     return f"(loss over {over}{rest}; intervals by paired bootstrap)"
 

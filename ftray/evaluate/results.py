@@ -40,11 +40,11 @@ _LIMITS = {
 class ModelScores:
     """One model's figures (see `config.FIGURES`), None for what wasn't asked for.
 
-    Loss, perplexity and token accuracy are over num_supervised tokens of num_examples held-out records; loss in nats.
+    Loss, perplexity and token accuracy are over num_trained_tokens tokens of num_examples held-out records; loss in nats.
     The rest is over num_answers answers, general_loss over the general set.
     """
 
-    num_supervised: int
+    num_trained_tokens: int
     num_examples: int
     num_answers: int
     loss: float

@@ -88,10 +88,10 @@ def _compare(run: config.RunConfig, run_dir: str, found: CheckpointRef, console:
 
 
 def _say_plan(run: config.RunConfig, plan: EvalPlan, found: CheckpointRef, console: Console) -> None:
-    num_supervised = sum(int(np.asarray(m)[1:].sum()) for e in plan.works["base"].examples for _, m in e)
+    num_trained_tokens = sum(int(np.asarray(m)[1:].sum()) for e in plan.works["base"].examples for _, m in e)
     names = "base, few-shot base" if "few_shot" in plan.works else "base"
     console.say(
-        f"evaluate: {num_supervised} held-out tokens and {len(plan.asked)} answers, {names} and step {found.step}"
+        f"evaluate: {num_trained_tokens} held-out tokens and {len(plan.asked)} answers, {names} and step {found.step}"
     )
     if not plan.asked and set(run.evaluate.metrics) - NO_ANSWERS:
         console.warn("no held-out record is a conversation that ends with an answer, so that only losses are compared")
@@ -212,7 +212,7 @@ def _example_line(i: int, plan: EvalPlan, scored: Mapping[str, ScoreResult]) -> 
         place = places[name].get(i) if name in places else i
         if place is not None:
             loss, hits, count = s.tokens[place].tolist()
-            line |= {"num_supervised": int(count), name: {"loss": loss, "hits": int(hits)}}
+            line |= {"num_trained_tokens": int(count), name: {"loss": loss, "hits": int(hits)}}
     return line
 
 

@@ -66,7 +66,7 @@ def scores_of(figures: Mapping[str, Statistic], tokens: Floats) -> ModelScores:
     )
     values = {name: statistic.over() for name, statistic in figures.items()}
     return ModelScores(
-        num_supervised=int(tokens[:, 2].sum()), num_examples=len(tokens), num_answers=num_answers, **values
+        num_trained_tokens=int(tokens[:, 2].sum()), num_examples=len(tokens), num_answers=num_answers, **values
     )
 
 

@@ -32,7 +32,7 @@ class QuantizationResult:
     kind: str
     loss_before: float | None
     loss_after: float | None
-    num_supervised: int
+    num_trained_tokens: int
     bytes_before: int
     bytes_after: int
 
@@ -43,7 +43,7 @@ class QuantizationResult:
         change = self.loss_after - self.loss_before
         return (
             f"{self.kind}: held-out loss {self.loss_before:.4f} → {self.loss_after:.4f} ({change:+.4f}, over "
-            f"{self.num_supervised} supervised tokens); {sizes}"
+            f"{self.num_trained_tokens} supervised tokens); {sizes}"
         )
 
 

@@ -26,7 +26,7 @@ def render_parts(
         sources: A table of the training sources.
         note: A sentence above.
     """
-    splits = [each for each in (stats.train, stats.heldout) if each is not None] if stats else []
+    splits = [each for each in (stats.train, stats.eval_set) if each is not None] if stats else []
     return render(
         "data.html",
         level=level,

@@ -87,7 +87,7 @@ class TrainingLength:
     """
 
     num_steps: int | None
-    rows_per_epoch: int | None
+    sequences_per_epoch: int | None
     tokens: float
     num_records: int | None
     from_index: bool
@@ -263,8 +263,8 @@ def length_of(run: config.RunConfig, run_dir: str) -> TrainingLength:
     except StorageError:  # a plan can be made without keys to the store
         known = None
     if known is not None:
-        rows, counts = known["rows_per_epoch"], known["train"]
-        tokens = counts["num_tokens"] / max(1, counts["num_rows"])
+        rows, counts = known["sequences_per_epoch"], known["train"]
+        tokens = counts["num_tokens"] / max(1, counts["num_sequences"])
         steps = train.max_steps or int(round(train.epochs * rows, 6)) // train.global_batch_size
         return TrainingLength(steps, rows, tokens, counts["num_records"], True, counts.get("most_documents", 1))
     try:

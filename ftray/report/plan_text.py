@@ -40,9 +40,9 @@ def as_text(plan: RunPlan, run: config.RunConfig) -> list[str]:
     if length.num_steps is None:
         lines.append("steps      not known: the data can't be listed from here; index it first: ftray data index")
     else:
-        is_guess = length.rows_per_epoch is not None and not length.from_index
+        is_guess = length.sequences_per_epoch is not None and not length.from_index
         guessed = "; GUESSED from the files' sizes, `ftray data index` counts" if is_guess else ""
-        rows = f", {length.rows_per_epoch:,} rows an epoch" if length.rows_per_epoch else ""
+        rows = f", {length.sequences_per_epoch:,} rows an epoch" if length.sequences_per_epoch else ""
         most = "" if length.from_index else "at most "
         lines.append(
             f"steps      {length.num_steps:,} of {size} rows of {seq} tokens{rows}: "

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.data.chunks import streams
-from ftray.data.index import Index, read_index, read_survey
+from ftray.data.index import Index, read_index, read_record_table
 from ftray.data.stats import DatasetStats, collect, warn
 from ftray.driver.lineage import checked_lineage
 from ftray.driver.run_record import check_identity, read_identity
@@ -314,7 +314,7 @@ def _data(data: ReportData) -> Markup:
     for name, each, index in zip(("train", "eval"), (stream, eval_stream), indexes, strict=False):
         if each is not None and index is not None and index.total("num_records") <= MAX_RECORDS:
             try:
-                splits.append(collect(each, index, read_survey(index, directory), name, data.run.data.labels))
+                splits.append(collect(each, index, read_record_table(index, directory), name, data.run.data.labels))
             except DataError as err:
                 return render_parts(None, sources=sources, note=str(err))
     if not splits or splits[0].name != "train":
@@ -328,7 +328,7 @@ def _sources(run: config.RunConfig, index: Index) -> HtmlTable:
     rows = []
     for number, group in groupby(index.facts, key=lambda f: f.chunk.source):
         chunks, source = list(group), run.data.train[number]
-        totals = [sum(getattr(f, name) for f in chunks) for name in ("num_records", "num_tokens", "num_rows")]
+        totals = [sum(getattr(f, name) for f in chunks) for name in ("num_records", "num_tokens", "num_sequences")]
         weight = "–" if source.weight is None else f"{source.weight:g}"
         rows.append([source.path, f"{len({f.chunk.uri for f in chunks}):,}", weight, *(f"{n:,}" for n in totals)])
     head = ["source", "files", "weight", "records", "tokens", "packed sequences"]

@@ -39,7 +39,7 @@ def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
 
 def reference_of(run_dir: str) -> dict[str, Any]:
     """Figures of what a run was trained on, for drift; none where it kept none, or where they are damaged."""
-    uri = storage.join(run_dir, "data", "reference.json")  # data/drift_baseline.py writes it
+    uri = storage.join(run_dir, "data", "reference.json")  # data/prepare.py writes it
     if not storage.exists(uri):
         return {}
     try:

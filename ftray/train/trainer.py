@@ -223,8 +223,8 @@ class Trainer:
             group["lr"] = rate
         scale = read_scale(self._engine)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)  # summed there: reading it would wait
-        for first_row, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
-            torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_row))
+        for first_sequence, micro in _micro_batches(batch, self._run.micro_batch_size, self._device):
+            torch.manual_seed(_dropout_seed(self._run.train.seed, batch.step, first_sequence))
             with self._own_time:
                 loss = self._engine(*vars(micro).values())
             loss_sum += loss.detach()
@@ -233,7 +233,7 @@ class Trainer:
             factor = self._world_size / max(1.0, num_supervised) + 0.0 * loss.detach()
             self._engine.backward(loss * factor, scale_wrt_gas=False)
             self._engine.step()
-        told = [float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.row_ids)]
+        told = [float(loss_sum), float(batch.num_tokens.sum()), rows_sum(batch.sequence_ids)]
         own_s = [0.0] * self._world_size
         own_s[self._rank] = self._own_time.take()
         sums = self._sum([*told, *own_s])
@@ -291,7 +291,7 @@ class Trainer:
         if isinstance(section.every, int):
             return step % section.every == 0
         if section.every_epochs is not None:
-            rows = section.every_epochs * plan.mixture.rows_per_epoch
+            rows = section.every_epochs * plan.mixture.sequences_per_epoch
             size = plan.global_batch_size
             return int(step * size // rows) > int((step - 1) * size // rows)
         due = self._rank == 0 and time.monotonic() - self._saved_s >= (section.every_s or 0)
@@ -365,12 +365,14 @@ def _micro_batches(batch: RankBatch, size: int, device: torch.device) -> Iterato
     for lo in range(0, len(batch.input_ids), size):
         part = slice(lo, lo + size)
         arrays = (batch.input_ids[part], batch.labels[part], batch.position_ids[part], batch.num_tokens[part])
-        yield batch.first_row + lo, flatten_rows(*arrays, device=device)
+        yield batch.first_sequence + lo, flatten_rows(*arrays, device=device)
 
 
-def rows_sum(row_ids: list[tuple[int, int, int, int]]) -> float:
+def rows_sum(sequence_ids: list[tuple[int, int, int, int]]) -> float:
     """A sum over rows that tells sets of rows apart, whatever rank holds which: 40 bits each, exact in float64."""
-    return float(sum(int.from_bytes(hashlib.blake2b(repr(r).encode(), digest_size=5).digest(), "big") for r in row_ids))
+    return float(
+        sum(int.from_bytes(hashlib.blake2b(repr(r).encode(), digest_size=5).digest(), "big") for r in sequence_ids)
+    )
 
 
 def _timed(batches: Iterator[RankBatch]) -> Iterator[tuple[RankBatch, float]]:
@@ -405,6 +407,6 @@ def _schedule(train: config.TrainConfig) -> tuple[float, float, str]:
     return train.learning_rate, train.warmup, train.schedule
 
 
-def _dropout_seed(seed: int, step: int, first_row: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{first_row}".encode(), digest_size=8).digest()
+def _dropout_seed(seed: int, step: int, first_sequence: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{first_sequence}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -22,8 +22,8 @@ import ray
 
 from ftray import config, storage
 from ftray.console import Console, ProgressLine, printable
-from ftray.data.loader import heldout_table, share_rows
-from ftray.data.prepare import PreparedData, plan_rows, prepare_data
+from ftray.data.loader import eval_table, share_sequences
+from ftray.data.prepare import PreparedData, plan_sequences, prepare_data
 from ftray.driver.launch import TrialHooks, train
 from ftray.driver.lineage import what_changed
 from ftray.driver.preflight import preflight
@@ -193,8 +193,8 @@ class _Sweep:
         load = partial(load_tokenizer, absolute_base(run.model))
         tokenizer = load()
         data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(tokenizer))
-        assert data.heldout_index is not None  # `check_tune` asks for held-out data
-        assert data.heldout_stream is not None
+        assert data.eval_index is not None  # `check_tune` asks for held-out data
+        assert data.eval_stream is not None
         if self._state.data_hash not in ("", data.data_hash):
             hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
             changed = what_changed(storage.join(self._dir, TrialRecord(0, {}).name), run, data, *hashes)
@@ -205,10 +205,10 @@ class _Sweep:
         self._state.data_hash = data.data_hash
         self._evaluated(run, data.plan.num_steps)
         most = SHARED_PART * ray.cluster_resources().get("object_store_memory", 0)
-        packed = share_rows(data.plan, most)
+        packed = share_sequences(data.plan, most)
         if packed is None:
             self._console.say("tune: the tokens don't fit into memory; each trial makes them anew")
-        table = heldout_table(data.heldout_index, data.heldout_stream)
+        table = eval_table(data.eval_index, data.eval_stream)
         return replace(data, plan=replace(data.plan, packed=packed)), ray.put(table)
 
     def _evaluated(self, run: config.RunConfig, num_steps: int) -> config.RunConfig:
@@ -244,7 +244,7 @@ class _Sweep:
         try:
             run, data = trial_run(self._run, trial.params, trial.name, self._dir), self._data
             if data is not None:
-                plan = plan_rows(data.index, data.plan.stream, run.train)
+                plan = plan_sequences(data.index, data.plan.stream, run.train)
                 data = replace(data, plan=replace(plan, packed=data.plan.packed))
                 trial.num_steps = plan.num_steps
                 run = self._evaluated(run, plan.num_steps)

@@ -491,7 +491,7 @@ READ_CASES = [
     ),
     Case(
         "batch-above-the-data",
-        ("packed rows", "train.global_batch_size (4096)", "lower it"),
+        ("packed sequences", "train.global_batch_size (4096)", "lower it"),
         ("train.global_batch_size=4096",),
     ),
     Case(

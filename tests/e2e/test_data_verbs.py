@@ -43,7 +43,7 @@ def test_order_prints_only_lines_of_json_and_the_same_after_a_stop(place: Place)
     rest = [json.loads(line) for line in after.out.splitlines()]
 
     def rows(found: list[dict[str, object]], step: int) -> list[object]:
-        return [row for e in found if e["step"] == step for row in e["rows"]]  # type: ignore[attr-defined]
+        return [row for e in found if e["step"] == step for row in e["sequences"]]  # type: ignore[attr-defined]
 
     assert [rows(rest, step) for step in (7, 8)] == [rows(entries, step) for step in (7, 8)]
     assert all(len(rows(rest, step)) == 4 for step in (7, 8))

@@ -173,13 +173,15 @@ def test_every_figure_is_that_of_a_second_implementation(good: Trained, parts: d
         sums = np.zeros(3)
         for line in lines:
             expected = cost(model, tokenizer, before, heldout[line["id"]]["messages"])
-            assert (line[name]["loss"], line[name]["hits"], line["num_supervised"]) == pytest.approx(expected, rel=1e-4)
+            assert (line[name]["loss"], line[name]["hits"], line["num_trained_tokens"]) == pytest.approx(
+                expected, rel=1e-4
+            )
             sums += expected
         scores = good.comparison.models[name]
         assert scores.loss == pytest.approx(sums[0] / sums[2], rel=1e-5)
         assert scores.perplexity == pytest.approx(np.exp(sums[0] / sums[2]), rel=1e-4)
         assert scores.token_accuracy == pytest.approx(sums[1] / sums[2])
-        assert (scores.num_supervised, scores.num_examples, scores.num_answers) == (sums[2], NUM_HELDOUT, NUM_ASKED)
+        assert (scores.num_trained_tokens, scores.num_examples, scores.num_answers) == (sums[2], NUM_HELDOUT, NUM_ASKED)
         rouges, exact = [], []
         for g in generations:
             question = [*before, {"role": "user", "content": g["question"]}]
@@ -217,7 +219,7 @@ def test_differences_slices_pairs_and_speed_say_what_the_lines_hold(good: Traine
     }
     for name, group in groups.items():
         mine = [line for line in lines if line["slice"] == name]
-        loss = sum(line["tuned"]["loss"] for line in mine) / sum(line["num_supervised"] for line in mine)
+        loss = sum(line["tuned"]["loss"] for line in mine) / sum(line["num_trained_tokens"] for line in mine)
         assert group["tuned"]["loss"] == pytest.approx(loss)
     losses = [g["base"]["loss"] for g in groups.values()]
     assert found.slices["spread"]["loss"]["base"] == pytest.approx(max(losses) - min(losses))
@@ -288,7 +290,7 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
     found = json.loads((place / "lineage.json").read_text())["quantized"]
     tuned = good.comparison.tuned
     assert found["loss_before"] == pytest.approx(tuned.loss, abs=1e-4), "the merged model's is the adapter's"
-    assert found["num_supervised"] == tuned.num_supervised
+    assert found["num_trained_tokens"] == tuned.num_trained_tokens
     assert 0 < abs(found["loss_after"] - found["loss_before"]) < 0.25
     sentence = f"nf4: held-out loss {found['loss_before']:.4f} → {found['loss_after']:.4f} ("
     assert sentence in said

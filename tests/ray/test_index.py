@@ -17,14 +17,15 @@ from ftray import config
 from ftray.console import Console
 from ftray.data import index as index_module
 from ftray.data.chunks import DatasetSpec, pack_chunk, streams
-from ftray.data.index import Index, build_index, check_index, read_findings, read_survey
-from ftray.data.loader import heldout_table, make_plan
+from ftray.data.index import Index, build_index, check_index, read_record_table
+from ftray.data.loader import eval_table, make_plan
 from ftray.data.prepare import prepare_data, read_summary
 from ftray.data.stats import show_stats
 from ftray.errors import DataError
 from ftray.model.load import load_tokenizer
 from ftray.report.data_page import render_page
 from tests import cluster, tiny
+from tests.rows import read_findings
 
 CHUNK_BYTES, HASH = 4000, "tokenizer"
 
@@ -69,7 +70,7 @@ def positions(model: Path, index: Index, data: config.DataConfig, heldout: bool 
     """(path, position) of every record in the rows, as the pipeline makes them."""
     stream = both_streams(model, data)[heldout]
     assert stream is not None
-    table = heldout_table(index, stream)
+    table = eval_table(index, stream)
     chunks = [index.facts[i].chunk.path for i in table.column("chunk").to_pylist()]
     return [
         (path, at) for path, records in zip(chunks, table.column("records").to_pylist(), strict=True) for at in records
@@ -181,7 +182,7 @@ def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
     assert again == dropping
     assert again.data_hash == dropping.data_hash != index.data_hash
     plans = [make_plan(i, both_streams(model, d)[0], 0, 4, 1.0, None) for i, d in ((index, told), (dropping, drop))]
-    assert [p.num_steps for p in plans] == [i.total("num_rows") // 4 for i in (index, dropping)]
+    assert [p.num_steps for p in plans] == [i.total("num_sequences") // 4 for i in (index, dropping)]
     assert plans[1].num_steps < plans[0].num_steps
     assert heldout is not None
     assert heldout.total("num_records") == 30
@@ -279,7 +280,7 @@ def test_labels_bound_the_answers_and_conflicts_are_told(model: Path, tmp_path: 
     conflicts = [f for f in read_findings(index, str(tmp_path / "run")) if f.rule == "conflict"]
     assert [Path(str(f.of_uri)).name for f in conflicts] == ["s0.jsonl"]
     stream, _ = both_streams(model, data)
-    survey = read_survey(index, str(tmp_path / "run"))
+    survey = read_record_table(index, str(tmp_path / "run"))
     assert sorted(set(survey.texts("label").to_pylist())) == ["no", "yes"]
     with pytest.raises(
         DataError, match=r"1 bad records \(1 unknown_label\), allowed are 0; .*line 8: the answer 'yess'"
@@ -325,15 +326,15 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     stats = show_stats(data, run, run_dir, Console(stream))
     (tmp_path / "stats.html").write_text(render_page(stats, run.name))
     assert seen == []
-    train, heldout = stats.train, stats.heldout
+    train, heldout = stats.train, stats.eval_set
     assert heldout is not None
     assert (train.num_records, heldout.num_records) == (114, 30)
     assert len(train.lengths) == 114
     assert int(train.lengths.sum()) == train.num_tokens == data.index.total("num_tokens")
     assert train.found == {"near_duplicate": 8, "duplicate": 6, "overlap": 5}
     assert train.left == {"near_duplicate": 8, "overlap": 5}
-    assert train.num_rows == data.index.total("num_rows")
-    packed = [row for facts in data.index.facts for row in pack_chunk(facts.chunk, data.plan.stream).rows]
+    assert train.num_sequences == data.index.total("num_sequences")
+    packed = [row for facts in data.index.facts for row in pack_chunk(facts.chunk, data.plan.stream).sequences]
     assert data.plan.most_documents == data.index.most_documents == max(len(row.lengths) for row in packed) > 1
     summary = read_summary(run, run_dir)
     assert summary is not None

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ftray.data.loader import LoadPlan, share_rows
-from ftray.data.order_trace import trace_order
+from ftray.data.loader import LoadPlan, share_sequences
 from ftray.data.sources import list_shards
+from ftray.data.verify import trace_order
 from ftray.errors import DataError, innermost
 from tests import cluster, rows, tiny
 from tests.s3 import FaultyProxy, S3Server
@@ -53,7 +53,7 @@ def plan(base: Path, sources: list[Path], tmp_path_factory: pytest.TempPathFacto
         train__epochs=2.5,
         scale__num_workers=1,
     )
-    assert found.mixture.rows_per_epoch % 8, "the epoch must have a tail, or carrying it over is not tried"
+    assert found.mixture.sequences_per_epoch % 8, "the epoch must have a tail, or carrying it over is not tried"
     assert min(len(chunks) for chunks in found.sources) >= 4
     return found
 
@@ -81,8 +81,8 @@ def test_any_world_size_gives_each_step_the_same_rows(which: str, request: pytes
 @pytest.mark.parametrize("which", ["plan", "weighted"])
 def test_rows_that_several_runs_share_come_in_the_same_order(which: str, request: pytest.FixtureRequest) -> None:
     plan: LoadPlan = request.getfixturevalue(which)
-    assert share_rows(plan, most_bytes=1000) is None, "too many bytes"
-    shared = replace(plan, packed=share_rows(plan, most_bytes=1e9))
+    assert share_sequences(plan, most_bytes=1000) is None, "too many bytes"
+    shared = replace(plan, packed=share_sequences(plan, most_bytes=1e9))
     assert shared.packed is not None
     expected = dict(enumerate(rows.expected_steps(plan)))
     assert rows.fed_steps(shared, 2) == expected
@@ -93,12 +93,12 @@ def test_rows_that_several_runs_share_come_in_the_same_order(which: str, request
 def test_each_row_comes_once_an_epoch_and_the_tail_is_carried_over(plan: LoadPlan) -> None:
     fed = rows.fed_steps(plan, 2)
     drawn = [row for step in sorted(fed) for row in fed[step]]
-    per_epoch = plan.mixture.rows_per_epoch
+    per_epoch = plan.mixture.sequences_per_epoch
     there = {
         (s, c, r)
         for s, chunks in enumerate(plan.sources)
         for c, facts in enumerate(chunks)
-        for r in range(facts.num_rows)
+        for r in range(facts.num_sequences)
     }
     assert len(there) == per_epoch
     for epoch in range(2):
@@ -141,9 +141,9 @@ def test_the_records_told_are_those_in_the_rows(plan: LoadPlan) -> None:
 
 def test_an_entry_is_as_it_was_promised(plan: LoadPlan) -> None:
     (entry,) = trace_order(plan, 1, 3, 4, 5)
-    assert list(entry) == ["step", "rank", "rows", "records"]
+    assert list(entry) == ["step", "rank", "sequences", "records"]
     assert (entry["step"], entry["rank"]) == (4, 0)
-    assert all(len(row) == 5 and len(row[4]) == 64 for row in entry["rows"])
+    assert all(len(row) == 5 and len(row[4]) == 64 for row in entry["sequences"])
     json.dumps(entry)
 
 
@@ -205,7 +205,7 @@ def test_a_shard_of_the_same_size_and_time_with_other_content_is_refused_by_name
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert shard.stat().st_size == status.st_size
     assert {f.chunk.etag for f in plan.sources[0] if f.chunk.path == shard.name} == {list_shards(str(data))[1].etag}
-    with pytest.raises(Exception, match=r"part-001\.jsonl gives other rows than when it was indexed") as caught:
+    with pytest.raises(Exception, match=r"part-001\.jsonl no longer gives the sequences that were indexed") as caught:
         rows.fed_steps(plan, 2)
     assert isinstance(innermost(caught.value), DataError)
 

@@ -213,7 +213,7 @@ def test_changed_data_and_other_settings_are_refused_by_name(parts: dict[str, Pa
 
 
 def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"packed rows, fewer than train\.global_batch_size \(4096\)"):
+    with pytest.raises(DataError, match=r"packed sequences, fewer than train\.global_batch_size \(4096\)"):
         cluster.run_training(run_of(parts, tmp_path / "a", train__global_batch_size=4096))
     with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):
         cluster.run_training(run_of(parts, tmp_path / "b", scale__num_workers=64, train__global_batch_size=64))

@@ -8,7 +8,7 @@ import pytest
 
 from ftray.chat import Message
 from ftray.data.checks import contamination
-from ftray.data.checks.contamination import Keys, NgramHashes, find_leaks, fingerprints, heldout_fingerprints
+from ftray.data.checks.contamination import Keys, NgramHashes, eval_fingerprints, find_leaks, fingerprints
 from ftray.data.checks.dedup import (
     NUM_PERM,
     find_equal,
@@ -172,7 +172,7 @@ def pieces(records: list[Keys], sizes: list[int]) -> list[NgramHashes]:
 def leaks(train: list[list[Message]], heldout: list[list[Message]], num_pieces: int = 1) -> list[tuple[int, int]]:
     grams = [fingerprints(turns) for turns in train]
     sizes = [len(part) for part in np.array_split(np.arange(len(train)), num_pieces)]
-    held = [heldout_fingerprints(turns) for turns in heldout]
+    held = [eval_fingerprints(turns) for turns in heldout]
     found = [
         find_leaks(pieces([h[kind] for h in held], [1, len(held) - 1]), pieces(grams, sizes)) if held else []
         for kind in (0, 1)
@@ -226,5 +226,5 @@ def test_a_shared_passage_of_seven_words_always_shares_a_hash_however_long_the_t
     for _ in range(200):
         passage = sentence(rng, contamination.NGRAM + contamination.WINDOW - 1)
         texts = [f"{sentence(rng, rng.randint(0, n))} {passage} {sentence(rng, n)}" for n in (99, rng.randint(0, 99))]
-        long, held = fingerprints(chat(texts[0], "x")), heldout_fingerprints(chat(texts[1], "x"))
+        long, held = fingerprints(chat(texts[0], "x")), eval_fingerprints(chat(texts[1], "x"))
         assert set(long.tolist()) & set(held[1].tolist()) & set(held[0].tolist())

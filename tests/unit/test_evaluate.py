@@ -156,7 +156,7 @@ def test_the_general_set_is_read_and_a_bad_record_is_named(tmp_path: Path) -> No
 def scores(**values: Any) -> ModelScores:
     return ModelScores(
         **{
-            "num_supervised": 10,
+            "num_trained_tokens": 10,
             "num_examples": 2,
             "num_answers": 2,
             "loss": 2.0,

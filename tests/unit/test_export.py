@@ -82,7 +82,7 @@ def test_a_quantized_directory_loads_and_its_loss_is_what_was_said(
     done = quantize_scored(model, tmp_path / kind, kind, "fp32", examples, 128, 2)
     assert done.loss_before is not None
     assert done.loss_after is not None
-    assert done.num_supervised == sum(int(mask[1:].sum()) for ((_, mask),) in examples)
+    assert done.num_trained_tokens == sum(int(mask[1:].sum()) for ((_, mask),) in examples)
     assert done.loss_before < 4, "the model was taught"
     assert done.loss_before == pytest.approx(plain_loss(model, examples), abs=1e-4)
     assert done.loss_after == pytest.approx(plain_loss(tmp_path / kind, examples), abs=2e-3)

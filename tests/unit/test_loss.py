@@ -10,7 +10,7 @@ import torch
 
 from ftray import config
 from ftray.chat import ChatFormat, Message
-from ftray.data.packing import IGNORE_INDEX, PackedRow, pack_examples
+from ftray.data.packing import IGNORE_INDEX, PackedSequence, pack_examples
 from ftray.model import embedded
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import add_adapters
@@ -32,7 +32,7 @@ def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
     return [(rng.integers(3, tiny.VOCAB_SIZE, n).tolist(), (rng.random(n) < 0.6).tolist()) for n in lengths]
 
 
-def micro_batch(rows: Sequence[PackedRow]) -> MicroBatch:
+def micro_batch(rows: Sequence[PackedSequence]) -> MicroBatch:
     def matrix(name: str) -> Any:
         return np.stack([getattr(row, name) for row in rows])
 
@@ -40,7 +40,7 @@ def micro_batch(rows: Sequence[PackedRow]) -> MicroBatch:
     return flatten_rows(matrix("input_ids"), matrix("labels"), matrix("position_ids"), num_tokens)
 
 
-def packed_loss(model: Any, rows: Sequence[PackedRow]) -> torch.Tensor:
+def packed_loss(model: Any, rows: Sequence[PackedSequence]) -> torch.Tensor:
     loss: torch.Tensor = SummedLossModel(model)(*vars(micro_batch(rows)).values())
     return loss
 
@@ -99,8 +99,8 @@ def test_packed_loss_is_the_sum_of_the_documents_losses_on_a_real_model() -> Non
     with torch.no_grad():
         alone = sum(float(plain_loss(model, document)) for document in documents)
         packed = float(packed_loss(model, [row]))
-    assert row.num_supervised == sum(sum(mask) for _, mask in documents)
-    assert 0.1 < alone / row.num_supervised < 3  # it knows what it is talking about
+    assert row.num_trained_tokens == sum(sum(mask) for _, mask in documents)
+    assert 0.1 < alone / row.num_trained_tokens < 3  # it knows what it is talking about
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
@@ -130,8 +130,8 @@ def test_no_document_sees_another_one_of_its_row_or_batch(model: Any) -> None:
 
 def test_the_mean_over_a_global_batch_does_not_depend_on_the_micro_batch(model: Any) -> None:
     rows = pack_examples(random_documents([60, 50, 55, 9, 6, 3, 64], seed=4), 64, 1)[:4]
-    assert len({row.num_supervised for row in rows}) > 1  # a mean of means would differ
-    total = sum(row.num_supervised for row in rows)
+    assert len({row.num_trained_tokens for row in rows}) > 1  # a mean of means would differ
+    total = sum(row.num_trained_tokens for row in rows)
 
     def step(size: int) -> tuple[float, dict[str, torch.Tensor]]:
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -193,7 +193,7 @@ def test_logits_are_computed_at_supervised_positions_only(model: Any) -> None:
     loss, seen = SummedLossModel(model), []
     loss.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     loss(*vars(micro_batch(rows)).values())
-    assert seen == [torch.Size([sum(row.num_supervised for row in rows), model.config.hidden_size])]
+    assert seen == [torch.Size([sum(row.num_trained_tokens for row in rows), model.config.hidden_size])]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -227,7 +227,7 @@ def test_an_adapter_on_the_head_is_part_of_the_loss() -> None:
 def test_a_batch_without_supervised_tokens_gives_zero_and_no_nan(model: Any) -> None:
     ids = [5, 6, 7, 8]
     rows = pack_examples([(ids, [True, False, False, False])], 16, 1)  # the first token is never predicted
-    assert rows[0].num_supervised == 0
+    assert rows[0].num_trained_tokens == 0
     loss = packed_loss(model, rows)
     assert float(loss.detach()) == 0
     for name, gradient in gradients(model, iter([packed_loss(model, rows)])).items():
@@ -248,7 +248,7 @@ def test_an_untrained_model_s_loss_is_that_of_guessing() -> None:
     silent = tiny.make_model()
     torch.nn.init.zeros_(silent.lm_head.weight)
     rows = pack_examples(random_documents(LENGTHS), 64, 1)
-    total = sum(row.num_supervised for row in rows)
+    total = sum(row.num_trained_tokens for row in rows)
     assert total == sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows)
     with torch.no_grad():
         mean = float(packed_loss(silent, rows)) / total

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data.order import Cursor, Mixture, chunk_order, find_cursor, row_order
+from ftray.data.order import Cursor, Mixture, chunk_order, find_cursor, sequence_order
 
 CHUNKS = [(f"part-{n // 4:03d}.jsonl", n % 4 * 1000) for n in range(40)]
 WEIGHTS = st.lists(
@@ -21,10 +21,10 @@ WEIGHTS = st.lists(
 
 def test_chunks_and_rows_are_permuted() -> None:
     assert sorted(chunk_order(CHUNKS, 0, 0, 0)) == list(range(40))
-    assert sorted(row_order(100, 0, 0, 0, "p", 0)) == list(range(100))
+    assert sorted(sequence_order(100, 0, 0, 0, "p", 0)) == list(range(100))
     assert chunk_order(CHUNKS, 0, 0, 0) != list(range(40))
     assert chunk_order([], 0, 0, 0) == []
-    assert row_order(1, 0, 0, 0, "p", 0) == [0]
+    assert sequence_order(1, 0, 0, 0, "p", 0) == [0]
 
 
 def test_seed_epoch_and_source_each_give_another_order() -> None:
@@ -38,7 +38,7 @@ def test_seed_epoch_and_source_each_give_another_order() -> None:
         (0, 0, 0, "q", 0),
         (0, 0, 0, "p", 1),
     ]
-    rows = [tuple(row_order(30, *where)) for where in wheres]
+    rows = [tuple(sequence_order(30, *where)) for where in wheres]
     assert len(set(rows)) == len(rows)
 
 
@@ -50,7 +50,7 @@ def test_the_order_follows_the_chunks_and_not_the_order_in_which_they_are_listed
 def test_the_order_is_the_same_on_every_machine_and_in_every_version() -> None:
     """A run that goes on under a newer ftray must meet the same rows: these numbers may never change."""
     assert chunk_order(CHUNKS[:8], 0, 0, 0) == [1, 3, 0, 6, 4, 5, 2, 7]
-    assert row_order(8, 7, 1, 0, "part-000.jsonl", 4096) == [4, 6, 5, 7, 3, 1, 2, 0]
+    assert sequence_order(8, 7, 1, 0, "part-000.jsonl", 4096) == [4, 6, 5, 7, 3, 1, 2, 0]
     assert "".join(map(str, islice(Mixture((70, 20, 10)).sources(0), 20))) == "00100201000010020100"
 
 
@@ -63,7 +63,7 @@ def test_every_chunk_comes_first_in_some_epoch() -> None:
 def test_without_weights_each_row_comes_once_an_epoch() -> None:
     mixture = Mixture((70, 1, 13, 200))
     drawn = list(islice(mixture.sources(0), 3 * 284))
-    assert mixture.rows_per_epoch == 284
+    assert mixture.sequences_per_epoch == 284
     for epoch in range(3):
         assert Counter(drawn[epoch * 284 : (epoch + 1) * 284]) == {0: 70, 1: 1, 2: 13, 3: 200}
 
@@ -111,27 +111,27 @@ def test_a_row_far_out_is_found_as_quickly_as_the_first() -> None:
 
 def test_an_epoch_under_weights_is_one_pass_over_the_relatively_largest_source() -> None:
     mixture = Mixture((100, 900), (0.5, 0.5))
-    assert mixture.rows_per_epoch == 1800
+    assert mixture.sequences_per_epoch == 1800
     assert mixture.counts(1800) == [900, 900]  # the small one nine times
-    assert Mixture((100, 900), (1, 9)).rows_per_epoch == 1000
+    assert Mixture((100, 900), (1, 9)).sequences_per_epoch == 1000
     mixture = Mixture((7, 5), (0.7, 0.3))
-    counts = mixture.counts(mixture.rows_per_epoch)
+    counts = mixture.counts(mixture.sequences_per_epoch)
     assert all(c >= n for c, n in zip(counts, (7, 5), strict=True))
 
 
-def replay(rows_by_chunk: list[int], seed: int, source: int) -> Iterator[tuple[int, int, int]]:
+def replay(sequences_by_chunk: list[int], seed: int, source: int) -> Iterator[tuple[int, int, int]]:
     """(epoch, place of the chunk, row) of each row of a source, one after the other."""
     epoch = 0
     while True:
-        for place, i in enumerate(chunk_order(CHUNKS[: len(rows_by_chunk)], seed, epoch, source)):
-            for row in range(rows_by_chunk[i]):
+        for place, i in enumerate(chunk_order(CHUNKS[: len(sequences_by_chunk)], seed, epoch, source)):
+            for row in range(sequences_by_chunk[i]):
                 yield epoch, place, row
         epoch += 1
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 3), st.integers(0, 3))
-def test_a_cursor_is_where_replay_arrives(rows_by_chunk: list[int], seed: int, source: int) -> None:
-    chunks = CHUNKS[: len(rows_by_chunk)]
-    for k, where in enumerate(islice(replay(rows_by_chunk, seed, source), 3 * sum(rows_by_chunk) + 1)):
-        assert find_cursor(k, rows_by_chunk, chunks, seed, source) == Cursor(*where)
+def test_a_cursor_is_where_replay_arrives(sequences_by_chunk: list[int], seed: int, source: int) -> None:
+    chunks = CHUNKS[: len(sequences_by_chunk)]
+    for k, where in enumerate(islice(replay(sequences_by_chunk, seed, source), 3 * sum(sequences_by_chunk) + 1)):
+        assert find_cursor(k, sequences_by_chunk, chunks, seed, source) == Cursor(*where)

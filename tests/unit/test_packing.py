@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.data.packing import IGNORE_INDEX, PackedRow, best_fit, pack_examples, shift_labels
+from ftray.data.packing import IGNORE_INDEX, PackedSequence, best_fit, pack_examples, shift_labels
 
 PAD = 0
 Document = tuple[list[int], list[bool]]
@@ -19,7 +19,7 @@ def documents(lengths: list[int], seed: int = 0) -> list[Document]:
     return [([rng.randrange(1, 1000) for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]) for n in lengths]
 
 
-def pieces(row: PackedRow) -> list[tuple[int, slice]]:
+def pieces(row: PackedSequence) -> list[tuple[int, slice]]:
     """Each document of a row and where it lies."""
     ends = np.cumsum(row.lengths)
     return [(d, slice(int(end) - n, int(end))) for d, n, end in zip(row.documents, row.lengths, ends, strict=True)]
@@ -51,7 +51,7 @@ def test_every_document_lies_whole_in_one_row_with_its_labels_and_positions(
         assert set(row.labels[padding].tolist()) <= {IGNORE_INDEX}
         assert row.position_ids[padding].tolist() == list(range(64 - row.num_tokens))
     supervised = sum(sum(mask[1:]) for _, mask in given_documents)
-    assert sum(row.num_supervised for row in rows) == supervised
+    assert sum(row.num_trained_tokens for row in rows) == supervised
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -93,9 +93,9 @@ def test_a_document_as_long_as_the_row_fits_and_a_longer_or_empty_one_does_not()
     (row,) = pack_examples(documents([64]), 64, PAD)
     assert row.num_tokens == 64
     for wrong in (65, 0):
-        with pytest.raises(ValueError, match=f"document 1 has {wrong} tokens; a row holds 1 to 64"):
+        with pytest.raises(ValueError, match=f"document 1 has {wrong} tokens; a sequence has room for 1 to 64"):
             best_fit([3, wrong], 64)
-    with pytest.raises(ValueError, match="document 1 has 65 tokens; a row holds 1 to 64"):
+    with pytest.raises(ValueError, match="document 1 has 65 tokens; a sequence has room for 1 to 64"):
         pack_examples(documents([3, 65]), 64, PAD, packing=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ftray import config
 from ftray.cli import main
-from ftray.data.prepare import SUMMARY, _shape_of
+from ftray.data.prepare import SUMMARY, _settings_of
 from ftray.errors import ConfigError, ModelError, RunError
 from ftray.events.event_log import LoggedEvent
 from ftray.events.types import TrainingStarted
@@ -227,8 +227,8 @@ def indexed(tmp_path: Path) -> tuple[config.RunConfig, Path]:
     )
     data = tmp_path / "p/data"
     data.mkdir(parents=True)
-    counts = {"num_records": 300, "num_tokens": 400_000, "num_supervised": 1, "num_rows": 100}
-    tree = {"settings": _shape_of(run.data), "rows_per_epoch": 100, "train": counts, "eval": None}
+    counts = {"num_records": 300, "num_tokens": 400_000, "num_trained_tokens": 1, "num_sequences": 100}
+    tree = {"settings": _settings_of(run.data), "sequences_per_epoch": 100, "train": counts, "eval": None}
     (data / SUMMARY).write_text(json.dumps(tree))
     return run, tmp_path / "p"
 
@@ -258,8 +258,14 @@ def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) 
     assert advised in "\n".join(before.advice)
     data = tmp_path / "p/data"
     data.mkdir(parents=True)
-    counts = {"num_records": 900, "num_tokens": 400_000, "num_supervised": 1, "num_rows": 100, "most_documents": 21}
-    tree = {"settings": _shape_of(run.data), "rows_per_epoch": 100, "train": counts, "eval": None}
+    counts = {
+        "num_records": 900,
+        "num_tokens": 400_000,
+        "num_trained_tokens": 1,
+        "num_sequences": 100,
+        "most_documents": 21,
+    }
+    tree = {"settings": _settings_of(run.data), "sequences_per_epoch": 100, "train": counts, "eval": None}
     (data / SUMMARY).write_text(json.dumps(tree))
     after = make_plan(run, str(tmp_path / "p"), "H200")
     longer = (4096 + 21 * 100) / (4096 + 100)
@@ -272,7 +278,7 @@ def test_without_an_index_steps_are_guessed_and_said_to_be(tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text("x" * 4096 * 45)
     run = run_of(data={"train": [{"path": str(tmp_path)}], "max_seq_len": 4096}, train={"global_batch_size": 2})
     plan = make_plan(run, str(tmp_path / "p"), "A100")
-    assert (plan.length.rows_per_epoch, plan.length.num_steps, plan.length.from_index) == (10, 5, False)
+    assert (plan.length.sequences_per_epoch, plan.length.num_steps, plan.length.from_index) == (10, 5, False)
     text = "\n".join(as_text(plan, run))
     assert "GUESSED from the files' sizes" in text
     assert "1 × A100-40G of 39.4 GiB" in text

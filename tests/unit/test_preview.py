@@ -31,7 +31,7 @@ def test_elsewhere_than_on_a_terminal_marks_show_what_is_learned(tmp_path: Path)
     assert text.count("<|im_start|>assistant\n{+") == 2
     assert text.count("<|im_end|>+}") == 2
     assert "--- part-000.jsonl, line 2: " in text
-    assert "packed alone, in rows of 256 tokens: " in text
+    assert "packed alone, in sequences of 256 tokens: " in text
 
 
 def test_on_a_terminal_it_is_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

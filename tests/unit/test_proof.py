@@ -16,7 +16,7 @@ from ftray.chat import ChatFormat, Encoded
 from ftray.data import verify
 from ftray.data.chunks import pack_chunk, streams
 from ftray.data.index import ChunkFacts, Index
-from ftray.data.packing import IGNORE_INDEX, PackedRow
+from ftray.data.packing import IGNORE_INDEX, PackedSequence
 from ftray.data.sources import cut_shard, list_shards
 from ftray.errors import DataError
 from tests import tiny
@@ -32,7 +32,7 @@ def index_of(path: Path, load: Callable[[], Any]) -> tuple[Any, Index]:
     for shard in list_shards(str(path)):
         for chunk in cut_shard(shard, 0, 1 << 20):
             packed = pack_chunk(chunk, stream)
-            facts.append(ChunkFacts(chunk, len(packed.examples), len(packed.rows), 0, 0, packed.digest))
+            facts.append(ChunkFacts(chunk, len(packed.examples), len(packed.sequences), 0, 0, packed.digest))
     return stream, Index(tuple(facts), ())
 
 
@@ -45,8 +45,8 @@ def tokenizer_with(template: str) -> Any:
 @pytest.mark.parametrize("shape", ["messages", "alpaca", "text"])
 def test_it_holds_for_records_of_any_shape(tmp_path: Path, shape: tiny.Shape) -> None:
     path = tiny.write_records(tmp_path / "data", 60, shape=shape)  # in two shards
-    assert verify.prove_sample(*index_of(path, tiny.make_tokenizer), "train") == 60
-    assert verify.prove_sample(*index_of(path, tiny.make_tokenizer), "train", 7) == 7
+    assert verify.verify_sample(*index_of(path, tiny.make_tokenizer), "train") == 60
+    assert verify.verify_sample(*index_of(path, tiny.make_tokenizer), "train", 7) == 7
 
 
 @pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR])
@@ -58,12 +58,12 @@ def test_it_holds_for_tokenizers_that_add_spaces(tmp_path: Path, template: str, 
         return tokenizer
 
     path = tiny.write_records(tmp_path / "data", 20)
-    assert verify.prove_sample(*index_of(path, load), "train") == 20
+    assert verify.verify_sample(*index_of(path, load), "train") == 20
 
 
 def test_it_holds_where_the_templates_own_marks_name_less(tmp_path: Path) -> None:
     path = tiny.write_records(tmp_path / "data", 10)
-    assert verify.prove_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
+    assert verify.verify_sample(*index_of(path, lambda: tokenizer_with(MARKED_LATE)), "train") == 10
 
 
 def test_it_holds_where_each_answer_is_a_document_of_its_own(tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def test_it_holds_where_each_answer_is_a_document_of_its_own(tmp_path: Path) -> 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(c) + "\n" for c in conversations))
     stream, index = index_of(path, lambda: tokenizer_with(THOUGHTFUL))
-    assert verify.prove_sample(stream, index, "train") == 3
+    assert verify.verify_sample(stream, index, "train") == 3
     packed = pack_chunk(index.facts[0].chunk, stream)
     assert packed.owners == [0, 1, 1, 2, 2, 2, 2]
-    assert sorted(d for row in packed.rows for d in row.documents) == list(range(7))
-    for row in packed.rows:
+    assert sorted(d for row in packed.sequences for d in row.documents) == list(range(7))
+    for row in packed.sequences:
         starts = [n for n, position in enumerate(row.position_ids[: row.num_tokens]) if position == 0]
         assert starts == [sum(row.lengths[:n]) for n in range(len(row.documents))]
 
@@ -126,14 +126,14 @@ def test_it_finds_what_is_wrong_and_names_the_record(tmp_path: Path, monkeypatch
         return found
 
     monkeypatch.setattr(ChatFormat, "encode_examples", spoiled)
-    with pytest.raises(DataError, match=r"data\.train: .*part-000\.jsonl, line 5: .* can't be trained on exactly"):
-        verify.prove_sample(stream, index, "train")
+    with pytest.raises(DataError, match=r"data\.train: .*part-000\.jsonl, line 5: .* cannot be trained on exactly"):
+        verify.verify_sample(stream, index, "train")
 
 
 def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> None:
     ids = np.arange(8, dtype=np.int32)
     labels = np.array([IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, 6, IGNORE_INDEX, IGNORE_INDEX], dtype=np.int32)
-    row = PackedRow(ids, labels, ids, [4, 3], [0, 1])
+    row = PackedSequence(ids, labels, ids, [4, 3], [0, 1])
     assert [mask for _, _, mask in verify.read_back(row)] == [[False, False, True, True], [False, True, True]]
     crossing = labels.copy()
     crossing[3] = 4
@@ -141,7 +141,7 @@ def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> N
         verify.read_back(replace(row, labels=crossing))
     unshifted = labels.copy()
     unshifted[1] = 1
-    with pytest.raises(DataError, match="labels that are not its tokens"):
+    with pytest.raises(DataError, match="labels of a sequence are not its tokens"):
         verify.read_back(replace(row, labels=unshifted))
 
 
@@ -149,7 +149,7 @@ def test_a_template_that_changes_the_answer_is_found(tmp_path: Path) -> None:
     changing = tiny.TEMPLATE.replace("m['content']", "m['content'] | replace('hears', 'sees')")
     stream, index = index_of(tiny.write_records(tmp_path / "data", 3), lambda: tokenizer_with(changing))
     with pytest.raises(DataError, match="the template changes the answer of turn 1"):
-        verify.prove_sample(stream, index, "train")
+        verify.verify_sample(stream, index, "train")
 
 
 def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
@@ -160,4 +160,4 @@ def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
 
     path = tmp_path / "part.jsonl"
     path.write_text('{"prompt": "日本 one", "completion": "e\\u0301 two"}\n', encoding="utf-8")
-    assert verify.prove_sample(*index_of(path, load), "train") == 1
+    assert verify.verify_sample(*index_of(path, load), "train") == 1

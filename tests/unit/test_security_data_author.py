@@ -260,7 +260,7 @@ def test_dates_that_python_has_not_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_pages_are_found_in_real_files_of_any_shape(tmp_path: Path) -> None:
-    from ftray.data.parquet_pages import page_sizes
+    from ftray.data.parquet import page_sizes
 
     path = tmp_path / "part.parquet"
     table = pa.table({"n": range(5000), "text": [f"{n:x}" * (n % 40) for n in range(5000)]})

@@ -32,8 +32,8 @@ def part(**changes: Any) -> SplitStats:
         "name": "train",
         "num_records": 1000,
         "num_tokens": 40_000,
-        "num_supervised": 10_000,
-        "num_rows": 200,
+        "num_trained_tokens": 10_000,
+        "num_sequences": 200,
         "fill": 0.975,
         "lengths": lengths,
         "labels": None,
@@ -53,7 +53,7 @@ def test_sound_data_gives_no_warning() -> None:
 TAIL = np.array([10] * 950 + [500] * 50, np.int32)
 WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"num_records": 499}, "only 499 training records: below 500"),
-    ({"num_rows": 7}, "an epoch has 7 rows and a global batch 8: lower train.global_batch_size"),
+    ({"num_sequences": 7}, "an epoch has 7 sequences and a global batch 8: lower train.global_batch_size"),
     ({"labels": {"a": 900, "b": 80}}, "classes are unbalanced: 900 of 'a', 80 of 'b'"),
     ({"labels": {"a": 90, "b": 9}}, "1 labels have fewer than 10 records ('b')"),
     ({"styles": {"begin with a capital": 0.9}}, "answers are written inconsistently: 90% begin with a capital"),

@@ -86,7 +86,7 @@ def test_every_rank_has_as_many_heldout_rows_and_each_counts_once(num_rows: int,
         {
             **{name: pa.array([[n, n] for n in range(num_rows)], row) for name in ("input_ids", "position_ids")},
             "labels": pa.array([[n, IGNORE_INDEX] for n in range(num_rows)], row),
-            **{name: pa.array(range(num_rows)) for name in ("source", "epoch", "chunk", "row")},
+            **{name: pa.array(range(num_rows)) for name in ("source", "epoch", "chunk", "sequence")},
             "num_tokens": pa.array([2] * num_rows, pa.int32()),
         }
     )

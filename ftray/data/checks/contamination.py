@@ -22,7 +22,7 @@ from ftray.chat import Message
 NGRAM, WINDOW = 5, 3
 SHORT_WORDS = 48  # of a turn with as many words or fewer every sequence is kept
 SHARE, MIN_SHARED = 0.6, 3  # of a held-out record's sequences in one training record, and how many at least
-COMMON_HELDOUT = 8  # a sequence of more held-out records is a template's
+COMMON_EVAL = 8  # a sequence of more held-out records is a template's
 COMMON_SHARE, COMMON_TRAIN = 0.01, 20  # likewise one of more training records than both
 PART_HASHES = 1 << 21  # held-out hashes that are looked up at once
 
@@ -46,7 +46,7 @@ def fingerprints(turns: Sequence[Message]) -> Keys:
     return _union([_grams(turn) if len(turn) <= SHORT_WORDS else _winnow(_grams(turn)) for turn in spoken])
 
 
-def heldout_fingerprints(turns: Sequence[Message]) -> tuple[Keys, Keys]:
+def eval_fingerprints(turns: Sequence[Message]) -> tuple[Keys, Keys]:
     """Hashes of a held-out record's word sequences: of all, and of those that winnowing chooses."""
     grams = [_grams(words(turn.content)) for turn in turns if turn.role != "system"]
     return _union(grams), _union([_winnow(each) for each in grams])
@@ -99,23 +99,23 @@ class NgramHashes:
         return self.hashes[some], np.searchsorted(self.offsets, some, "right") - 1 + self.first
 
 
-def find_leaks(heldout: Sequence[NgramHashes], train: Sequence[NgramHashes]) -> list[Overlap]:
+def find_leaks(eval_set: Sequence[NgramHashes], train: Sequence[NgramHashes]) -> list[Overlap]:
     """Training records that hold at least SHARE of a held-out record's sequences, and MIN_SHARED of them.
 
     Of several held-out records the one with the largest share is named. Sequences of many records are a template's and
-    count nowhere (COMMON_HELDOUT, COMMON_TRAIN). Works on ranges of hashes, one after the other, so that memory doesn't
+    count nowhere (COMMON_EVAL, COMMON_TRAIN). Works on ranges of hashes, one after the other, so that memory doesn't
     grow with the held-out set: some 100 MB for PART_HASHES.
     """
-    num_heldout, num_train = _num_records(heldout), _num_records(train)
-    counts = np.zeros(num_heldout, np.int64)
+    num_eval, num_train = _num_records(eval_set), _num_records(train)
+    counts = np.zeros(num_eval, np.int64)
     shared: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
-    num_parts = -(-sum(len(piece.hashes) for piece in heldout) // PART_HASHES)
+    num_parts = -(-sum(len(piece.hashes) for piece in eval_set) // PART_HASHES)
     cuts = [(part << 64) // num_parts for part in range(num_parts + 1)] if num_parts else []
     for low, high in pairwise(cuts):
-        table = _EvalNgrams.of([piece.between(low, high) for piece in heldout])
+        table = _EvalNgrams.of([piece.between(low, high) for piece in eval_set])
         table = table.rare((piece.between(low, high)[0] for piece in train), num_train)
-        counts += np.bincount(table.owners, minlength=num_heldout)
-        shared += [table.pairs(*piece.between(low, high), num_heldout) for piece in train]
+        counts += np.bincount(table.owners, minlength=num_eval)
+        shared += [table.pairs(*piece.between(low, high), num_eval) for piece in train]
     return _leaks(shared, counts)
 
 
@@ -133,11 +133,11 @@ class _EvalNgrams:
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Keys, npt.NDArray[np.int64]]]) -> _EvalNgrams:
-        """Less the sequences of more than COMMON_HELDOUT records."""
+        """Less the sequences of more than COMMON_EVAL records."""
         flat, owners = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         order = np.argsort(flat, kind="stable")
         hashes, first, number = np.unique(flat[order], return_index=True, return_counts=True)
-        return cls(hashes, np.append(first, len(flat)), owners[order])._only(number <= COMMON_HELDOUT)
+        return cls(hashes, np.append(first, len(flat)), owners[order])._only(number <= COMMON_EVAL)
 
     def _only(self, wanted: npt.NDArray[np.bool_]) -> _EvalNgrams:
         number = np.diff(self.starts)
@@ -159,16 +159,16 @@ class _EvalNgrams:
         return self._only(seen[1:] <= max(COMMON_TRAIN, COMMON_SHARE * num_train))
 
     def pairs(
-        self, flat: Keys, places: npt.NDArray[np.int64], num_heldout: int
+        self, flat: Keys, places: npt.NDArray[np.int64], num_eval: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(training place * num_heldout + held-out place, number of hashes that both have) of each such pair."""
+        """(training place * num_eval + held-out place, number of hashes that both have) of each such pair."""
         hits = self.hits(flat)
         found = np.flatnonzero(hits >= 0)
         at = hits[found]
         number = self.starts[at + 1] - self.starts[at]
         within = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
         owners = self.owners[np.repeat(self.starts[at], number) + within]
-        return np.unique(np.repeat(places[found], number) * num_heldout + owners, return_counts=True)
+        return np.unique(np.repeat(places[found], number) * num_eval + owners, return_counts=True)
 
 
 def _leaks(

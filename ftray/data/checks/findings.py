@@ -60,12 +60,12 @@ class DataFinding:
 class CheckResult:
     """All findings, as columns sorted by record: millions of them take 26 bytes each.
 
-    places, of, similarity as in `Pairs`; of: -1 where there is no other record; for `overlap` a place in `heldout`.
+    places, of, similarity as in `Pairs`; of: -1 where there is no other record; for `overlap` a place in `eval_set`.
     rules: place in RULES. dropped: bool.
     """
 
-    def __init__(self, train: RecordTable, heldout: RecordTable | None) -> None:
-        self._train, self._heldout = train, heldout
+    def __init__(self, train: RecordTable, eval_set: RecordTable | None) -> None:
+        self._train, self._eval = train, eval_set
         self._parts: list[tuple[DuplicatePairs, int, npt.NDArray[np.bool_]]] = []
         self.gone = np.zeros(len(train), bool)
 
@@ -110,18 +110,18 @@ class CheckResult:
         of, similarity = int(pairs.of[i]), float(pairs.similarity[i])
         if of < 0:
             return DataFinding(rule, chunk.uri, position, None, None, None, dropped)
-        others = self._heldout if rule == "overlap" and self._heldout is not None else self._train
+        others = self._eval if rule == "overlap" and self._eval is not None else self._train
         other, of_position = others.where(of)
         told = None if np.isnan(similarity) else similarity
         return DataFinding(rule, chunk.uri, position, other.uri, of_position, told, dropped)
 
 
-def find_all(train: RecordTable, heldout: RecordTable | None, clean: config.CleanConfig) -> CheckResult:
+def find_all(train: RecordTable, eval_set: RecordTable | None, clean: config.CleanConfig) -> CheckResult:
     """What the rules of `data.clean` find. A record is dropped once, by the first rule that says so, in the order of its keys.
 
     Memory: about 110 bytes a record, and the findings; signatures and sequences stay on disk.
     """
-    found = CheckResult(train, heldout)
+    found = CheckResult(train, eval_set)
     equal = (
         find_equal(train.column("whole")) if (clean.duplicates, clean.near_duplicates) != ("off", "off") else NO_PAIRS
     )
@@ -135,8 +135,8 @@ def find_all(train: RecordTable, heldout: RecordTable | None, clean: config.Clea
         found.note(
             "near_duplicate", clean.near_duplicates, DuplicatePairs(own[near.places], own[near.of], near.similarity)
         )
-    if clean.contamination != "off" and heldout is not None:
-        found.note("overlap", clean.contamination, _overlaps(train, heldout))
+    if clean.contamination != "off" and eval_set is not None:
+        found.note("overlap", clean.contamination, _overlaps(train, eval_set))
     if clean.quality != "off":
         flags = train.column("flags")
         for rule, bit in QUALITY.items():
@@ -152,21 +152,21 @@ def _without_others(places: npt.NDArray[np.int64]) -> DuplicatePairs:
     return DuplicatePairs(places, np.full(len(places), -1), np.full(len(places), np.nan))
 
 
-def _overlaps(train: RecordTable, heldout: RecordTable) -> DuplicatePairs:
+def _overlaps(train: RecordTable, eval_set: RecordTable) -> DuplicatePairs:
     """Training records and the held-out one that each gives away: equal inputs first, then shared sequences, then
     near-duplicates."""
-    prompts = heldout.column("prompt")
+    prompts = eval_set.column("prompt")
     order = np.argsort(prompts, kind="stable")
     own = train.column("prompt")
     at = np.minimum(np.searchsorted(prompts[order], own), max(0, len(prompts) - 1))
     same = np.flatnonzero((prompts[order][at] == own) & (own != 0)) if len(prompts) else np.zeros(0, np.int64)
     best = {int(place): (int(order[at[place]]), 1.0) for place in same}
     for column in ("all_grams", "grams"):
-        for leak in find_leaks(heldout.grams(column), train.grams()):
+        for leak in find_leaks(eval_set.grams(column), train.grams()):
             if leak.place not in best or leak.share > best[leak.place][1]:
                 best[leak.place] = (leak.of, leak.share)
-    both = join_signatures([*heldout.signatures(), *train.signatures()])
-    for pair in find_near_to(both, len(heldout)):
+    both = join_signatures([*eval_set.signatures(), *train.signatures()])
+    for pair in find_near_to(both, len(eval_set)):
         best.setdefault(pair.place, (pair.of, pair.similarity))
     places = sorted(best)
     return DuplicatePairs(
@@ -176,9 +176,9 @@ def _overlaps(train: RecordTable, heldout: RecordTable) -> DuplicatePairs:
     )
 
 
-def find_moved(train: RecordTable, heldout: RecordTable, fraction: float) -> dict[int, tuple[int, ...]]:
+def find_moved(train: RecordTable, eval_set: RecordTable, fraction: float) -> dict[int, tuple[int, ...]]:
     """For each chunk (its place) the positions of the records that `labels.pick_substitutes` holds out."""
-    parts = [train, heldout]
+    parts = [train, eval_set]
     chunks = np.concatenate([p.chunk_numbers() for p in parts])
     positions = np.concatenate([p.column("position") for p in parts])
     digests = np.concatenate([p.column("digest") for p in parts])
