@@ -34,9 +34,9 @@ def measure(rank: int, workers: int, stage: int, saves: int, directory: str) -> 
     }
     run = cluster.make_run(Path(directory), Path(embedded.NAME), Path(directory), **settings)
     engine, parameters = ranks.build_engine(run)
-    place = (rank, workers)
-    writer = CheckpointWriter(directory, 2, {}, whole=False)
-    writer.reserve(local_bytes(engine, parameters, *place))
+    place = ranks.mesh()
+    writer = CheckpointWriter(directory, 2, {}, False, place)
+    writer.reserve(local_bytes(engine, parameters, place))
     step, found = 0, []
 
     def train() -> float:
@@ -47,7 +47,7 @@ def measure(rank: int, workers: int, stage: int, saves: int, directory: str) -> 
         return time.monotonic() - began_s
 
     def save() -> None:
-        writer.save(RunProgress(step=step, num_updates=step), local_parts(engine, parameters, *place), [])
+        writer.save(RunProgress(step=step, num_updates=step), local_parts(engine, parameters, place), [])
 
     train()
     writer.wait()

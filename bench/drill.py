@@ -43,8 +43,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from ftray import storage  # noqa: E402
+from ftray.train.batch import sequence_hash  # noqa: E402
 from ftray.train.checkpoint.catalog import list_checkpoints, merge_metrics  # noqa: E402
-from ftray.train.trainer import rows_sum  # noqa: E402
 from tests import tiny  # noqa: E402
 
 EACH_STEP = """import sys; from ftray import console; from ftray.cli.main import main
@@ -148,7 +148,7 @@ def rows_told(directory: Path, env: dict[str, str], num_steps: int) -> dict[int,
         [*command, "--steps", f"0:{num_steps}"], cwd=directory, env=env, capture_output=True, text=True, check=True
     )
     entries = [json.loads(line) for line in done.stdout.splitlines()]
-    return {e["step"]: f"{int(rows_sum([tuple(row[:4]) for row in e['rows']])):x}" for e in entries}
+    return {e["step"]: f"{int(sequence_hash([tuple(row[:4]) for row in e['rows']])):x}" for e in entries}
 
 
 def share(driver: Driver, kills: list[tuple[float, str]], lines: list[dict[str, Any]]) -> dict[str, Any]:

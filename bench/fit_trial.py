@@ -20,11 +20,15 @@ import torch
 
 from bench.plain_loop import OPTIMIZERS, batch_of, take_step, wait
 from ftray import config
+from ftray.compat.torch import use_expandable_segments
 from ftray.model.lora import build_model, trainable
+from ftray.train.batch import Batch
 from ftray.train.memory import MemoryChoice
 from ftray.train.memory_tuning import fit_memory
-from ftray.train.objectives.sft import MicroBatch, SummedLossModel
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
 from ftray.train.optim.adamw import AdamW
+from ftray.train.parallel import DeviceMesh
 
 
 def run_of(given: Any, rows: int | str, recompute: str) -> config.RunConfig:
@@ -36,9 +40,7 @@ def run_of(given: Any, rows: int | str, recompute: str) -> config.RunConfig:
     return config.parse_run({**tree, "method": method, "data": data, "deepspeed": {"zero_stage": 0}}, "bench")
 
 
-def measure(
-    given: Any, fit: MemoryChoice, model: SummedLossModel, optimizer: AdamW, batch: MicroBatch
-) -> dict[str, Any]:
+def measure(given: Any, fit: MemoryChoice, model: ObjectiveModel, optimizer: AdamW, batch: Batch) -> dict[str, Any]:
     """Tokens/s and GiB of a setting; what was wrong where memory ran out."""
     on_gpu, accumulate = batch.input_ids.is_cuda, given.batch // fit.micro_batch_size
     told: dict[str, Any] = {"rows": fit.micro_batch_size, "recomputed": f"{fit.layers}/{fit.num_layers}"}
@@ -76,12 +78,12 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        use_expandable_segments()
     run = run_of(given, "auto", "auto")
     built = build_model(run.model, run.method, "bf16", 0)
     vocabulary = built.config.vocab_size
-    model = SummedLossModel(built.to(device)).train()
-    fit = fit_memory(run, model, device, 1)
+    model = ObjectiveModel(built.to(device), Sft()).train()
+    fit = fit_memory(run, model, DeviceMesh(0, 1, device))
     optimizer = AdamW(list(trainable(built).values()), 1e-6, 0.0, 1.0, given.optimizer)
     about = {"model": given.model.rsplit("/", 1)[-1], "method": given.method, "seq": given.seq, "batch": given.batch}
     batch = batch_of(given, fit.micro_batch_size, vocabulary, device)
@@ -93,14 +95,14 @@ def main() -> None:
         del batch
         batch = batch_of(given, rows, vocabulary, device)
         for recompute in ("none", "selective", "full"):
-            by_hand = fit_memory(run_of(given, rows, recompute), model, device, 1)
+            by_hand = fit_memory(run_of(given, rows, recompute), model, DeviceMesh(0, 1, device))
             told = measure(given, by_hand, model, optimizer, batch)
             print(json.dumps({**about, "by_hand": told}), flush=True)
             if "tokens_per_s" in told:
                 speeds[f"{rows} rows, {recompute}"] = told["tokens_per_s"]
                 break
     batch = batch_of(given, fit.micro_batch_size, vocabulary, device)
-    recomputed = fit_memory(run_of(given, fit.micro_batch_size, "full"), model, device, 1)
+    recomputed = fit_memory(run_of(given, fit.micro_batch_size, "full"), model, DeviceMesh(0, 1, device))
     print(json.dumps({**about, "recomputed": measure(given, recomputed, model, optimizer, batch)}), flush=True)
     best = max(speeds, key=speeds.__getitem__)
     print(

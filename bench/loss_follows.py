@@ -24,7 +24,9 @@ import torch
 from ftray import config, storage
 from ftray.model import embedded
 from ftray.model.load import resolve_base
-from ftray.train.objectives.sft import SummedLossModel, flatten_rows
+from ftray.train.batch import collate
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
 from ftray.train.optim.adamw import AdamW
 
 SEQ, ROWS, RATES = 1024, 4, {"lora": 5e-4, "full": 3e-5}
@@ -71,9 +73,9 @@ def batch_of(rows: Arrays, split: str, first: int, number: int) -> Arrays:
     return {field: rows[f"{split}_{field}"][first : first + number] for field in fields}
 
 
-def packed_loss(loss: SummedLossModel, batch: Arrays, device: torch.device) -> torch.Tensor:
+def packed_loss(loss: ObjectiveModel, batch: Arrays, device: torch.device) -> torch.Tensor:
     """Our way: rows laid end to end."""
-    out: torch.Tensor = loss(*vars(flatten_rows(**batch, device=device)).values())
+    out: torch.Tensor = loss(collate(**batch, device=device))[0]
     return out
 
 
@@ -158,7 +160,7 @@ def fast(base: str, path: str, rows: Arrays, steps: int, device: torch.device) -
     if precision is not None:
         use_eight_bits(built, settings, device)
     seed_adapters(built)
-    loss = SummedLossModel(built).train().to(device)
+    loss = ObjectiveModel(built, Sft()).train().to(device)
     rate = RATES["full" if method == "full" else "lora"]
     optimizer = AdamW(trainable(built).values(), rate, 0.0, 1.0, optimizer_name)
 

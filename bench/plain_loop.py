@@ -18,12 +18,16 @@ import numpy as np
 import torch
 
 from ftray import config
+from ftray.compat.torch import use_expandable_segments
 from ftray.model.fp8 import use_eight_bits
 from ftray.model.lora import build_model, trainable
+from ftray.train.batch import Batch, collate
 from ftray.train.memory import EIGHT_BIT, PAGED
 from ftray.train.memory_tuning import fit_memory
-from ftray.train.objectives.sft import MicroBatch, SummedLossModel, flatten_rows
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
 from ftray.train.optim.adamw import FULL, AdamW
+from ftray.train.parallel import DeviceMesh
 
 OPTIMIZERS = (FULL, EIGHT_BIT, FULL + PAGED, EIGHT_BIT + PAGED)
 
@@ -40,18 +44,18 @@ def run_of(given: Any) -> config.RunConfig:
     )
 
 
-def batch_of(given: Any, rows: int, vocabulary: int, device: torch.device) -> MicroBatch:
+def batch_of(given: Any, rows: int, vocabulary: int, device: torch.device) -> Batch:
     """Full rows of random tokens, documents of one length."""
     shape = (rows, given.seq)
     ids = np.random.default_rng(0).integers(2, min(250, vocabulary), shape).astype(np.int32)
     positions = np.broadcast_to(np.arange(given.seq) % given.document, shape).astype(np.int32)
-    return flatten_rows(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
+    return collate(ids, np.roll(ids, -1, 1), positions, np.full(rows, given.seq, np.int32), device)
 
 
-def take_step(model: SummedLossModel, optimizer: AdamW, batch: MicroBatch, accumulate: int) -> None:
+def take_step(model: ObjectiveModel, optimizer: AdamW, batch: Batch, accumulate: int) -> None:
     """What is timed: the gradients of so many micro-batches, and the optimizer. A GPU may still be at it: see `wait`."""
     for _ in range(accumulate):
-        (model(*vars(batch).values()) / (batch.input_ids.numel() * accumulate)).backward()
+        (model(batch)[0] / (batch.input_ids.numel() * accumulate)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -82,12 +86,12 @@ def main() -> None:
     run = run_of(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        use_expandable_segments()
     built = build_model(run.model, run.method, "bf16", 0)
     if given.base_precision:
         use_eight_bits(built, run.method, device)
-    model = SummedLossModel(built.to(device)).train()
-    fit = fit_memory(run, model, device, 1)
+    model = ObjectiveModel(built.to(device), Sft()).train()
+    fit = fit_memory(run, model, DeviceMesh(0, 1, device))
     rows = fit.micro_batch_size
     accumulate = run.train.global_batch_size // rows
     optimizer = AdamW(list(trainable(built).values()), 1e-4, 0.0, 1.0, given.optimizer)

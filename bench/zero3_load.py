@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 
 from bench.train_throughput import SHAPES
-from ftray.compat.deepspeed import deepspeed_without_compiler
-from ftray.train.objectives.sft import MicroBatch
-from ftray.train.trainer import Trainer
+from ftray.compat.deepspeed import without_compiler
+from ftray.compat.torch import use_expandable_segments
+from ftray.train.batch import Batch
+from ftray.train.parallel import DeviceMesh
+from ftray.train.zero.engine import build_engine
 from tests import cluster, ranks
 
 GIB = 2**30
@@ -58,29 +60,28 @@ def load(rank: int, run: Any) -> dict[str, Any]:
     """One rank's figures."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    deepspeed_without_compiler()
+        use_expandable_segments()
+    without_compiler()
     importlib.import_module("deepspeed")  # seconds that don't count
-    trainer = object.__new__(Trainer)
-    trainer._run, trainer._device, trainer._world_size = run, device, dist.get_world_size()
     dist.barrier()
     began_s = time.monotonic()
     with host_peaks() as host:
-        engine, parameters = trainer._build_engine()
+        built = build_engine(run, DeviceMesh.from_config(run.scale, device))
+    engine, parameters = built.deepspeed, built.parameters
     found: dict[str, Any] = {"rank": rank, "seconds": round(time.monotonic() - began_s, 1)}
     numel = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     found["parameters"], found["trained"] = numel, sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values())
     found["card"] = card_peak(device) | {"left": card_now(device)}
     found["host"] = {key: round(value, 2) for key, value in host.items()}
-    fit = trainer._fit
+    fit = built.memory
     found["fit"] = {
         "micro": fit.micro_batch_size,
         "recomputed": fit.layers,
         "gib": fit.peak and round(fit.peak / GIB, 1),
     }
     batch = ranks.tiny_batch(0, rank)
-    moved = MicroBatch(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in vars(batch).values()))
-    loss = engine(*vars(moved).values())
+    moved = Batch(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in batch))
+    loss = engine(moved)[0]
     engine.backward(loss / 60, scale_wrt_gas=False)
     engine.step()
     found["loss"], found["card in a step"] = round(float(loss.detach()) / 60, 4), card_peak(device)

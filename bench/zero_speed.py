@@ -25,8 +25,10 @@ import torch.distributed as dist
 
 from bench.plain_loop import batch_of, wait
 from bench.train_throughput import SHAPES
-from ftray.compat.deepspeed import deepspeed_without_compiler
-from ftray.train.trainer import Trainer
+from ftray.compat.deepspeed import without_compiler
+from ftray.compat.torch import use_expandable_segments
+from ftray.train.parallel import DeviceMesh
+from ftray.train.zero.engine import build_engine
 from tests import cluster, ranks
 
 GIB = 2**30
@@ -36,14 +38,13 @@ def measure(rank: int, run: Any, given: Namespace) -> dict[str, Any]:
     """One rank's figures."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    deepspeed_without_compiler()
+        use_expandable_segments()
+    without_compiler()
     importlib.import_module("deepspeed")
-    trainer = object.__new__(Trainer)
-    trainer._run, trainer._device, trainer._world_size = run, device, dist.get_world_size()
-    engine, _ = trainer._build_engine()
+    built = build_engine(run, DeviceMesh.from_config(run.scale, device))
+    engine = built.deepspeed
     vocabulary = SHAPES[given.shape].get("vocab_size", 128256)
-    micro = trainer._fit.micro_batch_size
+    micro = built.memory.micro_batch_size
     accumulate = run.train.global_batch_size // (micro * dist.get_world_size())
     batch = batch_of(given, micro, vocabulary, device)
     spent = {"forward": 0.0, "backward": 0.0, "end": 0.0}
@@ -51,7 +52,7 @@ def measure(rank: int, run: Any, given: Namespace) -> dict[str, Any]:
     def step(apart: bool) -> None:
         for _ in range(accumulate):
             marks = [time.perf_counter()]
-            loss = engine(*vars(batch).values())
+            loss = engine(batch)[0]
             marks.append(_mark(device, apart))
             engine.backward(loss / (batch.input_ids.numel() * accumulate), scale_wrt_gas=False)
             marks.append(_mark(device, apart))
@@ -77,11 +78,11 @@ def measure(rank: int, run: Any, given: Namespace) -> dict[str, Any]:
         "one_after_the_other_s": {key: round(value, 3) for key, value in spent.items()},
         "rows": micro,
         "accumulate": accumulate,
-        "recomputed": trainer._fit.layers,
+        "recomputed": built.memory.layers,
     }
     if device.type == "cuda":
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-        found["expected_gib"] = trainer._fit.peak and round(trainer._fit.peak / GIB, 2)
+        found["expected_gib"] = built.memory.peak and round(built.memory.peak / GIB, 2)
     if given.profile:
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             step(False)

@@ -17,9 +17,10 @@ import torch.multiprocessing as mp
 
 from ftray import config
 from ftray.data.packing import pack_examples
+from ftray.train.batch import Batch, collate
 from ftray.train.checkpoint.tensors import SplitFp32, TensorPart
-from ftray.train.objectives.sft import MicroBatch, flatten_rows
-from ftray.train.trainer import Trainer
+from ftray.train.parallel import DeviceMesh
+from ftray.train.zero import engine as zero_engine
 from tests import tiny
 
 # At stage 3 DeepSpeed keeps small weights whole on every rank, and in a tiny model all are small: not with this.
@@ -52,18 +53,22 @@ def _enter(rank: int, world_size: int, port: int, scratch: str, act: Callable[..
 
 
 def build_engine(run: config.RunConfig) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """Engine and trainable parameters of this rank, as the Trainer builds them."""
-    trainer = object.__new__(Trainer)
-    trainer._run, trainer._device, trainer._world_size = run, torch.device("cpu"), dist.get_world_size()
-    return trainer._build_engine()
+    """DeepSpeed engine and trainable parameters of this rank."""
+    engine = zero_engine.build_engine(run, mesh())
+    return engine.deepspeed, engine.parameters
 
 
-def tiny_batch(step: int, rank: int) -> MicroBatch:
+def mesh() -> DeviceMesh:
+    """This rank's place, on the CPU."""
+    return DeviceMesh(dist.get_rank(), dist.get_world_size())
+
+
+def tiny_batch(step: int, rank: int) -> Batch:
     """One packed row of 64 random tokens, another for each step and rank."""
     rng = np.random.default_rng((step, rank))
     documents = [(rng.integers(3, tiny.VOCAB_SIZE, n).tolist(), [True] * n) for n in (20, 30, 11)]
     (row,) = pack_examples(documents, 64, 1)
-    return flatten_rows(row.input_ids[None], row.labels[None], row.position_ids[None], np.array([row.num_tokens]))
+    return collate(row.input_ids[None], row.labels[None], row.position_ids[None], np.array([row.num_tokens]))
 
 
 def train_steps(engine: Any, first: int, end: int) -> list[float]:
@@ -71,7 +76,7 @@ def train_steps(engine: Any, first: int, end: int) -> list[float]:
     losses = []
     for step in range(first, end):
         batch = tiny_batch(step, dist.get_rank())
-        loss = engine(*vars(batch).values())
+        loss = engine(batch)[0]
         losses.append(float(loss.detach()))
         for group in engine.optimizer.param_groups:
             group["lr"] = 1e-2

@@ -26,13 +26,12 @@ from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.data.loader import LoaderConfig, LoadPlan, eval_table
 from ftray.data.prepare import PreparedData, prepare_data
-from ftray.driver.gloo_backend import GlooBackend
 from ftray.driver.lineage import record_lineage, what_changed
 from ftray.driver.resources import check_resources
 from ftray.driver.run_record import parent_of, versions
 from ftray.driver.supervisor import Wish, store_lost, supervise
 from ftray.driver.trackers import tracked
-from ftray.driver.worker_group import GroupResult, HangDetector, run_group
+from ftray.driver.worker_group import GlooBackend, GroupResult, HangDetector, run_group
 from ftray.errors import ConfigError, DataError, Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.events.alerts import AlertMonitor
 from ftray.events.bus import ConsoleSubscriber, EventBus, Subscriber

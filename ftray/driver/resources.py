@@ -5,6 +5,7 @@ from __future__ import annotations
 import ray
 
 from ftray import config
+from ftray.compat.ray import draining_nodes, free_resources
 from ftray.errors import ConfigError
 
 Resources = dict[str, float]
@@ -48,15 +49,7 @@ def usable_nodes() -> list[Resources]:
 def free_nodes() -> list[Resources]:
     """What nobody holds of each of these nodes."""
     leaving = draining_nodes()
-    return [
-        free for node_id, free in ray._private.state.available_resources_per_node().items() if node_id not in leaving
-    ]
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that the cluster was told will be taken away (a spot instance's notice, a node to be drained)."""
-    # Not public, but what Ray Train's own watcher asks; its public way, get_preemption_info, is a barrier at each step.
-    return set(ray._private.state.state.get_draining_nodes())
+    return [free for node_id, free in free_resources().items() if node_id not in leaving]
 
 
 def fitting(scale: config.ScaleConfig, use_gpu: bool, nodes: list[Resources]) -> int:

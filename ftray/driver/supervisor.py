@@ -16,8 +16,9 @@ import ray
 from ray.exceptions import RayError
 
 from ftray import config, storage
+from ftray.compat.ray import draining_nodes
 from ftray.console import Console, duration
-from ftray.driver.resources import Resources, draining_nodes, fitting, free_nodes, usable_nodes, world_size_for
+from ftray.driver.resources import Resources, fitting, free_nodes, usable_nodes, world_size_for
 from ftray.driver.worker_group import LEAVE_AT_ONCE, OVERTAKEN, GroupResult
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.signals import is_termination, termination_signals

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from ftray import errors
+from ftray.compat.ray import TorchBackend
 from ftray.errors import FtrayError, RunError
 from ftray.events.types import (
     CheckpointStarted,
@@ -29,6 +30,7 @@ from ftray.events.types import (
     WorkerInfo,
     WorkersJoined,
 )
+from ftray.storage.ports import use_network_of
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain, had_no_room
 
@@ -38,6 +40,28 @@ KILL_S = 120.0  # after which a group that was killed counts as gone whatever Ra
 OVERTAKEN = "the run was taken over"  # wishes: its workers may write no more
 LEAVE_AT_ONCE = "asked to stop"  # after the step under way, and before the first one without any
 STEP_IS_NEXT = (StepFinished, EvalFinished, CheckpointStarted)  # after other events the workers do something else
+
+
+class GlooBackend(TorchConfig):
+    """Ray Train's torch backend, with gloo on the network through which rank 0 is reached."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """The class that Ray Train starts a group with."""
+        return _GlooBackendImpl
+
+
+class _GlooBackendImpl(TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Chooses the network on each worker, and starts torch.distributed."""
+        try:
+            first = worker_group.execute_single(0, ray.util.get_node_ip_address)
+            worker_group.execute(use_network_of, first)
+            super().on_start(worker_group, backend_config)
+        except Exception:
+            # Ray Train would keep the placement group until the driver ends, and the next group would not be placed.
+            worker_group.get_worker_group_state().shutdown()
+            raise
 
 
 @dataclass(frozen=True)

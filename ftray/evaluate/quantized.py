@@ -25,7 +25,8 @@ from ftray.model.load import absolute_base
 from ftray.model.quantize import QuantizationResult, load_saved, quantize
 from ftray.train.checkpoint.catalog import CheckpointRef, best_checkpoint
 from ftray.train.export import fetch_part, whole_weights
-from ftray.train.objectives.sft import SummedLossModel
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
 
 Describe = Callable[[CheckpointRef, bool, QuantizationResult], Mapping[str, bytes]]
 
@@ -102,7 +103,7 @@ def quantize_scored(
     def costs(directory: Path) -> tuple[float | None, int]:
         if not examples:
             return None, 0
-        model = SummedLossModel(load_saved(directory, precision, device)).eval()
+        model = ObjectiveModel(load_saved(directory, precision, device), Sft()).eval()
         sums = score_documents(model, examples, max_seq_len, rows_at_once, 0, device).sum(0)
         return float(sums[0] / sums[2]), int(sums[2])
 

@@ -22,9 +22,12 @@ from ftray.evaluate.metrics import Floats
 from ftray.evaluate.prompt_tuning import generate_virtual
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import dtype_of
+from ftray.train.batch import collate
 from ftray.train.checkpoint.catalog import CheckpointRef
 from ftray.train.checkpoint.restore import load_tuned
-from ftray.train.objectives.sft import SummedLossModel, flatten_rows
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.prompt_tuning import PromptTuning
+from ftray.train.objectives.sft import Sft
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, m
     model = model.to(device).eval()
     tokenizer = load_tokenizer(run.model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    summed, size = SummedLossModel(model).eval(), run.micro_batch_size
+    is_prompted = found is not None and run.method.type == "prompt-tuning"
+    summed = ObjectiveModel(model, PromptTuning() if is_prompted else Sft()).eval()
+    size = run.micro_batch_size
     tokens, general = (
         score_documents(summed, records, run.data.max_seq_len, size, int(pad), device)
         for records in (work.examples, work.general)
@@ -138,7 +143,7 @@ def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: in
 
 
 def score_documents(
-    model: SummedLossModel,
+    model: ObjectiveModel,
     records: Sequence[Sequence[Document]],
     max_seq_len: int,
     rows_at_once: int,
@@ -146,6 +151,8 @@ def score_documents(
     device: torch.device,
 ) -> Floats:
     """[records, 3]: each record's summed loss, hits and supervised tokens, from packed rows (longer ones if they must)."""
+    objective = model.objective
+    assert isinstance(objective, Sft)
     documents = [(owner, document) for owner, record in enumerate(records) for document in record]
     sums = np.zeros((len(records), 3))
     width = max([max_seq_len, *(len(ids) for _, (ids, _) in documents)])
@@ -155,8 +162,8 @@ def score_documents(
         ids, labels, positions = (
             np.stack([getattr(r, n) for r in part]) for n in ("input_ids", "labels", "position_ids")
         )
-        batch = flatten_rows(ids, labels, positions, np.array([r.num_tokens for r in part], np.int32), device)
-        losses, hits = model.token_scores(batch)
+        batch = collate(ids, labels, positions, np.array([r.num_tokens for r in part], np.int32), device)
+        losses, hits = objective.token_scores(model, batch)
         places = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         document = torch.bucketize(places, batch.cu_seqlens[1:].long(), right=True).cpu().numpy()
         owners = np.array([documents[i][0] for row in part for i in row.documents], np.int64)[document]

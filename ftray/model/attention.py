@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ftray.compat.transformers import attention_support, causal_class
 from ftray.errors import ModelError
 
 VARLEN = "ftray_varlen"
@@ -36,23 +37,14 @@ def choose_attention(model_config: Any) -> str:
     """Name of the attention function for a model on this machine's device, registered if it is ours."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    kind = _class_of(model_config)
+    takes_sdpa, takes_registered = attention_support(causal_class(model_config))
     caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
-    usual = "eager" if caps or not getattr(kind, "_supports_sdpa", True) else "sdpa"
-    takes_ours = getattr(kind, "_supports_attention_backend", True) and getattr(kind, "_supports_sdpa", True)
-    if not torch.cuda.is_available() or not takes_ours or _varlen_attn() is None:
+    usual = "eager" if caps or not takes_sdpa else "sdpa"
+    if not torch.cuda.is_available() or not (takes_sdpa and takes_registered) or _varlen_attn() is None:
         return usual
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, _no_mask)
     return VARLEN
-
-
-def _class_of(model_config: Any) -> Any:
-    """The class that such a config gives; None where the model brings its own code."""
-    from transformers import AutoModelForCausalLM
-
-    found = AutoModelForCausalLM._model_mapping.get(type(model_config), None)
-    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def varlen_attention(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ftray import config
+from ftray.compat.transformers import fp32_parts
 from ftray.errors import CheckpointError
 from ftray.model.load import absolute_base, load_tokenizer
 from ftray.model.lora import dtype_of
@@ -48,9 +49,7 @@ def write_whole(model: Any, base: config.ModelConfig, precision: str, directory:
 
 def _round(model: Any, dtype: torch.dtype) -> None:
     """To the dtype, but for what transformers keeps in fp32 whenever it loads such a model (routers' corrections)."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = fp32_parts(model, in_fp16=dtype == torch.float16)
     exact = {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ftray import config
+from ftray.compat.torch import fp8_product, int8_product, version_of
 from ftray.errors import ConfigError
 from ftray.model.blocks import layers_of
+from ftray.model.families import family_of
 
-KEPT = ("attn", "attention", "router")  # in the names of what stays in bf16, a fifth of an 8B's arithmetic
 SIDES = 16  # products in 8 bits take sides that this divides
 FEWEST_ROWS = 17  # that torch's product of int8 takes
 
@@ -152,8 +153,8 @@ _last: tuple[Any, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
 def _shared_rows(x: torch.Tensor, format: NumberFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rows` of an activation, kept until the next: layers beside each other read the same one."""
     global _last
-    whole = x if x._base is None else x._base
-    what = (whole._version, x.data_ptr(), x.shape, x.stride(), format)
+    whole, version = version_of(x)
+    what = (version, x.data_ptr(), x.shape, x.stride(), format)
     if _last is None or _last[0]() is not whole or _last[1] != what:
         _last = (weakref.ref(whole), what, quantize_rows(x, format))
     return _last[2]
@@ -169,10 +170,9 @@ def _scaled_product(
         from ftray.model.fp8_kernels import scale_sums
 
         more = max(0, FEWEST_ROWS - len(x))
-        sums = torch._int_mm(torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x, weight.T)
+        sums = int8_product(torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x, weight.T)
         return scale_sums(sums[: len(x)], x_scale, scale, dtype)
-    out: torch.Tensor = torch._scaled_mm(x, weight.T, x_scale, scale, out_dtype=dtype, use_fast_accum=True)
-    return out
+    return fp8_product(x, weight.T, x_scale, scale, dtype)
 
 
 def check_device(format: NumberFormat, device: torch.device) -> None:
@@ -201,12 +201,16 @@ def use_eight_bits(model: torch.nn.Module, method: config.MethodConfig, device: 
 
 
 def _layers(model: torch.nn.Module, end: str) -> Iterator[tuple[str, torch.nn.Linear]]:
-    blocks = list(layers_of(model))
+    blocks, family = list(layers_of(model)), family_of(model.config)
     for name, module in model.named_modules():
         if type(module) is not torch.nn.Linear or not name.endswith(end):
             continue
         words = name.removesuffix(end)
         is_inside = any(words.startswith(f"{block}.") for block in blocks[:-1])
-        kept = words.endswith(".gate") or any(word in words for word in KEPT)
-        if is_inside and not kept and module.in_features % SIDES == 0 and module.out_features % SIDES == 0:
+        if (
+            is_inside
+            and family.computes_in_8_bits(words)
+            and module.in_features % SIDES == 0
+            and module.out_features % SIDES == 0
+        ):
             yield name, module

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ftray import config, storage
 from ftray.chat import ChatFormat, Message, template_of, try_template
+from ftray.compat.transformers import attention_in_file
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
+from ftray.model.families import family_of
 from ftray.model.weights_check import check_finite
 from ftray.storage.model_directory import check_config, check_hub_model, check_model_files
 
@@ -114,7 +116,6 @@ def load_base(model: config.ModelConfig, dtype: torch.dtype, quantize: bool = Fa
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    from ftray.model.attention import choose_attention
     from ftray.model.kernels import apply_kernels
 
     quantization = None
@@ -133,7 +134,7 @@ def load_base(model: config.ModelConfig, dtype: torch.dtype, quantize: bool = Fa
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation=choose_attention(found),
+            attn_implementation=family_of(found).attention(found),
             quantization_config=quantization,
             output_loading_info=True,
         )
@@ -174,7 +175,6 @@ def outline_base(model: config.ModelConfig, dtype: torch.dtype) -> PreTrainedMod
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ftray.model.attention import choose_attention
     from ftray.model.kernels import apply_kernels
 
     trust = model.trust_remote_code
@@ -185,7 +185,7 @@ def outline_base(model: config.ModelConfig, dtype: torch.dtype) -> PreTrainedMod
         apply_kernels(found.model_type)
         with torch.device("meta"):
             outline: PreTrainedModel = AutoModelForCausalLM.from_config(
-                found, dtype=dtype, attn_implementation=choose_attention(found), trust_remote_code=trust
+                found, dtype=dtype, attn_implementation=family_of(found).attention(found), trust_remote_code=trust
             )
     except (OSError, ValueError, ImportError) as err:
         raise ModelError(_explain(model, "config", err)) from None
@@ -204,7 +204,7 @@ def check_base(model: config.ModelConfig) -> None:
         found = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=model.trust_remote_code)
     except Exception as err:  # noqa: BLE001 - a config's class raises what its values lead to
         raise ModelError(_explain(model, "config", err)) from None
-    own = {"_attn_implementation": getattr(found, "_attn_implementation_internal", None)}  # to_dict() leaves it out
+    own = {"_attn_implementation": attention_in_file(found)}
     check_config(found.to_dict() | own, Path(base) / "config.json")
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
         raise ModelError(f"model.base {model.base} is of type {found.model_type}, no causal language model; use one")

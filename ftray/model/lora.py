@@ -10,7 +10,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ftray import config
+from ftray.compat.peft import register_layers
 from ftray.errors import ConfigError
+from ftray.model.families import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +107,7 @@ def add_adapters(base: PreTrainedModel, method: config.MethodConfig, seed: int) 
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
-        target_modules=method.target_modules,
+        target_modules=family_of(base.config).adapter_targets(method),
         use_rslora=method.rslora,
         use_dora=method.dora,
         task_type="CAUSAL_LM",
@@ -113,7 +115,7 @@ def add_adapters(base: PreTrainedModel, method: config.MethodConfig, seed: int) 
     if torch.cuda.is_available():
         from ftray.model.lora_linear import fused_layers
 
-        settings._register_custom_module(fused_layers(four_bit=method.type == "qlora"))
+        register_layers(settings, fused_layers(four_bit=method.type == "qlora"))
     torch.manual_seed(seed)
     try:
         return get_peft_model(base, settings, autocast_adapter_dtype=False)

@@ -82,14 +82,15 @@ def load_saved(directory: Path, precision: str, device: torch.device, quantizati
     """The causal language model of a directory, quantized or not, on the device and in eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ftray.model.attention import choose_attention
+    from ftray.model.families import family_of
 
+    settings = AutoConfig.from_pretrained(directory)
     asked = {} if quantization is None else {"quantization_config": quantization}  # None would hide the directory's own
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype_of(precision),
         use_safetensors=True,
-        attn_implementation=choose_attention(AutoConfig.from_pretrained(directory)),
+        attn_implementation=family_of(settings).attention(settings),
         device_map={"": device},
         **asked,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftray import config
 from ftray.errors import ModelError
+from ftray.model.families import family_of
 from ftray.model.load import resolve_base
 
 NF4_BYTES = 0.516  # of a weight in 4 bits, with its doubly quantized scales
@@ -23,8 +24,6 @@ KNOWN = {
     "Llama-3.3-70B": (8192, 28672, 80, (64, 8), False),
 }
 LLAMA_VOCABULARY = 128256
-# Kinds that scale, cap or shift their logits, which are then whole in memory (`model.head` reads it from the class itself).
-WHOLE_LOGITS = {"cohere", "cohere2", "falcon_h1", "granite", "minicpm3", "phi", "recurrent_gemma"}
 
 
 @dataclass(frozen=True)
@@ -137,28 +136,28 @@ def _known(name: str) -> ModelShape:
     return ModelShape(hidden, intermediate, layers, heads * width, keys * width, LLAMA_VOCABULARY, tied)
 
 
-def read_shape(tree: Mapping[str, Any], base: str) -> ModelShape:
-    """Shape by a config.json. Raises ModelError for a kind of model that this is no picture of."""
-    tree = tree.get("text_config", tree)
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if tree.get(key)), None)
+def read_shape(settings: Mapping[str, Any], base: str) -> ModelShape:
+    """The shape of a config.json. Raises ModelError for a model with experts, or without the usual keys."""
+    settings = settings.get("text_config", settings)
+    family = family_of(settings)
+    unplanned = family.unplanned
     try:
-        hidden, heads = tree["hidden_size"], tree["num_attention_heads"]
-        width = tree.get("head_dim") or hidden // heads
-        found = ModelShape(
+        hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+        width = settings.get("head_dim") or hidden // heads
+        shape = ModelShape(
             hidden,
-            tree["intermediate_size"],
-            tree["num_hidden_layers"],
+            settings["intermediate_size"],
+            settings["num_hidden_layers"],
             heads * width,
-            (tree.get("num_key_value_heads") or heads) * width,
-            tree["vocab_size"],
-            bool(tree.get("tie_word_embeddings", False)),
-            tree.get("model_type") in WHOLE_LOGITS or bool(tree.get("final_logit_softcapping")),
+            (settings.get("num_key_value_heads") or heads) * width,
+            settings["vocab_size"],
+            bool(settings.get("tie_word_embeddings", False)),
+            family.whole_logits,
         )
     except (KeyError, TypeError):
-        experts = "its config.json"
-        found = None
-    if experts or found is None:
+        unplanned, shape = "its config.json", None
+    if unplanned or shape is None:
         raise ModelError(
-            f"model.base {base}: plan knows no models of this kind ({experts}); train it with train.max_steps=5 to see"
+            f"model.base {base}: plan knows no models of this kind ({unplanned}); train it with train.max_steps=5 to see"
         )
-    return found
+    return shape

@@ -80,23 +80,30 @@ class DriverChannel:
 
 
 class DriverLink:
-    """Rank 0's line to the driver: events go out, the wish to stop comes back with the reply to the one before."""
+    """A rank's line to the driver: events go out, a stop request comes back with the reply to the one before.
 
-    def __init__(self, monitor: Any) -> None:
-        self._monitor, self._reply, self._stop = monitor, None, False
+    Args:
+        channel: Handle of the DriverChannel actor on rank 0; None on other ranks, whose events are dropped.
+    """
+
+    def __init__(self, channel: Any | None) -> None:
+        self._channel, self._reply, self._stop = channel, None, False
 
     def send(self, event: Event, last: bool = False) -> None:
         """Sends an event without waiting, unless it is the last."""
-        self._reply = self._monitor.record.remote(event)
+        if self._channel is None:
+            return
+        self._reply = self._channel.record.remote(event)
         if last:
             ray.get(self._reply)
 
     def await_verdict(self, step: int) -> None:
-        """Waits until the driver has settled whether the run goes on after the held-out loss of a step."""
-        self._stop = ray.get(self._monitor.verdict.remote(step)) or self._stop
+        """Waits until the driver has decided whether the run goes on after the eval of a step."""
+        if self._channel is not None:
+            self._stop = ray.get(self._channel.verdict.remote(step)) or self._stop
 
-    def stop_asked(self) -> bool:
-        """Whether the driver asked to stop, as far as its replies have come."""
+    def stop_requested(self) -> bool:
+        """Whether the driver requested a stop, as far as its replies have arrived."""
         if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
             self._stop = self._stop or bool(ray.get(self._reply))
         return self._stop

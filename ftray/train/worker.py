@@ -31,9 +31,9 @@ def train_worker(arguments: dict[str, TrainJob]) -> None:
                 f"storage: {job.run_dir} is not to be seen from {socket.gethostname()}, where a worker runs; give a "
                 "directory that all nodes share, or s3://…"
             )
-        from ftray.train.trainer import Trainer
+        from ftray.train.setup import build_trainer
 
-        Trainer(job).train()
+        build_trainer(job).train()
     except Exception as err:
         known = innermost(err)
         if isinstance(known, FtrayError):

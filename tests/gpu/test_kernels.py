@@ -21,7 +21,9 @@ from ftray.model.fp8 import (
     use_eight_bits,
 )
 from ftray.model.lora import add_adapters, build_model, trainable
-from ftray.train.objectives.sft import LinearCrossEntropy, MicroBatch, SummedLossModel, flatten_rows
+from ftray.train.batch import Batch, collate
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import LinearCrossEntropy, Sft
 from ftray.train.optim import adamw
 from ftray.train.optim.adamw import AdamW, whole
 from tests import tiny
@@ -33,14 +35,14 @@ pytestmark = [
 LENGTHS = (37, 5, 64, 22)
 
 
-def _batch(lengths: tuple[int, ...], seed: int = 0) -> MicroBatch:
+def _batch(lengths: tuple[int, ...], seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     total = sum(lengths)
     ids = rng.integers(2, tiny.VOCAB_SIZE, (1, total)).astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
     labels = np.roll(ids, -1, axis=1)
     labels[0, np.cumsum(lengths) - 1] = -100
-    return flatten_rows(ids, labels, positions, np.array([total], np.int32), "cuda")
+    return collate(ids, labels, positions, np.array([total], np.int32), "cuda")
 
 
 def _model(attention: str) -> torch.nn.Module:
@@ -52,7 +54,7 @@ def _model(attention: str) -> torch.nn.Module:
 def test_varlen_attention_is_chosen_and_equals_sdpa_within_rounding() -> None:
     assert choose_attention(tiny.make_model().config) == VARLEN
     batch = _batch(LENGTHS)
-    losses = {name: float(SummedLossModel(_model(name))(*vars(batch).values())) for name in (VARLEN, "sdpa")}
+    losses = {name: float(ObjectiveModel(_model(name), Sft())(batch)[0]) for name in (VARLEN, "sdpa")}
     assert losses[VARLEN] == pytest.approx(losses["sdpa"], rel=5e-3)
 
 
@@ -72,13 +74,13 @@ def test_documents_do_not_see_each_other() -> None:
 
 def test_packed_loss_equals_the_sum_of_single_documents() -> None:
     choose_attention(tiny.make_model().config)
-    loss, batch = SummedLossModel(_model(VARLEN)), _batch(LENGTHS)
-    packed, single, at = float(loss(*vars(batch).values())), 0.0, 0
+    loss, batch = ObjectiveModel(_model(VARLEN), Sft()), _batch(LENGTHS)
+    packed, single, at = float(loss(batch)[0]), 0.0, 0
     for n in LENGTHS:
         part = slice(at, at + n)
         cu = torch.tensor([0, n], dtype=torch.int32, device="cuda")
-        one = MicroBatch(batch.input_ids[:, part], batch.labels[:, part], batch.position_ids[:, part], cu, n)
-        single += float(loss(*vars(one).values()))
+        one = Batch(batch.input_ids[:, part], batch.labels[:, part], batch.position_ids[:, part], cu, n)
+        single += float(loss(one)[0])
         at += n
     assert packed == pytest.approx(single, rel=2e-3)
 
@@ -110,7 +112,7 @@ def test_fused_lora_follows_pefts_layer() -> None:
             for module in model.modules():
                 if hasattr(module, "lora_dropout") and module.lora_dropout:
                     module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
-        losses.append(float(SummedLossModel(model)(*vars(_batch(LENGTHS)).values())))
+        losses.append(float(ObjectiveModel(model, Sft())(_batch(LENGTHS))[0]))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
@@ -269,7 +271,7 @@ def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: P
             for module in model.modules():
                 if hasattr(module, "lora_dropout") and module.lora_dropout:
                     module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
-        loss = SummedLossModel(model)(*vars(_batch(LENGTHS)).values())
+        loss = ObjectiveModel(model, Sft())(_batch(LENGTHS))[0]
         loss.backward()
         found.append((float(loss), torch.cat([p.grad.float().flatten() for p in trainable(model).values()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)

@@ -11,6 +11,7 @@ import torch
 from ftray.train.checkpoint.tensors import HostBuffer, assemble, check_complete, layout, num_bytes
 from ftray.train.memory import EIGHT_BIT, PAGED
 from ftray.train.optim.adamw import FULL, AdamW, decode_mean, decode_square, encode_mean, encode_square, whole
+from ftray.train.parallel import DeviceMesh
 from ftray.train.zero.state import local_parts, restore_parts
 
 SHAPE = (37, 50)
@@ -166,7 +167,7 @@ def test_ranks_share_it_out_by_parameter_name_and_it_comes_back_whole(moments: s
         laid, flat = [], []
         for rank in range(2):
             buffer = HostBuffer()
-            held = buffer.hold(local_parts(engine, parameters, rank, 2))
+            held = buffer.hold(local_parts(engine, parameters, DeviceMesh(rank, 2)))
             laid.append(layout(held))
             flat.append(buffer.first(num_bytes(laid[-1])))
         check_complete(laid)
@@ -180,7 +181,7 @@ def test_ranks_share_it_out_by_parameter_name_and_it_comes_back_whole(moments: s
     again = engine_of(*second.values())
     assert saved["weights.a"].dtype == torch.float32  # what export and evaluation read, whatever the optimizer
     read = lambda wanted: (saved[name].flatten()[lo:hi] for name, lo, hi in wanted)  # noqa: E731
-    restore_parts(again, second, read, 4, 0, 1)
+    restore_parts(again, second, read, 4, DeviceMesh(0, 1))
     update(again, range(4, 7))
     wanted, found = shares(engine, first), shares(again, second)
     assert wanted.keys() == found.keys()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ftray.train.objectives.sft import SummedLossModel, flatten_rows
-from ftray.train.step_timer import Stopwatch, slowest
-from ftray.train.trainer import _timed
+from ftray.train.batch import collate
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
+from ftray.train.step_timer import Stopwatch, slowest, timed
 from tests import tiny
 from tests.unit.test_alerts import alerts, kinds, line
 
@@ -28,7 +29,7 @@ def batches(number: int, seed: int) -> Iterator[Any]:
         for n in range(1, 48):
             ids[:, n] = (ids[:, n - 1] * 3 + rng.integers(0, 2, 4)) % 200 + 3
         positions = np.broadcast_to(np.arange(48), (4, 48)).astype(np.int32)
-        yield flatten_rows(ids, ids, positions, np.full(4, 48, np.int32))
+        yield collate(ids, ids, positions, np.full(4, 48, np.int32))
 
 
 def trained(
@@ -37,7 +38,7 @@ def trained(
     """Lines of a real training by AdamW with warm-up and clipping. few: so many batches, again and again. taught: steps at
     RATE that the model learned before. bad: steps whose loss is no number."""
     torch.set_num_threads(1)
-    loss_of = SummedLossModel(tiny.make_model()).train()
+    loss_of = ObjectiveModel(tiny.make_model(), Sft()).train()
     optimizer = torch.optim.AdamW(loss_of.parameters(), lr=rate, weight_decay=0.0)
     data, held_out = list(batches(few or num_steps, 1)), list(batches(4, 2))
     before = list(batches(taught, 3))
@@ -47,7 +48,7 @@ def trained(
             group["lr"] = (RATE if n < 0 else rate) * min(1.0, ((n + taught if n < 0 else n) + 1) / 5)
         batch = before[n] if n < 0 else data[n % len(data)]
         number = float((batch.labels >= 0).sum())
-        loss = loss_of(*vars(batch).values()) / number * (float("nan") if n in bad else 1.0)
+        loss = loss_of(batch)[0] / number * (float("nan") if n in bad else 1.0)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), 1.0)
@@ -59,7 +60,7 @@ def trained(
         lines.append(line(n, float(loss.detach()), grad_norm=float(norm), **({} if is_finite else {"skipped": True})))
         if every and n % every == every - 1:
             with torch.no_grad():
-                sums = [(float(loss_of(*vars(b).values())), float((b.labels >= 0).sum())) for b in held_out]
+                sums = [(float(loss_of(b)[0]), float((b.labels >= 0).sum())) for b in held_out]
             lines[-1]["eval_loss"] = sum(s for s, _ in sums) / sum(c for _, c in sums)
     return lines
 
@@ -98,9 +99,9 @@ def test_a_step_tells_how_long_it_waited_for_its_own_batch(monkeypatch: pytest.M
             clock[0] += n
             yield n
 
-    monkeypatch.setattr("ftray.train.trainer.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("ftray.train.step_timer.time", SimpleNamespace(monotonic=lambda: clock[0]))
     found = []
-    for batch, wait_s in _timed(slow()):
+    for batch, wait_s in timed(slow()):
         clock[0] += 10  # the step itself
         found.append((batch, wait_s))
     assert found == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]

@@ -16,10 +16,14 @@ import torch
 from ftray.data.loader import RankBatch
 from ftray.data.packing import pack_examples
 from ftray.errors import RunError
+from ftray.train.bad_steps import BadStepPolicy
 from ftray.train.checkpoint.catalog import RunProgress
-from ftray.train.step_timer import Stopwatch
+from ftray.train.checkpoint.writer import CheckpointSchedule, CheckpointWriter
+from ftray.train.driver_channel import DriverLink
+from ftray.train.eval_loss import Evaluator
+from ftray.train.step_timer import StragglerTimer
 from ftray.train.trainer import Trainer
-from ftray.train.zero.state import local_parts
+from ftray.train.zero.engine import build_engine
 from tests import cluster, ranks, tiny
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,24 +35,34 @@ FORGIVEN = 2  # max_bad_steps
 
 
 class Plan:
-    """As much of a shard as a step asks for."""
+    """As much of a plan as a step asks for."""
 
     num_steps = 100
 
 
-class Shard:
+class Loader:
     plan = Plan
 
 
 def trainer_of(run: Any, rank: int) -> Trainer:
-    """A Trainer that was given its engine, without Ray."""
-    trainer = object.__new__(Trainer)
-    trainer._run, trainer._device = run, torch.device("cpu")
-    trainer._rank, trainer._world_size = rank, 2
-    trainer._engine, trainer._parameters = trainer._build_engine()
-    trainer._own_time = Stopwatch(trainer._device)
-    trainer._shard, trainer._progress, trainer._lines, trainer._link = Shard, RunProgress(), [], None  # type: ignore[assignment]
-    return trainer
+    """A Trainer without Ray."""
+    mesh, plan = ranks.mesh(), Plan()
+    assert mesh.rank == rank
+    engine = build_engine(run, mesh)
+    return Trainer(
+        run_dir="",
+        settings=run.train,
+        mesh=mesh,
+        loader=Loader(),  # type: ignore[arg-type]
+        engine=engine,
+        writer=CheckpointWriter("", 1, {}, True, mesh),
+        schedule=CheckpointSchedule(run.checkpoint, plan, mesh),  # type: ignore[arg-type]
+        evaluator=Evaluator(run.evaluate, None, mesh, 1),
+        bad_steps=BadStepPolicy.from_config(run.train),
+        timer=StragglerTimer(mesh),
+        link=DriverLink(None),
+        progress=RunProgress(),
+    )
 
 
 def batch_of(step: int, rank: int) -> RankBatch:
@@ -68,25 +82,31 @@ def take_steps(rank: int, root: Path) -> dict[str, Any]:
         bad: set[int] = {1, *range(3, 9)} if rank == 1 else set()
         step = 0
 
-        def spoil(_module: Any, _inputs: Any, loss: torch.Tensor, bad: set[int] = bad) -> torch.Tensor:
-            return loss + math.inf if step in bad else loss  # noqa: B023 - this loop's
+        def spoil(_module: Any, _inputs: Any, result: Any, bad: set[int] = bad) -> Any:
+            loss, weight = result
+            return (loss + math.inf if step in bad else loss), weight  # noqa: B023 - this loop's
 
-        trainer._engine.module.register_forward_hook(spoil)
+        trainer.engine.deepspeed.module.register_forward_hook(spoil)
         told = []
         try:
             for step in range(9):
-                before = ranks.values(local_parts(trainer._engine, trainer._parameters, rank, 2))
-                trainer._step(batch_of(step, rank), 2 * 49, 0.0)
-                after = ranks.values(local_parts(trainer._engine, trainer._parameters, rank, 2))
+                before = ranks.values(trainer.engine.parts())
+                trainer.step(batch_of(step, rank), 2 * 49, 0.0)
+                after = ranks.values(trainer.engine.parts())
                 # The first step brings moments to be.
                 moved = len(before) != len(after) or not all(map(torch.equal, before, after))
                 finite = all(bool(one.float().isfinite().all()) for one in after)
-                told.append((math.isfinite(trainer._lines[-1]["loss"]), moved, finite))
+                told.append((math.isfinite(trainer.metrics[-1]["loss"]), moved, finite))
         except RunError as err:
             ended = str(err)
-        progress = trainer._progress
-        found[name] = (told, (progress.num_updates, progress.num_bad_steps, progress.bad_in_row), ended, trainer._lines)
-        trainer._engine.destroy()
+        progress = trainer.progress
+        found[name] = (
+            told,
+            (progress.num_updates, progress.num_bad_steps, progress.bad_in_row),
+            ended,
+            trainer.metrics,
+        )
+        trainer.engine.deepspeed.destroy()
     return found
 
 
@@ -98,7 +118,10 @@ def test_a_step_with_an_infinite_loss_and_finite_gradients_is_left_out_on_all_ra
             assert told == [good, bad, good, bad], name
             assert counts == (2, FORGIVEN + 1, 2), f"{name}: updates, bad steps, of them in a row"
             assert [bool(line.get("skipped")) for line in lines] == [False, True, False, True, True], name
-            assert f"step 4: {FORGIVEN + 1} steps had a non-finite loss or gradient, allowed are" in ended, name
+            assert (
+                f"step 4: {FORGIVEN + 1} steps had a non-finite loss or gradient. The limit train.max_bad_steps is"
+                in ended
+            ), name
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf])
@@ -106,12 +129,12 @@ def test_an_eval_loss_that_is_not_finite_is_never_the_best_and_counts_against_pa
     progress, seen = RunProgress(), []
     for step, loss in enumerate([nothing, 3.0, nothing, 2.0, nothing, 2.5, 2.0, nothing], 1):
         progress.step = step
-        seen.append((progress.note_heldout(loss), progress.since_best))
+        seen.append((progress.note_eval(loss), progress.since_best))
     assert seen == [(False, 1), (True, 0), (False, 1), (True, 0), (False, 1), (False, 2), (False, 3), (False, 4)]
     assert progress.best == {"step": 4, "loss": 2.0}
 
 
 def test_eval_losses_that_are_not_finite_runs_out_of_patience_without_a_best() -> None:
     progress = RunProgress()
-    assert [progress.note_heldout(math.nan) for _ in range(3)] == [False] * 3
+    assert [progress.note_eval(math.nan) for _ in range(3)] == [False] * 3
     assert (progress.best, progress.since_best) == (None, 3)

@@ -12,8 +12,8 @@ START = """
 import os, sys, tempfile
 import torch.distributed as dist
 if sys.argv[1] == "patched":
-    from ftray.compat.deepspeed import deepspeed_without_compiler
-    deepspeed_without_compiler()
+    from ftray.compat.deepspeed import without_compiler
+    without_compiler()
 import deepspeed
 dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
 deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
@@ -32,4 +32,4 @@ def test_deepspeed_starts_on_cpu_without_a_compiler_only_when_patched(how: str, 
         assert done.returncode == 0, done.stderr[-2000:]
         assert "started" in done.stdout
     else:
-        assert done.returncode != 0, "DeepSpeed starts without a compiler by itself: remove deepspeed_without_compiler"
+        assert done.returncode != 0, "DeepSpeed starts without a compiler by itself: remove without_compiler"

@@ -62,14 +62,14 @@ def run_of(root: Path, name: str, **more: Any) -> Any:
 
 def save(writer: CheckpointWriter, engine: Any, parameters: Any, step: int) -> None:
     progress = RunProgress(step=step, num_updates=step, loss_scale=read_scale(engine))
-    parts = local_parts(engine, parameters, dist.get_rank(), dist.get_world_size())
+    parts = local_parts(engine, parameters, ranks.mesh())
     writer.save(progress, parts, [{"step": step, "learning_rate": 1e-2, "grad_norm": 1.0}] if step else [])
 
 
 def load(run_dir: str, engine: Any, parameters: Any) -> None:
     found = list_checkpoints(run_dir)[0]
     read = TensorPartReader(found.uri).read_many
-    restore_parts(engine, parameters, read, found.progress.num_updates, dist.get_rank(), dist.get_world_size())
+    restore_parts(engine, parameters, read, found.progress.num_updates, ranks.mesh())
     restore_scale(engine, found.progress.loss_scale)
 
 
@@ -82,7 +82,7 @@ def train_and_resume(rank: int, root: Path, names: tuple[str, ...]) -> dict[str,
     for name in names:
         run = run_of(root, name)
         first, writer = (
-            CheckpointWriter(str(root / place), 9, {}, whole=run.method.type != "full")
+            CheckpointWriter(str(root / place), 9, {}, run.method.type != "full", ranks.mesh())
             for place in (f"{name}-begin", name)
         )
         engine, parameters = ranks.build_engine(run)
@@ -120,9 +120,9 @@ def overflow(engine: Any, parameters: Any) -> list[tuple[float, bool, bool, bool
                 for group in engine.optimizer.bit16_groups:
                     group[0].fill_(float("inf"))
         before = read_scale(engine)
-        weights = ranks.values(local_parts(engine, parameters, dist.get_rank(), 2))
+        weights = ranks.values(local_parts(engine, parameters, ranks.mesh()))
         ranks.train_steps(engine, 4, 5)
-        now = ranks.values(local_parts(engine, parameters, dist.get_rank(), 2))
+        now = ranks.values(local_parts(engine, parameters, ranks.mesh()))
         moved = not all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
         after = read_scale(engine)
         assert after is not None
@@ -139,7 +139,7 @@ def take_over(rank: int, root: Path, names: tuple[str, ...]) -> None:
         run = run_of(root, name, deepspeed__zero_stage=stage, **plain, **size)
         engine, parameters = ranks.build_engine(run)
         load(str(root / name), engine, parameters)
-        writer = CheckpointWriter(str(root / "other" / name), 9, {}, whole=run.method.type != "full")
+        writer = CheckpointWriter(str(root / "other" / name), 9, {}, run.method.type != "full", ranks.mesh())
         save(writer, engine, parameters, 2)
         writer.wait()
         engine.destroy()
@@ -152,11 +152,11 @@ def poison(rank: int, root: Path, names: tuple[str, ...]) -> dict[str, list[Any]
         engine, parameters = ranks.build_engine(run_of(root, name))
         ranks.train_steps(engine, 0, 1)
         for factor in (float("nan"), float("inf"), 1.0):
-            before = ranks.values(local_parts(engine, parameters, rank, 2))
-            loss = engine(*vars(ranks.tiny_batch(1, rank)).values())
+            before = ranks.values(local_parts(engine, parameters, ranks.mesh()))
+            loss = engine(ranks.tiny_batch(1, rank))[0]
             engine.backward(loss * (factor if rank == 1 else 1.0) / 60, scale_wrt_gas=False)  # one rank is enough
             engine.step()
-            after = ranks.values(local_parts(engine, parameters, rank, 2))
+            after = ranks.values(local_parts(engine, parameters, ranks.mesh()))
             moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             found.setdefault(name, []).append((engine.optimizer.overflow, moved))
         engine.destroy()

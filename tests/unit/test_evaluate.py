@@ -33,7 +33,8 @@ from ftray.evaluate.results import (
 )
 from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_documents
 from ftray.model.lora import add_virtual_tokens
-from ftray.train.objectives.sft import SummedLossModel
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
 from tests import tiny
 from tests.cluster import make_run
 
@@ -63,7 +64,7 @@ def cost(model: Any, document: Any) -> list[float]:
 @pytest.mark.parametrize("max_seq_len", [16, 300])  # 16: every row is longer than that
 def test_a_record_in_a_packed_row_costs_what_it_costs_alone(rows_at_once: int, max_seq_len: int) -> None:
     model, records = tiny.make_model(), documents()
-    summed = SummedLossModel(model, label_smoothing=0.5).eval()
+    summed = ObjectiveModel(model, Sft(0.5)).eval()
     found = score_documents(summed, records, max_seq_len, rows_at_once, 1, torch.device("cpu"))
     expected = [np.sum([cost(model, d) for d in record], axis=0) for record in records]
     assert found == pytest.approx(np.array(expected), rel=1e-5)
@@ -76,7 +77,7 @@ def test_each_record_sees_the_virtual_tokens_of_a_prompt_tuned_model() -> None:
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)
     records = documents()[1:]
-    found = score_documents(SummedLossModel(model).eval(), records, 300, 1, 1, torch.device("cpu"))
+    found = score_documents(ObjectiveModel(model, Sft()).eval(), records, 300, 1, 1, torch.device("cpu"))
     for sums, ((ids, mask),) in zip(found, records, strict=True):
         whole = torch.tensor([ids]).long()
         with torch.no_grad():

@@ -10,9 +10,12 @@ import torch
 
 from ftray import config
 from ftray.errors import ConfigError
+from ftray.train.batch import collate
 from ftray.train.memory import GIB, HeadMemory, MemoryModel, best_fit, head_of, longest_row, state_bytes
 from ftray.train.memory_tuning import fit_memory
-from ftray.train.objectives.sft import SummedLossModel, flatten_rows
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
+from ftray.train.parallel import DeviceMesh
 from tests import tiny
 
 NO_HEAD = HeadMemory(0, 0, 0)
@@ -79,12 +82,12 @@ def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> No
 
 
 def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
-    loss = SummedLossModel(tiny.make_model())
-    fit = fit_memory(_run(), loss, torch.device("cpu"), 2)
+    loss = ObjectiveModel(tiny.make_model(), Sft())
+    fit = fit_memory(_run(), loss, DeviceMesh(0, 2))
     assert (fit.micro_batch_size, fit.layers, fit.peak) == (1, 0, None)
-    sizes = [fit_memory(_run(), loss, torch.device("cpu"), 2, before).micro_batch_size for before in (2, 3, 8)]
+    sizes = [fit_memory(_run(), loss, DeviceMesh(0, 2), before).micro_batch_size for before in (2, 3, 8)]
     assert sizes == [2, 1, 1], "of four rows for each worker"
-    given = fit_memory(_run(micro_batch_size=4), loss, torch.device("cpu"), 2, 2)
+    given = fit_memory(_run(micro_batch_size=4), loss, DeviceMesh(0, 2), 2)
     assert given.micro_batch_size == 4, "what the run file says stands"
 
 
@@ -92,12 +95,12 @@ def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
 def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, layers: int) -> None:
     ids = np.random.default_rng(0).integers(2, tiny.VOCAB_SIZE, (2, 64)).astype(np.int32)
     positions = np.broadcast_to(np.arange(64) % 24, (2, 64)).astype(np.int32)
-    batch = flatten_rows(ids, np.roll(ids, -1, 1), positions, np.array([64, 50], np.int32))
+    batch = collate(ids, np.roll(ids, -1, 1), positions, np.array([64, 50], np.int32))
     found = []
     for how in ("none", recompute):
-        loss = SummedLossModel(tiny.make_model()).train()
-        fit = fit_memory(_run(gradient_checkpointing=how), loss, torch.device("cpu"), 1)
-        value = loss(*vars(batch).values())
+        loss = ObjectiveModel(tiny.make_model(), Sft()).train()
+        fit = fit_memory(_run(gradient_checkpointing=how), loss, DeviceMesh(0, 1))
+        value, _ = loss(batch)
         value.backward()
         found.append((float(value), [p.grad for p in loss.parameters()]))
     assert fit.layers == layers
@@ -116,7 +119,7 @@ def test_a_model_without_such_layers_says_so() -> None:
     with pytest.raises(
         ConfigError, match=r"train\.gradient_checkpointing full: this model has no layers for it; use none"
     ):
-        fit_memory(_run(gradient_checkpointing="full"), Plain(), torch.device("cpu"), 1)  # type: ignore[arg-type]
+        fit_memory(_run(gradient_checkpointing="full"), Plain(), DeviceMesh(0, 1))  # type: ignore[arg-type]
 
 
 def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:

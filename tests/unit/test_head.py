@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ftray.model.output_head import is_plain
 from ftray.report.model_shape import read_shape
-from ftray.train.objectives.sft import SummedLossModel, _add_product
+from ftray.train.batch import Batch
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft, _add_product
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -57,12 +59,12 @@ def build(kind: str, **more: Any) -> Any:
 def test_the_loss_is_that_of_the_models_own_logits(kind: str, more: dict[str, Any], plain: bool) -> None:
     model = build(kind, **more)
     assert is_plain(model) == plain
-    loss = SummedLossModel(model)
-    assert loss.in_pieces == plain
+    loss = ObjectiveModel(model, Sft())
+    assert (loss.head is not None) == plain
     ids, positions = torch.randint(3, 100, (1, 16)), torch.arange(16)[None]
     labels = ids.roll(-1, 1)
     with torch.no_grad():
-        found = float(loss(ids, labels, positions, torch.tensor([0, 16], dtype=torch.int32), 16))
+        found = float(loss(Batch(ids, labels, positions, torch.tensor([0, 16], dtype=torch.int32), 16))[0])
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     assert found == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, labels[0], reduction="sum")), rel=1e-4
@@ -84,27 +86,42 @@ def test_a_class_that_is_its_own_decoder_is_not_plain() -> None:
     assert not is_plain(model)
 
 
-def test_a_class_whose_source_cannot_be_read_or_does_more_is_not_plain() -> None:
+def test_a_class_that_does_more_than_the_product_is_not_plain() -> None:
     model = build("llama")
 
-    class More(type(model)):  # type: ignore[misc]
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            logits = self.lm_head(hidden_states)
-            logits *= 2
-            return {"logits": logits}
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
 
-    model.__class__ = More
+    model.__class__ = Doubled
     assert not is_plain(model)
 
     class Other(type(model)):  # type: ignore[misc]
-        def forward(self, hidden_states: torch.Tensor, slice_indices: slice) -> torch.Tensor:
-            logits = self.predictions(hidden_states[:, slice_indices, :])
-            return {"logits": logits}
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = self.predictions(output.logits)
+            return output
 
-    model.__class__, model.predictions = Other, torch.nn.Linear(32, 128)
+    model.__class__, model.predictions = Other, torch.nn.Linear(128, 128)
     assert not is_plain(model)
-    model.__class__ = type("Unread", (More,), {"forward": len})
+    model.__class__ = type("Broken", (Doubled,), {"forward": len})
     assert not is_plain(model)
+    assert "forward" not in vars(model.get_decoder()), "what the trial replaces is put back"
+
+
+def test_a_head_with_rows_beyond_the_vocabulary_is_not_plain() -> None:
+    model = build("llama")
+    assert is_plain(model)
+    model.config.vocab_size -= 1
+    assert not is_plain(model)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_a_plan_knows_a_scale_of_logits(scale: float) -> None:
+    model = build("granite", logits_scaling=scale)
+    assert read_shape(model.config.to_dict(), "granite").whole_logits == (not is_plain(model)) == (scale != 1.0)
 
 
 def test_gradients_of_a_head_in_fp16_are_summed_beyond_its_range() -> None:

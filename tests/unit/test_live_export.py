@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from ftray.console import Console
@@ -59,9 +58,9 @@ def train_and_save(rank: int, root: Path) -> dict[str, Any]:
             with deepspeed.zero.GatheredParameters([p]):
                 computing[n] = p.detach().cpu().clone()
         found[name] = (masters, computing)
-        writer = CheckpointWriter(run.directory, 9, {}, whole=run.method.type != "full")
+        writer = CheckpointWriter(run.directory, 9, {}, run.method.type != "full", ranks.mesh())
         line = {"step": 1, "learning_rate": 1e-2, "grad_norm": 1.0}
-        writer.save(RunProgress(2, 2), local_parts(engine, parameters, rank, dist.get_world_size()), [line])
+        writer.save(RunProgress(2, 2), local_parts(engine, parameters, ranks.mesh()), [line])
         ranks.train_steps(engine, 2, 3)  # the weights go on while they are written
         writer.wait()
         engine.destroy()

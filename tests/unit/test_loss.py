@@ -14,8 +14,10 @@ from ftray.data.packing import IGNORE_INDEX, PackedSequence, pack_examples
 from ftray.model import embedded
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import add_adapters
+from ftray.train.batch import Batch, collate
 from ftray.train.objectives import sft as loss_module
-from ftray.train.objectives.sft import LinearCrossEntropy, LossHead, MicroBatch, SummedLossModel, flatten_rows
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import LinearCrossEntropy, LossHead, Sft
 from tests import tiny
 
 Document = tuple[list[int], list[bool]]
@@ -32,16 +34,16 @@ def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Document]:
     return [(rng.integers(3, tiny.VOCAB_SIZE, n).tolist(), (rng.random(n) < 0.6).tolist()) for n in lengths]
 
 
-def micro_batch(rows: Sequence[PackedSequence]) -> MicroBatch:
+def micro_batch(rows: Sequence[PackedSequence]) -> Batch:
     def matrix(name: str) -> Any:
         return np.stack([getattr(row, name) for row in rows])
 
     num_tokens = np.array([row.num_tokens for row in rows], dtype=np.int32)
-    return flatten_rows(matrix("input_ids"), matrix("labels"), matrix("position_ids"), num_tokens)
+    return collate(matrix("input_ids"), matrix("labels"), matrix("position_ids"), num_tokens)
 
 
 def packed_loss(model: Any, rows: Sequence[PackedSequence]) -> torch.Tensor:
-    loss: torch.Tensor = SummedLossModel(model)(*vars(micro_batch(rows)).values())
+    loss: torch.Tensor = ObjectiveModel(model, Sft())(micro_batch(rows))[0]
     return loss
 
 
@@ -190,9 +192,9 @@ def test_fused_cross_entropy_is_the_plain_one_with_its_gradients(
 
 def test_logits_are_computed_at_supervised_positions_only(model: Any) -> None:
     rows = pack_examples(random_documents([30, 20], seed=6), 64, 1)
-    loss, seen = SummedLossModel(model), []
+    loss, seen = ObjectiveModel(model, Sft()), []
     loss.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    loss(*vars(micro_batch(rows)).values())
+    loss(micro_batch(rows))
     assert seen == [torch.Size([sum(row.num_trained_tokens for row in rows), model.config.hidden_size])]
 
 

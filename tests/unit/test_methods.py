@@ -25,7 +25,10 @@ from ftray.model.lora import (
     frozen_names,
     trainable,
 )
-from ftray.train.objectives.sft import LinearCrossEntropy, SummedLossModel, flatten_rows
+from ftray.train.batch import collate
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.prompt_tuning import PromptTuning
+from ftray.train.objectives.sft import LinearCrossEntropy, Sft
 from tests import tiny
 
 NAMES = [name for name, _ in tiny.make_model().named_parameters()]
@@ -53,11 +56,11 @@ def batch_of(docs: list[tuple[list[int], list[bool]]], packing: bool = True) -> 
         return np.stack([getattr(row, name) for row in rows])
 
     lengths = np.array([row.num_tokens for row in rows], dtype=np.int32)
-    return flatten_rows(matrix("input_ids"), matrix("labels"), matrix("position_ids"), lengths)
+    return collate(matrix("input_ids"), matrix("labels"), matrix("position_ids"), lengths)
 
 
-def loss_of(model: SummedLossModel, batch: Any) -> torch.Tensor:
-    loss: torch.Tensor = model(*vars(batch).values())
+def loss_of(model: ObjectiveModel, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(batch)[0]
     return loss
 
 
@@ -95,7 +98,7 @@ def test_what_fits_nothing_and_what_leaves_nothing_is_refused(base: config.Model
 
 def test_what_is_frozen_has_no_gradient_and_all_else_has(base: config.ModelConfig) -> None:
     model = build_model(base, method(type="full", freeze=["embed_tokens", "layers.0"]), "fp32", 0)
-    loss_of(SummedLossModel(model), batch_of(documents())).backward()
+    loss_of(ObjectiveModel(model, Sft()), batch_of(documents())).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == set(trainable(model)) == {n for n in NAMES if "embed_tokens" not in n and "layers.0." not in n}
 
@@ -123,9 +126,9 @@ def loss_by_peft(model: Any, document: tuple[list[int], list[bool]]) -> torch.Te
 def test_each_packed_document_sees_the_virtual_tokens_as_if_it_were_alone(prompted: Any, packing: bool) -> None:
     docs = [d for d in documents() if any(d[1][1:])]
     with torch.no_grad():
-        packed = float(loss_of(SummedLossModel(prompted), batch_of(docs, packing)))
+        packed = float(loss_of(ObjectiveModel(prompted, PromptTuning()), batch_of(docs, packing)))
         alone = sum(float(loss_by_peft(prompted, d)) for d in docs)
-        bare = float(loss_of(SummedLossModel(prompted.get_base_model()), batch_of(docs, packing)))
+        bare = float(loss_of(ObjectiveModel(prompted.get_base_model(), Sft()), batch_of(docs, packing)))
     assert packed == pytest.approx(alone, rel=1e-5)
     assert abs(packed - bare) > 1e-3 * bare
 
@@ -134,7 +137,10 @@ def test_the_virtual_tokens_gradient_is_the_sum_over_documents(prompted: Any) ->
     docs = [d for d in documents(1) if any(d[1][1:])]
     weight = prompted.prompt_encoder["default"].embedding.weight
     found = []
-    for losses in ([loss_of(SummedLossModel(prompted), batch_of(docs))], [loss_by_peft(prompted, d) for d in docs]):
+    for losses in (
+        [loss_of(ObjectiveModel(prompted, PromptTuning()), batch_of(docs))],
+        [loss_by_peft(prompted, d) for d in docs],
+    ):
         weight.grad = None
         for loss in losses:
             loss.backward()
@@ -243,7 +249,7 @@ def test_the_fused_smoothed_loss_is_the_plain_one_with_its_gradients(num_tokens:
 
 def test_labels_are_smoothed_in_training_and_not_in_the_eval_loss() -> None:
     model, batch = tiny.make_model(seed=3), batch_of(documents())
-    smooth, plain = SummedLossModel(model, 0.2).train(), SummedLossModel(model).train()
+    smooth, plain = ObjectiveModel(model, Sft(0.2)).train(), ObjectiveModel(model, Sft()).train()
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
     where = (batch.labels[0] >= 0).nonzero()[:, 0]
     spread = -float(logits[where].log_softmax(-1).mean(-1).sum())

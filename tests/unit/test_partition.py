@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ftray.model.lora import build_model, dtype_of
-from ftray.train.objectives.sft import SummedLossModel
+from ftray.train.objectives import objective_of
+from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.zero.config import deepspeed_config
 from ftray.train.zero.init import gathered_in_use, partition_model
 from tests import cluster, ranks, tiny
@@ -49,8 +50,10 @@ def run_of(root: Path, name: str) -> Any:
     return cluster.make_run(root / "runs" / name, root / name, root, **{**sharded, **sizes, **settings})
 
 
-def build(run: Any, outline: bool = False) -> SummedLossModel:
-    return SummedLossModel(build_model(run.model, run.method, run.train.precision, 0, outline)).train()
+def build(run: Any, outline: bool = False) -> ObjectiveModel:
+    return ObjectiveModel(
+        build_model(run.model, run.method, run.train.precision, 0, outline), objective_of(run)
+    ).train()
 
 
 def held(model: torch.nn.Module) -> int:
@@ -84,7 +87,7 @@ def spied(act: Callable[[], None], model: torch.nn.Module) -> list[int]:
 
 
 def loss_of(model: Any, rank: int) -> float:
-    return float(model(*vars(ranks.tiny_batch(0, rank)).values()).detach())
+    return float(model(ranks.tiny_batch(0, rank))[0].detach())
 
 
 def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
         added = sum(p.numel() for p in model.parameters() if p.requires_grad) if run.method.type != "full" else 0
         result: dict[str, Any] = {"copied": held(model) - (added if rank == 0 else 0)}
         settings = deepspeed_config(run.train, run.deepspeed, 1, 2)
-        seen = spied(lambda m=model, s=settings: partition_model(m, s, torch.device("cpu")), model)  # type: ignore[misc]
+        seen = spied(lambda m=model, s=settings: partition_model(m, s, ranks.mesh()), model)  # type: ignore[misc]
         expected = dict(whole.named_parameters())
         assert [n for n, _ in model.named_parameters()] == list(expected)
         for n, p in model.named_parameters():
@@ -107,7 +110,7 @@ def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
                 assert torch.equal(p, expected[n]), f"{name}: {n}"
         for n, buffer in whole.named_buffers():
             assert torch.equal(model.get_buffer(n), buffer), f"{name}: {n}"
-        with gathered_in_use(model, list(model._causal.get_decoder().layers)):
+        with gathered_in_use(model, list(model.causal.get_decoder().layers)):
             result["tried"] = loss_of(model, rank)
         sizes = [p.numel() for p in whole.parameters()]
         result |= {"held": held(model), "most": max(seen), "parts": sum(-(-n // 2) for n in sizes), "top": max(sizes)}
@@ -123,7 +126,7 @@ def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
         finally:
             deepspeed.initialize = initialize
         result["at_once"] = [
-            n for n, m in engine.module._causal.get_decoder().named_modules() if getattr(m, "_z3_leaf", False)
+            n for n, m in engine.module.causal.get_decoder().named_modules() if getattr(m, "_z3_leaf", False)
         ]
         result |= {"given": given, "loss": ranks.train_steps(engine, 0, 1)[0], "whole": loss_of(whole, rank)}
         engine.destroy()

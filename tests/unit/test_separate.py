@@ -16,10 +16,13 @@ from ftray.engine.transformers.engine import _max_positions as max_positions
 from ftray.errors import ModelError
 from ftray.model import attention
 from ftray.model.attention import VARLEN, choose_attention
-from ftray.train.objectives.sft import SummedLossModel
-from ftray.train.packing_check import HALF_SHARE, SHARE, keep_apart, leak
+from ftray.model.families import ModelFamily
+from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.sft import Sft
+from ftray.train.packing_check import check_packing, leak
 from tests.unit.test_head import build
 
+LIMIT, LIMIT_16_BIT = ModelFamily.max_leaks
 CPU = torch.device("cpu")
 
 
@@ -34,27 +37,27 @@ APART = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [*APART, "olmo2", "smollm3", "gpt2", "gpt_neox"])
 def test_families_that_keep_documents_apart_pass(kind: str, dtype: torch.dtype) -> None:
-    loss = SummedLossModel(build(kind).to(dtype)).train()
-    assert leak(loss, CPU) < SHARE / 10
+    loss = ObjectiveModel(build(kind).to(dtype), Sft()).train()
+    assert leak(loss, CPU) < LIMIT / 10
     assert loss.training
-    keep_apart(run_of(), loss, CPU)
+    check_packing(run_of(), loss, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["jamba", "nemotron_h", "recurrent_gemma", "minimax", "falcon_mamba", "opt"])
 def test_families_that_do_not_are_refused_where_a_row_holds_several(kind: str, dtype: torch.dtype) -> None:
-    loss = SummedLossModel(build(kind).to(dtype)).train()
-    assert leak(loss, CPU) > 5 * HALF_SHARE
+    loss = ObjectiveModel(build(kind).to(dtype), Sft()).train()
+    assert leak(loss, CPU) > 5 * LIMIT_16_BIT
     with pytest.raises(
         ModelError,
         match=rf"model.base org/b \({kind}\): a document changes the loss of the one behind it .*use another base",
     ):
-        keep_apart(run_of(), loss, CPU)
+        check_packing(run_of(), loss, CPU)
     with pytest.raises(ModelError):
-        keep_apart(run_of(data={"train": [{"path": "p"}], "packing": False}), loss, CPU)
+        check_packing(run_of(data={"train": [{"path": "p"}], "packing": False}), loss, CPU)
     alone = {"data": {"train": [{"path": "p"}], "packing": False}}
     with pytest.raises(ModelError):  # evaluation packs them all the same
-        keep_apart(run_of(**alone, train={"global_batch_size": 4, "micro_batch_size": 1}), loss, CPU)
+        check_packing(run_of(**alone, train={"global_batch_size": 4, "micro_batch_size": 1}), loss, CPU)
 
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -69,16 +72,16 @@ ROPES = [
 def test_frequencies_that_hang_on_the_longest_document_are_refused_beyond_their_border(
     kind: str, more: dict[str, Any], steady: int | None
 ) -> None:
-    loss = SummedLossModel(build(kind, **more)).train()
+    loss = ObjectiveModel(build(kind, **more), Sft()).train()
     data: dict[str, Any] = {"train": [{"path": "p"}]}
-    keep_apart(run_of(data={**data, "max_seq_len": steady or 4096}), loss, CPU)
+    check_packing(run_of(data={**data, "max_seq_len": steady or 4096}), loss, CPU)
     assert max_positions(loss.model) == (steady or 64)
     if steady is None:
         return
     with pytest.raises(
         ModelError, match=rf"data\.max_seq_len \({steady + 1}\) is beyond {steady}, .*; lower it to {steady}, or"
     ):
-        keep_apart(run_of(data={**data, "max_seq_len": steady + 1}), loss, CPU)
+        check_packing(run_of(data={**data, "max_seq_len": steady + 1}), loss, CPU)
 
 
 def test_a_class_that_loses_the_documents_lengths_gets_the_attention_that_needs_none(
@@ -86,12 +89,12 @@ def test_a_class_that_loses_the_documents_lengths_gets_the_attention_that_needs_
 ) -> None:
     """As nemotron does on a GPU, where ftray's attention would take the row for one document."""
     use_ours(monkeypatch)
-    loss = SummedLossModel(build("llama")).train()
+    loss = ObjectiveModel(build("llama"), Sft()).train()
     loss.model.set_attn_implementation(VARLEN)
-    assert leak(loss, CPU) > HALF_SHARE, "on a CPU no lengths are told"
-    keep_apart(run_of(), loss, CPU)
+    assert leak(loss, CPU) > LIMIT_16_BIT, "on a CPU no lengths are told"
+    check_packing(run_of(), loss, CPU)
     assert loss.model.config._attn_implementation == "sdpa"
-    assert leak(loss, CPU) < SHARE / 100
+    assert leak(loss, CPU) < LIMIT / 100
 
 
 def by_documents(

@@ -15,7 +15,8 @@ from ftray.errors import CheckpointError, RunHeldError
 from ftray.train.checkpoint.catalog import RunProgress, find_newest, list_checkpoints
 from ftray.train.checkpoint.tensors import TensorPart
 from ftray.train.checkpoint.writer import CheckpointWriter
-from ftray.train.trainer import heldout_share
+from ftray.train.eval_loss import eval_share
+from ftray.train.parallel import DeviceMesh
 
 
 def save(run_dir: Path, step: int, keep: int = 9, lease: storage.Token | None = None, value: float = 0.0) -> None:
@@ -90,7 +91,7 @@ def test_every_rank_has_as_many_heldout_rows_and_each_counts_once(num_rows: int,
             "num_tokens": pa.array([2] * num_rows, pa.int32()),
         }
     )
-    shares = [heldout_share(table, rank, world_size) for rank in range(world_size)]
+    shares = [eval_share(table, DeviceMesh(rank, world_size)) for rank in range(world_size)]
     assert len({len(share.labels) for share in shares}) == 1, "sharded weights are gathered by all ranks together"
     learned = sorted(int(label) for share in shares for label in share.labels[:, 0] if label != IGNORE_INDEX)
     assert learned == list(range(num_rows))

@@ -78,7 +78,8 @@ def test_the_step_that_benchmarks_time_is_the_mean_loss_of_all_micro_batches(bas
     from argparse import Namespace
 
     from ftray.model.lora import build_model, trainable
-    from ftray.train.objectives.sft import SummedLossModel
+    from ftray.train.objectives.base import ObjectiveModel
+    from ftray.train.objectives.sft import Sft
 
     given = Namespace(model=base, seq=64, document=16)
     steps = []
@@ -93,7 +94,7 @@ def test_the_step_that_benchmarks_time_is_the_mean_loss_of_all_micro_batches(bas
 
     run = fit_trial.run_of(Namespace(**vars(given), batch=2, method="full", optimizer="adamw"), 1, "none")
     built = build_model(run.model, run.method, "fp32", 0)
-    weights, model = list(trainable(built).values()), SummedLossModel(built).train()
+    weights, model = list(trainable(built).values()), ObjectiveModel(built, Sft()).train()
     batch = plain_loop.batch_of(given, 1, built.config.vocab_size, torch.device("cpu"))
     for accumulate in (1, 2):
         plain_loop.take_step(model, Spy(), batch, accumulate)  # type: ignore[arg-type]

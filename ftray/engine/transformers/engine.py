@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat, template_of, try_template
+from ftray.compat.transformers import attention_of
 from ftray.engine.detokenizer import Detokenizer, read_tokens
 from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, StuckError, check_prompt
 from ftray.engine.rope import steady_context
@@ -283,7 +284,7 @@ class TransformersEngine:
         )
 
     def _use_fitting_attention(self) -> None:
-        name = self._model.config._attn_implementation
+        name = attention_of(self._model.config)
         if caps_scores(self._model.config):
             use_capped()
             self._attention = name

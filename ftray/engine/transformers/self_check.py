@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ftray.compat.transformers import attention_of
 from ftray.engine.protocol import Engine, SamplingParams, TokenLogprob
 from ftray.engine.transformers.softcap import caps_scores
 from ftray.errors import ModelError
@@ -35,7 +36,7 @@ def answer_alone(model: Any, max_context: int) -> ReferenceAnswer:
     length = min(PROMPT, max_context - NUM_TOKENS)
     if not caps_scores(model.config):
         return _answer(model, length)
-    usual = model.config._attn_implementation
+    usual = attention_of(model.config)
     model.set_attn_implementation("eager")  # sdpa leaves the cap out
     try:
         return _answer(model, length)

@@ -43,7 +43,7 @@ class RunProgress:
     loss_scale: dict[str, float] | None = None
     micro_batch_size: int | None = None
 
-    def note_heldout(self, loss: float) -> bool:
+    def note_eval(self, loss: float) -> bool:
         """Counts a held-out loss at this step; True when it is the best so far. One that is not finite never is."""
         is_best = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         if is_best:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ftray import config, storage
 from ftray.errors import CheckpointError, ConfigError
 from ftray.model.load import load_base, unquantized
 from ftray.model.lora import add_adapters, build_model, dtype_of, trainable
-from ftray.train.checkpoint.catalog import CheckpointRef, scan_checkpoints
+from ftray.train.checkpoint.catalog import CheckpointRef, find_newest, scan_checkpoints
 from ftray.train.checkpoint.tensors import TensorPartReader
 from ftray.train.checkpoint.writer import load_checkpoint
+from ftray.train.parallel import DeviceMesh
 
 
 def load_tuned(run: config.RunConfig, found: CheckpointRef, precision: str, to_merge: bool = False) -> Any:
@@ -34,6 +37,18 @@ def load_tuned(run: config.RunConfig, found: CheckpointRef, precision: str, to_m
     if left := list(state):
         raise CheckpointError(f"{found.uri} doesn't fit the model: it has {left[0]}, the model has not")
     return model.eval()
+
+
+def newest_on_all_ranks(run_dir: str, mesh: DeviceMesh, below_updates: float = math.inf) -> CheckpointRef | None:
+    """The newest sound checkpoint, found by rank 0, so that all ranks take the same one. Collective.
+
+    below_updates: As in `catalog.find_newest`.
+    """
+    checkpoint = None
+    if mesh.is_first:
+        checkpoint = find_newest(run_dir, partial(print, "warning:", flush=True), below_updates)
+    result: CheckpointRef | None = mesh.broadcast(checkpoint)
+    return result
 
 
 def open_parent(uri: str) -> CheckpointRef:

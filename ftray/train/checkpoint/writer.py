@@ -10,17 +10,18 @@ import hashlib
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ftray import errors, storage
+from ftray import config, errors, storage
 from ftray.errors import CheckpointError, RunHeldError, StorageError
 from ftray.storage import local
 from ftray.train.checkpoint.catalog import CheckpointRef, RunProgress, list_checkpoints
@@ -37,7 +38,11 @@ from ftray.train.checkpoint.tensors import (
     pieces,
     write_parts,
 )
+from ftray.train.parallel import DeviceMesh
 from ftray.train.segments import as_text, segment_sum
+
+if TYPE_CHECKING:
+    from ftray.data.loader import LoadPlan
 
 WHOLE, SHARE, STATE = "state.safetensors", "state-{:05d}-of-{:05d}.safetensors", "state.json"
 
@@ -76,11 +81,9 @@ class CheckpointBarrier:
     All ranks make one at the same time, and use it in the same order.
     """
 
-    def __init__(self) -> None:
-        many = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank: int = dist.get_rank() if many else 0
-        self.world_size: int = dist.get_world_size() if many else 1
-        self._group = dist.new_group(backend="gloo") if many else None
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.rank, self.world_size = mesh.rank, mesh.world_size
+        self._group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
 
     def gather(self, act: Callable[[], Any]) -> list[Any]:
         """What `act` returns on each rank, on all of them. Where one raises, all raise."""
@@ -113,6 +116,35 @@ class CheckpointBarrier:
         return found
 
 
+class CheckpointSchedule:
+    """When checkpoints are due: every so many steps or epochs, or after a time.
+
+    Args:
+        settings: The section `checkpoint`.
+        plan: The plan of the data.
+        mesh: This rank's place.
+    """
+
+    def __init__(self, settings: config.CheckpointConfig, plan: LoadPlan, mesh: DeviceMesh) -> None:
+        self._settings, self._plan, self._mesh = settings, plan, mesh
+        self._saved_s = time.monotonic()
+
+    def saved(self) -> None:
+        """A checkpoint was saved now."""
+        self._saved_s = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint follows after `step` steps. By time, rank 0's clock decides for all. Collective."""
+        settings, plan = self._settings, self._plan
+        if isinstance(settings.every, int):
+            return step % settings.every == 0
+        if settings.every_epochs is not None:
+            rows, size = settings.every_epochs * plan.mixture.sequences_per_epoch, plan.global_batch_size
+            return int(step * size // rows) > int((step - 1) * size // rows)
+        due = self._mesh.is_first and time.monotonic() - self._saved_s >= (settings.every_s or 0)
+        return self._mesh.sum([float(due)])[0] > 0
+
+
 class CheckpointWriter:
     """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
 
@@ -122,10 +154,16 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, run_dir: str, keep: int, meta: dict[str, Any], whole: bool, lease: storage.Token | None = None
+        self,
+        run_dir: str,
+        keep: int,
+        meta: dict[str, Any],
+        whole: bool,
+        mesh: DeviceMesh | None = None,
+        lease: storage.Token | None = None,
     ) -> None:
         self._run_dir, self._keep, self._meta, self._whole, self._lease = run_dir, keep, meta, whole, lease
-        self._ranks, self._buffer = CheckpointBarrier(), HostBuffer()
+        self._ranks, self._buffer = CheckpointBarrier(mesh or DeviceMesh(0, 1)), HostBuffer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ftray-checkpoint")
         self._pending: Future[None] | None = None
 

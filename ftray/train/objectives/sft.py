@@ -1,159 +1,88 @@
-"""The loss: a sum over supervised tokens, to be divided by their number in the global batch.
+"""Supervised fine-tuning: cross-entropy of the trained tokens, as a sum and their number.
 
-Knows tensors and causal language models; nothing of DeepSpeed, steps or files. Held-out loss is the same sum.
+The eval loss is the same sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from ftray import config
 from ftray.data.packing import IGNORE_INDEX
-from ftray.model.output_head import is_plain
+from ftray.train.batch import Batch
 from ftray.train.memory import piece_tokens
-from ftray.train.objectives.prompt_tuning import prepend_virtual
+from ftray.train.objectives.base import Objective, ObjectiveModel, register
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows laid end to end without their padding: int64 [1, tokens] each; positions restart at 0 in each document.
+@register
+class Sft(Objective):
+    """Summed cross-entropy of the trained tokens.
 
-    cu_seqlens: int32 [documents + 1], where documents begin, and the end. max_length: tokens of the longest.
+    Logits are computed for trained tokens only, and in pieces where the output head allows it (`output_head.is_plain`).
+
+    Args:
+        label_smoothing: Share of the target's weight that is spread over the vocabulary, in training mode only.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_length: int
+    name = "sft"
 
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self._label_smoothing = label_smoothing
 
-def flatten_rows(
-    input_ids: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int32],
-    position_ids: npt.NDArray[np.int32],
-    num_tokens: npt.NDArray[np.int32],
-    device: torch.device | str = "cpu",
-) -> MicroBatch:
-    """Rows [rows, max_seq_len] → one MicroBatch; num_tokens: tokens of each row before its padding."""
+    @classmethod
+    def from_config(cls, run: config.RunConfig) -> Self:
+        """The objective with `train.label_smoothing`."""
+        return cls(run.train.label_smoothing)
 
-    def flat(matrix: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        return np.concatenate([row[:n] for row, n in zip(matrix, num_tokens, strict=True)]).astype(np.int64)
+    def build_head(self, causal: Any) -> LossHead:
+        """The output head with the loss."""
+        return LossHead(causal.get_output_embeddings())
 
-    def send(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    def loss(self, model: ObjectiveModel, batch: Batch) -> tuple[torch.Tensor, float]:
+        """(summed cross-entropy, number of trained tokens)."""
+        batch = self.prepare(model, batch)
+        trained, targets = _trained_tokens(batch)
+        smoothing = self._label_smoothing if model.training else 0.0
+        if model.head is not None:
+            loss: torch.Tensor = model.head(model.hidden(batch, trained), targets, smoothing)
+        else:
+            loss = _cross_entropy(model.logits(batch, trained).float(), targets, smoothing).sum()
+        return loss, float(len(targets))
 
-    positions = flat(position_ids)
-    begins = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
-    return MicroBatch(
-        send(flat(input_ids)[None]),
-        send(flat(labels)[None]),
-        send(positions[None]),
-        send(begins),
-        int(np.diff(begins).max(initial=0)),
-    )
-
-
-class SummedLossModel(torch.nn.Module):
-    """A causal language model whose forward is the summed cross-entropy of a MicroBatch, float32 scalar.
-
-    Logits are computed for supervised positions only, a piece at a time where the head is plain (`in_pieces`). Attention
-    stays inside each document: by cu_seqlens on a GPU; elsewhere, with no mask and no cache, transformers builds a
-    block-diagonal causal mask from positions that restart (`tests/unit` holds it to that). A prompt-tuned model sees its
-    virtual tokens in front of every document.
-
-    label_smoothing: share of the target's weight that is spread over the vocabulary, in training mode only.
-    """
-
-    def __init__(self, model: Any, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.model, self._label_smoothing = model, label_smoothing
-        self._is_prompt_tuned = hasattr(model, "prompt_encoder")
-        self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.head = LossHead(self._causal.get_output_embeddings()) if is_plain(self._causal) else None
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        """Embeddings and blocks, without the head."""
-        found: torch.nn.Module = self._causal.get_decoder()
-        return found
-
-    @property
-    def in_pieces(self) -> bool:
-        """Whether logits are computed a piece of the tokens at a time."""
-        return self.head is not None
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_length: int,
-    ) -> torch.Tensor:
-        """The fields of a MicroBatch."""
-        inputs, supervised, targets = self._inputs(input_ids, labels, position_ids, cu_seqlens, max_length)
-        smoothing = self._label_smoothing if self.training else 0.0
-        if self.head is not None:
-            loss: torch.Tensor = self.head(self._hidden(inputs, supervised), targets, smoothing)
-            return loss
-        logits = self._logits(inputs, supervised)
-        return _cross_entropy(logits.float(), targets, smoothing).sum()
+    def prepare(self, model: ObjectiveModel, batch: Batch) -> Batch:
+        """The batch as the model sees it."""
+        del model
+        return batch
 
     @torch.no_grad()
-    def token_scores(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross-entropy float32, whether the target has the highest logit) of each supervised token, in order.
+    def token_scores(self, model: ObjectiveModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of each trained token, in order; the sum of the losses is `loss` without label smoothing.
 
-        Their sum is what `forward` gives, without label smoothing.
+        Returns:
+            Cross-entropy, float32 [n]; whether the target has the highest logit, bool [n].
         """
-        inputs, supervised, targets = self._inputs(*vars(batch).values())
-        if self.head is not None:
-            weight = self.head.weight
+        batch = self.prepare(model, batch)
+        trained, targets = _trained_tokens(batch)
+        if model.head is not None:
+            weight: torch.Tensor = model.head.weight
             size = piece_tokens(len(weight))
-            pieces = (piece @ weight.T for piece in self._hidden(inputs, supervised).split(size))
+            pieces = (piece @ weight.T for piece in model.hidden(batch, trained).split(size))
         else:
             size = max(1, len(targets))
-            pieces = (logits for logits in [self._logits(inputs, supervised)])
+            pieces = (logits for logits in [model.logits(batch, trained)])
         losses, hits = [], []
         for logits, wanted in zip(pieces, targets.split(size), strict=True):
             losses.append(_cross_entropy(logits.float(), wanted))
             hits.append(logits.argmax(dim=-1) == wanted)
         return torch.cat(losses), torch.cat(hits)
 
-    def _inputs(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_length: int,
-    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-        """(what the model is called with, places of supervised tokens in it, their targets)."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if self._is_prompt_tuned:
-            embeds = self._causal.get_input_embeddings()(inputs.pop("input_ids"))
-            longer = prepend_virtual(self.model.get_prompt(batch_size=1), embeds, labels, cu_seqlens)
-            inputs["inputs_embeds"], labels, inputs["position_ids"], cu_seqlens = longer
-            max_length += self.model.active_peft_config.num_virtual_tokens
-        supervised = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
-        if input_ids.is_cuda:
-            inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-            inputs |= {"max_length_q": max_length, "max_length_k": max_length}
-        return inputs, supervised, labels[0, supervised]
 
-    def _hidden(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
-        """Last hidden states of the supervised tokens: [tokens, width]."""
-        states: torch.Tensor = self.decoder(**inputs).last_hidden_state
-        return states.squeeze(0).index_select(0, supervised)
-
-    def _logits(self, inputs: dict[str, Any], supervised: torch.Tensor) -> torch.Tensor:
-        whole = self._causal if self._is_prompt_tuned else self.model
-        logits: torch.Tensor = whole(**inputs, logits_to_keep=supervised).logits[0]
-        return logits
+def _trained_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions of the trained tokens, their targets), int64 [n] each."""
+    trained = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+    return trained, batch.labels[0, trained]
 
 
 class LossHead(torch.nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ftray.compat.torch import norms
 from ftray.train.memory import EIGHT_BIT, PAGED
 
 GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
@@ -57,8 +58,7 @@ class AdamW(torch.optim.Optimizer):
         """One update from the parameters' `.grad`; none if the norm of all gradients is not finite."""
         del closure
         grads = [p.grad for p in self._parameters() if p.grad is not None]
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        norm = float(torch.linalg.vector_norm(torch.stack(norms(grads))))
         self._global_grad_norm, self.overflow = norm, not math.isfinite(norm)
         if self.overflow:
             return

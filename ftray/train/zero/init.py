@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ftray.compat.deepspeed import shard_parameter
 from ftray.errors import RunError
 from ftray.model.blocks import layers_of
+from ftray.train.parallel import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class _Outline:
     trained: bool
 
 
-def partition_model(model: torch.nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+def partition_model(model: torch.nn.Module, settings: dict[str, Any], mesh: DeviceMesh) -> None:
     """Leaves each rank its part of every parameter, on the device or where `settings` offload them, and whole buffers.
 
     model: on rank 0 with its values, on the others also with none (meta). Every rank holds its parts and one whole
@@ -40,32 +42,28 @@ def partition_model(model: torch.nn.Module, settings: dict[str, Any], device: to
     deepspeed.init_distributed(dist_init_required=False)
     # Of a module without parameters: they are handed over one by one below.
     init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=settings)
-    rank = dist.get_rank()
-    for outline in _outlines(model):
-        if rank > 0:
+    device = mesh.device
+    for outline in _outlines(model, mesh):
+        if not mesh.is_first:
             empty = torch.empty(outline.shape, dtype=outline.dtype, device=device)
             parameter = torch.nn.Parameter(empty, requires_grad=outline.trained)
             for name in outline.names:
                 owner, _, key = name.rpartition(".")
-                model.get_submodule(owner)._parameters[key] = parameter
-        # To the device, broadcast from rank 0, cut: what deepspeed.zero.Init(module=model) does, too.
-        init._convert_to_zero_parameters([model.get_parameter(outline.names[0])])
+                setattr(model.get_submodule(owner), key, parameter)
+        shard_parameter(init, model.get_parameter(outline.names[0]))
     for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = _same_everywhere(buffer, device)
+        for key, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, key, _same_everywhere(buffer, device))
 
 
-def _outlines(model: torch.nn.Module) -> list[_Outline]:
+def _outlines(model: torch.nn.Module, mesh: DeviceMesh) -> list[_Outline]:
     """Rank 0's, on every rank."""
     found: dict[int, _Outline] = {}
     names = []
     for name, p in model.named_parameters(remove_duplicate=False):
         names.append(name)
         found.setdefault(id(p), _Outline([], tuple(p.shape), p.dtype, p.requires_grad)).names.append(name)
-    told: list[Any] = [(list(found.values()), names)]
-    dist.broadcast_object_list(told, src=0)
-    outlines, wanted = told[0]
+    outlines, wanted = mesh.broadcast((list(found.values()), names))
     if names != wanted:
         odd = sorted(set(names) ^ set(wanted)) or names
         raise RunError(f"the model's outline differs from its weights at {odd[0]}; this is a fault of ftray, report it")
@@ -106,7 +104,7 @@ def gathered_in_use(model: torch.nn.Module, units: list[torch.nn.Module]) -> Ite
     import deepspeed
 
     inside = {id(module) for unit in units for module in unit.modules()}
-    alone = [m for m in model.modules() if id(m) not in inside and m._parameters]
+    alone = [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
     hooks = []
     for unit, recurse in [*((u, True) for u in units), *((m, False) for m in alone)]:
         gathered = deepspeed.zero.GatheredParameters(list(unit.parameters(recurse)))

@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 
+from ftray.compat.deepspeed import fragment, fragment_span, link_moments, shard_rank, shard_state
 from ftray.train.checkpoint.tensors import SplitFp32, TensorPart
 from ftray.train.optim.adamw import GROUP, AdamW
+from ftray.train.parallel import DeviceMesh
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 Wanted = list[tuple[str, int, int]]  # (name, start, end) of flattened tensors
 
 
-def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> list[TensorPart]:
+def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> list[TensorPart]:
     """This rank's share of `<kind>.<name>`, as views of the engine's own memory; all ranks' shares are the whole.
 
     Moments are left out before the first optimizer step. Those of 8 bits stay as they are, each with its scales.
     """
     if isinstance(engine.optimizer, AdamW):
-        return _own_parts(engine.optimizer, parameters, _shares(parameters, rank, world_size))
+        return _own_parts(engine.optimizer, parameters, _shares(parameters, mesh))
     parts = []
     kinds = KINDS if _has_moments(engine) else KINDS[:1]
-    spans = _spans(engine, parameters, rank, world_size)
+    spans = _spans(engine, parameters, mesh)
     for name, parameter in parameters.items():
         start, end = spans[name]
         if start < end:
@@ -40,9 +42,9 @@ def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: in
     return parts
 
 
-def local_bytes(engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> int:
+def local_bytes(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> int:
     """Bytes of this rank's share once there are moments."""
-    spans = _spans(engine, parameters, rank, world_size).values()
+    spans = _spans(engine, parameters, mesh).values()
     if isinstance(engine.optimizer, AdamW) and engine.optimizer.eight_bit:
         return sum(6 * (end - start) + 2 * 4 * ((end - start) // GROUP + 1) for start, end in spans)
     return len(KINDS) * 4 * sum(end - start for start, end in spans)
@@ -53,8 +55,7 @@ def restore_parts(
     parameters: dict[str, torch.nn.Parameter],
     read_many: Callable[[Wanted], Iterator[torch.Tensor]],
     num_updates: int,
-    rank: int,
-    world_size: int,
+    mesh: DeviceMesh,
 ) -> None:
     """Puts state back into an engine, fresh or at work. read_many: elements by name; num_updates is Adam's step count.
 
@@ -65,7 +66,7 @@ def restore_parts(
         return
     if num_updates or _has_moments(engine):
         _clear_moments(engine, num_updates)
-    stage, spans = _stage(engine), _spans(engine, parameters, rank, world_size)
+    stage, spans = _stage(engine), _spans(engine, parameters, mesh)
     wanted: Wanted = []
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
@@ -112,7 +113,7 @@ def _clear_moments(engine: Any, num_updates: int) -> None:
             "exp_avg_sq": torch.zeros_like(flat),
         }
     if _stage(engine) in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # lets each parameter find its part of the moments
+        link_moments(engine.optimizer)
 
 
 def _has_moments(engine: Any) -> bool:
@@ -120,32 +121,28 @@ def _has_moments(engine: Any) -> bool:
     return any(inner.state.get(flat) for flat in _flat_masters(engine))
 
 
-def _spans(
-    engine: Any, parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int
-) -> dict[str, tuple[int, int]]:
+def _spans(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
     """Elements [start, end) of each flattened parameter that this rank holds; of replicated ones, an equal share."""
     if _stage(engine) == 0:
-        return _shares(parameters, rank, world_size)
+        return _shares(parameters, mesh)
     spans = {}
     for name, parameter in parameters.items():
         size = math.prod(_shape(parameter))
         if _stage(engine) == 3:
             part = _local(engine, parameter, "weights").numel()
-            start = min(engine.optimizer._get_param_partition_rank(parameter) * part, size)
+            start = min(shard_rank(engine.optimizer, parameter) * part, size)
             end = min(start + part, size)  # the last part is padded
         else:
-            mapping: Any = getattr(parameter, "_hp_mapping", None)
-            address = mapping.lp_fragment_address if mapping is not None else None
-            start, end = (address.start, address.start + address.numel) if address is not None else (0, 0)
+            start, end = fragment_span(parameter)
         spans[name] = (start, end)
     return spans
 
 
-def _shares(parameters: dict[str, torch.nn.Parameter], rank: int, world_size: int) -> dict[str, tuple[int, int]]:
+def _shares(parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
     """Elements [start, end) of each flattened parameter that are this rank's equal share of all."""
     spans, at = {}, 0
     total = sum(math.prod(_shape(p)) for p in parameters.values())
-    mine = total * rank // world_size, total * (rank + 1) // world_size
+    mine = total * mesh.data_rank // mesh.data_size, total * (mesh.data_rank + 1) // mesh.data_size
     for name, parameter in parameters.items():
         size = math.prod(_shape(parameter))
         start, end = (min(max(edge - at, 0), size) for edge in mine)
@@ -200,12 +197,7 @@ def _restore_own(
 def _local(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
     """What this rank holds of a sharded parameter, flat."""
     key = None if kind == "weights" else kind
-    if _stage(engine) == 3:
-        get = engine.optimizer._get_fp32_opt_state_partition
-        part: torch.Tensor = get(parameter, release_swap_buffers=False, optim_state_key=key)[0]
-    else:
-        part = parameter._hp_mapping.get_hp_fragment(key)
-    return part
+    return shard_state(engine.optimizer, parameter, key) if _stage(engine) == 3 else fragment(parameter, key)
 
 
 def _put(engine: Any, parameter: Any, kind: str, values: torch.Tensor, span: tuple[int, int]) -> None:
