@@ -20,7 +20,7 @@ from ftray.train.optim.loss_scaler import restore_scale
 from ftray.train.parallel import DeviceMesh
 from ftray.train.step_timer import StragglerTimer
 from ftray.train.trainer import Trainer
-from ftray.train.zero.engine import Engine, build_engine
+from ftray.train.zero.engine import ZeroEngine, build_engine
 
 
 def build_trainer(job: TrainJob) -> Trainer:
@@ -66,7 +66,7 @@ def choose_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _resume(job: TrainJob, engine: Engine, loader: RankLoader, checkpoint: CheckpointRef | None) -> RunProgress:
+def _resume(job: TrainJob, engine: ZeroEngine, loader: RankLoader, checkpoint: CheckpointRef | None) -> RunProgress:
     """Restores the training state from the checkpoint, or the weights from the run's parent."""
     if checkpoint is None:
         if job.parent is not None:

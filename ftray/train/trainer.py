@@ -41,7 +41,7 @@ from ftray.train.optim.loss_scaler import read_scale, searches_scale
 from ftray.train.optim.schedule import learning_rate
 from ftray.train.parallel import DeviceMesh
 from ftray.train.step_timer import StragglerTimer, slowest, timed
-from ftray.train.zero.engine import Engine
+from ftray.train.zero.engine import ZeroEngine
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Trainer:
     settings: config.TrainConfig
     mesh: DeviceMesh
     loader: RankLoader
-    engine: Engine
+    engine: ZeroEngine
     writer: CheckpointWriter
     schedule: CheckpointSchedule
     evaluator: Evaluator

@@ -27,7 +27,7 @@ from ftray.train.zero.state import local_bytes, local_parts, restore_parts
 
 
 @dataclass(frozen=True)
-class Engine:
+class ZeroEngine:
     """A DeepSpeed engine with what was decided for it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Engine:
 
 def build_engine(
     run: config.RunConfig, mesh: DeviceMesh, micro_batch_before: int | None = None, most_documents: int = 1
-) -> Engine:
+) -> ZeroEngine:
     """Loads the base, checks it, chooses the memory settings and starts DeepSpeed. Collective.
 
     Args:
@@ -94,7 +94,7 @@ def build_engine(
     )
     count_overflows(engine)
     prepare_scaling(engine)
-    return Engine(engine, parameters, memory, mesh)
+    return ZeroEngine(engine, parameters, memory, mesh)
 
 
 def build_objective_model(run: config.RunConfig, mesh: DeviceMesh) -> ObjectiveModel:
