@@ -1,8 +1,8 @@
-"""Every knob of a run: the run file's schema, its YAML, its overrides, and what follows from it by arithmetic.
+"""The run file: schema, YAML, overrides and derived values.
 
-Knows nothing of Ray, torch, data or storage; importing it costs pydantic and a YAML parser. Validators only raise;
-what can be derived is a property. A run file is `load_run(path, overrides)`; every error is one ConfigError that names
-the key, the value and the remedy.
+`load_run(path, overrides)` reads a run file. Every error is a ConfigError that names the key, the value and the remedy.
+Validators only raise; derived values are properties. The package imports pydantic and a YAML parser, but no Ray, torch,
+data or storage.
 """
 
 from ftray.config.base import Section

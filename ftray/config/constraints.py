@@ -1,6 +1,6 @@
-"""Which settings go together: one table, carried out by `ftray check`, rendered into docs/compatibility.md, tried by tests.
+"""Invalid combinations of settings: one table for `ftray check`, docs/compatibility.md and tests.
 
-What is not named here is possible: every pair of `CHOICES` that no rule excludes trains.
+Every pair of `CHOICES` that no rule excludes can be trained.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The settings that can exclude each other, by dotted key, with the values that tell them apart.
+# Settings that can exclude each other, by dotted key, with the values that matter.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method.type": ("full", "lora", "qlora", "prompt-tuning"),
     "method.rslora": (False, True),
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Two settings that exclude each other. `first` and `second` are (dotted key, values); True: any that is not empty."""
+    """Two settings that exclude each other. `first` and `second` are (dotted key, values); True matches any non-empty value."""
 
     first: tuple[str, tuple[Any, ...]]
     second: tuple[str, tuple[Any, ...]]
@@ -34,7 +34,7 @@ class Rule:
     instead: str
 
 
-ADAPTERS_ONLY = "it changes how adapters are scaled, and there are none"
+ADAPTERS_ONLY = "it applies to adapters only"
 RULES: tuple[Rule, ...] = (
     Rule(
         ("method.type", ("qlora",)),
@@ -54,37 +54,37 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("method.freeze", (True,)),
         ("method.type", ("lora", "qlora", "prompt-tuning")),
-        "the base is frozen already",
+        "the base is already frozen",
         "use full, or remove freeze",
     ),
     Rule(
         ("method.base_precision", ("fp8", "int8")),
         ("method.type", ("qlora", "prompt-tuning")),
-        "only LoRA's base and fully trained weights are multiplied in 8 bits",
+        "8-bit products are for LoRA's base and for full fine-tuning",
         "use lora or full, or remove base_precision",
     ),
     Rule(
         ("method.base_precision", ("int8",)),
         ("method.type", ("full",)),
-        "only a frozen base is multiplied in int8",
+        "int8 products need a frozen base",
         "use lora, or fp8, or remove base_precision",
     ),
     Rule(
         ("method.base_precision", ("fp8", "int8")),
         ("train.precision", ("fp16", "fp32")),
-        "its products give bf16",
+        "8-bit products return bf16",
         "use bf16, or remove base_precision",
     ),
     Rule(
         ("method.base_precision", ("fp8", "int8")),
         ("method.dora", (True,)),
-        "DoRA computes with the base's weights themselves",
+        "DoRA reads the base's weights directly",
         "remove one of them",
     ),
     Rule(
         ("method.base_precision", ("fp8", "int8")),
         ("deepspeed.zero_stage", (3,)),
-        "products in 8 bits don't take sharded weights",
+        "8-bit products don't support sharded weights",
         "use zero_stage 2",
     ),
     Rule(
@@ -96,34 +96,35 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("train.optimizer", ("adamw-paged",)),
         ("deepspeed.zero_stage", (1, 2, 3)),
-        "sharded states are moved by DeepSpeed",
+        "DeepSpeed offloads sharded states itself",
         "use zero_stage 0, or adamw with offload optimizer",
     ),
     Rule(
         ("train.precision", ("fp16",)),
         ("deepspeed.zero_stage", (0,)),
-        "DeepSpeed doesn't scale the loss there",  # 0.19.8: its backward does so for ZeRO's optimizers only
+        "DeepSpeed has no loss scaling at stage 0",  # 0.19.8: its backward does so for ZeRO's optimizers only
         "use zero_stage 1",
     ),
     Rule(
         ("deepspeed.offload", ("optimizer",)),
         ("deepspeed.zero_stage", (0,)),
-        "DeepSpeed moves sharded states only",
+        "DeepSpeed offloads sharded states only",
         "use zero_stage 1, 2 or 3, or optimizer adamw-paged",
     ),
     Rule(
         ("deepspeed.offload", ("all",)),
         ("deepspeed.zero_stage", (0, 1, 2)),
-        "only sharded weights can live in the host's memory",
+        "only sharded weights can be offloaded",
         "use zero_stage 3, or offload optimizer",
     ),
 )
 
 
 def impossible(tree: Mapping[str, Any]) -> str | None:
-    """Why settings exclude each other and what to do instead, as a sentence; None for settings that go together.
+    """Explains the first invalid combination and its remedy, or returns None.
 
-    tree: sections of a run file with every key of `CHOICES`.
+    Args:
+        tree: Sections of a run file with every key of `CHOICES`.
     """
     for rule in RULES:
         (a, b), values = (rule.first[0], rule.second[0]), []

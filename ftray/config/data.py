@@ -1,4 +1,4 @@
-"""The section `data`: sources, split, cleaning, rows."""
+"""The section `data`: sources, eval split, checks, packing."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ class SourceConfig(Section):
     """File, directory or glob: local or `s3://…`; `hf:org/name/config:split@revision` (the hub); or
     `embedded:stdlib-docstrings/train|eval` (the quickstart's data)."""
     weight: Annotated[Float, Field(gt=0)] | None = None
-    """Share of rows in the mixture, relative to the other sources. Give it to all sources or to none."""
+    """Share of packed sequences in the mixture, relative to the other sources. Set it for all sources or for none."""
     format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "columns"] = "auto"
-    """Shape of a record; `auto` looks at each record's keys. `columns` is implied by the key of that name."""
+    """Record format; `auto` detects it from each record's keys. `columns` is implied by the key `columns`."""
     columns: dict[Literal["system", "user", "assistant"], str] | None = None
-    """For records of any shape: which column holds whose turn, e.g. `{user: question, assistant: answer}`."""
+    """For other formats: the column of each role, for example `{user: question, assistant: answer}`."""
 
     @model_validator(mode="after")
     def _columns_fit_format(self) -> SourceConfig:
         if self.columns is None and self.format == "columns":
             raise ValueError("format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}")
         if self.columns is not None and self.format not in ("auto", "columns"):
-            raise ValueError(f"columns and format '{self.format}' exclude each other; drop one of them")
+            raise ValueError(f"columns and format '{self.format}' exclude each other; remove one of them")
         if self.columns is not None and not {"user", "assistant"} <= self.columns.keys():
             raise ValueError("columns must name at least user and assistant")
         return self
 
 
 class SplitConfig(Section):
-    """Held-out records taken from the training sources."""
+    """Eval records taken from the training sources."""
 
     fraction: Annotated[Float, Field(gt=0, lt=1)]
-    """Share of records held out; chosen by each record's hash, so that it stays put when data is added."""
+    """Share of records in the eval set. They are chosen by each record's hash, so the split is stable when data is
+    added."""
     stratify: str | None = Field(None, min_length=1)
-    """Column of a class: each class has a held-out record as soon as it has 1 / fraction different records."""
+    """Column of a class: each class gets an eval record as soon as it has 1 / fraction different records."""
     group: str | None = Field(None, min_length=1)
-    """Column of a group (a customer, a document): held out as a whole, by the hash of its value."""
+    """Column of a group (a customer, a document): a group is never split between training and eval."""
 
     @model_validator(mode="after")
     def _one_column(self) -> SplitConfig:
         if self.stratify is not None and self.group is not None:
             raise ValueError(
-                "stratify and group exclude each other: a whole group can't be shared out; drop one of them"
+                "stratify and group exclude each other, because a group is never split; remove one of them"
             )
         return self
 
@@ -61,40 +62,42 @@ Mode = Annotated[Literal["report", "drop", "off"], BeforeValidator(_off_is_text)
 
 
 class CleanConfig(Section):
-    """What is looked for over all records: counted and listed (`report`), taken out of training (`drop`), or not (`off`)."""
+    """Checks over all records: `report` counts and lists the findings, `drop` also removes the records from training,
+    `off` skips the check."""
 
     duplicates: Mode = "report"
-    """Training records that say the same as an earlier one, but for white space."""
+    """Training records that equal an earlier one except for white space."""
     near_duplicates: Mode = "report"
-    """Training records that say nearly the same as an earlier one: other casing, punctuation, order, a word or two. What a tenth
-    of the records, and more than 20, have in common is taken for a template: copies of one record as many are not told."""
+    """Training records that nearly equal an earlier one: other casing, punctuation, order, a word or two. Text shared
+    by more than a tenth of the records (and more than 20) counts as a template, so identical copies beyond that
+    number are not reported as duplicates."""
     contamination: Mode = "report"
-    """Training records that hold a question, or most of the word sequences, of a held-out record."""
+    """Training records that contain the question, or most of the n-grams, of an eval record."""
     quality: Mode = "report"
-    """Records with a very short answer, mostly repeated lines, or many characters that can't be printed."""
+    """Records with a very short answer, mostly repeated lines, or many unprintable characters."""
     min_answer_chars: Annotated[Int, Field(ge=0)] = 2
-    """Answers shorter than this count as very short (with data.labels, none does)."""
+    """Shorter answers count as very short (not checked with data.labels)."""
 
 
 class DataConfig(Section):
-    """Where records come from and how they become rows."""
+    """Data sources, and how records become packed sequences."""
 
     max_seq_len: Annotated[Int, Field(ge=16)] = 2048
-    """Tokens in a packed row. A longer record is a bad record; nothing is cut."""
+    """Tokens per packed sequence. A longer record is a bad record; records are never truncated."""
     train: Annotated[list[SourceConfig], Field(min_length=1)]
     """Training sources."""
     eval: SplitConfig | list[SourceConfig] | None = None
-    """Held-out data: `{fraction: 0.1}` of the training records, or sources of their own."""
+    """Eval data: `{fraction: 0.1}` of the training records, or separate sources."""
     packing: bool = True
-    """Pack several records into a row, with attention kept inside each. Off: one record a row."""
+    """Pack several records into one sequence, without attention between them. `false`: one record per sequence."""
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
-    """For classification: the only answers allowed; any other makes a bad record."""
+    """For classification: the only allowed answers. A record with another answer is a bad record."""
     clean: CleanConfig = defaults()
     max_bad_records: Annotated[Int, Field(ge=0)] = 0
-    """Bad records tolerated: up to this many are quarantined, one more stops the run before any worker starts. What
-    `data.clean` drops is wanted and isn't counted."""
+    """Limit of bad records. Up to this number they are quarantined; one more stops the run before any worker starts.
+    Records dropped by `data.clean` are not counted."""
     chunk_mb: Annotated[Float, Field(ge=0.0001, le=1024)] = 4.0
-    """Size of the pieces (MB of a shard) that are read, packed and shuffled as one."""
+    """Size of a chunk in MB: the unit that is read, packed and shuffled as a whole."""
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -102,7 +105,7 @@ class DataConfig(Section):
         if (isinstance(value, dict) and "path" in value) or not isinstance(value, (dict, list, SplitConfig, NoneType)):
             raise ValueError("must be {fraction: 0.1} or a list of sources [{path: …}]")
         if isinstance(value, list) and not value:
-            raise ValueError("is an empty list; name a source, or leave the key out")
+            raise ValueError("is an empty list; add a source, or remove the key")
         return value
 
     @field_validator("labels")
@@ -110,16 +113,18 @@ class DataConfig(Section):
     def _labels_differ(cls, value: list[str] | None) -> list[str] | None:
         plain = [label.strip() for label in value or []]
         if "" in plain:
-            raise ValueError("names an empty label; remove it")
+            raise ValueError("contains an empty label; remove it")
         if twice := sorted({label for label in plain if plain.count(label) > 1}):
-            raise ValueError(f"gives {twice[0]!r} more than once; name each label once")
+            raise ValueError(f"lists {twice[0]!r} more than once; list each label once")
         return value
 
     @field_validator("train")
     @classmethod
     def _weights_all_or_none(cls, value: list[SourceConfig]) -> list[SourceConfig]:
-        given = [s.weight is not None for s in value]
-        if any(given) and not all(given):
-            bare = value[given.index(False)].path
-            raise ValueError(f"gives {bare} no weight while others have one; give each source a weight, or none")
+        has_weight = [s.weight is not None for s in value]
+        if any(has_weight) and not all(has_weight):
+            bare = value[has_weight.index(False)].path
+            raise ValueError(
+                f"has sources with and without a weight ({bare} has none); set weight for all sources or for none"
+            )
         return value

@@ -1,4 +1,4 @@
-"""The section `evaluate`: metrics, gates, human evaluation and the judge."""
+"""The section `evaluate`: metrics, gates, human evaluation, judge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Metric = Literal[
 
 
 class Figure(NamedTuple):
-    """A number that a model is judged by. title: in tables. of: what has to be asked for in evaluate.metrics."""
+    """A number that models are compared by. title: for tables. of: the entry of evaluate.metrics that computes it."""
 
     title: str
     of: Metric
@@ -25,7 +25,7 @@ class Figure(NamedTuple):
 
 
 FIGURES: Mapping[str, Figure] = {
-    "loss": Figure("held-out loss", "loss", False),
+    "loss": Figure("eval loss", "loss", False),
     "perplexity": Figure("perplexity", "loss", False),
     "token_accuracy": Figure("token accuracy", "loss"),
     "rouge_1": Figure("ROUGE-1", "rouge"),
@@ -45,42 +45,42 @@ FIGURES: Mapping[str, Figure] = {
 
 
 class Gate(Section):
-    """Limits of one figure, in its own unit. A limit that is just reached is kept."""
+    """Limits of one metric, in its own unit. A value equal to the limit passes."""
 
     min_gain: Annotated[Float, Field(ge=0)] | None = None
-    """The tuned model must be better than its base by this: higher, or lower where that is better (losses)."""
+    """Minimum improvement over the base: higher, or lower for losses."""
     max_rise: Annotated[Float, Field(ge=0)] | None = None
-    """It may be above its base by at most this."""
+    """Maximum increase over the base."""
     max_drop: Annotated[Float, Field(ge=0)] | None = None
-    """It may be below its base by at most this."""
+    """Maximum decrease below the base."""
     min: Float | None = None
-    """Its own figure must be at least this."""
+    """Minimum of the metric itself."""
     max: Float | None = None
-    """Its own figure may be at most this."""
+    """Maximum of the metric itself."""
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Gate:
         if not self.limits:
-            raise ValueError("is a gate without a limit; give it min_gain, max_rise, max_drop, min or max")
+            raise ValueError("is a gate without a limit; set min_gain, max_rise, max_drop, min or max")
         return self
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are given."""
+        """The limits that are set."""
         return {name: value for name, value in self if value is not None}
 
 
 def wrong_gate(gates: Mapping[str, Gate], metrics: Sequence[str]) -> str | None:
-    """A sentence for the first gate that can't be judged by these metrics."""
+    """A sentence about the first gate that these metrics can't decide, or None."""
     import difflib
 
     for name in gates:
         if name not in FIGURES:
             near = difflib.get_close_matches(name, FIGURES, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FIGURES)}"
-            return f"gates.{name}: there is no such figure; {remedy}"
+            return f"gates.{name} is not a metric; {remedy}"
         if FIGURES[name].of not in (*metrics, "loss"):
-            return f"gates.{name} needs the metric '{FIGURES[name].of}', which isn't computed; add it to metrics"
+            return f"gates.{name} needs the metric '{FIGURES[name].of}', which is not computed; add it to metrics"
     return None
 
 
@@ -94,41 +94,41 @@ class HumanEvalConfig(Section):
     """The blinded sheet of `ftray evaluate human`."""
 
     samples: Positive = 100
-    """Questions on the sheet, of each slice its share; all that both models have answered (`num_generations`) where these
-    are fewer."""
+    """Questions on the sheet, distributed over the slices. At most as many as both models have answered
+    (`num_generations`)."""
     criteria: list[_Criterion] = Field(_CRITERIA, max_length=12)
-    """What each answer is scored by, from 1 to 5; of an empty list only the preferred answer is asked."""
+    """Criteria that each answer is scored by, from 1 to 5. Empty: only the preferred answer is asked."""
     seed: Annotated[Int, Field(ge=0)] = 0
-    """Another seed gives another choice, order and sides; the same always the same sheet."""
+    """Seed of the choice of questions, their order and the sides of the models."""
 
     @field_validator("criteria")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         if len({name.lower() for name in value}) < len(value):
-            raise ValueError("names a criterion twice; remove one")
+            raise ValueError("lists a criterion twice; remove one")
         return value
 
 
 class JudgeConfig(Section):
-    """Another model that says which answer is better, through an OpenAI-compatible endpoint."""
+    """Another model that compares answers, through an OpenAI-compatible endpoint."""
 
     url: str
-    """The endpoint's base, up to /v1: `https://api.example.com/v1`, or `http://127.0.0.1:8000/v1`."""
+    """Base URL of the endpoint, up to /v1: `https://api.example.com/v1`, or `http://127.0.0.1:8000/v1`."""
     model: str = Field(min_length=1)
-    """The model's name there."""
+    """Model name at the endpoint."""
     key_env: str | None = None
-    """Environment variable that holds the endpoint's key; left out: none is sent. The key itself belongs in no file."""
+    """Environment variable with the endpoint's API key. Default: no key is sent. Never write the key into a file."""
     samples: Positive = 100
-    """Questions that are judged, each in both orders; all that there are where these are fewer."""
+    """Questions that are judged, each in both orders."""
 
     @model_validator(mode="after")
-    def _no_secret_is_here(self) -> JudgeConfig:  # of the whole section, whose values a message doesn't repeat
+    def _no_secret_is_here(self) -> JudgeConfig:  # of the section, so that the message does not repeat its values
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("url must be an address such as https://api.example.com/v1")
+            raise ValueError("url must be a URL such as https://api.example.com/v1")
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError(
-                "url must hold no user, key or query, which would end up in files; name the key by key_env"
+                "url must not contain a user, key or query, because it is written to files; set key_env instead"
             )
         if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             raise ValueError("key_env must be the name of an environment variable (letters, digits, _), not the key")
@@ -136,43 +136,45 @@ class JudgeConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Held-out loss during training, and the comparison with the base afterwards."""
+    """Eval loss during training, and the comparison with the base afterwards."""
 
     every: Positive | None = None
-    """Steps between held-out losses during training; left out: only afterwards."""
+    """Steps between eval losses during training. Default: only after training."""
     early_stopping: Positive | None = None
-    """Stop after so many held-out losses in a row without a new best; needs `every`."""
+    """Stop after this many eval losses in a row without a new best; needs `every`."""
     metrics: list[Metric] = Field(["loss", "rouge"], min_length=1)
-    """What base and tuned model are compared by: `loss` (perplexity, token accuracy; always there), `rouge`, `bleu`, `chrf`,
-    `bertscore`; `exact`: the answer is the reference; `extract`: what a pattern finds in both is the same; `format`: the
-    answer has a form; `json`: it is JSON; `classes`: accuracy and macro F1; `general`: loss on a general set. `bleu`, `chrf`
-    and `classes` need `pip install ftray[evaluate]`."""
+    """Metrics that compare base and tuned model: `loss` (with perplexity and token accuracy; always computed), `rouge`,
+    `bleu`, `chrf`, `bertscore`; `exact`: the answer equals the reference; `extract`: a pattern finds the same text
+    in both; `format`: the answer matches a pattern; `json`: the answer is valid JSON; `classes`: accuracy and macro
+    F1; `general`: loss on a general data set. `bleu`, `chrf` and `classes` need `pip install ftray[evaluate]`."""
     format: str | None = None
-    """Regular expression that a whole answer must match, for the metric `format`."""
+    """Regular expression that the whole answer must match, for the metric `format`."""
     extract: str | None = None
-    """Regular expression for the metric `extract`; compared is its first group. `'#### (\\S+)'` is GSM8K's result."""
+    """Regular expression for the metric `extract`; its first group is compared. `'#### (\\S+)'` extracts the result of
+    GSM8K."""
     json_schema: str | None = Field(None, min_length=1)
-    """File of a JSON schema that answers must keep to, for the metric `json`; left out: any JSON will do."""
+    """File with a JSON schema that answers must match, for the metric `json`. Default: any JSON."""
     bertscore_model: str | None = Field(None, min_length=1)
     """Directory of the encoder for the metric `bertscore` (needs `pip install ftray[bertscore]`)."""
     general: str = Field("embedded:general", min_length=1)
-    """Records of the metric `general`, which shows what was forgotten: a path, or the small set that comes with ftray."""
+    """Records of the metric `general`, which measures forgetting: a path, or the small set that comes with ftray."""
     few_shot: Annotated[Int, Field(ge=0)] = 0
-    """Compare with a base that sees so many training examples as earlier turns, too."""
+    """Also compare with the base given this many training examples as earlier turns."""
     slices: str | None = Field(None, min_length=1)
-    """Column of the held-out records; every figure is also given for each of its values."""
+    """Column of the eval records; every metric is also computed per value of it."""
     pairs: str | None = Field(None, min_length=1)
-    """A .jsonl file of `{"a": …, "b": …}`, prompts that differ in one attribute; both answers are put side by side."""
+    """A .jsonl file of `{"a": …, "b": …}`: prompts that differ in one attribute. Both answers are shown side by side."""
     gates: dict[str, Gate] = Field({})
-    """Figures that decide whether the tuned model may be published, e.g. `{rouge_l: {min_gain: 0.02}, general_loss:
-    {max_rise: 0.05}}`: better by at least `min_gain`, above or below the base by at most `max_rise`, `max_drop`, itself from
-    `min` to `max`. A gate that is missed ends the command with exit code 3."""
+    """Conditions for publishing the tuned model, for example `{rouge_l: {min_gain: 0.02}, general_loss: {max_rise:
+    0.05}}`: better than the base by at least `min_gain`, above or below the base by at most `max_rise` or
+    `max_drop`, the metric itself from `min` to `max`. A missed gate ends the command with exit code 3."""
     price_per_hour: Annotated[Float, Field(gt=0)] | None = None
-    """Price of an hour of what one model answers on (a GPU's share of its node), for the cost of 1,000 tokens."""
+    """Price per hour of the hardware that one model answers on (a GPU with its share of the node), for the cost per
+    1,000 tokens."""
     num_examples: Positive | None = None
-    """Held-out records that the loss is taken over; left out: all."""
+    """Eval records for the loss. Default: all."""
     num_generations: Positive = 64
-    """Held-out examples that all models answer."""
+    """Eval records that all models answer."""
     num_shown: Annotated[Int, Field(ge=0)] = 5
     """Answers printed side by side."""
     max_new_tokens: Positive = 128
@@ -186,7 +188,7 @@ class EvaluateConfig(Section):
         for key, pattern in (("format", self.format), ("extract", self.extract)):
             if (key in self.metrics) != (pattern is not None):
                 raise ValueError(
-                    f"the metric '{key}' and the key {key} (a regular expression) belong together; give both"
+                    f"the metric '{key}' and the key {key} (a regular expression) need each other; set both"
                 )
             try:
                 re.compile(pattern or "")
@@ -194,12 +196,12 @@ class EvaluateConfig(Section):
                 raise ValueError(f"{key} {pattern!r} is not a regular expression: {err}") from None
         if ("bertscore" in self.metrics) != (self.bertscore_model is not None):
             raise ValueError(
-                "the metric 'bertscore' and the key bertscore_model (a directory) belong together; give both"
+                "the metric 'bertscore' and the key bertscore_model (a directory) need each other; set both"
             )
         if self.json_schema is not None and "json" not in self.metrics:
-            raise ValueError("json_schema is for the metric 'json'; add it to metrics, or remove the key")
+            raise ValueError("json_schema needs the metric 'json'; add it to metrics, or remove json_schema")
         if self.early_stopping is not None and self.every is None:
-            raise ValueError("early_stopping needs evaluate.every, the steps between held-out losses")
+            raise ValueError("early_stopping needs evaluate.every, the steps between eval losses")
         return self
 
     @model_validator(mode="after")

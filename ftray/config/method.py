@@ -1,4 +1,4 @@
-"""The section `method`: which weights are trained, and how."""
+"""The section `method`: full fine-tuning, LoRA, QLoRA, prompt tuning."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from ftray.config.base import Float, Positive, Section
 
 
 class MethodConfig(Section):
-    """What is trained."""
+    """Which weights are trained, and how."""
 
     type: Literal["full", "lora", "qlora", "prompt-tuning"] = "lora"
-    """`full`: every weight; `lora`: low-rank adapters on a frozen base; `qlora`: the same on a 4-bit (nf4) base;
-    `prompt`: embeddings of virtual tokens in front of each record, on a frozen base."""
+    """`full`: all weights; `lora`: low-rank adapters on a frozen base; `qlora`: LoRA on a 4-bit (nf4) base;
+    `prompt-tuning`: embeddings of virtual tokens in front of each record, on a frozen base."""
     rank: Positive = 16
     """Rank of the adapters."""
     alpha: Annotated[Float, Field(gt=0)] = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input while training."""
+    """Dropout on the adapters' input during training."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which linear layers get adapters: all but the output head, or the ends of their names."""
+    """Linear layers that get adapters: all except the output head, or a list of name suffixes."""
     rslora: bool = False
     """Scale adapters by alpha / √rank (rsLoRA), which keeps high ranks learning."""
     dora: bool = False
-    """Learn the length of each weight row besides (DoRA): nearer to full fine-tuning, and slower."""
+    """Also learn the magnitude of each weight vector (DoRA): closer to full fine-tuning, and slower."""
     num_virtual_tokens: Positive = 20
-    """For `prompt`: virtual tokens in front of each record."""
+    """For `prompt-tuning`: virtual tokens in front of each record."""
     freeze: list[Annotated[str, Field(min_length=1)]] = Field([])
-    """For `full`: what stays as it is: parts of parameters' names at their dots (`embed_tokens`, `model.layers.0`),
-    `*` standing for any text in one part (`layers.*.mlp`)."""
+    """For `full`: parameters that stay frozen, as parts of their dotted names (`embed_tokens`, `model.layers.0`). `*`
+    matches any text within one part (`layers.*.mlp`)."""
     base_precision: Literal["fp8", "int8"] | None = None
-    """The feed-forward layers' products, but the last block's, in 8 bits, for speed. `fp8` (GPUs from H100 on): of LoRA's
-    frozen base, or with `full` of weights that stay in bf16; `int8` (from A100 on): of LoRA's frozen base. Left out:
-    `train.precision`."""
+    """Compute the feed-forward matrix products of all blocks but the last in 8 bits, for speed. `fp8` (H100 and later):
+    for LoRA's frozen base, or with `full` for weights stored in bf16. `int8` (A100 and later): for LoRA's frozen
+    base. Default: `train.precision`."""

@@ -15,4 +15,4 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit, tag or branch on the hub; pin a commit for runs that must be reproduced."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you say so here."""
+    """Run Python code that comes with the model."""

@@ -1,4 +1,4 @@
-"""The section `scale`: how many workers, and on what."""
+"""The section `scale`: number and kind of workers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ftray.config.base import Float, Int, Positive, Section
 
 
 class WorkerRange(Section):
-    """From how many to how many workers: as many as the cluster has room for and the global batch can be divided by."""
+    """Range of the number of workers: the largest number that the cluster can place and that divides the global batch."""
 
     min: Positive
-    """Fewest workers; with room for less the run waits."""
+    """Minimum; with fewer free resources the run waits."""
     max: Positive
-    """Most workers."""
+    """Maximum."""
 
     @model_validator(mode="after")
     def _in_order(self) -> WorkerRange:
@@ -25,37 +25,38 @@ class WorkerRange(Section):
 
 
 class ScaleConfig(Section):
-    """How many workers; never changes the result beyond rounding."""
+    """Number and kind of workers. Changes the result only by rounding."""
 
     num_workers: Positive | WorkerRange = 1
-    """Training workers: one a GPU, or one a process on CPU. `{min: 2, max: 16}`: fewer after a loss, more when they appear."""
+    """Training workers: one per GPU, or one process each on CPU. With `{min: 2, max: 16}` a run shrinks after a loss
+    and grows when resources appear."""
     accelerator: str | None = None
-    """GPU kind as Ray names it (A100, H100, …); left out: any GPU where the cluster has one, else CPU."""
+    """GPU type as Ray names it (A100, H100, …). Default: any GPU if the cluster has one, otherwise CPU."""
     cpus_per_worker: Annotated[Float, Field(gt=0)] = 1.0
-    """CPUs a training worker reserves; on a CPU cluster also its number of threads."""
+    """CPUs reserved per training worker; on a CPU cluster also its number of threads."""
     gpus_per_worker: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """Share of a GPU that a worker takes. Below 1 several trials of a sweep, of one worker each, share a GPU and its memory."""
+    """Share of a GPU per worker. Below 1, several single-worker trials of a sweep share a GPU and its memory."""
     max_failures: Annotated[Int, Field(ge=0)] = 3
-    """Failures in a row, without a new checkpoint between them, after which workers are started anew; one more ends the run."""
+    """Restarts after failures without a new checkpoint in between; one more failure ends the run."""
     price_per_hour: Annotated[Float, Field(gt=0)] | None = None
-    """Price of an hour of one worker (a GPU with its share of the node), for what a run costs."""
+    """Price of one worker hour (a GPU with its share of the node), for cost estimates."""
     wait_s: Annotated[Float, Field(ge=0)] = 1800.0
-    """Seconds that a run which lost nodes waits for room for its workers before it ends with exit code 75."""
+    """Seconds that a run without enough nodes waits before it ends with exit code 75."""
 
     @model_validator(mode="after")
     def _shares_alone(self) -> ScaleConfig:
         if self.gpus_per_worker < 1 and self.max_workers > 1:
             raise ValueError(
-                f"gpus_per_worker ({self.gpus_per_worker:g}) needs num_workers 1: two workers of a run can't talk on one GPU"
+                f"gpus_per_worker ({self.gpus_per_worker:g}) needs num_workers 1, because two workers of a run can't share a GPU"
             )
         return self
 
     @property
     def min_workers(self) -> int:
-        """Fewest workers."""
+        """Minimum number of workers."""
         return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
     @property
     def max_workers(self) -> int:
-        """Most workers."""
+        """Maximum number of workers."""
         return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers

@@ -1,4 +1,4 @@
-"""One run: the whole file, what follows from it by arithmetic, and the ways to read it."""
+"""The whole run file: RunConfig, derived values, and the functions that read it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunConfig(Section):
     """One run: the whole file."""
 
     name: str
-    """Names the run and makes it resumable; it owns `<storage>/<name>/`."""
+    """Name of the run. A run owns `<storage>/<name>/` and resumes there."""
     storage: str = Field("runs", min_length=1)
-    """Directory or `s3://bucket/prefix` under which runs live."""
+    """Directory or `s3://bucket/prefix` that holds runs."""
     model: ModelConfig
     method: MethodConfig = defaults()
     data: DataConfig
@@ -76,11 +76,11 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _heldout_is_there(self) -> RunConfig:
+    def _has_eval_data(self) -> RunConfig:
         for key, value in (("every", self.evaluate.every), ("early_stopping", self.evaluate.early_stopping)):
             if value is not None and self.data.eval is None:
                 raise ValueError(
-                    f"evaluate.{key} ({value}) needs held-out data; give data.eval, e.g. {{fraction: 0.1}}"
+                    f"evaluate.{key} ({value}) needs eval data; set data.eval, for example {{fraction: 0.1}}"
                 )
         return self
 
@@ -93,34 +93,34 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _gates_have_data(self) -> RunConfig:
         if self.evaluate.gates and self.data.eval is None:
-            raise ValueError("evaluate.gates needs held-out data to judge by; add data.eval: {fraction: 0.1}")
+            raise ValueError("evaluate.gates needs eval data; add data.eval: {fraction: 0.1}")
         return self
 
     @property
     def directory(self) -> str:
-        """`<storage>/<name>`, as given (not made absolute)."""
+        """`<storage>/<name>`, not made absolute."""
         return f"{self.storage.rstrip('/')}/{self.name}"
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows a worker computes at once; `auto` is 1 until memory is modelled."""
+        """Packed sequences per forward pass of a worker; `auto` is 1 until the memory model decides."""
         return 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches a worker computes for one optimizer step, at the largest number of workers."""
+        """Micro-batches per worker and optimizer step, at the largest number of workers."""
         return self.train.global_batch_size // (self.world_sizes[0] * self.micro_batch_size)
 
     @property
     def world_sizes(self) -> list[int]:
-        """Numbers of workers that scale.num_workers allows and the global batch can be divided by, largest first."""
-        rows = self.train.global_batch_size
+        """Numbers of workers that scale.num_workers allows and that divide the global batch, largest first."""
+        batch = self.train.global_batch_size
         micro = 1 if self.train.micro_batch_size == "auto" else self.train.micro_batch_size
         sizes = range(self.scale.max_workers, self.scale.min_workers - 1, -1)
-        return [size for size in sizes if rows % (size * micro) == 0]
+        return [size for size in sizes if batch % (size * micro) == 0]
 
     def identity(self) -> dict[str, Any]:
-        """The keys that change the result: what the config hash covers. How much may go wrong is not among them."""
+        """The keys that change the result, which the config hash covers. Error limits are not among them."""
         tree = self.model_dump(
             mode="json",
             include={"model", "method", "data", "train", "deepspeed"},
@@ -129,7 +129,7 @@ class RunConfig(Section):
                 "train": {"max_bad_steps", "hang_timeout_s", "gradient_checkpointing"},
             },
         )
-        clean = self.data.clean  # what is only reported changes nothing
+        clean = self.data.clean  # `report` changes nothing
         tree["data"]["clean"] = {key: value for key, value in tree["data"]["clean"].items() if value == "drop"}
         if clean.quality == "drop":
             tree["data"]["clean"]["min_answer_chars"] = clean.min_answer_chars
@@ -143,7 +143,15 @@ class RunConfig(Section):
 
 
 def parse_run(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Validates a tree of plain values. Raises ConfigError with one line for each wrong key; `origin` names the file."""
+    """Validates a tree of plain values.
+
+    Args:
+        tree: The tree, as read from YAML.
+        origin: Name of the file, for messages.
+
+    Raises:
+        ConfigError: One line per wrong key.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as err:
@@ -154,7 +162,8 @@ def parse_run(tree: dict[str, Any], origin: str) -> RunConfig:
 def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a run file and applies `key.sub=value` overrides.
 
-    Raises ConfigError for a missing or malformed file, unknown keys (naming the closest), wrong values, a password or key.
+    Raises:
+        ConfigError: The file is missing or malformed, a key is unknown, a value is wrong or holds a password or key.
     """
     tree = loader.read_yaml(Path(path))
     for text in overrides or []:
@@ -162,28 +171,28 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     run = parse_run(tree, str(path))
     if (key := _key_with_secret(tree)) is not None:
         raise ConfigError(
-            f"{path}: {key} holds a password or key, which would be kept with the run and its model; take it out: "
+            f"{path}: {key} holds a password or key, which would be stored with the run and its model; remove it: "
             "credentials come from the environment"
         )
     return run
 
 
 def _key_with_secret(tree: Any, key: str = "") -> str | None:
-    """The dotted key of the first text in which there is a secret; None if there is none."""
+    """The dotted key of the first text that contains a secret, or None."""
     if isinstance(tree, str):
         return key if holds_secret(tree) else None
     below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    found = (_key_with_secret(value, f"{key}.{part}".lstrip(".")) for part, value in below)
-    return next((each for each in found if each is not None), None)
+    keys = (_key_with_secret(value, f"{key}.{part}".lstrip(".")) for part, value in below)
+    return next((each for each in keys if each is not None), None)
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys in which two config trees differ, with both values, for messages."""
-    found = []
+    differences = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differing_keys(a, b, f"{prefix}{key}.")
+            differences += differing_keys(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} ({json.dumps(a)} → {json.dumps(b)})")
-    return found
+            differences.append(f"{prefix}{key} ({json.dumps(a)} → {json.dumps(b)})")
+    return differences

@@ -1,4 +1,4 @@
-"""The section of who else is told how a run goes."""
+"""The section `tracking`: experiment trackers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ftray.config.base import Section
 
 
 class TrackingConfig(Section):
-    """Who else is told how a run goes."""
+    """Experiment trackers."""
 
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field([])
-    """Where the lines of `metrics.jsonl` go, too, at each checkpoint; each needs `pip install ftray[<its name>]`. MLflow and
-    Weights & Biases are set up by their own environment variables; without any they write to the run's directory and need no
-    network ([trackers](trackers.md))."""
+    """Where the lines of `metrics.jsonl` are also sent, at each checkpoint. Each tracker needs `pip install ftray[<its
+    name>]`. MLflow and Weights & Biases are configured by their own environment variables; by default they write to
+    the run's directory and need no network ([trackers](trackers.md))."""
 
     @field_validator("trackers")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
-            raise ValueError("names a tracker twice; name each once")
+            raise ValueError("lists a tracker twice; remove one")
         return value

@@ -204,7 +204,7 @@ CASES = [
         ("run.yaml", "learning_rat", "did you mean train.learning_rate?"),
         prepare=append("learning_rat: 1\n"),
     ),
-    Case("key-twice", ("run.yaml, line", "'name' is given twice"), prepare=append("name: other\n")),
+    Case("key-twice", ("run.yaml, line", "'name' appears twice"), prepare=append("name: other\n")),
     Case("unknown-override", ("train.max_step", "did you mean train.max_steps?"), ("train.max_step=3",)),
     Case("empty-override", ("'' is not an override", "key.sub=value"), ("",)),
     Case("no-override", ("'max_steps' is not an override", "key.sub=value"), ("max_steps",)),

@@ -96,15 +96,15 @@ def test_an_unknown_key_names_the_closest_one_in_whatever_section(run_file: Path
 
 
 def test_an_unknown_key_like_no_other_names_the_page_that_lists_them(run_file: Path) -> None:
-    assert refusal(run_file, "zzz=1") == "unknown key zzz; remove it; the keys are listed in docs/run-file.md"
+    assert refusal(run_file, "zzz=1") == "unknown key zzz; remove it; docs/run-file.md lists all keys"
     assert (ROOT / "docs" / "run-file.md").exists()
 
 
 WRONG = {
-    "train.max_steps=ten": '("ten") must be a whole number from 1 up',
-    "train.max_steps=1.5": "(1.5) must be a whole number from 1 up",
+    "train.max_steps=ten": '("ten") must be an integer of at least 1',
+    "train.max_steps=1.5": "(1.5) must be an integer of at least 1",
     "train.max_steps=0": "(0) must be at least 1",
-    "train.max_steps=true": "(true) must be a whole number from 1 up",
+    "train.max_steps=true": "(true) must be an integer of at least 1",
     "train.learning_rate=yes": "(true) must be a number above 0",
     "train.learning_rate=.nan": "(NaN) must be a number above 0",
     "train.learning_rate=.inf": "(Infinity) must be a number above 0",
@@ -116,29 +116,29 @@ WRONG = {
     "train=5": "(5) must be a mapping with epochs, max_steps, global_batch_size, ",
     "name=7": "(7) must be text; put it in quotes",
     "name=": "(null) must be text",
-    "storage=''": '("") must be text that isn\'t empty',  # it would be the file system's root
-    "model.base=''": '("") must be text that isn\'t empty',
+    "storage=''": '("") must be non-empty text',  # it would be the file system's root
+    "model.base=''": '("") must be non-empty text',
     "model.trust_remote_code=perhaps": '("perhaps") must be true or false',
-    "data.train=[]": "([]) must be a list with something in it (each entry a mapping with path, ",
-    "data.train=p": '("p") must be a list with something in it (each entry a mapping with path, ',
-    "data.labels=[]": "([]) must be a list with something in it (each entry text that isn't empty)",
-    "data.labels=[a, b, a]": "gives 'a' more than once; name each label once",
-    "data.labels=[' ']": "names an empty label; remove it",
+    "data.train=[]": "([]) must be a non-empty list (each entry a mapping with path, ",
+    "data.train=p": '("p") must be a non-empty list (each entry a mapping with path, ',
+    "data.labels=[]": "([]) must be a non-empty list (each entry non-empty text)",
+    "data.labels=[a, b, a]": "lists 'a' more than once; list each label once",
+    "data.labels=[' ']": "contains an empty label; remove it",
     "data.clean.contamination=on": "(true) must be one of report, drop, off",
     "data.clean.quality=keep": '("keep") must be one of report, drop, off',
     "data.chunk_mb=2000": "(2000) must be at most 1024",
-    "data.eval=[]": "is an empty list; name a source, or leave the key out",
+    "data.eval=[]": "is an empty list; add a source, or remove the key",
     "data.eval=0.1": "(0.1) must be {fraction: 0.1} or a list of sources [{path: …}]",
     "data.eval={path: p}": ": must be {fraction: 0.1} or a list of sources [{path: …}]",
     "deepspeed.overrides=3": "(3) must be a mapping",
     "deepspeed.zero_stage=4": "(4) must be at most 3",
     "serve.port=70000": "(70000) must be at most 65535",
     # keys that may be one thing or another still get one sentence
-    "train.micro_batch_size=x": "(\"x\") must be a whole number from 1 up or 'auto'",
-    "train.micro_batch_size=0": "(0) must be a whole number from 1 up or 'auto'",
-    "train.micro_batch_size=true": "(true) must be a whole number from 1 up or 'auto'",
-    "method.target_modules=3": "(3) must be 'all-linear' or a list with something in it (each entry text)",
-    "method.target_modules=[]": "([]) must be 'all-linear' or a list with something in it (each entry text)",
+    "train.micro_batch_size=x": "(\"x\") must be an integer of at least 1 or 'auto'",
+    "train.micro_batch_size=0": "(0) must be an integer of at least 1 or 'auto'",
+    "train.micro_batch_size=true": "(true) must be an integer of at least 1 or 'auto'",
+    "method.target_modules=3": "(3) must be 'all-linear' or a non-empty list (each entry text)",
+    "method.target_modules=[]": "([]) must be 'all-linear' or a non-empty list (each entry text)",
     "checkpoint.every=0": "(0) must be a number of steps from 1 up, or like '1 epoch', '10 min', '2 h'",
     "checkpoint.every=0 epochs": "(\"0 epochs\") must be a number of steps from 1 up, or like '1 epoch', '10 min', '2 h'",
     "checkpoint.every=often": "(\"often\") must be a number of steps from 1 up, or like '1 epoch', '10 min', '2 h'",
@@ -159,7 +159,7 @@ DEEPER = {
     "data.eval=[{path: p, weigt: 1}]": "unknown key data.eval.0.weigt; did you mean data.eval.weight?",
     "data.eval=[p]": 'data.eval.0 ("p") must be a mapping with path, weight, format, columns',
     "data.eval={fraction: 0.1, stratify: a, group: b}": (
-        "data.eval: stratify and group exclude each other: a whole group can't be shared out; drop one of them"
+        "data.eval: stratify and group exclude each other, because a group is never split; remove one of them"
     ),
     "method.target_modules=[q_proj, 3]": "method.target_modules.1 (3) must be text; put it in quotes",
     "evaluate.metrics=[loss, blue]": (
@@ -189,48 +189,44 @@ TOGETHER = {
         "train.global_batch_size (5) must be a multiple of num_workers (8); try 8"
     ),
     ("data.train=[{path: a, weight: 1}, {path: b}]",): (
-        "data.train gives b no weight while others have one; give each source a weight, or none"
+        "data.train has sources with and without a weight (b has none); set weight for all sources or for none"
     ),
     ("data.train.0.format=columns",): (
         "data.train.0: format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}"
     ),
     ("data.train.0.columns={user: q}",): "data.train.0: columns must name at least user and assistant",
     ("data.train.0.columns={user: q, assistant: a}", "data.train.0.format=alpaca"): (
-        "data.train.0: columns and format 'alpaca' exclude each other; drop one of them"
+        "data.train.0: columns and format 'alpaca' exclude each other; remove one of them"
     ),
     ("method.type=qlora", "deepspeed.zero_stage=3"): (
         "method.type qlora with deepspeed.zero_stage 3 is not possible: 4-bit weights can't be sharded; use zero_stage 2"
     ),
     ("evaluate.metrics=[format]",): (
-        "evaluate: the metric 'format' and the key format (a regular expression) belong together; give both"
+        "evaluate: the metric 'format' and the key format (a regular expression) need each other; set both"
     ),
     ("evaluate.metrics=[format]", "evaluate.format='[a'"): (
         "evaluate: format '[a' is not a regular expression: unterminated character set at position 0"
     ),
     ("evaluate.metrics=[extract]",): (
-        "evaluate: the metric 'extract' and the key extract (a regular expression) belong together; give both"
+        "evaluate: the metric 'extract' and the key extract (a regular expression) need each other; set both"
     ),
     ("evaluate.bertscore_model=m",): (
-        "evaluate: the metric 'bertscore' and the key bertscore_model (a directory) belong together; give both"
+        "evaluate: the metric 'bertscore' and the key bertscore_model (a directory) need each other; set both"
     ),
     ("evaluate.json_schema=s.json",): (
-        "evaluate: json_schema is for the metric 'json'; add it to metrics, or remove the key"
+        "evaluate: json_schema needs the metric 'json'; add it to metrics, or remove json_schema"
     ),
-    ("evaluate.gates={rougel: {min_gain: 0.1}}",): (
-        "evaluate: gates.rougel: there is no such figure; did you mean rouge_l?"
-    ),
+    ("evaluate.gates={rougel: {min_gain: 0.1}}",): ("evaluate: gates.rougel is not a metric; did you mean rouge_l?"),
     ("evaluate.gates={general_loss: {max_rise: 0.1}}",): (
-        "evaluate: gates.general_loss needs the metric 'general', which isn't computed; add it to metrics"
+        "evaluate: gates.general_loss needs the metric 'general', which is not computed; add it to metrics"
     ),
     ("evaluate.gates.loss={}",): (
-        "evaluate.gates.loss: is a gate without a limit; give it min_gain, max_rise, max_drop, min or max"
+        "evaluate.gates.loss: is a gate without a limit; set min_gain, max_rise, max_drop, min or max"
     ),
     ("evaluate.gates.loss.min_gain=0.1", "data.eval="): (
-        "evaluate.gates needs held-out data to judge by; add data.eval: {fraction: 0.1}"
+        "evaluate.gates needs eval data; add data.eval: {fraction: 0.1}"
     ),
-    ("evaluate.early_stopping=3",): (
-        "evaluate: early_stopping needs evaluate.every, the steps between held-out losses"
-    ),
+    ("evaluate.early_stopping=3",): ("evaluate: early_stopping needs evaluate.every, the steps between eval losses"),
     ("serve.tensor_parallel=2",): "serve: tensor_parallel (2) needs engine vllm; set serve.engine: vllm, or 1",
     ("serve.min_replicas=3",): "serve: max_replicas (1) is below min_replicas (3); raise it",
 }
@@ -254,7 +250,7 @@ def test_every_wrong_key_has_its_line(run_file: Path) -> None:
     lines = refusal(run_file, "train.epoch=2", "train.seed=-1", "data.train.0.path=''").split("\n")
     assert lines == [
         f"{run_file}:",
-        '  data.train.0.path ("") must be text that isn\'t empty',
+        '  data.train.0.path ("") must be non-empty text',
         "  train.seed (-1) must be at least 0",
         "  unknown key train.epoch; did you mean train.epochs?",
     ]
@@ -266,8 +262,8 @@ def test_numbers_may_be_written_as_yaml_does_not_read_them(run_file: Path, text:
 
 
 BROKEN = {
-    "name: a\nname: b\n": (2, "the key 'name' is given twice; correct the YAML there"),
-    "name: a\ntrain: {seed: 1, seed: 1}\n": (2, "the key 'seed' is given twice; correct the YAML there"),
+    "name: a\nname: b\n": (2, "the key 'name' appears twice; correct the YAML there"),
+    "name: a\ntrain: {seed: 1, seed: 1}\n": (2, "the key 'seed' appears twice; correct the YAML there"),
     "name: a\nmodel: {base: x\ndata:\n": (3, "; correct the YAML there"),
     "name: a\n\tmodel: x\n": (2, "that cannot start any token; correct the YAML there"),
     "name: !!python/object:os.system a\n": (1, "; correct the YAML there"),
@@ -286,7 +282,7 @@ def test_broken_yaml_names_its_line(run_file: Path, text: str, told: tuple[int, 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "- a\n", "just text\n", "7\n"])
 def test_a_file_without_keys_is_refused(run_file: Path, text: str) -> None:
     run_file.write_text(text)
-    assert refusal(run_file) == f"{run_file} holds no keys; a run file is a mapping with at least name, model and data"
+    assert refusal(run_file) == f"{run_file} has no keys; a run file needs at least name, model and data"
 
 
 @pytest.mark.parametrize(
@@ -302,12 +298,12 @@ def test_any_rubbish_is_a_sentence_and_never_a_traceback(run_file: Path, content
 def test_a_value_that_holds_itself_is_a_sentence_too(run_file: Path) -> None:
     run_file.write_text(SMALL + "storage: &s [*s]\ntrain: &t {epochs: *t}\n")
     assert f"{run_file}, line " in refusal(run_file)
-    assert "an alias names what it is part of" in refusal(run_file)
+    assert "an alias refers to a node that contains it" in refusal(run_file)
 
 
 def test_a_missing_file_says_what_to_give(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert refusal(missing) == f"{missing} does not exist; give the path of a run file such as jobs/quickstart.yaml"
+    assert refusal(missing) == f"{missing} does not exist; use a run file such as jobs/quickstart.yaml"
     assert refusal(tmp_path).startswith(f"{tmp_path} can't be read")
 
 
@@ -328,10 +324,10 @@ NO_OVERRIDES = {
     "train.max_steps": "'train.max_steps' is not an override; write key.sub=value, for example train.max_steps=10",
     "=3": "'=3' is not an override; write key.sub=value, for example train.max_steps=10",
     "train..seed=3": "'train..seed=3' is not an override; write key.sub=value, for example train.max_steps=10",
-    "data.train.1.path=x": "data.train.1.path: '1' is not a place in data.train, a list of 1; use 0 to 0",
-    "data.train.first.path=x": "data.train.first.path: 'first' is not a place in data.train, a list of 1; use 0 to 0",
-    "data.train.-1=x": "data.train.-1: '-1' is not a place in data.train, a list of 1; use 0 to 0",
-    "name.x=3": 'name.x: name holds "a" and no keys; override it whole',
+    "data.train.1.path=x": "data.train.1.path: '1' is not an index of data.train, a list of 1; use 0 to 0",
+    "data.train.first.path=x": "data.train.first.path: 'first' is not an index of data.train, a list of 1; use 0 to 0",
+    "data.train.-1=x": "data.train.-1: '-1' is not an index of data.train, a list of 1; use 0 to 0",
+    "name.x=3": 'name.x: name is "a" and has no keys; override it as a whole',
     "train.seed={": "override train.seed, line 1, column ",
 }
 

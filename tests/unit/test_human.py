@@ -365,7 +365,7 @@ def test_the_csv_is_blinded_and_no_cell_is_a_formula() -> None:
 
 WRONG = [
     ({"preferred": "tuned"}, "f.csv, row {n}: preferred is 'tuned'; write A, B or same"),
-    ({"A style": "6"}, "f.csv, row {n}: A style is '6'; write a whole number from 1 to 5"),
+    ({"A style": "6"}, "f.csv, row {n}: A style is '6'; write an integer from 1 to 5"),
     ({"A style": "3.5"}, "A style is '3.5'"),
     ({"sample": "99", "preferred": "a"}, "sample '99' is not on the sheet; it has samples 1 to 3"),
     ({"sample": "1", "preferred": "a"}, "ann has answered sample 1 in an earlier row; remove one"),

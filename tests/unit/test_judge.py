@@ -282,10 +282,10 @@ def test_a_verdict_is_the_last_mark_or_the_only_word(text: str, verdict: str | N
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"url": "ftp://x"}, "evaluate.judge: url must be an address such as https://api.example.com/v1"),
-        ({"url": "x"}, "must be an address"),
-        ({"url": f"https://user:{KEY}@x/v1"}, "url must hold no user, key or query"),
-        ({"url": f"https://x/v1?key={KEY}"}, "name the key by key_env"),
+        ({"url": "ftp://x"}, "evaluate.judge: url must be a URL such as https://api.example.com/v1"),
+        ({"url": "x"}, "must be a URL"),
+        ({"url": f"https://user:{KEY}@x/v1"}, "url must not contain a user, key or query"),
+        ({"url": f"https://x/v1?key={KEY}"}, "set key_env instead"),
         ({"key_env": KEY}, "key_env must be the name of an environment variable .* not the key"),
         ({"key_env": "JUDGE_KEY"}, "key_env is JUDGE_KEY, but that variable is not set"),
         ({"key": KEY}, "unknown key evaluate.judge.key"),

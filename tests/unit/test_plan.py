@@ -365,7 +365,7 @@ def test_what_goes_together_is_what_check_allows() -> None:
     lines = together(run_of(train={"precision": "fp16", "global_batch_size": 8}, deepspeed={"zero_stage": 1}))
     assert (
         lines[0]
-        == "full with fp16: zero_stage 1, 2, 3; not 0: DeepSpeed doesn't scale the loss there; use zero_stage 1"
+        == "full with fp16: zero_stage 1, 2, 3; not 0: DeepSpeed has no loss scaling at stage 0; use zero_stage 1"
     )
     assert lines[2].startswith("qlora with fp16: zero_stage 1, 2; not 0: ")
     assert "not 3: 4-bit weights can't be sharded; use zero_stage 2" in lines[2]

@@ -171,7 +171,7 @@ def test_a_serve_config_for_elsewhere_needs_no_engine_here(
             "serve.ab names base:x, which is not served; use one of base, polite",
         ),
         (("serve.canary.model=x",), "canary.model (x) must be one of at least two models in ab"),
-        (("serve.ab={default: 1}",), "ab can't hold the model 'default'"),
+        (("serve.ab={default: 1}",), "ab can't contain 'default'"),
     ],
 )
 def test_what_can_not_be_served_together_is_told(
