@@ -122,7 +122,7 @@ def publish(
 
 def _publishable(run: config.RunConfig, base: config.ModelConfig, target: str) -> tuple[str, dict[str, Any]]:
     """The exported model's directory and the metadata to publish with it. Raises as `_exported_adapter` and `_check_gates`."""
-    from ftray.serve.model_metadata import reference_of
+    from ftray.serve.model_files import reference_of
 
     run_dir, model_dir, step, manifest = _exported_adapter(run, target)
     _check_gates(run_dir, step, target)
@@ -262,7 +262,7 @@ def _check_servable(run: config.RunConfig, *, is_local: bool) -> None:
 def _references(run: config.RunConfig, served: ServedModels) -> dict[str, Any]:
     """The drift baselines of the served models, by name."""
     from ftray import storage
-    from ftray.serve.model_metadata import reference_of
+    from ftray.serve.model_files import reference_of
 
     run_dirs = {run.name: storage.absolute(run.directory)}
     run_dirs |= {name: uri.rpartition("/")[0] for name, uri in served.adapters.items()}
@@ -327,8 +327,7 @@ def _what_to_serve(run: config.RunConfig, more: list[str]) -> tuple[str, ServedM
     from ftray import storage
     from ftray.model.load import resolve_base
     from ftray.serve.adapter_cache import ServedModels
-    from ftray.serve.model_files import check_model
-    from ftray.serve.model_metadata import lineages_of
+    from ftray.serve.model_files import check_model, lineages_of
     from ftray.serve.registry import base_name, registry_of
 
     run_dir = storage.absolute(run.directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from ftray.serve.registry_schema import PublishedAdapter, Rejected
 
 POLL_S = 1.0  # between two looks at the registry
 SURPRISED_S = 60.0  # how long an adapter whose loading failed unexpectedly is refused
+_PATH = re.compile(r"(?<![\w.])(?:\w+:/)?/\S*?(?P<file>/adapter_\w+\.\w+)?(?=[\s,;:)'\"]|$)")
 MAX_LOGGED = 100  # lines of one look about entries that are not served; more are counted only
 logger = logging.getLogger(__name__)
 
@@ -132,10 +134,18 @@ class AdapterCache:
                 await asyncio.shield(task)  # others may wait for it, too
             except FtrayError as err:
                 logger.error("adapter %s: %s", model_id, err)
-                message = f"the model {model_id} is not available at the moment; try again"
-                raise RequestError(503, message, code="model_unavailable") from None
+                raise self._refusal(model_id, uri) from None
         self._loaded.move_to_end(uri)
         return uri
+
+    def _refusal(self, model_id: str, uri: str) -> RequestError:
+        reason, until_s = self._refused.get(uri, ("", 0.0))
+        if until_s < math.inf:
+            message = f"the model {model_id} is not available at the moment; try again"
+            return RequestError(503, message, code="model_unavailable")
+        shown = _PATH.sub(lambda path: model_id + (path["file"] or ""), reason)  # clients learn no paths
+        message = f"the model {model_id} cannot be served: {shown}"
+        return RequestError(503, message, code="model_unavailable", is_permanent=True)
 
     async def _load(self, uri: str, sums: Mapping[str, str] | None) -> None:
         if uri in self._refused:

@@ -16,7 +16,7 @@ from ftray.errors import StorageError
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.app import build_app
 from ftray.serve.auth import read_key_hashes
-from ftray.serve.model_metadata import lineages_of, reference_of
+from ftray.serve.model_files import lineages_of, reference_of
 
 logger = logging.getLogger(__name__)
 

@@ -39,10 +39,12 @@ class RequestError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        is_permanent: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after_s = 1.0 if retry_after_s is None and status in (429, 503) else retry_after_s
+        is_transient = status in (429, 503) and not is_permanent
+        self.retry_after_s = 1.0 if retry_after_s is None and is_transient else retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""A replica's figures as Ray's own metrics, which Prometheus reads from each node, so that every replica is counted.
+"""Exports a replica's metrics as Ray metrics, which Prometheus reads from each node.
 
-`/metrics` is the same for one replica: through the proxy a scrape reaches any of them.
+A scrape of `/metrics` goes through the proxy and reaches any one of the replicas; Ray's metrics cover all of them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from ftray.serve.metrics import ServeMetrics
 
 EVERY_S = 5.0
 _log = logging.getLogger("ray.serve")
-SKIPPED = ("_created",)  # when a series began: of no use behind a gauge
+SKIPPED = ("_created",)  # start times of series: useless behind a gauge
 
 
 class RayMetricsMirror:
-    """Copies meters; replica: the name in the label of that name. A series ends with its replica."""
+    """Exports metrics to Ray.
 
-    def __init__(self, meters: ServeMetrics, replica: str) -> None:
-        self._meters, self._replica = meters, replica
+    Args:
+        metrics: The replica's metrics.
+        replica: The value of the label `replica`. The series ends with the replica.
+    """
+
+    def __init__(self, metrics: ServeMetrics, replica: str) -> None:
+        self._metrics, self._replica = metrics, replica
         self._gauges: dict[str, Any] = {}
         self._copied_s = -EVERY_S
 
     def copy(self) -> None:
-        """Copies all of them, at most once in EVERY_S. Counters stay sums, histograms their buckets: `rate` works.
+        """Exports all metrics, at most once per EVERY_S. Counters stay sums and histograms stay buckets, so `rate` works.
 
-        Raises nothing: a replica is not ill because its figures can't be told.
+        Raises nothing: a failed export does not make a replica unhealthy.
         """
         if time.monotonic() - self._copied_s < EVERY_S:
             return
@@ -37,11 +42,11 @@ class RayMetricsMirror:
         try:
             self._copy()
         except Exception:  # noqa: BLE001 - whatever it is, answers go on
-            _log.exception("the replica's figures could not be told to Ray's metrics")
+            _log.exception("Could not export the replica's metrics to Ray")
 
     def _copy(self) -> None:
-        self._meters.refresh()
-        for family in self._meters.collect():
+        self._metrics.refresh()
+        for family in self._metrics.collect():
             for sample in family.samples:
                 if sample.name.endswith(SKIPPED):
                     continue

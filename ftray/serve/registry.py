@@ -23,11 +23,13 @@ from ftray.engine.adapters import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
+    TensorInfo,
     adapter_shapes,
     check_adapter,
+    header_length,
+    read_header,
     read_settings,
 )
-from ftray.engine.safetensors_header import TensorInfo, header_length, read_header
 from ftray.errors import ConfigError, ModelError, StorageError
 from ftray.serve.registry_schema import PublishedAdapter, Rejected, content_of, read_entry
 from ftray.serve.signing import Signer
@@ -238,11 +240,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
         sums = _copy_verified(source, manifest, scratch)
         content = content_of(sums)
-        number = 1 + max((int(version.split("-")[0]) for version, _ in _versions(registry)[0].get(name, [])), default=0)
-        if number > _MAX_NUMBER:
-            raise ConfigError(
-                f"{name} has a version {number - 1}, the last possible one; remove {name}, or choose another --name"
-            )
+        number = _next_number(registry, name)
         if (
             newest is not None
             and newest.version.endswith(content)
@@ -259,6 +257,16 @@ def publish(
             whole["signature"] = signer.sign(name, version, files, whole)
         created = storage.commit_directory(scratch, uri, whole)
     return PublishedAdapter(name, version, uri, whole, sums), created
+
+
+def _next_number(registry: str, name: str) -> int:
+    numbers = [int(version.split("-")[0]) for version, _ in _versions(registry)[0].get(name, [])]
+    number = 1 + max(numbers, default=0)
+    if number > _MAX_NUMBER:
+        raise ConfigError(
+            f"{name} has a version {number - 1}, the last possible one; remove {name}, or choose another --name"
+        )
+    return number
 
 
 def _is_signed_by(entry: PublishedAdapter, signer: Signer) -> bool:

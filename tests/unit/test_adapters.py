@@ -99,7 +99,7 @@ def test_adapters_share_no_prefix_with_each_other_or_the_base(adapters: dict[str
         return answers, sum(len(ledger.hash_to_block) for ledger in ledgers)
 
     answers, num_cached = with_adapters(body)
-    assert num_cached >= 3 * 3, "prefixes are no longer kept, so this test proves nothing"
+    assert num_cached == 0, "a cached prefix could serve a request of another adapter"
     models = {name: of_peft(adapters[name] if name else None) for name in order}
     expected = {name: by_generate(model, prompt) for name, model in models.items()}
     for name, answer in zip(order, answers, strict=True):

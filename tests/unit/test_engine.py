@@ -392,7 +392,7 @@ def test_an_aborted_request_ends_and_frees_its_place(tokenizer: Any, monkeypatch
         long = SamplingParams(max_tokens=250)  # 25 seconds
         first = asyncio.create_task(complete(engine, "first", [1, 2], long))
         await asyncio.sleep(0.1)
-        with pytest.raises(DataError, match="first is being answered"):
+        with pytest.raises(DataError, match="first is already running"):
             engine.generate("first", [1], GREEDY)
         await engine.abort("first")
         await engine.abort("unknown")

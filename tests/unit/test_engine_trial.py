@@ -55,6 +55,6 @@ def test_the_trial_keeps_to_the_context(max_context: int) -> None:
 def test_layers_that_batches_do_not_know_are_told_in_one_sentence() -> None:
     model = build("jamba", vocab_size=260)
     before = model.config._attn_implementation
-    with pytest.raises(EngineError, match="the engine can't start: "):
+    with pytest.raises(EngineError, match="the engine could not start: "):
         start(model)
     assert model.config._attn_implementation == before

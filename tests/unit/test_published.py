@@ -250,6 +250,9 @@ def test_damage_and_misfits_are_a_503_that_names_no_path(tmp_path: Path) -> None
                 answer = await call(app, "/v1/completions", {"model": model, "prompt": "x"})
                 assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
                 assert str(tmp_path) not in answer.error["message"]
+                assert answer.error["message"].startswith(f"the model {model} cannot be served: ")
+                assert "try again" not in answer.error["message"]
+                assert "retry-after" not in answer.headers
             answer = await call(app, "/v1/completions", {"model": "small", "prompt": "x"})
             assert answer.json["choices"][0]["text"] == "base"
 

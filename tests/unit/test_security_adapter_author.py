@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ftray.config import ServeConfig
-from ftray.engine.adapters import MAX_CONFIG_BYTES, read_adapter_files, read_settings
-from ftray.engine.safetensors_header import MAX_HEADER_BYTES
+from ftray.engine.adapters import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, read_adapter_files, read_settings
 from ftray.engine.transformers.mixed_lora import MixedLora
 from ftray.errors import CheckpointError, ConfigError, ModelError
 from ftray.serve.model_files import local_adapter

@@ -21,7 +21,7 @@ from ftray.serve import adapter_cache as catalog_module
 from ftray.serve import registry as registry_module
 from ftray.serve.adapter_cache import AdapterCache
 from ftray.serve.metrics import ServeMetrics
-from ftray.serve.model_metadata import lineages_of, reference_of
+from ftray.serve.model_files import lineages_of, reference_of
 from ftray.serve.registry import list_published, registry_of, remove, scan
 from ftray.serve.registry_schema import MAX_MANIFEST_BYTES
 from ftray.serve.routes import build_api

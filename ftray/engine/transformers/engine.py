@@ -1,12 +1,12 @@
 """The embedded engine: transformers' continuous batching, on CPU with sdpa or on GPU.
 
-Knows nothing of HTTP, Ray, run files or how a model was trained. Prompts come as ids, from whoever knows the chat
-template. What it adds to `ContinuousBatchingManager`: sampling by request, text that never shows half a character or a
-stop string, memory that is bounded before it starts, and errors instead of waiting when its thread dies.
+Knows nothing of HTTP, Ray, run files or training. Prompts are token ids. It adds the following to `ContinuousBatchingManager`:
+sampling per request, text that never ends in half a character or stop string, memory that is bounded before the start, and
+errors instead of endless waiting if its thread dies.
 
-With `adapters=True` it holds LoRA adapters over the base, and requests for the base and for different adapters share
-batches: each token is adapted by its request's adapter (mixed_lora). transformers shares cached keys and values between
-prompts that begin alike; here only those of the same adapter do.
+With `adapters=True` it holds LoRA adapters over the base. Requests for the base and for different adapters share batches: each
+token is adapted by its request's adapter (`mixed_lora`). Prompts then share no cached prefixes, because keys and values depend
+on the adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,29 @@ MAX_CONTEXT = 8192  # where the model itself allows more: the cache is allocated
 _PLANNED_CONTEXT = 1024  # tokens that the cache holds for each concurrent request; longer ones share, or wait
 _PAGE_SIZE = 64
 _MAX_BATCH_TOKENS = 512  # a longer prompt is prefilled in pieces; the mask is this × cache size
-_WATCH_S = 1.0  # how often a waiting request looks whether the engine lives
+_WATCH_S = 1.0  # how often a waiting request checks the engine's thread
 
-# Its warnings quote token ids of prompts, and its errors reach us as exceptions anyway.
+# Its warnings quote token ids of prompts; its errors reach us as exceptions.
 logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
 
 
 class TransformersEngine:
     """An `Engine` for one model in this process.
 
-    model: a causal LM of transformers, or a PeftModel around one (its active adapter answers; under PEFT's
-    `disable_adapter()` the base does). tokenizer: fast. From `start` to `stop` it holds keys and values of
-    `num_cache_tokens()` tokens, and the model in eval mode with an attention that continuous batching can use.
+    From `start` to `stop` it holds keys and values of `num_cache_tokens()` tokens, and the model in eval mode with an
+    attention
+    that continuous batching supports.
+
+    Args:
+        model: A causal LM of transformers, or a PeftModel around one. Its active adapter answers; under PEFT's
+            `disable_adapter()`
+            the base does.
+        tokenizer: A fast tokenizer.
+        name: The base's name in `list_models`.
+        max_num_seqs: Requests that run at the same time.
+        max_context: Tokens of a prompt and its answer.
+        stop_token_ids: Tokens that end an answer. Default: see `find_stop_tokens`.
+        adapters: Whether LoRA adapters can be loaded.
     """
 
     def __init__(
@@ -68,7 +78,7 @@ class TransformersEngine:
         stop_token_ids: tuple[int, ...] | None = None,
         adapters: bool = False,
     ) -> None:
-        # continuous batching is a mixin of the transformers model; LoRA layers stay where PEFT put them inside it
+        # continuous batching is a mixin of the transformers model, which contains PEFT's LoRA layers
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.tokenizer = tokenizer
         self.name = name
@@ -80,38 +90,39 @@ class TransformersEngine:
         self._lora = MixedLora(self._model) if adapters else None
         self._hooks: list[Any] = []
         self._manager: Any = None
-        self._attention: str | None = None  # to be put back
-        self._ids = itertools.count()  # continuous batching dies of a request id that comes twice: it gets ours
+        self._attention: str | None = None  # the model's own, restored by `stop`
+        self._ids = itertools.count()  # continuous batching crashes on a repeated request id, so it gets our own
         self._inboxes: dict[str, tuple[str, asyncio.Queue[Any]]] = {}
 
     async def start(self) -> None:
-        """Allocates the cache, starts the thread and tries an answer.
+        """Allocates the cache, starts the thread and checks an answer.
 
-        Raises EngineError when memory doesn't suffice, ModelError for a model that can't be answered for in batches.
+        Raises:
+            EngineError: There is too little memory.
+            ModelError: The model gives wrong answers in a batch.
         """
         if self._manager is not None:
-            raise EngineError("the engine is started already")
+            raise EngineError("the engine has already been started")
         alone = (
             await asyncio.to_thread(answer_alone, self._model, self.max_context) if self.max_context >= LEAST else None
         )
         self._use_fitting_attention()
         sampler = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([RowSampler()]))
-        sampler.tensors_required = 1  # it counts only processors that it converted itself
+        sampler.tensors_required = 1  # it counts only processors that it has converted itself
         try:
             manager = self._model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=list(self.stop_token_ids) or -1),
                 continuous_batching_config=self._batching_config(),
             )
             manager.logit_processor = sampler
-            await asyncio.to_thread(manager.warmup)  # makes the cache; without CUDA graphs nothing is computed
+            await asyncio.to_thread(manager.warmup)  # allocates the cache; without CUDA graphs it computes nothing
         except (MemoryError, ValueError, RuntimeError) as err:
             self._put_attention_back()
-            raise EngineError(f"the engine can't start: {err}") from err
+            raise EngineError(f"the engine could not start: {err}") from err
         if self._lora is not None:
             self._lora.attach()
             route = partial(self._route, manager.batch_processor)
             self._hooks = [self._model.register_forward_pre_hook(lambda *_: route())]
-            _keep_prefixes_apart(manager.batch_processor)
         manager.start()
         self._manager = manager
         try:
@@ -122,7 +133,7 @@ class TransformersEngine:
             raise
 
     def num_cache_tokens(self) -> int:
-        """Tokens of keys and values that the cache holds: one whole context, and a usual one for each request."""
+        """Tokens whose keys and values fit in the cache: one whole context, and a typical one per request."""
         return max(self.max_context, self.max_num_seqs * min(self.max_context, _PLANNED_CONTEXT))
 
     def generate(
@@ -130,37 +141,39 @@ class TransformersEngine:
     ) -> AsyncIterator[OutputChunk]:
         """See Engine.generate."""
         self.health()
-        found = None if adapter is None else self._need_lora(adapter).find(adapter)
+        loaded = None if adapter is None else self._need_lora(adapter).find(adapter)
         if request_id in self._inboxes:
-            raise DataError(f"request {request_id} is being answered already")
+            raise DataError(f"request {request_id} is already running; use another id")
         check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(62))
         guide = None if params.json_schema is None else self._schemas.guide(params.json_schema)
-        return self._generate(request_id, prompt_ids, RowSampling(params, found, guide))
+        return self._generate(request_id, prompt_ids, RowSampling(params, loaded, guide))
 
     def check_schema(self, schema: str) -> None:
         """See Engine.check_schema."""
         self._schemas.guide(schema)
 
-    async def _generate(self, request_id: str, prompt_ids: list[int], asked: RowSampling) -> AsyncIterator[OutputChunk]:
+    async def _generate(
+        self, request_id: str, prompt_ids: list[int], sampling: RowSampling
+    ) -> AsyncIterator[OutputChunk]:
         internal_id, inbox = f"{next(self._ids)}", asyncio.Queue[Any]()
         self._inboxes[request_id] = (internal_id, inbox)
         finished = False
         try:
-            self._submit(internal_id, inbox, prompt_ids, asked)
-            stream, num_seen = Detokenizer(self._decode, asked.params.stop), 0
+            self._submit(internal_id, inbox, prompt_ids, sampling)
+            stream, num_seen = Detokenizer(self._decode, sampling.params.stop), 0
             while not finished:
                 output = await self._receive(inbox)
-                if asked.guide is not None and asked.guide.error:
-                    raise StuckError(f"the JSON schema can't be followed any further: {asked.guide.error}")
+                if sampling.guide is not None and sampling.guide.error:
+                    raise StuckError(f"the answer cannot follow the JSON schema any further: {sampling.guide.error}")
                 new = output.generated_tokens[num_seen:]
                 num_seen += len(new)
                 finished = output.is_finished()
                 text, taken, reason = read_tokens(stream, new, self.stop_token_ids, is_last=finished)
                 num_generated = num_seen - len(new) + taken
-                told = tuple(asked.logprobs[num_generated - taken : num_generated])
-                yield OutputChunk(text, new[:taken], reason, len(prompt_ids), num_generated, told)
+                logprobs = tuple(sampling.logprobs[num_generated - taken : num_generated])
+                yield OutputChunk(text, new[:taken], reason, len(prompt_ids), num_generated, logprobs)
                 if reason:
                     break
         finally:
@@ -168,22 +181,26 @@ class TransformersEngine:
             self._release(internal_id, cancel=not finished)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; whoever iterates gets EngineError. Unknown ids are ignored: it may have just ended."""
+        """Ends a request: its iterator raises EngineError. Unknown ids are ignored, because the request may just have ended."""
         if request_id in self._inboxes:
             internal_id, inbox = self._inboxes[request_id]
             inbox.put_nowait(EngineError(f"request {request_id} was aborted"))
             self._release(internal_id, cancel=True)
 
     async def load_adapter(self, name: str, directory: str) -> None:
-        """Loads a directory in PEFT's format under a name, beside what runs. Raises ModelError if it doesn't fit."""
+        """Loads a directory in PEFT's format under a name, while requests run.
+
+        Raises:
+            ModelError: It does not fit the base.
+        """
         await asyncio.to_thread(self._need_lora(name).load, name, Path(directory))
 
     async def unload_adapter(self, name: str) -> None:
-        """Takes an adapter away; requests that run with it end as they would have."""
+        """Removes an adapter. Requests that already run with it finish normally."""
         self._need_lora(name).unload(name)
 
     def list_models(self) -> list[str]:
-        """The base, then the adapters that are loaded."""
+        """The base, then the loaded adapters."""
         return [self.name, *(self._lora.names() if self._lora is not None else [])]
 
     def _need_lora(self, name: str) -> MixedLora:
@@ -192,23 +209,23 @@ class TransformersEngine:
         return self._lora
 
     def _route(self, processor: Any) -> None:
-        """In the engine's thread, before each forward: which tokens of the batch are whose."""
+        """Tells the adapters which tokens of the next batch belong to them. Runs in the engine's thread before each forward."""
         batch = processor.inputs_and_outputs.requests_in_batch
-        asked = [(request.state.logit_processor_kwargs["asked"], request.query_length) for request in batch]
+        requests = [(request.state.logit_processor_kwargs["sampling"], request.query_length) for request in batch]
         assert self._lora is not None
-        self._lora.route([(one.adapter, length) for one, length in asked], self._model.device)
+        self._lora.route([(each.adapter, length) for each, length in requests], self._model.device)
 
     def health(self) -> None:
         """Raises EngineError unless the thread runs."""
         if self._manager is None:
             raise EngineError("the engine is not running; start it first")
         status = self._manager.background_thread_status
-        # A failing thread says first that it takes nothing any more, then fails its requests, then says why, and ends.
+        # A failing thread first stops accepting requests, then fails those it has, then records the error, and ends.
         if status.can_accept_new_requests() or not self._manager.is_running():
-            raise EngineError(f"the engine's thread died: {status.fatal_error or 'without a word'}")
+            raise EngineError(f"the engine's thread died: {status.fatal_error or 'it left no error'}")
 
     async def stop(self) -> None:
-        """Ends the thread, fails what was running with EngineError and frees the cache. May be called twice."""
+        """Ends the thread, fails running requests with EngineError and frees the cache. May be called twice."""
         manager, self._manager = self._manager, None
         if manager is None:
             return
@@ -220,32 +237,34 @@ class TransformersEngine:
             self._hooks.pop().remove()
         self._put_attention_back()
 
-    def _submit(self, internal_id: str, inbox: asyncio.Queue[Any], prompt_ids: list[int], asked: RowSampling) -> None:
+    def _submit(
+        self, internal_id: str, inbox: asyncio.Queue[Any], prompt_ids: list[int], sampling: RowSampling
+    ) -> None:
         strays = self._manager.output_router.output_queue
-        while not strays.empty():  # last words of requests that were cancelled; nobody else would take them
+        while not strays.empty():  # last outputs of cancelled requests, which nobody reads
             strays.get_nowait()
         self._manager.register_result_handler(internal_id, inbox.put_nowait)
         accepted = self._manager.add_request(
             prompt_ids,
             request_id=internal_id,
-            max_new_tokens=asked.params.max_tokens,
+            max_new_tokens=sampling.params.max_tokens,
             eos_token_id=list(self.stop_token_ids) or -1,
             streaming=True,
-            asked=asked,
+            sampling=sampling,
         )
         if accepted is None:
             self.health()
-            raise EngineError("the engine takes no requests any more")
+            raise EngineError("the engine no longer accepts requests")
 
     async def _receive(self, inbox: asyncio.Queue[Any]) -> Any:
-        """The newest output (they are cumulative). A thread can die without a word, so look after it while waiting."""
+        """The newest output (outputs are cumulative). The thread can die silently, so this checks it while waiting."""
         while inbox.empty():
             try:
                 async with asyncio.timeout(_WATCH_S):
                     output = await inbox.get()
                     break
             except TimeoutError:
-                await asyncio.sleep(0)  # what the thread said last is delivered before it is called dead
+                await asyncio.sleep(0)  # deliver the thread's last output before declaring it dead
                 if inbox.empty():
                     self.health()
         else:
@@ -269,17 +288,18 @@ class TransformersEngine:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _batching_config(self) -> Any:
-        # Everything that would otherwise be derived from the machine's free memory (90% of it) is given.
+        # Set everything that would otherwise be derived from 90% of the machine's free memory.
         return ContinuousBatchingConfig(
             page_size=_PAGE_SIZE,
-            # one more page a request: a page is held by one request, and the last one is never full
+            # one more page per request: a page belongs to one request, and the last page is rarely full
             num_blocks=math.ceil(self.num_cache_tokens() / _PAGE_SIZE) + self.max_num_seqs,
             max_batch_tokens=max(_MAX_BATCH_TOKENS, self.max_num_seqs),
             max_requests_per_batch=self.max_num_seqs,
             max_blocks_per_request=0,
+            allow_block_sharing=self._lora is None,  # a prompt's keys and values depend on the adapter
             use_cuda_graph=False,  # RowSampler runs Python for each batch
             use_async_batching=False,
-            auto_switch_to_flash=False,  # would look for kernels on the hub
+            auto_switch_to_flash=False,  # would search the hub for kernels
             seed=0,
         )
 
@@ -290,7 +310,7 @@ class TransformersEngine:
             self._attention = name
             self._model.set_attn_implementation(PAGED)
         elif name not in ("sdpa", "eager", "paged|eager") and not name.startswith("flash_attention"):
-            self._attention = name  # e.g. one that training registered for packed rows
+            self._attention = name  # e.g. one that training registered for packed sequences
             self._model.set_attn_implementation("sdpa")
 
     def _put_attention_back(self) -> None:
@@ -299,40 +319,13 @@ class TransformersEngine:
             self._attention = None
 
 
-def _keep_prefixes_apart(processor: Any) -> None:
-    """Prompts that begin alike share keys and values only under the same adapter.
-
-    Blocks are known by a hash over their tokens; in what is hashed, each adapter turns the ids into others of its own.
-    """
-    cache, scheduler = processor.cache, processor.scheduler
-
-    def salted(request_id: str, token_ids: list[int]) -> list[int]:
-        state = scheduler.active_requests.get(request_id) or scheduler.waiting_requests[request_id]
-        adapter = state.logit_processor_kwargs["asked"].adapter
-        if adapter is None:
-            return token_ids
-        salt = int.from_bytes(blake2b(b"%d" % adapter.serial, digest_size=4).digest(), "little") >> 2
-        return [token ^ salt for token in token_ids]
-
-    search = cache.search_prefix_match
-    cache.search_prefix_match = lambda request_id, token_ids: search(request_id, salted(request_id, token_ids))
-    for allocator in cache.cache_allocators.values():
-
-        def mark(
-            request_id: str, token_ids: list[int], count: int, plain: Any = allocator.mark_complete_blocks
-        ) -> None:
-            plain(request_id, salted(request_id, token_ids), count)
-
-        allocator.mark_complete_blocks = mark
-
-
 def find_stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: the chat template's, the tokenizer's and the model's own."""
+    """Ids that end an answer: those of the chat template, the tokenizer and the model's generation config."""
     return stop_tokens(tokenizer, getattr(model.generation_config, "eos_token_id", None))
 
 
 def stop_tokens(tokenizer: Any, own: int | list[int] | None) -> tuple[int, ...]:
-    """The same, from what a model's generation config calls eos_token_id."""
+    """`find_stop_tokens`, given the eos_token_id of the generation config."""
     ids: list[int] = []
     if getattr(tokenizer, "chat_template", None):
         try_template(template_of(tokenizer))

@@ -7,7 +7,6 @@ the tokens of the requests that asked for it, as PEFT computes it, and leaves al
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,8 @@ class AdapterWeights:
 class LoadedAdapter:
     """A loaded adapter. Requests under way keep it alive after it was unloaded."""
 
-    _serials = itertools.count()
-
     def __init__(self, name: str, scaling: float, layers: dict[str, AdapterWeights]) -> None:
         self.name, self.scaling, self.layers = name, scaling, layers
-        self.serial = next(self._serials)  # another one's weights may come under the same name
 
     def __deepcopy__(self, memo: Any) -> LoadedAdapter:
         return self  # a request that is evicted from the cache is copied

@@ -1,9 +1,8 @@
-"""Next token for each row of a mixed batch: greedy and sampled requests side by side, each with its own seed.
+"""The next token of each row of a mixed batch: greedy and sampled requests side by side, each with its own seed.
 
-Knows nothing of queues, threads, text or HTTP. transformers' own continuous batching has one `do_sample` and one random
-generator for the whole batch; here the choice is made per row, inside its hook for logits processors: a sampled row is
-replaced by one whose largest entry is the token drawn, and greedy rows pass untouched, so that the batch's argmax is
-every request's answer.
+Knows nothing of queues, threads, text or HTTP. transformers' continuous batching has one `do_sample` and one random generator
+for the whole batch. Here the choice is made per row, inside its hook for logits processors: a sampled row is replaced by one
+whose largest entry is the drawn token, and greedy rows stay as they are, so the batch's argmax is every request's answer.
 """
 
 from __future__ import annotations
@@ -23,9 +22,13 @@ _GREEDY_BELOW = 1e-5  # logits divided by less overflow, and the result is greed
 
 @dataclass(frozen=True)
 class RowSampling:
-    """What continuous batching carries along with a request: its sampling, its adapter, its schema, log probabilities.
+    """What continuous batching carries along with a request.
 
-    logprobs: of all tokens so far, written by the engine's thread before their tokens are delivered.
+    Attributes:
+        params: Its sampling parameters.
+        adapter: Its adapter, or None for the base.
+        guide: Its JSON schema.
+        logprobs: Of all tokens so far, written by the engine's thread before the tokens are delivered.
     """
 
     params: SamplingParams
@@ -38,9 +41,9 @@ class RowSampling:
 
 
 class RowSampler(ContinuousBatchingLogitsProcessor):
-    """Per-request temperature, top_p, seed and schema. Requests carry an `Asked` as `logit_processor_kwargs`."""
+    """Temperature, top_p, seed and schema per request. Requests carry a `RowSampling` in `logit_processor_kwargs`."""
 
-    supported_kwargs: ClassVar[dict[str, type]] = {"asked": RowSampling}
+    supported_kwargs: ClassVar[dict[str, type]] = {"sampling": RowSampling}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
@@ -50,29 +53,36 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
-        """Notes which rows are sampled or explained, and how far each is. Our engine runs batches one by one (no async
-        batching, no CUDA graph), so that the next `__call__` is for these rows; the tensor that the caller wants carries
-        nothing."""
+        """Notes the rows that are sampled, guided or need log probabilities, and their positions.
+
+        The engine runs batches one at a time (no async batching, no CUDA graph), so the next `__call__` is for these rows.
+        The tensor
+        that the caller expects carries nothing.
+        """
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
-            state, asked = request.state, request.state.logit_processor_kwargs["asked"]
-            if asked.params.temperature >= _GREEDY_BELOW or asked.params.num_logprobs is not None or asked.guide:
+            state, sampling = request.state, request.state.logit_processor_kwargs["sampling"]
+            if (
+                sampling.params.temperature >= _GREEDY_BELOW
+                or sampling.params.num_logprobs is not None
+                or sampling.guide
+            ):
                 # From the prompt's beginning: it stays when a request is evicted and prefilled again.
                 position = len(state.initial_tokens) + len(state.generated_tokens)
-                known = [*state.initial_tokens, *state.generated_tokens] if asked.guide else []
-                self._rows.append((row, asked, position, known))
+                known = [*state.initial_tokens, *state.generated_tokens] if sampling.guide else []
+                self._rows.append((row, sampling, position, known))
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """scores: float32 [num_rows, vocab]."""
-        for row, asked, position, known in self._rows:
-            own = scores[row].clone() if asked.guide and asked.params.num_logprobs is not None else scores[row]
-            if asked.guide:
-                asked.guide.mask(scores[row], known)
-            sampled = asked.params.temperature >= _GREEDY_BELOW
-            token = sample_token(scores[row], asked.params, position) if sampled else scores[row].argmax()
-            if asked.params.num_logprobs is not None:
-                asked.logprobs.append(explain_token(own, token, asked.params.num_logprobs))
+        for row, sampling, position, known in self._rows:
+            own = scores[row].clone() if sampling.guide and sampling.params.num_logprobs is not None else scores[row]
+            if sampling.guide:
+                sampling.guide.mask(scores[row], known)
+            sampled = sampling.params.temperature >= _GREEDY_BELOW
+            token = sample_token(scores[row], sampling.params, position) if sampled else scores[row].argmax()
+            if sampling.params.num_logprobs is not None:
+                sampling.logprobs.append(explain_token(own, token, sampling.params.num_logprobs))
             if sampled:
                 scores[row] = float("-inf")
                 scores[row, token] = 0.0
@@ -80,7 +90,7 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
 
 
 def explain_token(logits: torch.Tensor, token: torch.Tensor, num_top: int) -> TokenLogprob:
-    """Log probability of a token and of the `num_top` likeliest, from float32 logits [vocab]."""
+    """Log probability of a token and of the `num_top` likeliest ones, from float32 logits [vocab]."""
     logprobs = torch.log_softmax(logits, dim=-1)
     best = logprobs.topk(min(num_top, logprobs.shape[-1]))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
@@ -88,10 +98,16 @@ def explain_token(logits: torch.Tensor, token: torch.Tensor, num_top: int) -> To
 
 
 def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) -> torch.Tensor:
-    """Draws one token id from float32 logits [vocab]: the same one for the same logits, seed and position.
+    """Draws one token id. The same logits, seed and position give the same token.
 
-    An exponential race (Gumbel-max): token i wins with its probability when the smallest of e_i / p_i is taken. The
-    noise is a function of (seed, position), so no generator has to be kept for a request.
+    The draw is an exponential race (Gumbel-max): token i wins with its probability if the smallest e_i / p_i is taken. The
+    noise is
+    a function of (seed, position), so a request needs no generator.
+
+    Args:
+        logits: float32 [vocab].
+        params: temperature, top_p and seed.
+        position: Number of the token in its sequence.
     """
     probs = torch.softmax(logits / params.temperature, dim=-1)
     if params.top_p < 1:
@@ -106,7 +122,7 @@ def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) ->
 
 
 def _mix(seed: int, position: int) -> int:
-    """63 well-spread bits (splitmix64's finalizer), so that neighbouring seeds and positions share no noise."""
+    """63 well-spread bits (splitmix64's finalizer), so that neighboring seeds and positions share no noise."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + position + 1) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
