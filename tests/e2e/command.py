@@ -1,7 +1,7 @@
 """`ftray` as a user types it: a process of its own in a directory of its own, without or with a terminal.
 
-Knows nothing of ftray's code. All processes of a place carry a mark in their environment, so that what a command leaves
-behind is found wherever it hides.
+All processes of a place carry a mark in their environment, or are children of its fork server, so that the tests find
+what a command leaves behind.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 import yaml
+
+from tests.fork_server import ForkServer
 
 MARK = "FTRAY_TEST_PLACE"
 DEADLINE_S = 420.0
@@ -137,14 +139,15 @@ def _take_terminal() -> None:
 class Place:
     """A directory to type commands in, with a home, a cache and an environment of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, worker_server: ForkServer | None = None) -> None:
+        self._worker_server = worker_server
         self.directory, self.cache, self.home = directory / "work", directory / "cache", directory / "home"
         self._mark = uuid.uuid4().hex
         for each in (self.directory, self.home):
             each.mkdir(parents=True)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FTRAY_", "RAY_", "HF_", "XDG_"))}
         fixed = {"FTRAY_CACHE": str(self.cache), "HOME": str(self.home), "HF_HUB_OFFLINE": "1", MARK: self._mark}
-        self.env = {**kept, **fixed}
+        self.env = {**kept, **fixed, **(worker_server.environment if worker_server else {})}
 
     def write(self, name: str = "run.yaml", **overrides: object) -> str:
         """Writes a run file: SETTINGS with overrides, dotted keys with __ for the dot; returns its name."""
@@ -181,6 +184,8 @@ class Place:
                     found.append(f"{process.pid} {' '.join(process.info['cmdline'] or [])[:120]}")
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
+        if self._worker_server:  # a fork's /proc/…/environ is that of the server
+            found += [f"{worker.pid} {worker.name()}" for worker in self._worker_server.workers()]
         return found
 
     def close(self) -> None:

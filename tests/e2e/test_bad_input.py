@@ -25,6 +25,7 @@ from ftray import storage
 from ftray.cli import main, session
 from tests import cluster, tiny
 from tests.e2e.command import Ended, Place, assert_refused
+from tests.fork_server import ForkServer
 
 Prepare = Callable[[Path], Any]
 ANSWERED = {"messages": [{"role": "user", "content": "What is heard?"}, {"role": "assistant", "content": "meow"}]}
@@ -41,9 +42,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def desk(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker_server: ForkServer) -> Place:
     """A fresh working directory with that model, that data and a good run file; it is the current one."""
-    made = Place(tmp_path)
+    made = Place(tmp_path, worker_server)
+    for name, value in worker_server.environment.items():
+        monkeypatch.setenv(name, value)
     for name in ("model", "data"):
         (made.directory / name).symlink_to(parts / name)
     made.write()

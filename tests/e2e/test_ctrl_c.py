@@ -17,6 +17,8 @@ from ftray import storage
 from tests import tiny
 from tests.e2e.command import Place, assert_refused
 
+FORKED_WORKERS = False  # signals and process trees are under test
+
 NUM_STEPS = 400  # a few seconds of steps: more than are made while a test does something else
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,11 @@ from tests.e2e.command import Place, assert_refused
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = Place(tmp_path_factory.mktemp("place"))
-    tiny.write_tiny_model(made.directory / "model")
-    tiny.write_records(made.directory / "data", 60)
-    made.write(train__max_steps=None, train__epochs=2)
-    yield made
-    made.close()
+def place(place: Place) -> Place:
+    tiny.write_tiny_model(place.directory / "model")
+    tiny.write_records(place.directory / "data", 60)
+    place.write(train__max_steps=None, train__epochs=2)
+    return place
 
 
 def test_index_tells_the_steps_of_an_epoch_and_what_becomes_of_the_tail(place: Place) -> None:

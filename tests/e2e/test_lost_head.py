@@ -17,6 +17,8 @@ from tests import tiny
 from tests.cluster import wait_for
 from tests.e2e.command import Place
 
+FORKED_WORKERS = False  # signals and process trees are under test
+
 NUM_STEPS = 240
 
 

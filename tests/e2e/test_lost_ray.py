@@ -15,6 +15,8 @@ from tests import tiny
 from tests.cluster import wait_for
 from tests.e2e.command import Command, Ended, Place
 
+FORKED_WORKERS = False  # signals and process trees are under test
+
 NUM_STEPS = 300
 
 
