@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 SOCKET = "FTRAY_TEST_FORK_SOCKET"
 PRELOADED = (
-    "torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "pandas", "pyarrow.parquet", "fsspec",
+    "torch", "transformers.models.auto.modeling_auto", "accelerate", "deepspeed", "bitsandbytes", "peft",
+    "pandas", "pyarrow.parquet", "fsspec",
     "aiohttp", "pydantic",
 )  # fmt: skip
 
@@ -41,6 +42,16 @@ class ForkServer:
 
     environment: dict[str, str]
     process: psutil.Process
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], directory: Path, streams: list[int], timeout_s: float
+    ) -> int:
+        """Runs a Python script in a fork, with stdin, stdout and stderr. Returns its exit code.
+
+        Raises:
+            TimeoutError: The script still runs after `timeout_s`.
+        """
+        return _request(self.environment[SOCKET], [arguments, environment, str(directory), 0], streams, timeout_s)
 
     def workers(self) -> list[psutil.Process]:
         """The forked workers that are alive."""
@@ -79,14 +90,19 @@ def fork_server() -> Iterator[ForkServer]:
 
 def request_worker() -> int:
     """Asks the fork server for a worker with this process's arguments, environment and streams. Returns its exit code."""
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(os.environ[SOCKET])
-    request = json.dumps([sys.argv[1:], dict(os.environ), str(Path.cwd()), os.nice(0)]).encode()
-    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))
-    server.sendmsg([len(request).to_bytes(8, "big")], [rights])
-    server.sendall(request)
-    code = server.recv(16)  # empty if the worker was killed
-    return int(code or 1)
+    return _request(os.environ[SOCKET], [sys.argv[1:], dict(os.environ), str(Path.cwd()), os.nice(0)], [0, 1, 2], None)
+
+
+def _request(path: str, fields: list[object], streams: list[int], timeout_s: float | None) -> int:
+    request = json.dumps(fields).encode()
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        server.sendmsg([len(request).to_bytes(8, "big")], [rights])
+        server.sendall(request)
+        server.settimeout(timeout_s)
+        code = server.recv(16)  # empty if the process was killed
+        return int(code or 1)
 
 
 def serve(path: str) -> None:

@@ -12,6 +12,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -167,7 +168,19 @@ class Place:
 
     def ftray(self, *arguments: str) -> Ended:
         """Runs `ftray` with these arguments to its end."""
-        return self.start(*arguments).wait()
+        if self._worker_server is None:
+            return self.start(*arguments).wait()
+        began_s = time.monotonic()
+        script = str(Path(sys.executable).with_name("ftray"))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, Path(os.devnull).open("rb") as nothing:
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            code = self._worker_server.run([script, *arguments], self.env, self.directory, streams, DEADLINE_S)
+            texts = []
+            for stream in (out, err):
+                stream.seek(0)
+                texts.append(stream.read().decode(errors="replace"))
+        assert "Traceback" not in "".join(texts), f"ftray {' '.join(arguments)} printed a traceback:\n{''.join(texts)}"
+        return Ended(code, *texts, time.monotonic() - began_s)
 
     def left_over(self, within_s: float = 90.0) -> list[str]:
         """Processes of this place that still live; those that are about to go get `within_s`."""

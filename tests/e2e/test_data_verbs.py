@@ -57,7 +57,7 @@ def test_preview_needs_no_ray(place: Place) -> None:
     ("arguments", "words"),
     [
         (("--workers", "3"), "--workers 3 does not divide train.global_batch_size (4)"),
-        (("--steps", "3:5", "--after-step", "5"), "--after-step 5 is not in front of the last step of --steps 3:5"),
+        (("--steps", "3:5", "--after-step", "5"), "--after-step 5 is not below the last step of --steps 3:5"),
     ],
 )
 def test_a_wrong_question_is_one_sentence(place: Place, arguments: tuple[str, ...], words: str) -> None:
