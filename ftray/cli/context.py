@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from ftray.config.aliases import alias_hint
 from ftray.console import Console, escaped, json_line, outlive_terminal, printable
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
-from ftray.signals import termination_signals
+from ftray.signals import signal_handler, termination_signals
 
 if TYPE_CHECKING:
     from ftray.storage import Lease
@@ -123,10 +122,9 @@ def _execute(function: Callable[..., int], options: dict[str, Any], is_work: boo
 
 def _run_and_report(work: Callable[[], int], console: Console, fail: Callable[..., None]) -> int:
     """Runs a command in this process. An error becomes one line and an exit code."""
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = {n: signal.signal(n, _preempted) for n in termination_signals()} if in_main else {}
     try:
-        return work()
+        with signal_handler(_preempted, termination_signals()):
+            return work()
     except Exception as err:  # noqa: BLE001 - a bug in ftray: its traceback is shown without secrets
         if isinstance(err, BrokenPipeError) and _output_is_closed():
             return 128 + signal.SIGPIPE
@@ -144,9 +142,6 @@ def _run_and_report(work: Callable[[], int], console: Console, fail: Callable[..
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         fail("interrupted; run the same command again to continue", start, exit_code=Interrupted.exit_code)
         return Interrupted.exit_code
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _output_is_closed() -> bool:

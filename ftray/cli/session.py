@@ -19,8 +19,8 @@ from ftray import storage
 from ftray.cli.child_process import report
 from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError, innermost
-from ftray.signals import termination_signals
-from ftray.storage.ports import answers, knock
+from ftray.network import check_listening, is_listening
+from ftray.signals import signal_handler, termination_signals
 
 START_TRIES = 3
 ESSENTIAL = ("gcs_server", "raylet")  # Ray's processes without which its driver can't go on
@@ -43,23 +43,13 @@ def quiet(name: str, console: Console) -> Iterator[None]:
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP wait for the end of the block.
+    """Delays SIGINT, SIGTERM and SIGHUP to the end of the block.
 
-    A compiled module that is being imported may swallow what a handler raises, and the command would go on as if nobody
-    had asked. Outside of the main thread this does nothing.
+    While a compiled module is imported, it may swallow the exception of a signal handler, and the command would continue.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     caught: list[int] = []
-    numbers = (signal.SIGINT, *termination_signals())
-    kept = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
-    try:
+    with signal_handler(lambda number, _: caught.append(number), (signal.SIGINT, *termination_signals())):
         yield
-    finally:
-        for number, handler in kept.items():
-            if handler is not None:  # one that Python did not install can't be put back
-                signal.signal(number, handler)
     if caught:
         signal.raise_signal(caught[0])
 
@@ -82,7 +72,7 @@ def ray_session(num_cpus: float) -> Iterator[None]:
         )
     if address and address != "local":
         try:
-            knock(address)
+            check_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as err:
             reason = " ".join(str(err).split())[:200]
@@ -100,7 +90,7 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     try:
         yield
     except Exception as err:
-        if isinstance(innermost(err), FtrayError) or answers(head):
+        if isinstance(innermost(err), FtrayError) or is_listening(head):
             raise
         # Whatever Ray made of it: a lost actor, a failed call, a time-out.
         raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None

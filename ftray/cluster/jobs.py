@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ftray.compat.ray_jobs import cluster_version
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
-from ftray.storage.ports import is_loopback
+from ftray.network import connect, is_loopback
 
-CONNECT_S = 10.0
 AGENT_S = 60.0  # a head that just came up has no agent for jobs yet
 STOP_S = 600  # seconds that a stopped job has to commit its checkpoint
 LIVE = ("PENDING", "RUNNING")
@@ -47,7 +46,7 @@ class JobClient:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ.get("RAY_AUTH_MODE") == "token" and not insecure:
             self._refuse_plain_text()
-        self._knock()
+        self._check_listening()
         from ray.job_submission import JobSubmissionClient
 
         with self.told():
@@ -55,7 +54,7 @@ class JobClient:
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.WARNING)  # each upload and each end of a log would be told
         with self.told():
-            self.ray_version = str(self.client._server_ray_version)  # `get_version` gives the protocol's
+            self.ray_version = cluster_version(self.client)
 
     def _refuse_plain_text(self) -> None:
         """Raises ConfigError where anybody on the way could read the token, which lets its holder run code."""
@@ -71,11 +70,11 @@ class JobClient:
                 "https, or add --insecure where the network is yours"
             )
 
-    def _knock(self) -> None:
+    def _check_listening(self) -> None:
         parts = urlsplit(self.address)
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+            connect(parts.hostname or "", port)
         except (OSError, ValueError) as err:
             raise ConfigError(
                 f"--address {self.address}: nobody answers ({err}); correct it, or start the cluster"

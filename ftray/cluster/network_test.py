@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from ftray.cluster.doctor import HealthCheck
-from ftray.storage.ports import use_network_of
+from ftray.network import use_interface_to
 
 SIZE_BYTES = {"nccl": 512 * 2**20, "gloo": 32 * 2**20}
 ROUNDS = 5
@@ -34,7 +34,7 @@ def reduce_speed(rank: int, world_size: int, address: str, backend: str, size_by
     import torch.distributed as dist
 
     device = torch.device("cuda" if backend == "nccl" else "cpu")
-    use_network_of(address.rpartition(":")[0].strip("[]"))
+    use_interface_to(address.rpartition(":")[0].strip("[]"))
     number = (size_bytes or SIZE_BYTES[backend]) // 4
     dist.init_process_group(
         backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE_S)

@@ -21,8 +21,8 @@ from ftray.console import Console, duration
 from ftray.driver.resources import Resources, fitting, free_nodes, usable_nodes, world_size_for
 from ftray.driver.worker_group import LEAVE_AT_ONCE, OVERTAKEN, GroupResult
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
-from ftray.signals import is_termination, termination_signals
-from ftray.storage.ports import answers
+from ftray.network import is_listening
+from ftray.signals import is_termination, signal_handler, termination_signals
 from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain
@@ -81,7 +81,7 @@ def _start(start: Callable[[int, Wish], GroupResult], size: int, wish: Wish) -> 
     try:
         return start(size, wish)
     except RayError as err:
-        if not answers(ray.get_runtime_context().gcs_address):
+        if not is_listening(ray.get_runtime_context().gcs_address):
             raise  # with the cluster's head there is nothing to go on with
         return GroupResult(False, failure=f"the driver lost sight of its workers ({explain(err)})")
 
@@ -145,12 +145,8 @@ def stop_signals(console: Console) -> Iterator[list[int]]:
             return
         console.say("stopping after this step, committing a checkpoint (Ctrl-C again: end at once) …")
 
-    kept = {number: signal.signal(number, handle) for number in (signal.SIGINT, *termination_signals())}
-    try:
+    with signal_handler(handle, (signal.SIGINT, *termination_signals())):
         yield caught
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 class WorkerSupply:

@@ -30,7 +30,7 @@ from ftray.events.types import (
     WorkerInfo,
     WorkersJoined,
 )
-from ftray.storage.ports import use_network_of
+from ftray.network import use_interface_to
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain, had_no_room
 
@@ -56,7 +56,7 @@ class _GlooBackendImpl(TorchBackend):
         """Chooses the network on each worker, and starts torch.distributed."""
         try:
             first = worker_group.execute_single(0, ray.util.get_node_ip_address)
-            worker_group.execute(use_network_of, first)
+            worker_group.execute(use_interface_to, first)
             super().on_start(worker_group, backend_config)
         except Exception:
             # Ray Train would keep the placement group until the driver ends, and the next group would not be placed.

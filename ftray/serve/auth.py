@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray.errors import ConfigError
+from ftray.network import is_loopback
 from ftray.serve.openai import RequestError, encode_json
-from ftray.storage.ports import is_loopback
 
 ENV = "FTRAY_API_KEY"
 FILE_ENV = "FTRAY_API_KEY_FILE"

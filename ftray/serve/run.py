@@ -6,9 +6,7 @@ Knows nothing of requests, models or torch. The caller has connected to Ray alre
 from __future__ import annotations
 
 import logging
-import signal
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.auth import read_key_hashes
 from ftray.serve.model_files import check_model, is_hub_id
-from ftray.signals import termination_signals
+from ftray.signals import stop_event
 
 logger = logging.getLogger(__name__)
 _APP = "ftray"
@@ -144,16 +142,8 @@ def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None
 
     look: called twice a second.
     """
-    stopping = threading.Event()
-
-    def on_signal(number: int, _: Any) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt(f"second signal ({number})")
-        stopping.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (*termination_signals(), signal.SIGINT)}
-    try:
-        while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
+    with stop_event() as event:
+        while not event.wait(timeout=0.5):  # in steps, so that Python can run signal handlers
             look()
         try:
             endpoint.stop()
@@ -161,9 +151,6 @@ def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None
             from ray import serve
 
             serve.shutdown()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _find_port(host: str, port: int) -> int:

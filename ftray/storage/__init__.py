@@ -1,16 +1,14 @@
-"""One way to files, local or s3://. Knows neither what the files hold nor any room but errors.
+"""Files, local or s3://, with retries, atomic commits and leases.
 
-An address says where (address). Each of the two kinds of place keeps its own promises: on the disk (local) what is
-written appears at once and whole, S3 (s3) is asked one request at a time, with one deadline and refusals in words. On
-both stand single files (files), their copies (transfer), JSON that is checked while it is read (documents) and what is
-left of copies that broke off (uploads); on those a directory that is whole or does not exist (commit), and the lease that
-names the one owner of a run (lease). Beside them, what can be made again (cache).
+Modules, from the bottom up: address (URIs), local (the disk), s3 (requests with one deadline), files (single files),
+transfer (copies), documents (checked JSON), commit (a directory that is complete or does not exist), lease (the owner of a
+run).
 
-What touches the world is called by module, `files.read_bytes`, never imported by name: a test replaces it in one place.
+Functions with side effects are called through their module (`files.read_bytes`), so that a test can replace them in one
+place.
 """
 
 from ftray.storage.address import MANIFEST, MARK, FileInfo, MissingFile, absolute, is_remote, join
-from ftray.storage.cache import cache_directory
 from ftray.storage.commit import (
     commit_directory,
     commit_files,
@@ -37,9 +35,9 @@ from ftray.storage.files import (
     write_bytes,
 )
 from ftray.storage.lease import Lease, Token, acquire_lease, holds
-from ftray.storage.s3 import RETRY_S, brief, patient
+from ftray.storage.local import cache_directory
+from ftray.storage.s3 import RETRY_S, Upload, abort_upload, brief, list_uploads, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
-from ftray.storage.uploads import Upload, abort_upload, list_uploads
 
 __all__ = [
     "MANIFEST",

@@ -1,4 +1,4 @@
-"""The local disk: every OSError becomes a sentence, what is written appears at once and whole. Knows nothing of S3."""
+"""The local disk: writes are atomic, and every OSError becomes a sentence."""
 
 import errno
 import hashlib
@@ -123,3 +123,9 @@ def walk(
             yield from walk(Path(entry.path), depth - 1, above)
         elif stat.S_ISREG(status.st_mode) and not entry.name.endswith(_TEMP_SUFFIX):
             yield Path(entry.path), status
+
+
+def cache_directory() -> Path:
+    """Directory for local caches: $FTRAY_CACHE, otherwise $XDG_CACHE_HOME/ftray, otherwise ~/.cache/ftray."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FTRAY_CACHE") or f"{base}/ftray").expanduser().absolute()

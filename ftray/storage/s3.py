@@ -14,12 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
 from ftray.errors import Interrupted, Preempted, StorageError
-from ftray.storage.address import MissingFile, bucket_and_key
+from ftray.storage.address import MissingFile, bucket_and_key, is_remote
 
 RETRY_S = 60.0  # how long passing S3 troubles are retried; FTRAY_STORAGE_RETRY_S overrides it
 MISSING = ("404", "NoSuchKey")  # the codes of an object that is not there
@@ -220,3 +222,63 @@ def pages(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
 def etag(quoted: str, size_bytes: int) -> str:
     """What changes when an object does, from the ETag and the size that the store tells."""
     return f"{quoted.strip(chr(34))}-{size_bytes}"
+
+
+UPLOAD_GONE = ("NoSuchUpload", "404")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was not completed. No listing of files shows it, but the store charges for its parts."""
+
+    uri: str
+    upload_id: str
+    size_bytes: int
+    age_s: float
+
+
+def list_uploads(prefix_uri: str) -> list[Upload]:
+    """Incomplete uploads below a directory, also those of other processes. Raises StorageError."""
+    if not is_remote(prefix_uri):
+        return []
+    bucket, key = bucket_and_key(prefix_uri)
+    uploads = []
+    for entry, now in _upload_pages(bucket, f"{key}/" if key else ""):
+        uri = f"s3://{bucket}/{entry['Key']}"
+        age_s = max(0.0, (now - entry["Initiated"]).total_seconds())
+        uploads.append(Upload(uri, entry["UploadId"], _upload_size(uri, entry["UploadId"]), age_s))
+    return uploads
+
+
+def abort_upload(upload: Upload) -> None:
+    """Deletes the parts of an upload, if it still exists. Raises StorageError."""
+    request("abort_multipart_upload", upload.uri, unless=UPLOAD_GONE, UploadId=upload.upload_id)
+
+
+def _upload_pages(bucket: str, prefix: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Each upload, and the time of the store's clock."""
+    more: dict[str, Any] = {}
+    while True:
+        page = request(
+            "list_multipart_uploads", f"s3://{bucket}", shown=f"s3://{bucket}/{prefix}", Prefix=prefix, **more
+        )
+        now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+        for entry in page.get("Uploads", []):
+            if entry["Key"].startswith(prefix):
+                yield entry, now
+        if not page.get("IsTruncated"):
+            return
+        more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def _upload_size(uri: str, upload_id: str) -> int:
+    total = 0
+    more: dict[str, Any] = {}
+    while True:
+        page = request("list_parts", uri, unless=UPLOAD_GONE, UploadId=upload_id, **more)
+        if page is None:
+            return total
+        total += sum(int(part["Size"]) for part in page.get("Parts", []))
+        if not page.get("IsTruncated"):
+            return total
+        more = {"PartNumberMarker": page["NextPartNumberMarker"]}

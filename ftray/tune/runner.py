@@ -8,7 +8,6 @@ this process, not to Ray Tune's controller: a trial that ends gives its workers 
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import threading
 import time
@@ -43,6 +42,7 @@ from ftray.errors import (
 from ftray.events.bus import EventBus, Subscriber
 from ftray.events.types import EvalFinished, StepFinished, TrainingStarted
 from ftray.model.load import absolute_base, load_tokenizer, template_hash, tokenizer_hash
+from ftray.network import is_listening
 from ftray.redact import redacted
 from ftray.signals import is_termination
 from ftray.tune.report import PageRenderer, as_table, write_report
@@ -53,7 +53,6 @@ from ftray.tune.state import EvalReport, SweepState, TrialRecord, open_state, sa
 
 POLL_S = 0.2
 SHARED_PART = 0.3  # of the object store that tokens of all trials may take
-HEAD_S = 10.0  # a head that takes longer to accept a connection is gone
 NUM_LOSSES = 10  # held-out losses in a trial, where evaluate.every is left out
 
 
@@ -306,18 +305,10 @@ class _Sweep:
                 self._halted = self._halted or err
             elif isinstance(err, Interrupted):
                 continue
-            elif self._head_answers():
+            elif is_listening(self._head):
                 self._fail(trial, err)
             else:  # no trial's fault: they all go on on a new cluster
                 self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {AGAIN}")
-
-    def _head_answers(self) -> bool:
-        host, port = self._head.rsplit(":", 1)
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_S).close()
-        except OSError:
-            return False
-        return True
 
     def _end(self, trial: TrialRecord) -> None:
         with self._lock:

@@ -11,7 +11,6 @@ import torch
 from ftray import storage
 from ftray.cli.main import main
 from ftray.errors import StorageError
-from ftray.storage import uploads
 from ftray.storage.s3 import request
 from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints, merge_metrics
 from ftray.train.checkpoint.tensors import TensorPart
@@ -131,14 +130,14 @@ def test_a_store_that_does_not_list_uploads_is_swept_all_the_same(
     place = f"{s3.uri}/unlisted-{run_dir.stat().st_mtime_ns}"
     storage.write_bytes(f"{place}/run.json", b"{}")
     storage.write_bytes(f"{place}/checkpoints/step-000002/state.safetensors", b"{}")
-    asked = uploads.s3.request
+    send = store.request
 
     def deny(operation: str, uri: str, *arguments: Any, **more: Any) -> Any:
         if operation == "list_multipart_uploads":
             raise StorageError(f"{uri}: access is denied")
-        return asked(operation, uri, *arguments, **more)
+        return send(operation, uri, *arguments, **more)
 
-    monkeypatch.setattr(uploads.s3, "request", deny)
+    monkeypatch.setattr(store, "request", deny)
     assert main(["runs", "gc", place, "--older-than", "0"]) == 0
     told = capsys.readouterr()
     assert "unfinished uploads are not looked for" in told.out + told.err

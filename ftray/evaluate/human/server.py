@@ -7,7 +7,6 @@ in the same browser, can neither read nor answer.
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from starlette.routing import Mount, Route
 from ftray.errors import ConfigError, FtrayError
 from ftray.evaluate.human.answers import RatingStore, check_name, parse_answer
 from ftray.evaluate.human.sheet import Sheet
-from ftray.signals import termination_signals
+from ftray.signals import stop_event
 
 MAX_BODY_BYTES = 64 * 1024
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -114,11 +113,6 @@ def serving(app: Starlette, token: str, host: str, port: int) -> Iterator[str]:
 
 def wait_for_signal() -> None:
     """Returns at Ctrl-C, SIGTERM or SIGHUP. Main thread only."""
-    stopping = threading.Event()
-    before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (*termination_signals(), signal.SIGINT)}
-    try:
-        while not stopping.wait(timeout=0.5):  # in steps, so that Python gets to run signal handlers
+    with stop_event() as event:
+        while not event.wait(timeout=0.5):  # in steps, so that Python can run signal handlers
             pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
