@@ -11,6 +11,7 @@ import torch
 from ftray import storage
 from ftray.cli.main import main
 from ftray.errors import StorageError
+from ftray.storage import s3 as store
 from ftray.storage.s3 import request
 from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints, merge_metrics
 from ftray.train.checkpoint.tensors import TensorPart
