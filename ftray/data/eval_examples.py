@@ -1,4 +1,4 @@
-"""Held-out records one by one, as evaluation takes them: what is scored by its loss, what is asked as a question."""
+"""Eval records one by one, for evaluation by loss and by questions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from ftray.data.order import chunk_order, key
 from ftray.data.sources import Chunk, RawRecord, cut_shard, line_number, list_shards, read_chunk
 from ftray.errors import DataError
 
-AHEAD = 8  # chunks that are read at once
+AHEAD = 8  # chunks that are read at the same time
 Document = tuple[Any, Any]  # ids int32, loss mask bool
 
 
 @dataclass(frozen=True)
 class EvalExample:
-    """A held-out record. id: its shard and place. documents: its ids and loss masks; messages: None for plain text.
+    """An eval record.
 
-    slice: its value in the column `evaluate.slices`.
+    Attributes:
+        id: Its shard and position.
+        documents: Token ids and loss mask of each document.
+        messages: None for plain text.
+        slice: Its value in the column `evaluate.slices`.
     """
 
     id: str
@@ -43,9 +47,10 @@ class EvalExample:
 
 
 def read_samples(index: Index, stream: DatasetSpec, number: int | None = None) -> list[EvalExample]:
-    """`number` records or all: chunk by chunk and in each by a fixed hash order, the same whenever and wherever.
+    """Reads all records, or the first `number`: chunk by chunk, and within a chunk by a fixed hash order. Needs a started Ray.
 
-    Needs a started Ray. Raises DataError where a shard no longer gives the sequences that were indexed.
+    Raises:
+        DataError: A shard no longer gives the sequences that were indexed.
     """
     samples = _samples(index, stream, AHEAD)
     try:
@@ -67,7 +72,7 @@ def _samples(index: Index, stream: DatasetSpec, ahead: int) -> Generator[EvalExa
 
 def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
     packed = pack_chunk(facts.chunk, stream)
-    if packed.digest != facts.digest:  # size and etag are the old ones, the content is not
+    if packed.digest != facts.digest:  # size and etag are unchanged, the content is not
         raise DataError(
             f"{facts.chunk.uri} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run "
             "was using it; restore it, or start a new run under another name"
@@ -81,9 +86,9 @@ def _ordered(examples: Iterable[Example], chunk: Chunk) -> list[EvalExample]:
 
 
 def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[EvalExample]:
-    """All records of a small set, in this process. Raises DataError for a bad record, naming file, line and reason."""
+    """All records of a small set, in this process. Raises DataError for a bad record, with file, line and reason."""
     rules = Rules(max_seq_len, "auto", None, None, None)
-    found: list[EvalExample] = []
+    examples_of_set: list[EvalExample] = []
     for shard in list_shards(path):
         for chunk in cut_shard(shard, 0, max(shard.size_bytes, 1)):
             examples = list(read_examples(chunk, chat, rules))
@@ -91,57 +96,61 @@ def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[E
                 line = line_number(bad.uri, bad.position)
                 place = f"line {line}" if line else f"record {bad.position}"
                 raise DataError(f"{what}: {bad.uri}, {place}: {bad.detail}; {bad.fix}")
-            found += _ordered([e for e in examples if isinstance(e, Example)], chunk)
-    return found
+            examples_of_set += _ordered([e for e in examples if isinstance(e, Example)], chunk)
+    return examples_of_set
 
 
 def pick_shots(index: Index, stream: DatasetSpec, number: int, questions: Sequence[EvalExample]) -> list[list[Message]]:
-    """The first `number` training conversations of one question and its answer that are none of the held-out ones.
+    """The first `number` training conversations of one question and one answer that are not in the eval set.
 
-    Raises DataError where there are too few.
+    Raises:
+        DataError: There are too few.
     """
-    asked = {sample.messages[-2].content for sample in questions if sample.messages is not None and sample.is_question}
+    questions_used = {
+        sample.messages[-2].content for sample in questions if sample.messages is not None and sample.is_question
+    }
     shots: list[list[Message]] = []
     for sample in _samples(index, stream, 1):
         if len(shots) == number:
             return shots
         turns = [m for m in sample.messages or () if m.role != "system"]
-        if [m.role for m in turns] == ["user", "assistant"] and turns[0].content not in asked:
-            asked.add(turns[0].content)
+        if [m.role for m in turns] == ["user", "assistant"] and turns[0].content not in questions_used:
+            questions_used.add(turns[0].content)
             shots.append([turns[0], Message("assistant", turns[1].content, train=False)])
     if len(shots) < number:
         raise DataError(
-            f"evaluate.few_shot ({number}): training has only {len(shots)} conversations of one question and one answer that "
-            "aren't held out, too; lower it"
+            f"evaluate.few_shot ({number}): training has only {len(shots)} conversations of one question and one answer "
+            "that are not in the eval set; lower it"
         )
     return shots
 
 
 def check_eval_split(data: config.DataConfig) -> None:
-    """Raises DataError where a source holds out no record; reads until it finds one. No Ray.
+    """Checks that every source gives an eval record. It reads until it finds one, without Ray.
 
-    What can't be read as a record is left to the index pass, which tells it.
+    Unreadable records are left to the index pass, which reports them.
+
+    Raises:
+        DataError: A source gives none.
     """
     split = data.eval
     if isinstance(split, list):
         for source in split:
             if next(_raw_records(source.path, data.chunk_mb), None) is None:
-                raise DataError(
-                    f"data.eval: {source.path} has no usable record; put records into it or remove the source"
-                )
+                raise DataError(f"data.eval: {source.path} has no usable record; add records or remove the source")
         return
     if split is None or split.stratify is not None:  # a class may get a substitute
         return
     for source in data.train:
-        number, found = 0, False
+        number, is_in_eval = 0, False
         for raw in _raw_records(source.path, data.chunk_mb):
-            number, found = number + 1, _is_in_eval(raw, split)
-            if found:
+            number, is_in_eval = number + 1, _is_in_eval(raw, split)
+            if is_in_eval:
                 break
-        if not found and number:
+        if not is_in_eval and number:
             raise DataError(
-                f"data.eval.fraction ({split.fraction}) holds out no record of {source.path} ({number} in all); raise it, "
-                "or give data.eval sources of its own"
+                f"data.eval.fraction ({split.fraction}) selects no record of {source.path} for the eval set "
+                f"({number} records in all); raise it, or give data.eval its own sources"
             )
 
 

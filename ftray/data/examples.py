@@ -1,10 +1,11 @@
-"""Raw record → example, or a quarantine entry that says why not. Knows no rows, order or Ray.
+"""Turns a raw record into an example, or into a quarantine entry that says why not. Knows no sequences, order or Ray.
 
-Nothing is dropped, cut or left without supervised tokens in silence: every record becomes exactly one of the two.
+Every record becomes exactly one of the two: nothing is dropped, cut or left without trained tokens silently.
 
-Sides of a split: a record is held out when the first 64 bits of its hash (or its group's) lie below `fraction`, so that
-no other record has a say. A class may end up without a held-out record that way; `labels.pick_substitutes` gives it
-one, and the chunk's descriptor names it in `moved`.
+A record belongs to the eval set if the first 64 bits of its hash (or its group's hash) are below `fraction`, independent of
+all
+other records. A class may end up without an eval record that way; then `labels.pick_substitutes` selects one, and the chunk's
+descriptor names it in `moved`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,16 @@ WINDOW = 1024  # records that are tokenized together
 
 @dataclass(frozen=True)
 class Example:
-    """A record ready to be packed. position: its identity in the shard. messages: None for plain text.
+    """A record that is ready for packing.
 
-    digest: 64 bits of the record's hash; stratum: its class; both are only there where the split needs them. slice: what it
-    has in the column that evaluation looks at, as text.
+    Attributes:
+        position: Its identity in the shard.
+        encoded: Its token ids and loss mask.
+        messages: None for plain text.
+        text: None for conversations.
+        digest: 64 bits of the record's hash, if the split needs it.
+        stratum: Its class, if the split needs it.
+        slice: Its value in the column `evaluate.slices`, as text.
     """
 
     position: int
@@ -48,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A bad record: where it is, which rule it broke, what is wrong, its beginning, and what to do about it."""
+    """A bad record: its place, the broken rule, what is wrong, its beginning, and a remedy."""
 
     uri: str
     position: int
@@ -60,9 +67,14 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a record must keep to. part: `train` or `eval` where records are split by hash, else None for all.
+    """Requirements on the records of a source.
 
-    stratify, group: columns of the split. labels: the only answers allowed. slices: column that examples keep.
+    Attributes:
+        part: `train` or `eval` if records are split by hash, else None for all.
+        stratify: Column of the split's classes.
+        group: Column of the split's groups.
+        labels: The only allowed answers.
+        slices: A column that examples keep.
     """
 
     max_seq_len: int
@@ -77,16 +89,16 @@ class Rules:
 
 
 FIXES = {
-    "bad_turn": "correct the turn that is named",
+    "bad_turn": "correct this turn",
     "dropped": "nothing, if it is a copy; else set data.clean to report",
-    "invalid_json": "write one JSON object a line",
+    "invalid_json": "write one JSON object per line",
     "invalid_utf8": "save the file as UTF-8",
-    "missing_field": "fill the field that is named, or remove the record",
+    "missing_field": "fill in the field, or remove the record",
     "no_answer": "add the answer, or remove the record",
-    "not_an_object": "write one JSON object a line",
+    "not_an_object": "write one JSON object per line",
     "no_trained_tokens": "give it an answer of at least two tokens, or remove it",
     "too_long": "raise data.max_seq_len, or split the record",
-    "too_many_fields": "put quotes around fields that hold commas",
+    "too_many_fields": "put quotes around fields that contain commas",
     "unknown_label": "correct the answer, or add it to data.labels",
     "unknown_shape": "give the source columns: {user: …, assistant: …}, or a format",
     "wrong_type": "write the field as a string",
@@ -121,7 +133,7 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
             part = "train"
             try:
                 if raw.position in dropped:
-                    raise BadRecord("dropped", "taken out by data.clean")
+                    raise BadRecord("dropped", "removed by data.clean")
                 record = parse_record(raw)
                 part = split_part(record, rules.eval_fraction, rules.group)
                 if raw.position in moved:
@@ -143,9 +155,15 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
 
 
 def split_part(record: dict[str, Any], fraction: float | None, group: str | None = None) -> str:
-    """`eval` for that fraction of records, else `train`: by a hash of the record's content, never by its place.
+    """`eval` for that fraction of records, else `train`, by a hash of the record's content, never by its place.
 
-    group: column by whose value records are held out together. Raises BadRecord where it is missing.
+    Args:
+        record: The record.
+        fraction: data.eval.fraction.
+        group: A column. Records with the same value go to the same side.
+
+    Raises:
+        BadRecord: The column is missing.
     """
     if fraction is None:
         return "train"
@@ -156,19 +174,19 @@ def split_part(record: dict[str, Any], fraction: float | None, group: str | None
 
 
 def content_hash(value: object) -> int:
-    """64 bits of blake2b over a value written as JSON with sorted keys. Raises BadRecord where it can't be written."""
+    """64 bits of blake2b over a value as JSON with sorted keys. Raises BadRecord if JSON cannot represent it."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are no text
-        raise BadRecord("invalid_json", f"can't be written as JSON: {err}") from None
+    except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are not strings
+        raise BadRecord("invalid_json", f"cannot be written as JSON: {err}") from None
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def parse_record(raw: RawRecord) -> dict[str, Any]:
-    """The object that a raw record is. Raises BadRecord."""
+    """The JSON object of a raw record. Raises BadRecord."""
     if isinstance(raw.value, dict):
-        if None in raw.value:  # so csv calls what has no column
+        if None in raw.value:  # csv's key for fields without a column
             raise BadRecord("too_many_fields", "the line has more fields than the header; put quotes around commas")
         return raw.value
     try:
@@ -178,12 +196,12 @@ def parse_record(raw: RawRecord) -> dict[str, Any]:
     except (ValueError, RecursionError) as err:
         raise BadRecord("invalid_json", f"not JSON: {err}") from None
     if not isinstance(record, dict):
-        raise BadRecord("not_an_object", f"a record is a JSON object, this is a {type(record).__name__}")
+        raise BadRecord("not_an_object", f"a record must be a JSON object, not a {type(record).__name__}")
     return record
 
 
 class _Draft(NamedTuple):
-    """A record that was read and not yet tokenized."""
+    """A record that was read, but not tokenized yet."""
 
     raw: RawRecord
     conversation: list[Message] | str
@@ -212,9 +230,9 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
     if num_tokens > rules.max_seq_len:
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
     if not np.any(encoded.loss_mask[1:]):
-        raise BadRecord("no_trained_tokens", "no token of it is under the loss")
-    said = draft.conversation
-    messages, text = (None, said) if isinstance(said, str) else (said, None)
+        raise BadRecord("no_trained_tokens", "it has no token to train on")
+    conversation = draft.conversation
+    messages, text = (None, conversation) if isinstance(conversation, str) else (conversation, None)
     return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum, draft.slice)
 
 
@@ -233,6 +251,6 @@ def _excerpt(value: bytes | dict[str, Any]) -> str:
 
 
 def _clip(text: str, num_chars: int = EXCERPT_CHARS) -> str:
-    """The beginning of a text, as text that can be written to any file."""
+    """The beginning of a text, safe to write to any file."""
     short = text if len(text) <= num_chars else text[:num_chars] + "…"
     return short.encode("utf-8", "backslashreplace").decode()

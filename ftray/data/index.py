@@ -1,12 +1,15 @@
-"""The index pass: reads everything once, before any training worker starts, and knows what there is.
+"""The index pass: reads all data once, before any training worker starts.
 
-For each chunk: records, packed sequences, tokens, a digest. From these follow the exact number of steps, the order of sequences
-(`plan`), the quarantine, and the identity of the data (`plan_hash`): two runs with one plan hash see the same sequences.
+For each chunk the index has the number of records, packed sequences and tokens, and a digest. They determine the exact number
+of steps, the order of sequences, the quarantine, and the identity of the data: two runs with the same hash see the same
+sequences.
 
-One Ray Data pass describes every chunk (`records`); what it found is kept as one file a shard, under a name that covers
-the shard's etag and cuts, settings and tokenizer, so that a new shard is the only one that is read when one is added.
-Over all records together `findings` says what repeats, leaks or must change sides; chunks with such records carry their
-positions in the descriptor and are counted again. The whole is kept as JSON beside.
+One Ray Data pass describes every chunk (`record_table`). The descriptions are stored as one file per shard, named after the
+shard's etag and chunks, the settings and the tokenizer, so only a new shard is read when one is added. Over all records
+together
+`checks` finds records that repeat, overlap with the eval set or must change sides. Chunks with such records get their
+positions
+in the descriptor and are counted again. The index itself is stored as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -40,17 +42,17 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 6  # raise it when a chunk's sequences, facts or records change their meaning
-SUM = "sha256"  # of all else in an index: a number that changed would look like data that changed
-NUM_LINES = 50  # entries of a quarantine file whose line is counted
-NOTHING = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
+VERSION = 6  # increase it when sequences, facts or records of a chunk change their meaning
+SUM = "sha256"  # of the rest of an index: a damaged number would look like changed data
+NUM_LINES = 50  # entries of a quarantine file that get a line number
+NO_FIELDS = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
 Progress = Callable[[int, int], None]
-_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers end a line there
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take these for line ends
 
 
 @dataclass(frozen=True)
 class ChunkFacts:
-    """What the index knows of a chunk. most_documents: in one sequence; 0 in indexes that did not count them yet."""
+    """The index's entry of a chunk. most_documents: the largest number in one sequence, or 0 if it was not counted yet."""
 
     chunk: Chunk
     num_records: int
@@ -63,10 +65,15 @@ class ChunkFacts:
 
 @dataclass(frozen=True)
 class Index:
-    """Facts of all chunks of a stream in source and file order, its bad records, those that `data.clean` took out.
+    """The facts of all chunks of a training or eval set.
 
-    found: records that each rule found over the whole set, and how many of these stay; findings: name of the file that
-    lists them, where there are some. shards: names of the files with its record tables.
+    Attributes:
+        facts: In source and file order.
+        bad: The bad records.
+        dropped: The records that `data.clean` removed.
+        found: For each rule, the number of records that it found in the whole set, and how many of them stay.
+        findings: Name of the file that lists the findings, if there are any.
+        shards: Names of the files with the record tables.
     """
 
     facts: tuple[ChunkFacts, ...]
@@ -82,11 +89,11 @@ class Index:
 
     @property
     def most_documents(self) -> int:
-        """Documents of the sequence that holds the most."""
+        """The largest number of documents in one sequence."""
         return max((f.most_documents for f in self.facts), default=0)
 
     def of_source(self, source: int) -> list[ChunkFacts]:
-        """Chunks of a source that give sequences, in file order."""
+        """The chunks of a source that give sequences, in file order."""
         return [f for f in self.facts if f.chunk.source == source and f.num_sequences]
 
     def mixture(self, stream: DatasetSpec) -> Mixture:
@@ -97,8 +104,12 @@ class Index:
 
     @property
     def data_hash(self) -> str:
-        """Identity of the sequences, wherever the files lie: paths within their sources, places, the sequences' content, and what
-        was dropped or moved to the other side of the split."""
+        """Identity of the sequences, independent of the files' location.
+
+        It covers paths within the sources, positions, the content of the sequences, and the records that were dropped or
+        moved to the
+        other side of the split.
+        """
         parts = [
             (f.chunk.source, f.chunk.path, f.chunk.start, f.num_sequences, f.digest, f.chunk.dropped, f.chunk.moved)
             for f in self.facts
@@ -109,36 +120,38 @@ class Index:
 def build_index(
     stream: DatasetSpec, chunk_bytes: int, directory: str, tokenizer_hash: str, on_progress: Progress | None = None
 ) -> Index:
-    """Index of a stream: read from `directory` if it is there, else made by one Ray Data pass and kept there.
+    """The index of a training or eval set: read from `directory`, or made by one Ray Data pass and stored there.
 
-    The pass reads training and held-out data together, because each has a say in what the other holds. Raises DataError:
-    a source that is missing, empty or unreadable.
+    The pass reads training and eval data together, because each affects the other.
+
+    Raises:
+        DataError: A source is missing, empty or unreadable.
     """
-    both = _both(stream)
-    listed = [_list_chunks(s, chunk_bytes) for s in both]
-    uri = storage.join(directory, f"index-{_index_key(stream, both, listed, tokenizer_hash)}.json")
+    splits = _splits_of(stream)
+    chunk_lists = [_list_chunks(s, chunk_bytes) for s in splits]
+    uri = storage.join(directory, f"index-{_index_key(stream, splits, chunk_lists, tokenizer_hash)}.json")
     if (known := _read(uri)) is not None:
         return known
-    names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
-    moved = _moved(stream, surveys)
+    names, tables = _describe_all(splits, chunk_lists, directory, tokenizer_hash, on_progress)
+    moved = _find_moved(stream, tables)
     if moved:
-        listed = [with_changes(chunks, {}, moved) for chunks in listed]
-        names, surveys = _survey(both, listed, directory, tokenizer_hash, on_progress)
-    own = surveys[both.index(stream)]
-    found = None
+        chunk_lists = [with_changes(chunks, {}, moved) for chunks in chunk_lists]
+        names, tables = _describe_all(splits, chunk_lists, directory, tokenizer_hash, on_progress)
+    own = tables[splits.index(stream)]
+    findings = None
     if stream.data is not None and not stream.is_eval:
-        found = find_all(own, surveys[1] if len(surveys) > 1 else None, stream.data.clean)
-    index = replace(_assemble(stream, own, found, moved), shards=names[both.index(stream)])
-    if found is not None and len(found):
-        name = f"findings-{_index_key(stream, both, listed, tokenizer_hash)}.jsonl"
-        _write_lines(storage.join(directory, name), found)
+        findings = find_all(own, tables[1] if len(tables) > 1 else None, stream.data.clean)
+    index = replace(_assemble(stream, own, findings, moved), shards=names[splits.index(stream)])
+    if findings is not None and len(findings):
+        name = f"findings-{_index_key(stream, splits, chunk_lists, tokenizer_hash)}.jsonl"
+        write_lines(storage.join(directory, name), findings)
         index = replace(index, findings=name)
     _write(uri, index)
     return index
 
 
 def read_index(directory: str, data_hash: str) -> Index | None:
-    """The index of those in a run's `data/` whose sequences are known by this hash."""
+    """The index in a run's `data/` that has this hash, if there is one."""
     for file in storage.list_files(directory, suffix=".json"):
         if file.path.startswith("index-"):
             index = _read(file.uri)
@@ -148,10 +161,10 @@ def read_index(directory: str, data_hash: str) -> Index | None:
 
 
 def _read(uri: str) -> Index | None:
-    """An index that was kept; None where there is none that can be read: it can be made again."""
+    """A stored index, or None if there is none or it cannot be read: then it is made again."""
     try:
         tree = storage.find_object(uri)
-        if tree is None or tree.pop(SUM, None) not in (None, _sum_of(tree)):
+        if tree is None or tree.pop(SUM, None) not in (None, _checksum(tree)):
             return None
         return storage.parse_as(Index, tree)
     except (storage.DamagedFile, ValueError):
@@ -160,20 +173,20 @@ def _read(uri: str) -> Index | None:
 
 def _write(uri: str, index: Index) -> None:
     tree = asdict(index)
-    storage.write_bytes(uri, json.dumps({**tree, SUM: _sum_of(tree)}).encode())
+    storage.write_bytes(uri, json.dumps({**tree, SUM: _checksum(tree)}).encode())
 
 
-def _sum_of(tree: dict[str, Any]) -> str:
+def _checksum(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
 
 
 def read_record_table(index: Index, directory: str) -> RecordTable:
-    """The record tables behind an index; what `data.clean` took out is in them."""
-    return _open_survey([f.chunk for f in index.facts], index.shards, directory)
+    """The record tables behind an index. They include the records that `data.clean` removed."""
+    return _open_table([f.chunk for f in index.facts], index.shards, directory)
 
 
-def _both(stream: DatasetSpec) -> list[DatasetSpec]:
-    """Training stream and held-out stream of the section that a stream comes from."""
+def _splits_of(stream: DatasetSpec) -> list[DatasetSpec]:
+    """The training set and the eval set of the same section."""
     if stream.data is None:
         return [stream]
     return [s for s in streams(stream.data, stream.load_tokenizer) if s is not None]
@@ -188,23 +201,23 @@ def _list_chunks(stream: DatasetSpec, chunk_bytes: int) -> list[Chunk]:
     ]
 
 
-def _survey(
-    both: Sequence[DatasetSpec],
-    listed: Sequence[Sequence[Chunk]],
+def _describe_all(
+    splits: Sequence[DatasetSpec],
+    chunk_lists: Sequence[Sequence[Chunk]],
     directory: str,
     tokenizer_hash: str,
     on_progress: Progress | None,
 ) -> tuple[list[tuple[str, ...]], list[RecordTable]]:
-    """What the pass finds in each stream, and in which files it is kept; shards that are known already are not read."""
+    """The record tables of both sets, and the names of their files. Known shards are not read again."""
     shards: list[tuple[int, list[Chunk], str]] = []
-    for number, chunks in enumerate(listed):
+    for number, chunks in enumerate(chunk_lists):
         for _, group in groupby(chunks, key=lambda c: (c.source, c.uri)):
             cut = list(group)
-            key = _shard_key(both[number], _wants(both[number], len(both)), cut, tokenizer_hash)
+            key = _shard_key(splits[number], _required_fields(splits[number], len(splits)), cut, tokenizer_hash)
             shards.append((number, cut, f"{key}.arrow"))
     missing = [shard for shard in shards if not _is_sound(storage.join(directory, "shards", shard[2]))]
     items = [(number, chunk) for number, cut, _ in missing for chunk in cut]
-    describe = partial(_describe, tuple(both), tuple(_wants(s, len(both)) for s in both))
+    describe = partial(_describe, tuple(splits), tuple(_required_fields(s, len(splits)) for s in splits))
     done = 0
     with closing(map_in_order(describe, items)) as results:
         for _, cut, name in missing:
@@ -216,12 +229,12 @@ def _survey(
                         if on_progress:
                             on_progress(done, len(items))
                 storage.upload_file(file.name, storage.join(directory, "shards", name))
-    names = [tuple(name for number, _, name in shards if number == i) for i in range(len(both))]
-    return names, [_open_survey(listed[i], names[i], directory) for i in range(len(both))]
+    names = [tuple(name for number, _, name in shards if number == i) for i in range(len(splits))]
+    return names, [_open_table(chunk_lists[i], names[i], directory) for i in range(len(splits))]
 
 
-def _open_survey(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> RecordTable:
-    """Raises DataError for a record table that is missing or damaged."""
+def _open_table(chunks: Sequence[Chunk], names: Sequence[str], directory: str) -> RecordTable:
+    """Raises DataError if a record table is missing or damaged."""
     files = [_open_shard(storage.join(directory, "shards", name)) for name in names]
     return RecordTable(tuple(chunks), tuple(described for file in files for described in file))
 
@@ -237,7 +250,7 @@ def _open_shard(uri: str) -> list[ChunkRecords]:
         TypeError,
         RecursionError,
         OSError,
-    ) as err:  # pyarrow's errors are ValueErrors or OSErrors
+    ) as err:  # pyarrow raises ValueErrors and OSErrors
         raise _damaged(uri, " ".join(str(err).split())[:100]) from None
 
 
@@ -253,19 +266,19 @@ def _is_sound(uri: str) -> bool:
 
 def _damaged(uri: str, reason: object) -> DataError:
     return DataError(
-        f"{uri} is damaged ({reason}); delete the directory {uri.partition('/data/')[0]}/data and index the data anew: "
+        f"{uri} is damaged ({reason}); delete the directory {uri.partition('/data/')[0]}/data and index the data again: "
         "ftray data index"
     )
 
 
-def _describe(both: tuple[DatasetSpec, ...], wants: tuple[RequiredFields, ...], item: tuple[int, Chunk]) -> bytes:
+def _describe(splits: tuple[DatasetSpec, ...], required: tuple[RequiredFields, ...], item: tuple[int, Chunk]) -> bytes:
     number, chunk = item
-    return describe_chunk(chunk, both[number], wants[number])
+    return describe_chunk(chunk, splits[number], required[number])
 
 
-def _wants(stream: DatasetSpec, num_streams: int) -> RequiredFields:
+def _required_fields(stream: DatasetSpec, num_streams: int) -> RequiredFields:
     if stream.data is None:
-        return NOTHING
+        return NO_FIELDS
     clean, compares = stream.data.clean, stream.data.clean.contamination != "off" and num_streams > 1
     near = clean.near_duplicates != "off" and not stream.is_eval
     return RequiredFields(
@@ -273,39 +286,39 @@ def _wants(stream: DatasetSpec, num_streams: int) -> RequiredFields:
     )
 
 
-def _moved(stream: DatasetSpec, surveys: Sequence[RecordTable]) -> dict[int, tuple[int, ...]]:
+def _find_moved(stream: DatasetSpec, tables: Sequence[RecordTable]) -> dict[int, tuple[int, ...]]:
     split = stream.data.eval if stream.data else None
     if not isinstance(split, config.SplitConfig) or split.stratify is None:
         return {}
-    return find_moved(surveys[0], surveys[1], split.fraction)
+    return find_moved(tables[0], tables[1], split.fraction)
 
 
 def _assemble(
     stream: DatasetSpec,
-    survey: RecordTable,
-    found: CheckResult | None,
+    records: RecordTable,
+    findings: CheckResult | None,
     moved: dict[int, tuple[int, ...]],
 ) -> Index:
-    """Chunks with dropped records are packed and counted again, so that the index says what training will see."""
-    drops = found.drops() if found is not None else {}
-    chunks = with_changes([replace(c, dropped=(), moved=()) for c in survey.chunks], drops, moved)
-    summaries = dict(enumerate(survey.summaries))
+    """Packs and counts chunks with dropped records again, so that the index agrees with training."""
+    drops = findings.drops() if findings is not None else {}
+    chunks = with_changes([replace(c, dropped=(), moved=()) for c in records.chunks], drops, moved)
+    summaries = dict(enumerate(records.summaries))
     again = [i for i in range(len(chunks)) if chunks[i].dropped]
-    describe = partial(_describe, (stream,), (NOTHING,))
+    describe = partial(_describe, (stream,), (NO_FIELDS,))
     with closing(map_in_order(describe, [(0, chunks[i]) for i in again])) as results:
         for i, data in zip(again, results, strict=True):
             summaries[i] = read_described(data)[0].summary
     facts = tuple(ChunkFacts(chunk, *_numbers(summaries[i])) for i, chunk in enumerate(chunks))
-    told = {(f.uri, f.position): f for f in found or () if f.dropped} if drops else {}
+    reasons = {(f.uri, f.position): f for f in findings or () if f.dropped} if drops else {}
     bad, dropped = [], []
     for i in range(len(chunks)):
         for entry in summaries[i].bad:
-            finding = told.get((entry.uri, entry.position)) if entry.rule == "dropped" else None
+            finding = reasons.get((entry.uri, entry.position)) if entry.rule == "dropped" else None
             if finding is None:
                 bad.append(entry)
             else:
                 dropped.append(replace(entry, rule=finding.rule, detail=finding.detail))
-    return Index(facts, tuple(bad), tuple(dropped), found.counts() if found is not None else {})
+    return Index(facts, tuple(bad), tuple(dropped), findings.counts() if findings is not None else {})
 
 
 def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:
@@ -319,61 +332,28 @@ def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
     return [VERSION, shape, split.stratify if split else None, split.group if split else None, labels, tokenizer_hash]
 
 
-def _shard_key(stream: DatasetSpec, wants: RequiredFields, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
-    """Name of a shard's file. Which source it belongs to is not in it: one may be put in front of it."""
+def _shard_key(stream: DatasetSpec, required: RequiredFields, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
+    """Name of a shard's file. It does not depend on the number of the source: a source may be inserted before it."""
     source = stream.sources[chunks[0].source]
     places = [{**asdict(chunk), "source": 0} for chunk in chunks]
-    return _hash([_settings(stream, tokenizer_hash), asdict(wants), source.format, source.columns, places])
+    return _key_of([_settings(stream, tokenizer_hash), asdict(required), source.format, source.columns, places])
 
 
 def _index_key(
-    stream: DatasetSpec, both: Iterable[DatasetSpec], listed: Iterable[Sequence[Chunk]], tokenizer_hash: str
+    stream: DatasetSpec, splits: Iterable[DatasetSpec], chunk_lists: Iterable[Sequence[Chunk]], tokenizer_hash: str
 ) -> str:
-    shapes = [[(s.format, s.columns) for s in each.sources] for each in both]
+    shapes = [[(s.format, s.columns) for s in each.sources] for each in splits]
     clean = stream.data.clean.model_dump() if stream.data else None
-    chunks = [[asdict(chunk) for chunk in each] for each in listed]
-    return _hash([_settings(stream, tokenizer_hash), stream.is_eval, shapes, clean, chunks])
+    chunks = [[asdict(chunk) for chunk in each] for each in chunk_lists]
+    return _key_of([_settings(stream, tokenizer_hash), stream.is_eval, shapes, clean, chunks])
 
 
-def _hash(parts: list[Any]) -> str:
+def _key_of(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: int, directory: str) -> None:
-    """Writes the quarantine file; raises DataError for too many bad records, or no sequences in a source.
-
-    what: `train` or `eval`, for messages and the quarantine file's name. What `data.clean` took out is in the quarantine
-    file too, but isn't counted: it was asked for.
-    """
-    uri = storage.join(directory, "quarantine", f"{what}.jsonl")
-    if index.bad or index.dropped:
-        _write_lines(uri, [*index.bad, *index.dropped])
-    if len(index.bad) > max_bad_records:
-        first = index.bad[0]
-        line = line_number(first.uri, first.position)
-        place = f"line {line}" if line else f"record {first.position}"
-        rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in index.bad).most_common())
-        raise DataError(
-            f"data.{what}: {len(index.bad)} bad records ({rules}), allowed are {max_bad_records}; the first is "
-            f"{first.uri}, {place}: {first.detail}. All are listed in {uri}; correct them, or raise data.max_bad_records"
-        )
-    for i, source in enumerate(stream.sources):
-        if index.of_source(i):
-            continue
-        if stream.part == "eval":
-            raise DataError(
-                f"data.eval.fraction ({stream.eval_fraction}) holds out no record of {source.path} "
-                f"({index.total('num_records')} in all); raise it, or give data.eval sources of its own"
-            )
-        if index.dropped:
-            raise DataError(
-                f"data.{what}: data.clean leaves no record of {source.path} (see {uri}); set its rules to report"
-            )
-        raise DataError(f"data.{what}: {source.path} has no usable record; put records into it or remove the source")
-
-
-def _write_lines(uri: str, entries: Iterable[Quarantined | DataFinding]) -> None:
-    """One JSON object a line; of the first NUM_LINES also the line number, which has to be counted in the shard."""
+def write_lines(uri: str, entries: Iterable[Quarantined | DataFinding]) -> None:
+    """Writes one JSON object per line. The first NUM_LINES entries get a line number, which has to be counted in the shard."""
     with tempfile.NamedTemporaryFile("w", prefix="ftray-", encoding="utf-8") as file:
         for i, entry in enumerate(entries):
             tree = asdict(entry)

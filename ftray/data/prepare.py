@@ -16,9 +16,9 @@ import numpy as np
 from ftray import config, storage
 from ftray.console import Console
 from ftray.data.chunks import DatasetSpec, streams
-from ftray.data.index import Index, build_index, check_index, read_record_table
+from ftray.data.index import Index, build_index, read_record_table, write_lines
 from ftray.data.loader import LoadPlan, make_plan
-from ftray.data.sources import other_files
+from ftray.data.sources import line_number, other_files
 from ftray.data.verify import verify_sample
 from ftray.errors import ConfigError, DataError, StorageError
 
@@ -176,6 +176,48 @@ def _index(
         f"{sequences} packed sequences, {fill:.1%} full{bad}; {num_verified} examples verified"
     )
     return index
+
+
+def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: int, directory: str) -> None:
+    """Writes the quarantine file and checks the counts.
+
+    Args:
+        index: The index.
+        stream: The training or eval set.
+        what: `train` or `eval`, for messages and the quarantine file's name.
+        max_bad_records: The limit of bad records. Records that `data.clean` removed are in the quarantine file, but do not
+            count.
+        directory: The run's `data/`.
+
+    Raises:
+        DataError: There are too many bad records, or a source has no sequences.
+    """
+    uri = storage.join(directory, "quarantine", f"{what}.jsonl")
+    if index.bad or index.dropped:
+        write_lines(uri, [*index.bad, *index.dropped])
+    if len(index.bad) > max_bad_records:
+        first = index.bad[0]
+        line = line_number(first.uri, first.position)
+        place = f"line {line}" if line else f"record {first.position}"
+        rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in index.bad).most_common())
+        number = "1 bad record" if len(index.bad) == 1 else f"{len(index.bad)} bad records"
+        raise DataError(
+            f"data.{what}: {number} ({rules}). The limit data.max_bad_records is {max_bad_records}. The first is {first.uri}, "
+            f"{place}: {first.detail}. {uri} lists all of them. Correct them, or raise the limit"
+        )
+    for i, source in enumerate(stream.sources):
+        if index.of_source(i):
+            continue
+        if stream.part == "eval":
+            raise DataError(
+                f"data.eval.fraction ({stream.eval_fraction}) selects no record of {source.path} for the eval "
+                f"set ({index.total('num_records')} records in all); raise it, or give data.eval its own sources"
+            )
+        if index.dropped:
+            raise DataError(
+                f"data.{what}: data.clean removes every record of {source.path} (see {uri}); set its rules to report"
+            )
+        raise DataError(f"data.{what}: {source.path} has no usable record; add records or remove the source")
 
 
 def say_steps(plan: LoadPlan, train: config.TrainConfig, console: Console) -> None:

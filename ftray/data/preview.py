@@ -1,4 +1,4 @@
-"""What the model will see of the first records: which tokens are learned, which are only read. Needs no Ray."""
+"""Shows the first records as the model will see them: which tokens are trained on, and which are context. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ftray.data.examples import Example, Quarantined, read_examples
 from ftray.data.packing import best_fit
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 
-# kind of a piece → before and after it on a terminal: green, dim, inverted
-COLOURS = {"learned": ("\x1b[32m", "\x1b[0m"), "context": ("\x1b[2m", "\x1b[0m"), "special": ("\x1b[7m", "\x1b[0m")}
+# kind of a span → escape codes before and after it: green, dim, inverted
+COLORS = {"trained": ("\x1b[32m", "\x1b[0m"), "context": ("\x1b[2m", "\x1b[0m"), "special": ("\x1b[7m", "\x1b[0m")}
 LEGEND = {
-    True: "\x1b[32mlearned\x1b[0m · \x1b[2mread only\x1b[0m · \x1b[7mspecial token\x1b[0m (underlined: learned too)",
-    False: "{+learned+}, all else is read only",
+    True: "\x1b[32mlearned\x1b[0m · \x1b[2mcontext\x1b[0m · \x1b[7mspecial token\x1b[0m (underlined: also trained)",
+    False: "{+trained+}, everything else is context",
 }
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Tokens in a sequence of one kind: `learned`, `context` or `special`."""
+    """Consecutive tokens of one kind: `trained`, `context` or `special`."""
 
     text: str
     kind: str
-    learned: bool
+    trained: bool
 
 
 def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Console) -> None:
     """Prints the first `number` records of each source as the model will see them. Raises DataError."""
-    colour = console.is_terminal and not os.environ.get("NO_COLOR")
+    color = console.is_terminal and not os.environ.get("NO_COLOR")
     chat = ChatFormat(stream.load_tokenizer())
-    console.say(LEGEND[colour], styled=True)
+    console.say(LEGEND[color], styled=True)
     for i, source in enumerate(stream.sources):
         console.say(f"\n{source.path}")
         lengths = []
@@ -47,15 +47,15 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
                 continue
             documents = [Encoded(ids, mask) for ids, mask in item.encoded.documents()]
             for n, document in enumerate(documents, 1):
-                num_tokens, num_learned = len(document.input_ids), sum(document.loss_mask)
+                num_tokens, num_trained = len(document.input_ids), sum(document.loss_mask)
                 lengths.append(num_tokens)
                 which = f", answer {n} of {len(documents)}" if len(documents) > 1 else ""
-                console.say(f"\n--- {where}{which}: {num_tokens} tokens, {num_learned} learned")
-                console.say(paint(pieces(chat, document), colour), styled=True)
+                console.say(f"\n--- {where}{which}: {num_tokens} tokens, {num_trained} trained")
+                console.say(paint(pieces(chat, document), color), styled=True)
         if stream.packing and lengths:
             sequences = [[lengths[place] for place in sequence] for sequence in best_fit(lengths, stream.max_seq_len)]
-            told = ", ".join(" + ".join(map(str, sequence)) for sequence in sequences)
-            console.say(f"\npacked alone, in sequences of {stream.max_seq_len} tokens: {told}")
+            packed = ", ".join(" + ".join(map(str, sequence)) for sequence in sequences)
+            console.say(f"\npacked alone, in sequences of {stream.max_seq_len} tokens: {packed}")
 
 
 def _records(
@@ -68,36 +68,36 @@ def _records(
 
 
 def pieces(chat: ChatFormat, encoded: Encoded) -> list[TokenSpan]:
-    """The whole text, cut wherever tokens begin or cease to be learned or special; together it is the decoded text."""
+    """The decoded text, cut wherever tokens start or stop being trained on or special."""
     kinds = [
-        ("special" if chat.is_special(token) else "learned" if learned else "context", learned)
-        for token, learned in zip(encoded.input_ids, encoded.loss_mask, strict=True)
+        ("special" if chat.is_special(token) else "trained" if trained else "context", trained)
+        for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True)
     ]
-    found: list[TokenSpan] = []
+    spans: list[TokenSpan] = []
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start]:
             text = chat.decode(encoded.input_ids[start:end], before=encoded.input_ids[:start])
-            found.append(TokenSpan(text, *kinds[start]))
+            spans.append(TokenSpan(text, *kinds[start]))
             start = end
-    return found
+    return spans
 
 
-def paint(shown: list[TokenSpan], colour: bool) -> str:
-    """Pieces as text for a terminal, or with plain marks. Control characters of the data are shown, not obeyed."""
-    if not colour:
+def paint(shown: list[TokenSpan], color: bool) -> str:
+    """Spans as text for a terminal, or with plain marks. Control characters of the data are escaped."""
+    if not color:
         parts, open_ = [], False
         for piece in shown:
-            if piece.learned != open_:
-                parts.append("{+" if piece.learned else "+}")
-                open_ = piece.learned
+            if piece.trained != open_:
+                parts.append("{+" if piece.trained else "+}")
+                open_ = piece.trained
             parts.append(_visible(piece.text))
         return "".join(parts) + ("+}" if open_ else "")
     return "".join(
-        COLOURS[p.kind][0]
-        + ("\x1b[4m" if p.kind == "special" and p.learned else "")
+        COLORS[p.kind][0]
+        + ("\x1b[4m" if p.kind == "special" and p.trained else "")
         + _visible(p.text)
-        + COLOURS[p.kind][1]
+        + COLORS[p.kind][1]
         for p in shown
     )
 

@@ -1,9 +1,9 @@
-"""What the index keeps of each record: a line of a table, about 330 bytes and 4 to 8 more for each word.
+"""The index's table of records: about 330 bytes per record, and 4 to 8 more per word.
 
-Made by the one pass over the data, chunk by chunk; kept as one Arrow file a shard, a batch a chunk, so that a shard is
-read again only when it, or a setting, changes. The files are mapped into memory, not read into it, so that what is said
-of the whole set (duplicates, overlap, labels, statistics) is worked out in the memory of a few columns. Knows chunks and
-examples; nothing of Ray.
+The index pass makes it chunk by chunk and stores one Arrow file per shard with one batch per chunk, so a shard is read again
+only
+if it or a setting changes. The files are memory-mapped, so checks over the whole set (duplicates, contamination, labels,
+statistics) need the memory of a few columns only. Knows chunks and examples, but not Ray.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.examples import Example, Quarantined
 from ftray.data.sources import Chunk
 
-LABEL_CHARS = 60  # a longer answer is no label
-# bits of `flags`: quality rules, then how the answer is written
+LABEL_CHARS = 60  # a longer answer is not a label
+# bits of `flags`: quality rules, then the style of the answer
 SHORT_ANSWER, REPEATED_LINES, UNPRINTABLE, CAPITAL, FINAL_MARK, MANY_LINES, JSON_LIKE = (1 << n for n in range(7))
 QUALITY = {"short_answer": SHORT_ANSWER, "repeated_lines": REPEATED_LINES, "unprintable": UNPRINTABLE}
 MIN_LINES, REPEATED_SHARE, UNPRINTABLE_SHARE = 6, 0.5, 0.1
@@ -50,16 +50,22 @@ SCHEMA = pa.schema(
         "stratum": pa.string(),
         "label": pa.string(),
         "signature": pa.binary(NUM_PERM * 2),
-        "grams": pa.large_list(pa.uint64()),  # of a held-out record: those that winnowing chooses
-        "all_grams": pa.large_list(pa.uint64()),  # of a held-out record only
+        "grams": pa.large_list(pa.uint64()),  # of an eval record: those that winnowing chooses
+        "all_grams": pa.large_list(pa.uint64()),  # of an eval record only
     }
 )
 
 
 @dataclass(frozen=True)
 class RequiredFields:
-    """What is worth computing: signatures for near-duplicates, grams for overlap (other ones of held-out records).
-    min_answer_chars: 0 with labels."""
+    """The fields that are worth computing.
+
+    Attributes:
+        signatures: For near-duplicates.
+        grams: For contamination.
+        is_eval: Eval records need other grams than training records.
+        min_answer_chars: 0 for labels.
+    """
 
     signatures: bool
     grams: bool
@@ -69,7 +75,7 @@ class RequiredFields:
 
 @dataclass(frozen=True)
 class ChunkSummary:
-    """What the index knows of a chunk besides its records."""
+    """The index's facts about a chunk, apart from its records."""
 
     num_records: int
     num_sequences: int
@@ -81,11 +87,11 @@ class ChunkSummary:
     most_documents: int  # in one sequence
 
 
-def describe_chunk(chunk: Chunk, stream: DatasetSpec, wants: RequiredFields) -> bytes:
+def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) -> bytes:
     """A chunk's summary and records, as bytes for `read_described`. Raises DataError as `pack_chunk` does."""
     packed = pack_chunk(chunk, stream)
     scripts: Counter[str] = Counter()
-    lines = [_describe(example, wants, scripts) for example in packed.examples]
+    lines = [_describe(example, required, scripts) for example in packed.examples]
     summary = ChunkSummary(
         len(packed.examples),
         len(packed.sequences),
@@ -104,7 +110,7 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, wants: RequiredFields) -> 
 
 @dataclass(frozen=True)
 class ChunkRecords:
-    """What the pass found in a chunk: its summary, and a line for each record."""
+    """The description of a chunk: its summary, and one row per record."""
 
     summary: ChunkSummary
     batch: pa.RecordBatch
@@ -112,32 +118,32 @@ class ChunkRecords:
 
 @contextmanager
 def open_writer(sink: Any) -> Iterator[Callable[[ChunkRecords], None]]:
-    """A function that writes chunks one after the other into an Arrow file. sink: a path, or a file open for writing."""
-    with pa.ipc.new_file(sink, SCHEMA) as writer:  # not compressed: hashes hardly shrink, and files are mapped
-        yield lambda found: writer.write_batch(found.batch, {"summary": json.dumps(asdict(found.summary))})
+    """A function that appends chunks to an Arrow file. sink: a path, or a file open for writing."""
+    with pa.ipc.new_file(sink, SCHEMA) as writer:  # not compressed: hashes hardly shrink, and files are memory-mapped
+        yield lambda chunk: writer.write_batch(chunk.batch, {"summary": json.dumps(asdict(chunk.summary))})
 
 
 def read_described(data: bytes | mmap.mmap) -> list[ChunkRecords]:
-    """Chunks of a file of `open_writer`; their columns lie in `data`, nothing is copied."""
+    """The chunks in a file of `open_writer`. Their columns are views of `data`."""
     reader = pa.ipc.open_file(pa.py_buffer(data))
     described = []
     for i in range(reader.num_record_batches):
-        found = reader.get_batch_with_custom_metadata(i)
-        tree = json.loads(found.custom_metadata[b"summary"])
+        entry = reader.get_batch_with_custom_metadata(i)
+        tree = json.loads(entry.custom_metadata[b"summary"])
         summary = ChunkSummary(**{**tree, "bad": [Quarantined(**b) for b in tree["bad"]]})
-        described.append(ChunkRecords(summary, found.batch))
+        described.append(ChunkRecords(summary, entry.batch))
     return described
 
 
-def _describe(example: Example, wants: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
+def _describe(example: Example, required: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
     turns = example.messages or [Message("assistant", example.text or "")]
     keys = record_keys(turns)
     answer = next((turn.content for turn in reversed(turns) if turn.role == "assistant"), "").strip()
     for turn in turns:
         count_scripts(turn.content, scripts)
     mask = example.encoded.loss_mask
-    every, chosen = eval_fingerprints(turns) if wants.grams and wants.is_eval else ([], [])
-    if wants.grams and not wants.is_eval:
+    every, chosen = eval_fingerprints(turns) if required.grams and required.is_eval else ([], [])
+    if required.grams and not required.is_eval:
         chosen = fingerprints(turns)
     return {
         "position": example.position,
@@ -146,11 +152,11 @@ def _describe(example: Example, wants: RequiredFields, scripts: Counter[str]) ->
         "answer": keys.answer,
         "num_tokens": len(example.encoded.input_ids),
         "num_trained_tokens": int(np.count_nonzero(mask[1:])),
-        "flags": _flags(turns, answer, wants.min_answer_chars),
+        "flags": _flags(turns, answer, required.min_answer_chars),
         "digest": example.digest,
         "stratum": example.stratum,
         "label": answer if example.messages and len(answer) <= LABEL_CHARS and "\n" not in answer else None,
-        "signature": signature(spoken_text(turns)).tobytes() if wants.signatures else None,
+        "signature": signature(spoken_text(turns)).tobytes() if required.signatures else None,
         "grams": chosen,
         "all_grams": every,
     }
@@ -175,9 +181,11 @@ def _flags(turns: Sequence[Message], answer: str, min_answer_chars: int) -> int:
 
 @dataclass(frozen=True)
 class RecordTable:
-    """All that the pass found in a stream: its chunks in source and file order, and what is described of each.
+    """All records of a training or eval set, in source and file order. A record's place is its number in this order.
 
-    A record's place is its number in this order.
+    Attributes:
+        chunks: The chunks.
+        described: The description of each chunk.
     """
 
     chunks: tuple[Chunk, ...]
@@ -185,7 +193,7 @@ class RecordTable:
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """Place of each chunk's first record; at the end the number of records."""
+        """Place of each chunk's first record, and the number of records."""
         return np.cumsum([0, *(d.batch.num_rows for d in self.described)], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -193,21 +201,21 @@ class RecordTable:
 
     @property
     def summaries(self) -> list[ChunkSummary]:
-        """Of each chunk."""
+        """The summary of each chunk."""
         return [d.summary for d in self.described]
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A column of numbers, as an array in memory."""
+        """A numeric column, as an array in memory."""
         parts = [d.batch.column(name).to_numpy() for d in self.described]
         kind = SCHEMA.field(name).type.to_pandas_dtype()
         return np.concatenate(parts) if parts else np.zeros(0, kind)
 
     def texts(self, name: str) -> pa.ChunkedArray:
-        """A column of strings."""
+        """A string column."""
         return pa.chunked_array([d.batch.column(name) for d in self.described], SCHEMA.field(name).type)
 
     def signatures(self) -> list[Signatures]:
-        """uint16 [records, NUM_PERM] of each chunk that has some."""
+        """uint16 [records, NUM_PERM] of each chunk that has records."""
         parts = [d.batch.column("signature") for d in self.described if d.batch.num_rows]
         return [
             np.frombuffer(part.buffers()[1], np.uint16).reshape(-1, NUM_PERM)[part.offset : part.offset + len(part)]
@@ -215,7 +223,7 @@ class RecordTable:
         ]
 
     def grams(self, column: str = "grams") -> list[NgramHashes]:
-        """A column of lists of hashes, of each chunk."""
+        """A column of hash lists, for each chunk."""
         pieces = []
         for first, described in zip(self.offsets.tolist(), self.described, strict=False):
             part = described.batch.column(column)
@@ -224,7 +232,7 @@ class RecordTable:
         return pieces
 
     def chunk_numbers(self) -> npt.NDArray[np.int32]:
-        """int32 [records]: which of `chunks` each record lies in."""
+        """int32 [records]: the chunk of each record."""
         return np.repeat(np.arange(len(self.chunks), dtype=np.int32), np.diff(self.offsets))
 
     def where(self, place: int) -> tuple[Chunk, int]:
@@ -237,6 +245,6 @@ class RecordTable:
         return int(np.searchsorted(self.offsets, place, "right")) - 1
 
     def position(self, chunk: int, place: int) -> int:
-        """Position of a record in the shard. chunk: number of its chunk."""
-        found: int = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
-        return found
+        """Position of a record in its shard. chunk: the number of its chunk."""
+        position: int = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
+        return position

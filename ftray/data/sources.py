@@ -1,8 +1,9 @@
-"""Shards and chunks: which files a source has, how they are cut, how a chunk's raw records are read.
+"""Shards and chunks: the files of a source, how they are cut, and how a chunk's raw records are read.
 
-Knows files and bytes; nothing of conversations, tokens or Ray. A record belongs to the chunk that holds its first
-byte, so that nothing has to be scanned to cut a file. Its identity is its byte offset (its number, where a file
-doesn't split by bytes or is parquet).
+Knows files and bytes, but not conversations, tokens or Ray. A record belongs to the chunk that contains its first byte, so
+cutting a file needs no scan. A record's identity is its byte offset, or its number if the file is Parquet or cannot be split
+by
+bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from ftray.data.parquet import ParquetShard, StoredFile
 from ftray.errors import DataError
 
 READ_AHEAD = 1 << 16  # bytes fetched to find the end of a chunk's last record; doubled until it is found
-PIECE = 1 << 24  # bytes looked at together when lines are counted
-READ_BYTES = 1 << 20  # of a file that is read from its beginning to its end
+PIECE = 1 << 24  # bytes read at once to count lines
+READ_BYTES = 1 << 20  # per read of a file that is not cut
 PACKED = (".gz", ".zst")
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 SUFFIXES = (*KINDS, *(kind + packed for packed in PACKED for kind in KINDS if kind != ".parquet"))
@@ -29,7 +30,7 @@ SUFFIXES = (*KINDS, *(kind + packed for packed in PACKED for kind in KINDS if ki
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a source. path: relative to the source, so that copies elsewhere keep their order."""
+    """One file of a source. path: relative to the source, so copies elsewhere keep their order."""
 
     uri: str
     path: str
@@ -39,10 +40,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of parquet, else the file.
+    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of Parquet, otherwise the whole file.
 
-    dropped: positions of training records that `data.clean` takes out. moved: of records that are on the other side of
-    a split than their hash says, so that their class has a held-out record.
+    Attributes:
+        dropped: Positions of training records that `data.clean` removes.
+        moved: Positions of records that are on the other side of the split than their hash says, so that their class has an
+            eval
+            record.
     """
 
     source: int
@@ -57,39 +61,43 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RawRecord:
-    """position: byte offset, or number in the file. value: a line's bytes, or already an object."""
+    """position: byte offset, or number in the file. value: the bytes of a line, or an object."""
 
     position: int
     value: bytes | dict[Any, Any]
 
 
 def list_shards(path: str) -> list[Shard]:
-    """Files of a source, sorted by relative path.
+    """The files of a source, sorted by relative path.
 
-    path: file, directory, glob, `embedded:…` or `hf:…`. Below a directory, names with a leading `_` or `.` are passed
-    over. Raises DataError: nothing there, no file of a known kind, all empty.
+    Args:
+        path: A file, directory, glob, `embedded:…` or `hf:…`. In a directory, names with a leading `_` or `.` are ignored.
+
+    Raises:
+        DataError: There is nothing, no file of a supported format, or only empty files.
     """
-    path, found = _find(path)
-    if not found:
+    path, files = _find(path)
+    if not files:
         raise DataError(f"{path}: no such file or directory, or nothing in it; correct data.train or data.eval")
-    known = [f for f in found if f.path.endswith(SUFFIXES)]
+    known = [f for f in files if f.path.endswith(SUFFIXES)]
     if not known:
         raise DataError(
-            f"{path} holds {found[0].path} but no {', '.join(KINDS)} file (all but parquet also .gz or .zst); convert the "
+            f"{path} contains {files[0].path}, but no {', '.join(KINDS)} file (all but parquet also .gz or .zst); convert the "
             "data to one of these"
         )
     shards = [Shard(f.uri, f.path, f.size_bytes, f.etag) for f in known if f.size_bytes > 0]
     if not shards:
-        what = "there is nothing in it" if len(known) == 1 else f"all {len(known)} files are empty"
-        raise DataError(f"{path}: {what}; put records there, or correct the path")
+        what = "the file is empty" if len(known) == 1 else f"all {len(known)} files are empty"
+        raise DataError(f"{path}: {what}; add records, or correct the path")
     return shards
 
 
 def other_files(path: str) -> list[str]:
-    """Files of a source that `list_shards` leaves out: of another kind, or empty. Not told: names with a leading `_` or `.`,
-    by which tools mark what is no data."""
-    _, found = _find(path)
-    names = [f.path for f in found if not f.path.endswith(SUFFIXES) or f.size_bytes == 0]
+    """Files of a source that `list_shards` skips because of their format or because they are empty, except names with a leading
+    `_` or `.`.
+    """
+    _, files = _find(path)
+    names = [f.path for f in files if not f.path.endswith(SUFFIXES) or f.size_bytes == 0]
     return [name for name in names if not _is_marked(name)]
 
 
@@ -98,14 +106,14 @@ def _is_marked(name: str) -> bool:
 
 
 def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
-    """(where it is looked for, all files there)."""
+    """The resolved path, and all files there."""
     if path.startswith("hf:"):
         path = hub.resolve(path)
     path = embedded.resolve(path) if path.startswith("embedded:") else storage.absolute(path)
     if any(c in path for c in "*?["):
         return path, storage.glob_files(path)
     if not path.endswith(SUFFIXES):
-        return path, [found for found in storage.list_files(path) if not _is_marked(found.path)]
+        return path, [file for file in storage.list_files(path) if not _is_marked(file.path)]
     if not storage.exists(path):
         raise DataError(f"{path} does not exist; correct data.train or data.eval")
     size, etag = storage.size_and_etag(path)
@@ -113,7 +121,7 @@ def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
 
 
 def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
-    """Chunks of a shard in file order. Raises DataError for a parquet file without a readable footer."""
+    """The chunks of a shard in file order. Raises DataError for a Parquet file without a readable footer."""
     if shard.path.endswith((".jsonl", ".ndjson")):
         edges = [*range(0, shard.size_bytes, chunk_bytes), shard.size_bytes]
     elif shard.path.endswith(".parquet"):
@@ -124,7 +132,7 @@ def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
 
 
 def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
-    """Raw records of a chunk in file order. Raises DataError when the shard changed since it was listed."""
+    """The raw records of a chunk in file order. Raises DataError if the shard changed since it was listed."""
     _, etag = storage.size_and_etag(chunk.uri)
     if etag != chunk.etag:
         raise DataError(
@@ -139,7 +147,7 @@ def read_chunk(chunk: Chunk) -> Iterator[RawRecord]:
 
 
 def line_number(uri: str, position: int) -> int | None:
-    """Line (from 1) at a byte offset of an uncompressed .jsonl file; None for other kinds. Reads up to the offset."""
+    """The line (from 1) at a byte offset of an uncompressed .jsonl file, None for other formats. Reads up to the offset."""
     if not uri.endswith((".jsonl", ".ndjson")):
         return None
     pieces = pairwise([*range(0, position, PIECE), position])
@@ -167,7 +175,7 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
 
 
 def _rest_of_line(uri: str, start: int) -> bytes:
-    """From a byte offset to the next newline, or to the file's end. Raises DataError where that is too far away."""
+    """The bytes from an offset to the next newline or the end of the file. Raises DataError if that is too far away."""
     pieces, size, begin = [], READ_AHEAD, start
     while True:
         piece = storage.read_range(uri, start, start + size)
@@ -180,7 +188,7 @@ def _rest_of_line(uri: str, start: int) -> bytes:
 
 
 def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
-    """Records of a file that is not cut: compressed, a JSON array, or CSV. Position: the number of the line or item."""
+    """The records of a file that is not cut: compressed, a JSON array, or CSV. Position: the number of the line or item."""
     stem = chunk.path.removesuffix(".gz").removesuffix(".zst")
     with io.BufferedReader(StoredFile(chunk.uri), READ_BYTES) as source:
         pieces = decompress.expanded(chunk.uri, source)

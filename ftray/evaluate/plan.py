@@ -15,7 +15,8 @@ from ftray import config, storage
 from ftray.chat import ChatFormat, Message
 from ftray.data.chunks import streams
 from ftray.data.eval_examples import EvalExample, pick_shots, read_samples, read_set
-from ftray.data.index import build_index, check_index
+from ftray.data.index import build_index
+from ftray.data.prepare import check_index
 from ftray.errors import DataError
 from ftray.evaluate.inputs import general_path, read_pairs
 from ftray.evaluate.score import ScoreTask

@@ -235,8 +235,8 @@ CASES = [
     Case(
         "empty-directory", ("/bad: no such file or directory, or nothing in it",), DATA, lambda d: (d / "bad").mkdir()
     ),
-    Case("empty-source", ("/bad: there is nothing in it", "put records there"), DATA, write("bad/a.jsonl", "")),
-    Case("other-files", ("/bad holds a.docx but no .jsonl",), DATA, write("bad/a.docx", "x")),
+    Case("empty-source", ("/bad: the file is empty", "add records"), DATA, write("bad/a.jsonl", "")),
+    Case("other-files", ("/bad contains a.docx, but no .jsonl",), DATA, write("bad/a.docx", "x")),
     Case("no-glob", ("/bad/*.jsonl: no such file",), ("data.train.0.path=bad/*.jsonl",)),
     Case("no-heldout-data", ("/bad: no such file", "data.eval"), ("data.eval=[{path: bad}]",)),
     Case("no-embedded-data", ("embedded:x is no embedded data", "use embedded:"), ("data.train.0.path=embedded:x",)),
@@ -281,7 +281,7 @@ CASES = [
     # what evaluation needs
     Case(
         "empty-eval-split",
-        ("data.eval.fraction (1e-06)", "holds out no record", "raise it"),
+        ("data.eval.fraction (1e-06)", "selects no record", "raise it"),
         ("data.eval.fraction=1e-6",),
     ),
     Case(
@@ -454,7 +454,11 @@ HALF = gzip.compress(lines(*[ANSWERED] * 30).encode())[:-20]
 READ_CASES = [
     Case(
         "no-answer",
-        ("data.train: 1 bad records (1 no_answer), allowed are 0", "bad/a.jsonl, line 3", "data.max_bad_records"),
+        (
+            "data.train: 1 bad record (1 no_answer). The limit data.max_bad_records is 0",
+            "bad/a.jsonl, line 3",
+            "data.max_bad_records",
+        ),
         DATA,
         write("bad/a.jsonl", lines(ANSWERED, ANSWERED, UNANSWERED, ANSWERED)),
     ),
@@ -472,7 +476,7 @@ READ_CASES = [
     ),
     Case(
         "one-more-than-allowed",
-        ("2 bad records", "allowed are 1", "line 1"),
+        ("2 bad records", "data.max_bad_records is 1", "line 1"),
         (*DATA, "data.max_bad_records=1"),
         write("bad/a.jsonl", lines(UNANSWERED, UNANSWERED, ANSWERED)),
     ),
@@ -499,7 +503,7 @@ READ_CASES = [
     ),
     Case(
         "heldout-too-long",
-        ("data.eval: 1 bad records", "bad/a.jsonl, line 1"),
+        ("data.eval: 1 bad record", "bad/a.jsonl, line 1"),
         ("data.eval=[{path: bad}]",),
         write("bad/a.jsonl", lines({"prompt": "a cow " * 200, "completion": "moo"})),
     ),
@@ -526,7 +530,7 @@ def test_corrected_settings_may_use_the_name_and_allowed_bad_records_are_quarant
     good = [{"prompt": f"{i} cows. What is heard?", "completion": "moo"} for i in range(60)]
     write("bad/a.jsonl", lines(*good[:2], UNANSWERED, long, *good[2:]) + "not JSON\n")(desk.directory)
     changes = (*DATA, "train.max_steps=1", "data.max_bad_records=2")
-    assert_refused(typed("train", "run.yaml", *changes), "3 bad records", "1 too_long", "allowed are 2")
+    assert_refused(typed("train", "run.yaml", *changes), "3 bad records", "1 too_long", "data.max_bad_records is 2")
 
     done = typed("train", "run.yaml", *changes, "data.max_seq_len=512")
     assert done.code == 0, done.err

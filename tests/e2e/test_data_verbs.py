@@ -67,5 +67,5 @@ def test_a_wrong_question_is_one_sentence(place: Place, arguments: tuple[str, ..
 def test_a_shard_that_holds_no_record_is_refused_before_ray(place: Place, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert_refused(
-        place.ftray("data", "preview", "run.yaml", f"data.train.0.path={tmp_path}"), "holds notes.txt but no"
+        place.ftray("data", "preview", "run.yaml", f"data.train.0.path={tmp_path}"), "contains notes.txt, but no"
     )

@@ -17,9 +17,9 @@ from ftray import config
 from ftray.console import Console
 from ftray.data import index as index_module
 from ftray.data.chunks import DatasetSpec, pack_chunk, streams
-from ftray.data.index import Index, build_index, check_index, read_record_table
+from ftray.data.index import Index, build_index, read_record_table
 from ftray.data.loader import eval_table, make_plan
-from ftray.data.prepare import prepare_data, read_summary
+from ftray.data.prepare import check_index, prepare_data, read_summary
 from ftray.data.stats import show_stats
 from ftray.errors import DataError
 from ftray.model.load import load_tokenizer
@@ -283,7 +283,8 @@ def test_labels_bound_the_answers_and_conflicts_are_told(model: Path, tmp_path: 
     survey = read_record_table(index, str(tmp_path / "run"))
     assert sorted(set(survey.texts("label").to_pylist())) == ["no", "yes"]
     with pytest.raises(
-        DataError, match=r"1 bad records \(1 unknown_label\), allowed are 0; .*line 8: the answer 'yess'"
+        DataError,
+        match=r"1 bad record \(1 unknown_label\)\. The limit data\.max_bad_records is 0\. .*line 8: the answer 'yess'",
     ):
         check_index(index, stream, "train", 0, str(tmp_path / "run"))
 
@@ -345,7 +346,7 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     assert deciles == sorted(deciles)
     assert 0 < deciles[4] < train.percentile(50)  # without the answers
     assert reference["scripts"] == pytest.approx(train.scripts, abs=1e-6)
-    assert "6 say the same as an earlier one (6 taken out)" in stream.getvalue()
+    assert "6 repeat an earlier record (6 removed)" in stream.getvalue()
     assert "only 114 training records" in stream.getvalue()
     assert (tmp_path / "stats.html").read_text().count("<svg") > 2
     findings = [

@@ -54,7 +54,7 @@ def test_the_pieces_together_are_the_whole_text_and_name_what_is_learned() -> No
     encoded = chat.encode_example([Message("user", "日本 🙂"), Message("assistant", "é🙂\nb")])
     found = pieces(chat, encoded)
     assert "".join(p.text for p in found) == chat.decode(encoded.input_ids)
-    assert [(p.text, p.kind) for p in found if p.learned] == [("é🙂\nb", "learned"), ("<|im_end|>", "special")]
+    assert [(p.text, p.kind) for p in found if p.trained] == [("é🙂\nb", "trained"), ("<|im_end|>", "special")]
 
 
 def test_control_characters_of_the_data_are_shown_and_not_obeyed(tmp_path: Path) -> None:
@@ -64,5 +64,5 @@ def test_control_characters_of_the_data_are_shown_and_not_obeyed(tmp_path: Path)
     assert "a\\x1b]0;title\\x07\\u202eb\\rc" in text
     assert not set("\x1b\x07\u202e\r") & set(text)
     chat = ChatFormat(tiny.make_tokenizer())
-    painted = paint(pieces(chat, chat.encode_text("\x1b[2J")), colour=True)
+    painted = paint(pieces(chat, chat.encode_text("\x1b[2J")), color=True)
     assert "\x1b[2J" not in painted

@@ -276,9 +276,9 @@ NOTHING = {
     "none": "{}/none: no such file or directory, or nothing in it; correct data.train or data.eval",
     "*.parquet": "{}/*.parquet: no such file or directory, or nothing in it; correct data.train or data.eval",
     "hollow": "{}/hollow: no such file or directory, or nothing in it; correct data.train or data.eval",
-    "words.txt": "{}/words.txt holds words.txt but no .jsonl, .ndjson, .json, .parquet, .csv",
-    "texts": "{}/texts holds a.txt but no .jsonl, .ndjson, .json, .parquet, .csv",
-    "empty.jsonl": "{}/empty.jsonl: there is nothing in it; put records there, or correct the path",
+    "words.txt": "{}/words.txt contains words.txt, but no .jsonl, .ndjson, .json, .parquet, .csv",
+    "texts": "{}/texts contains a.txt, but no .jsonl, .ndjson, .json, .parquet, .csv",
+    "empty.jsonl": "{}/empty.jsonl: the file is empty; add records, or correct the path",
 }
 
 

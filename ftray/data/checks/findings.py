@@ -1,7 +1,8 @@
-"""What is found over all records, not in one chunk: duplicates, overlap with the held-out data, conflicts, poor quality.
+"""Checks over all records together: duplicates, contamination of the eval set, conflicts and poor quality.
 
-From the tables of `records` alone. Where `data.clean` says `drop`, a finding takes its record out of training; held-out
-records are never taken out.
+They use the record tables only. If a rule of `data.clean` is `drop`, its findings remove records from training. Eval records
+are
+never removed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ RULES = ("duplicate", "near_duplicate", "overlap", *QUALITY, "conflict")
 
 @dataclass(frozen=True)
 class DataFinding:
-    """A training record that a rule speaks of. of_uri, of_position: the record that it repeats, gives away or contradicts.
+    """A training record that a check found.
 
-    rule: duplicate, near_duplicate, overlap, conflict, or a quality rule. similarity: 1.0 for equal ones.
+    Attributes:
+        rule: duplicate, near_duplicate, overlap, conflict, or a quality rule.
+        uri: The record's shard.
+        position: The record's position in it.
+        of_uri: The shard of the record that it repeats, overlaps with or contradicts.
+        of_position: The position of that record.
+        similarity: 1.0 for equal records.
+        dropped: Whether it is removed from training.
     """
 
     rule: str
@@ -40,28 +48,28 @@ class DataFinding:
 
     @property
     def detail(self) -> str:
-        """What is wrong, in words."""
+        """The finding as a sentence."""
         other = f"{self.of_uri}, record at {self.of_position}"
         if self.rule == "duplicate":
-            return f"says the same as {other}"
+            return f"repeats {other}"
         if self.rule == "near_duplicate":
-            return f"says nearly the same as {other} (similarity {self.similarity})"
+            return f"nearly repeats {other} (similarity {self.similarity})"
         if self.rule == "overlap":
-            return f"gives the held-out record away: {other} (share {self.similarity})"
+            return f"overlaps with the eval record {other} (share {self.similarity})"
         if self.rule == "conflict":
-            return f"has the same input as {other} and another answer"
+            return f"has the same input as {other}, but another answer"
         return {
             "short_answer": "its answer is shorter than data.clean.min_answer_chars",
             "repeated_lines": "more than half of its lines are repeated",
-            "unprintable": "more than a tenth of its characters can't be printed",
+            "unprintable": "more than a tenth of its characters are unprintable",
         }[self.rule]
 
 
 class CheckResult:
-    """All findings, as columns sorted by record: millions of them take 26 bytes each.
+    """All findings, as columns sorted by record: 26 bytes per finding.
 
-    places, of, similarity as in `Pairs`; of: -1 where there is no other record; for `overlap` a place in `eval_set`.
-    rules: place in RULES. dropped: bool.
+    Attributes:
+        gone: bool [training records], the dropped ones.
     """
 
     def __init__(self, train: RecordTable, eval_set: RecordTable | None) -> None:
@@ -70,7 +78,7 @@ class CheckResult:
         self.gone = np.zeros(len(train), bool)
 
     def note(self, rule: str, mode: str, pairs: DuplicatePairs) -> None:
-        """Adds what a rule found; in the mode `drop` it takes records out that are still in."""
+        """Adds the findings of a rule. In the mode `drop` they remove records that are still in training."""
         drops = ~self.gone[pairs.places] if mode == "drop" else np.zeros(len(pairs), bool)
         self.gone[pairs.places[drops]] = True
         self._parts.append((pairs, RULES.index(rule), drops))
@@ -79,7 +87,7 @@ class CheckResult:
         return sum(len(pairs) for pairs, _, _ in self._parts)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each rule: records found, and how many of these stay in training; the most frequent first."""
+        """For each rule, the number of records that it found and of those that stay in training; the most frequent rule first."""
         counted = {
             RULES[rule]: (len(pairs), int((~self.gone[pairs.places]).sum()))
             for pairs, rule, _ in self._parts
@@ -89,7 +97,7 @@ class CheckResult:
         return merged
 
     def drops(self) -> dict[int, list[int]]:
-        """Positions of the dropped records of each chunk (its place)."""
+        """Positions of the dropped records, by number of the chunk."""
         dropped: dict[int, list[int]] = {}
         for place in np.flatnonzero(self.gone).tolist():
             chunk = self._train.chunk_of(place)
@@ -97,7 +105,7 @@ class CheckResult:
         return dropped
 
     def __iter__(self) -> Iterator[DataFinding]:
-        """In the records' order, of one record in the rules' order."""
+        """In the records' order, and for one record in the rules' order."""
         places = np.concatenate([pairs.places for pairs, _, _ in self._parts] or [np.zeros(0, np.int64)])
         begins = np.cumsum([0, *(len(pairs) for pairs, _, _ in self._parts)])
         for i in np.argsort(places, kind="stable").tolist():
@@ -112,40 +120,40 @@ class CheckResult:
             return DataFinding(rule, chunk.uri, position, None, None, None, dropped)
         others = self._eval if rule == "overlap" and self._eval is not None else self._train
         other, of_position = others.where(of)
-        told = None if np.isnan(similarity) else similarity
-        return DataFinding(rule, chunk.uri, position, other.uri, of_position, told, dropped)
+        known = None if np.isnan(similarity) else similarity
+        return DataFinding(rule, chunk.uri, position, other.uri, of_position, known, dropped)
 
 
 def find_all(train: RecordTable, eval_set: RecordTable | None, clean: config.CleanConfig) -> CheckResult:
-    """What the rules of `data.clean` find. A record is dropped once, by the first rule that says so, in the order of its keys.
+    """Applies the rules of `data.clean`. A record is dropped once, by the first rule that drops it, in the order of the keys.
 
-    Memory: about 110 bytes a record, and the findings; signatures and sequences stay on disk.
+    Memory: about 110 bytes per record, and the findings. Signatures and grams stay on disk.
     """
-    found = CheckResult(train, eval_set)
+    result = CheckResult(train, eval_set)
     equal = (
         find_equal(train.column("whole")) if (clean.duplicates, clean.near_duplicates) != ("off", "off") else NO_PAIRS
     )
     if clean.duplicates != "off":
-        found.note("duplicate", clean.duplicates, equal)
+        result.note("duplicate", clean.duplicates, equal)
     if clean.near_duplicates != "off":
         first = np.ones(len(train), bool)
         first[equal.places] = False
         own = np.flatnonzero(first)
         near = find_near(join_signatures(train.signatures(), first))
-        found.note(
+        result.note(
             "near_duplicate", clean.near_duplicates, DuplicatePairs(own[near.places], own[near.of], near.similarity)
         )
     if clean.contamination != "off" and eval_set is not None:
-        found.note("overlap", clean.contamination, _overlaps(train, eval_set))
+        result.note("overlap", clean.contamination, _overlaps(train, eval_set))
     if clean.quality != "off":
         flags = train.column("flags")
         for rule, bit in QUALITY.items():
-            found.note(rule, clean.quality, _without_others(np.flatnonzero(flags & bit)))
+            result.note(rule, clean.quality, _without_others(np.flatnonzero(flags & bit)))
     conflicts = find_conflicts(train.column("prompt"), train.column("answer"))
     others = np.array([c.other for c in conflicts], np.int64)
     firsts = np.array([c.first for c in conflicts], np.int64)
-    found.note("conflict", "report", DuplicatePairs(others, firsts, np.full(len(conflicts), np.nan)))
-    return found
+    result.note("conflict", "report", DuplicatePairs(others, firsts, np.full(len(conflicts), np.nan)))
+    return result
 
 
 def _without_others(places: npt.NDArray[np.int64]) -> DuplicatePairs:
@@ -153,8 +161,7 @@ def _without_others(places: npt.NDArray[np.int64]) -> DuplicatePairs:
 
 
 def _overlaps(train: RecordTable, eval_set: RecordTable) -> DuplicatePairs:
-    """Training records and the held-out one that each gives away: equal inputs first, then shared sequences, then
-    near-duplicates."""
+    """Training records with the eval record that each overlaps with: equal inputs, then shared n-grams, then near-duplicates."""
     prompts = eval_set.column("prompt")
     order = np.argsort(prompts, kind="stable")
     own = train.column("prompt")
@@ -177,7 +184,7 @@ def _overlaps(train: RecordTable, eval_set: RecordTable) -> DuplicatePairs:
 
 
 def find_moved(train: RecordTable, eval_set: RecordTable, fraction: float) -> dict[int, tuple[int, ...]]:
-    """For each chunk (its place) the positions of the records that `labels.pick_substitutes` holds out."""
+    """Positions of the records that `labels.pick_substitutes` moves to the eval set, by number of the chunk."""
     parts = [train, eval_set]
     chunks = np.concatenate([p.chunk_numbers() for p in parts])
     positions = np.concatenate([p.column("position") for p in parts])
@@ -188,11 +195,11 @@ def find_moved(train: RecordTable, eval_set: RecordTable, fraction: float) -> di
     moved: dict[int, list[int]] = {}
     for place in places:
         moved.setdefault(int(chunks[order[place]]), []).append(int(positions[order[place]]))
-    return {chunk: tuple(found) for chunk, found in moved.items()}
+    return {chunk: tuple(at) for chunk, at in moved.items()}
 
 
 def _codes(texts: list[pa.ChunkedArray]) -> npt.NDArray[np.int64]:
-    """A number for each string, the same for equal ones."""
+    """A number for each string; equal strings have equal numbers."""
     whole = pa.chunked_array([part for column in texts for part in column.chunks], texts[0].type)
     parts = [part.indices.to_numpy() for part in whole.dictionary_encode().unify_dictionaries().chunks]
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
@@ -201,5 +208,5 @@ def _codes(texts: list[pa.ChunkedArray]) -> npt.NDArray[np.int64]:
 def with_changes(
     chunks: Iterable[Chunk], dropped: dict[int, list[int]], moved: dict[int, tuple[int, ...]]
 ) -> list[Chunk]:
-    """Descriptors that name what is dropped and moved."""
+    """Descriptors with the positions of dropped and moved records."""
     return [replace(chunk, dropped=tuple(dropped.get(i, ())), moved=moved.get(i, ())) for i, chunk in enumerate(chunks)]

@@ -1,6 +1,6 @@
-"""Classification: which answers are allowed, how many there are of each, which contradict each other, who is held out.
+"""Classification: allowed answers, their counts, contradicting records, and the eval records of each class.
 
-Knows conversations and plain arrays; nothing of files, tokens or Ray.
+Knows conversations and plain arrays, but not files, tokens or Ray.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Keys = npt.NDArray[np.uint64]
 
 
 def check_labels(conversation: list[Message] | str, labels: Sequence[str]) -> None:
-    """Raises BadRecord (unknown_label) for an answer that isn't a label, naming it and the closest one."""
+    """Raises BadRecord (unknown_label) for an answer that is not a label, naming the answer and the closest label."""
     if isinstance(conversation, str):
-        raise BadRecord("unknown_label", "plain text has no answer that could be one of data.labels")
+        raise BadRecord("unknown_label", "plain text has no answer, but data.labels is set")
     for turn in conversation:
         if turn.role != "assistant" or not turn.train or turn.content.strip() in labels:
             continue
@@ -33,7 +33,7 @@ def check_labels(conversation: list[Message] | str, labels: Sequence[str]) -> No
 
 @dataclass(frozen=True)
 class LabelConflict:
-    """Equal inputs with different answers. places: of the first record and of the first that contradicts it."""
+    """Equal inputs with different answers. first, other: places of the first record and of the first that contradicts it."""
 
     first: int
     other: int
@@ -41,7 +41,7 @@ class LabelConflict:
 
 
 def find_conflicts(prompts: Keys, answers: Keys) -> list[LabelConflict]:
-    """Inputs that have more than one answer, in the order of their first record. A prompt of 0 is no input."""
+    """Inputs with more than one answer, in the order of their first record. A prompt of 0 means that there is no input."""
     order = np.argsort(prompts, kind="stable")
     keys, found = prompts[order], answers[order]
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
@@ -57,7 +57,7 @@ def find_conflicts(prompts: Keys, answers: Keys) -> list[LabelConflict]:
 
 
 def count_labels(answers: Mapping[str | None, int], allowed: Sequence[str] | None) -> dict[str, int]:
-    """Records of each answer, most frequent first; allowed ones that never occur come last with 0."""
+    """Number of records per answer, most frequent first. Allowed answers that never occur come last with 0."""
     counts = Counter({label: number for label, number in answers.items() if label is not None})
     for label in allowed or ():
         counts.setdefault(label.strip(), 0)
@@ -67,14 +67,25 @@ def count_labels(answers: Mapping[str | None, int], allowed: Sequence[str] | Non
 def pick_substitutes(
     strata: npt.NDArray[np.int64], digests: Keys, is_held_out: npt.NDArray[np.bool_], fraction: float
 ) -> list[int]:
-    """Places of training records that are held out so that every large enough class has one. strata: number of each
-    record's class.
+    """Training records that move to the eval set so that every class that is large enough has an eval record.
 
-    The records come in the order of sources, paths and positions. Where a class has shown 1 / fraction different records
-    and its hashes have held out none of them, the record that completes this number is held out, and what equals it
-    later. So a decision depends on a record and on those before it: data that is added behind never moves a record;
-    data put in front can move one record of a class at most. (No rule that looks at the set alone can promise a held-out
-    record without moving any: it would have to hold out all but 1 / fraction records.)
+    The records come in the order of sources, paths and positions. If a class has shown 1 / fraction different records and its
+    hashes have selected none of them, the record that completes this number moves, and later every record that equals it. A
+    decision
+    depends on a record and on those before it: data that is appended never moves a record, and data that is inserted in front
+    moves
+    at most one record per class. (No rule that looks at the set alone can promise an eval record without moving any: it would
+    have
+    to select all but 1 / fraction records.)
+
+    Args:
+        strata: int64 [records], the class of each record.
+        digests: uint64 [records], the hash of each record.
+        is_held_out: bool [records], whether its hash puts a record into the eval set.
+        fraction: data.eval.fraction.
+
+    Returns:
+        The places of the records.
     """
     needed = -(-1 // fraction) if fraction else 0
     seen: dict[int, set[int]] = {}
