@@ -22,7 +22,7 @@ def place(place: Place) -> Place:
 def test_index_tells_the_steps_of_an_epoch_and_what_becomes_of_the_tail(place: Place) -> None:
     ended = place.ftray("data", "index", "run.yaml", "train.global_batch_size=8")
     assert ended.code == 0
-    assert "60 read back and proven" in ended.line("data.train: 60 records")
+    assert "60 examples verified" in ended.line("data.train: 60 records")
     assert "steps of 8" in ended.line("an epoch: ")
     assert "epochs" in ended.line("the run: ")
     assert (place.directory / "runs/tiny/data").is_dir()

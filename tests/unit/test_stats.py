@@ -78,7 +78,7 @@ def test_what_was_taken_out_is_no_warning() -> None:
 
 def test_held_out_data_that_is_missing_or_small_is_told() -> None:
     assert "there is no eval set" in warn(part(), None, 8)[0]
-    assert "only 49 held-out records" in warn(part(), part(num_records=49), 8)[0]
+    assert "only 49 eval records" in warn(part(), part(num_records=49), 8)[0]
 
 
 def test_lengths_are_counted_whole() -> None:
