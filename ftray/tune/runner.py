@@ -1,8 +1,8 @@
-"""Carries a sweep out: starts trials where there is room, each a run of its own on a thread, and follows them to the end.
+"""Runs a sweep: starts trials while the cluster has resources, each as a run on its own thread, until all have ended.
 
-A trial is trained by `train.launch`, as `ftray train` would: it commits checkpoints and continues at them. Its workers wait
-after each held-out loss until it is kept and judged, so that a trial that is given up does no step more. Trials belong to
-this process, not to Ray Tune's controller: a trial that ends gives its workers back as a run does.
+`driver.launch` trains a trial in the same way as `ftray train`, with checkpoints. After each eval its workers wait for the
+scheduler's decision, so a stopped trial does no further step. This process owns the trials instead of Ray Tune's
+controller, because Ray Tune over Ray Train leaks placement groups.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from ftray.tune.space import as_words, corners, number_of_trials, shares_data, t
 from ftray.tune.state import EvalReport, SweepState, TrialRecord, open_state, save_state
 
 POLL_S = 0.2
-SHARED_PART = 0.3  # of the object store that tokens of all trials may take
-NUM_LOSSES = 10  # held-out losses in a trial, where evaluate.every is left out
+SHARED_PART = 0.3  # share of the object store for the tokens that all trials use
+NUM_LOSSES = 10  # evals per trial if evaluate.every is not set
 
 
 def tune_directory(run_dir: str) -> str:
-    """Where a run's sweep lives."""
+    """Directory of a run's sweep."""
     return storage.join(run_dir, "tune")
 
 
@@ -71,49 +71,68 @@ def sweep(
     *,
     render_page: PageRenderer,
 ) -> TrialRecord:
-    """Runs a sweep, or continues it; returns the winner. Needs a started Ray, and the run's lease.
+    """Runs or resumes a sweep on a started Ray.
 
-    target: the run file as it was named, for the command that is printed. follow: makes a subscriber to a trial's events,
-    for metrics. Raises ConfigError, DataError before any trial
-    starts; Interrupted, Preempted when trials have committed their checkpoints; RunError if every trial failed.
+    Args:
+        run: The run file, with a tune section.
+        run_dir: Directory of the run.
+        console: Output for the user.
+        target: The run file as the user named it, for the printed command.
+        lease: The run's lease.
+        follow: Makes a subscriber to a trial's events, for metrics.
+        render_page: Renders report.html.
+
+    Returns:
+        The trial with the lowest eval loss.
+
+    Raises:
+        ConfigError, DataError: Before any trial starts.
+        Interrupted, Preempted: After all trials have committed a checkpoint.
+        RunError: Every trial failed.
     """
-    assert run.tune is not None  # `check_tune` asks for it
+    assert run.tune is not None  # `check_tune` validates it
     tune_dir = tune_directory(run_dir)
     state = open_state(run, tune_dir)
     total = number_of_trials(run.tune)
     left = total - sum(trial.status != "running" for trial in state.trials)
     if left > 0:
-        known = f", {len(state.trials)} of them known" if state.trials else ""
+        known = f", {len(state.trials)} already started" if state.trials else ""
         console.say(f"tune: {total} trials{known}; {run.tune.search} search, scheduler {run.tune.scheduler}")
         _Sweep(run, run_dir, state, console, lease, follow).run_all()
     winner = state.winner()
     if winner is None:
-        raise RunError(f"every trial failed; the first: {state.trials[0].error}. See {tune_dir}/state.json")
+        raise RunError(f"all trials failed; the first error was: {state.trials[0].error}. See {tune_dir}/state.json")
     write_report(run, tune_dir, state, winner, target, console, render_page)
     return winner
 
 
 def preflight_trials(run: config.RunConfig) -> None:
-    """Looks at files, models and layers that values of the space name, as `preflight` does for a run; raises what it raises."""
-    assert run.tune is not None  # `check_tune` asks for it
-    seen: list[Any] = []
+    """Runs `preflight` for every model, data set and layer selection in the space. Raises the same errors."""
+    assert run.tune is not None  # `check_tune` validates it
+    checked: list[Any] = []
     for params in corners(run.tune):
         made = trial_run(run, params, "trial", run.storage)
         method = made.method
         named = (made.model, made.data, method.type, method.target_modules, method.freeze)
-        if named not in seen:
-            seen.append(named)
+        if named not in checked:
+            checked.append(named)
             preflight(made)
 
 
 def winning_run(run: config.RunConfig, run_dir: str, winner: TrialRecord) -> config.RunConfig:
-    """The winner's run: its directory holds its checkpoints, and evaluation and export may follow there."""
+    """The run of the winning trial, for evaluation and export in its directory."""
     return trial_run(run, winner.params, winner.name, tune_directory(run_dir))
 
 
 @dataclass
 class _RunningTrial:
-    """A trial that trains just now. caught: holds a signal's number once it was asked to stop. step: newest one done."""
+    """A trial that is training.
+
+    Attributes:
+        caught: Contains a signal number once the trial has to stop.
+        step: Newest step done.
+        ended: The error that ended the trial.
+    """
 
     trial: TrialRecord
     run: config.RunConfig
@@ -124,7 +143,7 @@ class _RunningTrial:
 
 
 class _Sweep:
-    """A sweep under way. Trials' threads come in through `_heard`; what they touch is under the lock."""
+    """A running sweep. Threads of trials call `judge`; the lock protects the state."""
 
     def __init__(
         self,
@@ -150,15 +169,15 @@ class _Sweep:
         self._unsaved = False
         self._judge = TrialPruner(run.tune, state)
         self._total = number_of_trials(run.tune)
-        self._data, self._heldout = self._share_data()
+        self._data, self._eval_table = self._share_data()
 
     def run_all(self) -> None:
-        """Runs all trials that are left. Raises Interrupted, Preempted, RunHeldError when some could not end."""
+        """Runs all remaining trials. Raises Interrupted, Preempted or RunHeldError if some could not end."""
         with stop_signals(self._console) as caught, self._console.table() as table:
             while True:
                 self._reap()
                 if self._lease is not None and self._lease.overtaken and self._halted is None:
-                    self._halted = RunHeldError("another process took the sweep over; follow that one")
+                    self._halted = RunHeldError("another process has taken over the sweep; use that one")
                 if caught or self._halted is not None:
                     self._stop_all(caught[0] if caught else signal.SIGTERM)
                 else:
@@ -171,9 +190,9 @@ class _Sweep:
                     table.update(as_table(self._state, {r.trial.number: r.step for r in self._running}))
                 time.sleep(POLL_S)
         self._save()
-        self._raise_if_left(caught)
+        self._raise_if_unfinished(caught)
 
-    def _raise_if_left(self, caught: list[int]) -> None:
+    def _raise_if_unfinished(self, caught: list[int]) -> None:
         left = self._total - sum(trial.status != "running" for trial in self._state.trials)
         if left <= 0:
             return
@@ -185,47 +204,49 @@ class _Sweep:
         raise Interrupted(f"interrupted: {where}")
 
     def _share_data(self) -> tuple[PreparedData | None, Any]:
-        """Index, tokens and held-out rows, once for all trials. Raises ConfigError, DataError."""
+        """Index, tokens and eval sequences that all trials share. Raises ConfigError, DataError."""
         if not shares_data(self._tune):
             return None, None
         run = self._run
         load = partial(load_tokenizer, absolute_base(run.model))
         tokenizer = load()
         data = prepare_data(run, self._run_dir, self._console, load, tokenizer_hash(tokenizer))
-        assert data.eval_index is not None  # `check_tune` asks for held-out data
+        assert data.eval_index is not None  # `check_tune` validates it
         assert data.eval_stream is not None
         if self._state.data_hash not in ("", data.data_hash):
             hashes = tokenizer_hash(tokenizer), template_hash(tokenizer)
             changed = what_changed(storage.join(self._dir, TrialRecord(0, {}).name), run, data, *hashes)
             raise DataError(
-                f"{changed} since the sweep in {self._dir} began; restore what it was, or sweep anew: choose another name, "
-                "or delete that directory"
+                f"{changed} since the sweep in {self._dir} started; restore it, or start a new sweep: choose another name, "
+                "or delete the directory"
             )
         self._state.data_hash = data.data_hash
-        self._evaluated(run, data.plan.num_steps)
+        self._with_evals(run, data.plan.num_steps)
         most = SHARED_PART * ray.cluster_resources().get("object_store_memory", 0)
         packed = share_sequences(data.plan, most)
         if packed is None:
-            self._console.say("tune: the tokens don't fit into memory; each trial makes them anew")
+            self._console.say(
+                "tune: the tokens do not fit in the object store, so each trial tokenizes the data itself"
+            )
         table = eval_table(data.eval_index, data.eval_stream)
         return replace(data, plan=replace(data.plan, packed=packed)), ray.put(table)
 
-    def _evaluated(self, run: config.RunConfig, num_steps: int) -> config.RunConfig:
-        """The run with held-out losses during training. Raises ConfigError if a trial would end before the first."""
+    def _with_evals(self, run: config.RunConfig, num_steps: int) -> config.RunConfig:
+        """The run with evals during training. Raises ConfigError if a trial would end before the first."""
         every = run.evaluate.every or max(1, num_steps // NUM_LOSSES)
         if every > num_steps:
             raise ConfigError(
-                f"evaluate.every ({every}) is more than the {num_steps} steps of a trial, which would end without a "
-                "held-out loss; lower it"
+                f"evaluate.every ({every}) is more than the {num_steps} steps of a trial, so a trial would have no eval loss; "
+                "lower evaluate.every"
             )
         return run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"every": every})})
 
     def _fill(self) -> None:
-        """Starts trials while there is room: first those that were under way, then new ones."""
+        """Starts trials while resources are free: first unfinished trials, then new ones."""
         while True:
-            trains = {r.trial.number for r in self._running}
-            waiting = [t for t in self._state.trials if t.status == "running" and t.number not in trains]
-            if (not waiting and len(self._state.trials) >= self._total) or len(self._running) >= self._room():
+            training = {r.trial.number for r in self._running}
+            waiting = [t for t in self._state.trials if t.status == "running" and t.number not in training]
+            if (not waiting and len(self._state.trials) >= self._total) or len(self._running) >= self._capacity():
                 return
             if not waiting:
                 with self._lock:
@@ -234,10 +255,10 @@ class _Sweep:
                     self._save()
             self._start(waiting[0])
 
-    def _room(self) -> int:
-        """How many trials may train at once; at least one, which then waits for nodes as a run does."""
-        room = fitting(self._run.scale, self._use_gpu, usable_nodes()) // self._run.world_sizes[-1]
-        return max(1, min(room, self._tune.max_concurrent or room))
+    def _capacity(self) -> int:
+        """Number of trials that can train at once. At least one, which waits for nodes if necessary."""
+        capacity = fitting(self._run.scale, self._use_gpu, usable_nodes()) // self._run.world_sizes[-1]
+        return max(1, min(capacity, self._tune.max_concurrent or capacity))
 
     def _start(self, trial: TrialRecord) -> None:
         try:
@@ -246,11 +267,11 @@ class _Sweep:
                 plan = plan_sequences(data.index, data.plan.stream, run.train)
                 data = replace(data, plan=replace(plan, packed=data.plan.packed))
                 trial.num_steps = plan.num_steps
-                run = self._evaluated(run, plan.num_steps)
-        except FtrayError as err:  # a combination that the corners did not show
+                run = self._with_evals(run, plan.num_steps)
+        except FtrayError as err:  # an invalid combination that no corner covers
             self._fail(trial, err)
             return
-        known = f" (again from its newest checkpoint, {trial.step} steps judged)" if trial.reports else ""
+        known = f" (resuming from the newest checkpoint; evaluated up to step {trial.step})" if trial.reports else ""
         with self._lock:
             self._console.say(f"{trial.name}: {as_words(trial.params)}{known}")
         running = _RunningTrial(trial, run, step=trial.step)
@@ -259,27 +280,27 @@ class _Sweep:
         running.thread.start()
 
     def _train(self, running: _RunningTrial, data: PreparedData | None) -> None:
-        """A trial's thread."""
-        told = _TrialConsole(running.trial.name, self._console, self._lock)
-        follower = TrialHooks(_TrialSubscriber(self, running), running.caught, data, self._heldout)
+        """Body of a trial's thread."""
+        console = _TrialConsole(running.trial.name, self._console, self._lock)
+        follower = TrialHooks(_TrialSubscriber(self, running), running.caught, data, self._eval_table)
         try:
             subscribers = [self._follow(running.run)] if self._follow else []
-            with storage.acquire_lease(storage.absolute(running.run.directory), warn=told.warn) as lease:
-                train(running.run, open_run(running.run), told, lease, follower, subscribers)
+            with storage.acquire_lease(storage.absolute(running.run.directory), warn=console.warn) as lease:
+                train(running.run, open_run(running.run), console, lease, follower, subscribers)
         except FtrayError as err:
             running.ended = err
-        except BaseException as err:  # noqa: BLE001 - a thread's error would be lost; one trial's is not the sweep's
+        except BaseException as err:  # noqa: BLE001 - otherwise the thread's error is lost
             running.ended = RunError(f"{type(err).__name__}: {' '.join(str(err).split())[:300]}")
 
     def judge(self, running: _RunningTrial, event: EvalFinished) -> None:
-        """Decides whether a trial goes on after an eval; its workers wait for this to return."""
+        """Decides whether a trial continues after an eval. Its workers wait until this returns."""
         with self._lock:
             self._judged(running, event.step, event.eval_loss)
 
     def _judged(self, running: _RunningTrial, step: int, loss: float) -> None:
         trial = running.trial
         running.step = step
-        if trial.report_of(step) is not None:  # known: it came again after a checkpoint of an earlier step
+        if trial.report_of(step) is not None:  # repeated after a restart from an earlier checkpoint
             return
         share = step / trial.num_steps
         stop = self._judge.stops(trial.number, share, loss)
@@ -289,11 +310,11 @@ class _Sweep:
             trial.status = "stopped"
             running.caught.append(signal.SIGINT)
         self._save()
-        given_up = f"; given up after {share:.0%} of its steps" if stop else ""
-        self._console.say(f"{trial.name}: held-out loss {loss:.4f} at step {step}/{trial.num_steps}{given_up}")
+        stopped = f"; stopped after {share:.0%} of its steps" if stop else ""
+        self._console.say(f"{trial.name}: eval loss {loss:.4f} at step {step}/{trial.num_steps}{stopped}")
 
     def _reap(self) -> None:
-        """Takes the trials out that have ended."""
+        """Removes trials that have ended."""
         for running in [r for r in self._running if r.thread is not None and not r.thread.is_alive()]:
             self._running.remove(running)
             trial, err = running.trial, running.ended
@@ -307,17 +328,17 @@ class _Sweep:
                 continue
             elif is_listening(self._head):
                 self._fail(trial, err)
-            else:  # no trial's fault: they all go on on a new cluster
+            else:  # all trials resume on a new cluster
                 self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {AGAIN}")
 
     def _end(self, trial: TrialRecord) -> None:
         with self._lock:
             if trial.best is None:
-                trial.status, trial.error = "failed", "it ended without a held-out loss"
+                trial.status, trial.error = "failed", "the trial ended without an eval loss"
             else:
                 trial.status = "done"
             self._save()
-            best = f"best held-out loss {trial.best.loss:.4f} at step {trial.best.step}" if trial.best else trial.error
+            best = f"best eval loss {trial.best.loss:.4f} at step {trial.best.step}" if trial.best else trial.error
             self._console.say(f"{trial.name}: done; {best}")
 
     def _fail(self, trial: TrialRecord, err: FtrayError) -> None:
@@ -332,21 +353,21 @@ class _Sweep:
                 running.caught.append(number)
 
     def _save(self) -> None:
-        """Keeps the state; a store that gives no answer only delays that."""
+        """Saves the state. If storage does not answer, the next call tries again."""
         if self._lease is not None and self._lease.overtaken:
-            return  # another writes it now
+            return  # the new owner writes it
         with self._lock:
             try:
                 save_state(self._state, self._dir)
                 self._unsaved = False
             except StorageError as err:
                 if not self._unsaved:
-                    self._console.warn(f"the sweep's state can't be kept now ({err}); trying again")
+                    self._console.warn(f"could not save the sweep's state ({err}); trying again")
                 self._unsaved = True
 
 
 class _TrialSubscriber:
-    """Keeps a trial's progress and stops it after an eval where the scheduler decides so."""
+    """Tracks a trial's progress and asks the scheduler after each eval."""
 
     def __init__(self, sweep: _Sweep, running: _RunningTrial) -> None:
         self._sweep, self._running = sweep, running
@@ -365,7 +386,7 @@ class _TrialSubscriber:
 
 
 class _TrialConsole(Console):
-    """What a trial says goes to the log, with its name; its warnings are the sweep's."""
+    """Prefixes a trial's output with its name. Lines go to the log, warnings to the user."""
 
     def __init__(self, name: str, above: Console, lock: threading.RLock) -> None:
         super().__init__(sys.stdout)
@@ -373,17 +394,17 @@ class _TrialConsole(Console):
 
     @property
     def is_terminal(self) -> bool:
-        """A trial has no terminal of its own."""
+        """A trial writes to the log, not to the terminal."""
         return False
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[ProgressLine]:
-        """As a Console's, with the trial's name."""
+        """The same as in `Console`, with the trial's name."""
         with super().progress(f"{self._name}: {what}", total, done) as bar:
             yield bar
 
-    def say(self, text: str = "", *, styled: bool = False) -> None:  # noqa: ARG002 - a log has no styles
-        """Prints a line into the log."""
+    def say(self, text: str = "", *, styled: bool = False) -> None:  # noqa: ARG002 - the log has no styles
+        """Prints a line to the log."""
         print(printable(redacted(f"{self._name}: {text}")), flush=True)
 
     def warn(self, text: str) -> None:

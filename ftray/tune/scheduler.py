@@ -1,88 +1,86 @@
-"""Who gives a trial up: Ray Tune's schedulers, asked outside of Ray Tune's own loop.
+"""Early stopping of trials: asynchronous successive halving and the median rule.
 
-Their decisions are a function of the reports in the order in which they came, so that a sweep that is continued puts
-them where they were by telling them again. They compare trials at the same share of their steps, in percent.
+A decision is a pure function of the reports that came before it. A resumed sweep therefore makes the same decisions.
+Trials are compared at the same share of their steps.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean, median
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+import numpy as np
 
 from ftray.config import TuneConfig
 from ftray.tune.state import SweepState
 
-TIME, LOSS = "share", "loss"
-Told = tuple[int, float, float]  # a trial's number, a share of its steps, its held-out loss there
+MIN_TRIALS = 3  # that the median rule compares with
 
 
 @dataclass(frozen=True)
-class _TrialView:
-    """All that these schedulers ask of a trial."""
+class Report:
+    """An eval loss of a trial at a share of its steps (0 to 1)."""
 
-    trial_id: str
-
-
-class _NoController:
-    """All that they ask of Ray Tune's controller: no trial waits for another's place."""
-
-    def get_live_trials(self) -> list[Any]:
-        return []
+    trial: int
+    share: float
+    loss: float
 
 
 class TrialPruner:
-    """Decides after each held-out loss whether a trial goes on."""
+    """Decides after each eval whether a trial continues.
+
+    Source: ASHA is Li et al. 2018, "A System for Massively Parallel Hyperparameter Tuning". The median rule is Golovin et
+    al. 2017, "Google Vizier".
+    """
 
     def __init__(self, tune: TuneConfig, state: SweepState) -> None:
-        known = [(trial.number, report.share, report.loss) for trial, report in state.reports()]
-        self._tune, self._told = tune, [told for told in known if math.isfinite(told[-1])]
-        self._standing = _RayScheduler(tune)
-        for told in self._told:
-            self._standing.stops(told)
+        known = [Report(trial.number, report.share, report.loss) for trial, report in state.reports()]
+        self._tune = tune
+        self._reports = [report for report in known if math.isfinite(report.loss)]
 
     def stops(self, number: int, share: float, loss: float) -> bool:
-        """Whether a trial is given up at this share of its steps. One whose loss isn't finite always is.
-
-        Successive halving as it stands lets the first trial that comes to a rung go on whatever follows, and so every one
-        that is better than those before it. Here a trial goes on while it would if it came to its rungs only now.
-        """
+        """Whether the trial `number` stops here. A trial whose loss is not finite always stops."""
         if not math.isfinite(loss):
             return True
-        told = (number, share, loss)
-        self._told.append(told)
-        if self._tune.scheduler != "asha":
-            return self._standing.stops(told)
-        anew = _RayScheduler(self._tune)
-        for other in self._told:
-            if other[0] != number:
-                anew.stops(other)
-        return any(anew.stops(own) for own in self._told if own[0] == number)
+        report = Report(number, share, loss)
+        self._reports.append(report)
+        if share >= 1 or share < self._tune.grace:
+            return False
+        if self._tune.scheduler == "asha":
+            return self._is_below_a_rung(number)
+        if self._tune.scheduler == "median":
+            return self._is_below_the_median(report)
+        return False
 
+    def _is_below_a_rung(self, number: int) -> bool:
+        """Compares the trial with all others at each rung that it has passed, also with those that passed it later.
 
-class _RayScheduler:
-    """One of Ray Tune's schedulers, and which trials it knows."""
+        Plain successive halving compares only once, when a trial reaches a rung. The first trial to arrive would always
+        continue, and so would every trial that is better than all before it.
+        """
+        rung = self._tune.grace
+        while rung < 1:
+            losses: dict[int, float] = {}
+            for report in self._reports:
+                if report.share >= rung - 1e-9:  # 0.1 × 3 is more than 0.3
+                    losses.setdefault(report.trial, report.loss)
+            own = losses.pop(number, None)
+            if own is None:
+                return False
+            if losses and own > np.quantile(list(losses.values()), 1 / self._tune.reduction_factor):
+                return True
+            rung *= self._tune.reduction_factor
+        return False
 
-    def __init__(self, tune: TuneConfig) -> None:
-        self._scheduler, self._known = _scheduler(tune), set[int]()
-
-    def stops(self, told: Told) -> bool:
-        """Tells it a loss; returns whether it gives the trial up."""
-        number, share, loss = told
-        trial, nobody = _TrialView(str(number)), _NoController()
-        if number not in self._known:
-            self._known.add(number)
-            self._scheduler.on_trial_add(nobody, trial)
-        action = self._scheduler.on_trial_result(nobody, trial, {TIME: 100 * share, LOSS: loss})
-        return bool(action == TrialScheduler.STOP and share < 1)
-
-
-def _scheduler(tune: TuneConfig) -> TrialScheduler:
-    common = {"time_attr": TIME, "metric": LOSS, "mode": "min", "grace_period": 100 * tune.grace}
-    if tune.scheduler == "asha":
-        return AsyncHyperBandScheduler(max_t=100, reduction_factor=tune.reduction_factor, **common)
-    if tune.scheduler == "median":
-        return MedianStoppingRule(**common)
-    return FIFOScheduler()
+    def _is_below_the_median(self, report: Report) -> bool:
+        """Compares the trial's best loss with the median of the other trials' mean losses up to this share."""
+        others: dict[int, list[float]] = {}
+        best = report.loss
+        reached = {r.trial for r in self._reports if r.share >= report.share}
+        for earlier in self._reports:
+            if earlier.trial == report.trial:
+                best = min(best, earlier.loss)
+            elif earlier.trial in reached and earlier.share <= report.share:
+                others.setdefault(earlier.trial, []).append(earlier.loss)
+        return len(others) >= MIN_TRIALS and best > median(fmean(losses) for losses in others.values())

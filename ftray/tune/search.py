@@ -1,7 +1,7 @@
-"""Who chooses a trial's values: chance, a grid, or Optuna.
+"""Search algorithms: random, grid, and Optuna's TPE.
 
-A choice is a function of the seed, the trial's number and the trials that are known; it is kept before the trial starts,
-so that nothing of a searcher has to be kept besides.
+The values of a trial are a function of the seed, the trial's number and the trials before it. They are saved before the
+trial starts, so a searcher has no other state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def propose(tune: TuneConfig, trials: Sequence[TrialRecord]) -> Params:
-    """Values for the trial after those that are known."""
+    """Values for the next trial."""
     number = len(trials)
     if tune.search == "grid":
         return next(islice(grid(tune), number, None))
@@ -28,32 +28,39 @@ def propose(tune: TuneConfig, trials: Sequence[TrialRecord]) -> Params:
         return sample(tune, number)
     import optuna
 
-    # A sampler of its own for each trial: its chance must not hang on what it was asked before the driver died.
+    # Each trial has its own sampler, so that its values do not depend on earlier calls in this process.
     seed = (tune.seed * 1_000_003 + number) % 2**32
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, 1 + number_of_trials(tune) // 3))
     study = make_study(tune, trials, sampler)
-    asked, params = study.ask(), Params()
+    suggestion, params = study.ask(), Params()
     for key in in_order(tune):
         if is_on(tune.space[key], params):
-            params[key] = _suggest(asked, key, tune.space[key])
+            params[key] = _suggest(suggestion, key, tune.space[key])
     return params
 
 
-def _suggest(asked: optuna.Trial, key: str, parameter: TuneParameter) -> Any:
+def _suggest(trial: optuna.Trial, key: str, parameter: TuneParameter) -> Any:
     if parameter.type == "choice":
         values = parameter.values or []
-        return values[asked.suggest_categorical(key, list(range(len(values))))]
+        return values[trial.suggest_categorical(key, list(range(len(values))))]
     assert parameter.low is not None  # `Parameter` asks for both
     assert parameter.high is not None
     if parameter.type == "randint":
-        return asked.suggest_int(key, int(parameter.low), int(parameter.high))
-    return tidy(asked.suggest_float(key, parameter.low, parameter.high, log=parameter.type == "loguniform"), parameter)
+        return trial.suggest_int(key, int(parameter.low), int(parameter.high))
+    return tidy(trial.suggest_float(key, parameter.low, parameter.high, log=parameter.type == "loguniform"), parameter)
 
 
 def make_study(
     tune: TuneConfig, trials: Sequence[TrialRecord], sampler: Any = None, share: float | None = None
 ) -> optuna.Study:
-    """The trials as Optuna sees them: choices by their place among the values. share: they ended there, for comparisons."""
+    """Converts the trials to an Optuna study. A choice is represented by its index.
+
+    Args:
+        tune: The sweep's settings.
+        trials: All trials.
+        sampler: Optuna sampler of the study.
+        share: Compare trials by their loss at this share of their steps, instead of their best loss.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -97,22 +104,26 @@ def _distribution(parameter: TuneParameter) -> Any:
 
 
 def importance(tune: TuneConfig, trials: Sequence[TrialRecord]) -> tuple[float, dict[str, float]] | None:
-    """How much each key decided the held-out loss, in shares of 1 (PED-ANOVA), and at which share of the steps the trials
-    were compared: the last that all of them reached. None without Optuna, or with too few trials."""
-    seen = [t for t in trials if t.status in ("done", "stopped") and t.best]
-    if not has_optuna() or len(seen) < 4:
+    """Importance of each key for the eval loss by PED-ANOVA.
+
+    Returns:
+        The share of the steps at which trials are compared (the last that all of them reached), and the importance of each
+        key (they sum to 1). None without Optuna or with fewer than four trials.
+    """
+    compared = [t for t in trials if t.status in ("done", "stopped") and t.best]
+    if not has_optuna() or len(compared) < 4:
         return None
     import optuna
 
-    share = min(t.reports[-1].share for t in seen)
-    study = make_study(tune, seen, share=share)
-    common = set.intersection(*(set(t.params) for t in seen))
-    varied = [key for key in common if len({repr(t.params[key]) for t in seen}) > 1]
+    share = min(t.reports[-1].share for t in compared)
+    study = make_study(tune, compared, share=share)
+    common = set.intersection(*(set(t.params) for t in compared))
+    varied = [key for key in common if len({repr(t.params[key]) for t in compared}) > 1]
     if not varied:
         return None
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
     try:
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
-    except (ValueError, RuntimeError):  # all losses alike
+        importances = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
+    except (ValueError, RuntimeError):  # all losses are equal
         return None
-    return share, {key: float(value) for key, value in found.items() if math.isfinite(value)} or {}
+    return share, {key: float(value) for key, value in importances.items() if math.isfinite(value)} or {}

@@ -1,6 +1,6 @@
-"""From a run file and a choice of values to a trial's run; and which values there are. Pure: no Ray, no storage.
+"""The search space: which values a trial can have, and the run that results from them. Pure: no Ray, no storage.
 
-A value at a dotted key is nothing before the run that it makes has passed the same validation as a run file.
+The run of a trial passes the same validation as a run file.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from ftray.train.zero.config import deepspeed_config
 SECTIONS = ("method", "train", "deepspeed")
 OWN_DATA = ("model", "data")
 MAX_CORNERS = 1000
-MAX_LISTED = 32  # whole numbers of a range that are all tried; of a longer one its ends and its middle
+MAX_LISTED = 32  # longer integer ranges are represented by both ends and the middle
 Params = dict[str, Any]
 
 
 def check_tune(run: config.RunConfig) -> TuneConfig:
-    """The section of a sweep that can be carried out.
+    """Validates the tune section and the run of every corner of its space.
 
-    Raises ConfigError, in one sentence: for a key that doesn't exist or isn't for trials, a value or a combination that
-    makes no run, nothing held out to compare by, a searcher that is not installed.
+    Raises:
+        ConfigError: A key is unknown or cannot be tuned, a combination of values is invalid, the run has no eval set, or
+            the search algorithm is not installed.
     """
     tune = _section(run)
     if run.data.eval is None:
         raise ConfigError(
-            f"tune.metric {tune.metric} needs held-out data, and data.eval is missing; add data.eval: {{fraction: 0.1}}"
+            f"tune.metric {tune.metric} needs an eval set, but data.eval is missing; add data.eval: {{fraction: 0.1}}"
         )
     schema = Schema(config.RunConfig)
     for key in tune.space:
         _check_key(key, tune, schema)
     if not shares_data(tune) and run.evaluate.every is None:
-        raise ConfigError("tune.space changes the data of trials, so that evaluate.every can't be derived; add it")
+        raise ConfigError("tune.space changes the data of trials, so evaluate.every has no default; set it")
     for params in corners(tune):
         made = trial_run(run, params, "trial", run.storage)
         deepspeed_config(made.train, made.deepspeed, made.micro_batch_size, made.world_sizes[0])
@@ -56,26 +57,26 @@ def has_optuna() -> bool:
 
 
 def number_of_trials(tune: TuneConfig) -> int:
-    """How many trials there are in all."""
+    """Total number of trials."""
     if tune.search != "grid":
-        assert tune.num_trials is not None  # `Tune` asks for it
+        assert tune.num_trials is not None  # `TuneConfig` validates it
         return tune.num_trials
     return sum(1 for _ in islice(grid(tune), tune.num_trials))
 
 
 def describe(tune: TuneConfig) -> str:
-    """A sweep in a line."""
-    early = {"asha": "successive halving gives the worse up", "median": "those below the median are given up"}
+    """One-line description of a sweep."""
+    early = {"asha": "early stopping by successive halving", "median": "early stopping by the median rule"}
     return (
         f"{number_of_trials(tune)} trials ({tune.search}) over {', '.join(tune.space)}; "
-        f"{early.get(tune.scheduler, 'each trains to the end')}"
+        f"{early.get(tune.scheduler, 'no early stopping')}"
     )
 
 
 def _section(run: config.RunConfig) -> TuneConfig:
     if run.tune is None:
         raise ConfigError(
-            "the section tune is missing; add what to try, for example "
+            "the section tune is missing; add it, for example "
             "tune: {num_trials: 8, space: {train.learning_rate: {type: loguniform, low: 5e-5, high: 5e-4}}}"
         )
     return run.tune
@@ -87,12 +88,12 @@ def _check_key(key: str, tune: TuneConfig, schema: Schema) -> None:
     if plain not in known and not plain.startswith("deepspeed.overrides."):
         raise ConfigError(f"tune.space: unknown key {key}; {schema.closest(parts)}")
     if parts[0] not in (*SECTIONS, *OWN_DATA):
-        raise ConfigError(f"tune.space: {key} doesn't change what is learned; use keys of {', '.join(SECTIONS)}")
+        raise ConfigError(f"tune.space: {key} does not affect training; use keys of {', '.join(SECTIONS)}")
     if any(other.startswith(f"{plain}.") for other in known):
         raise ConfigError(f"tune.space: {key} is a section; name one of its keys")
     if parts[0] in OWN_DATA and not tune.own_data:
         raise ConfigError(
-            f"tune.space: {key} changes the data of a trial, which is read once for all; set tune.own_data, or remove it"
+            f"tune.space: {key} changes the data, but trials share one index; set tune.own_data: true, or remove the key"
         )
 
 
@@ -102,9 +103,10 @@ def shares_data(tune: TuneConfig) -> bool:
 
 
 def trial_run(run: config.RunConfig, params: Mapping[str, Any], name: str, storage: str) -> config.RunConfig:
-    """The run of a trial: the file's with these values, on as few workers as the file allows.
+    """The run of a trial: the run file with these values, on the smallest number of workers it allows.
 
-    Raises ConfigError naming the values.
+    Raises:
+        ConfigError: The values make no valid run. The message names them.
     """
     tree = run.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
     tree |= {"name": name, "storage": storage}
@@ -113,9 +115,9 @@ def trial_run(run: config.RunConfig, params: Mapping[str, Any], name: str, stora
             put_value(tree, key, value)
         made = config.parse_run(tree, "")
     except ConfigError as err:
-        said = " ".join(str(err).removeprefix(":").split())
-        named = {key: value for key, value in params.items() if key in said} or params
-        raise ConfigError(f"tune.space with {as_words(named)}: {said}") from None
+        reason = " ".join(str(err).removeprefix(":").split())
+        named = {key: value for key, value in params.items() if key in reason} or params
+        raise ConfigError(f"tune.space with {as_words(named)}: {reason}") from None
     scale = made.scale.model_copy(update={"num_workers": made.world_sizes[-1]})
     return made.model_copy(update={"scale": scale})
 
@@ -126,7 +128,7 @@ def as_words(params: Mapping[str, Any]) -> str:
 
 
 def as_word(value: Any) -> str:
-    """A value as it may be typed in an override."""
+    """A value in the syntax of an override."""
     try:
         if isinstance(value, str) and parse_yaml(value, "") == value:
             return value
@@ -136,7 +138,7 @@ def as_word(value: Any) -> str:
 
 
 def in_order(tune: TuneConfig) -> list[str]:
-    """Keys of the space, each after those that its `when` asks."""
+    """Keys of the space, each after the keys in its `when`."""
     order: list[str] = []
     while len(order) < len(tune.space):
         order += [k for k, p in tune.space.items() if k not in order and set(p.when or {}) <= set(order)]
@@ -144,7 +146,7 @@ def in_order(tune: TuneConfig) -> list[str]:
 
 
 def is_on(parameter: TuneParameter, params: Mapping[str, Any]) -> bool:
-    """Whether a key is set, after the values that were chosen before it."""
+    """Whether the `when` of a key holds for the values chosen so far."""
     for key, wanted in (parameter.when or {}).items():
         if key not in params or params[key] not in (wanted if isinstance(wanted, list) else [wanted]):
             return False
@@ -152,7 +154,7 @@ def is_on(parameter: TuneParameter, params: Mapping[str, Any]) -> bool:
 
 
 def sample(tune: TuneConfig, number: int) -> Params:
-    """Values of trial `number` at random: a function of seed, number and key alone."""
+    """Random values of trial `number`, a function of seed, number and key."""
     params: Params = {}
     for key in in_order(tune):
         if is_on(tune.space[key], params):
@@ -172,18 +174,18 @@ def _draw(parameter: TuneParameter, rng: random.Random) -> Any:
 
 
 def tidy(number: float, parameter: TuneParameter) -> float:
-    """A number of a range in four digits: nobody learns more from more, and they can be typed."""
+    """Rounds a number to four digits, within its range."""
     low, high = _ends(parameter)
     return min(high, max(low, float(f"{number:.4g}")))
 
 
 def grid(tune: TuneConfig) -> Iterator[Params]:
-    """Every combination of values, the last key moving fastest."""
+    """Every combination of values; the last key changes fastest."""
     return _combinations(tune, {key: _all_values(parameter) for key, parameter in tune.space.items()})
 
 
 def corners(tune: TuneConfig) -> Iterator[Params]:
-    """Combinations of every choice and the ends of every range; of very many, each value at least once."""
+    """Combinations of all choices and both ends of all ranges. If there are too many, a sample with each value in it."""
     values = {key: _corner_values(parameter) for key, parameter in tune.space.items()}
     if math.prod(map(len, values.values())) <= MAX_CORNERS:
         yield from _combinations(tune, values)
@@ -198,25 +200,25 @@ def corners(tune: TuneConfig) -> Iterator[Params]:
 
 
 def _switched_on(tune: TuneConfig, key: str) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for other, wanted in (tune.space[key].when or {}).items():
-        found |= {**_switched_on(tune, other), other: wanted if isinstance(wanted, list) else [wanted]}
-    return found
+        values |= {**_switched_on(tune, other), other: wanted if isinstance(wanted, list) else [wanted]}
+    return values
 
 
 def _combinations(tune: TuneConfig, values: Mapping[str, list[Any]]) -> Iterator[Params]:
-    keys, seen = in_order(tune), set()
+    keys, unique = in_order(tune), set()
     is_conditional = any(parameter.when for parameter in tune.space.values())
     for combination in product(*(values[key] for key in keys)):
         params: Params = {}
         for key, value in zip(keys, combination, strict=True):
             if is_on(tune.space[key], params):
                 params[key] = value
-        if is_conditional:  # keys that are off make several combinations one
+        if is_conditional:  # combinations that differ only in unused keys are equal
             text = json.dumps(params, sort_keys=True)
-            if text in seen:
+            if text in unique:
                 continue
-            seen.add(text)
+            unique.add(text)
         yield params
 
 
@@ -239,6 +241,6 @@ def _corner_values(parameter: TuneParameter) -> list[Any]:
 
 
 def _ends(parameter: TuneParameter) -> tuple[float, float]:
-    assert parameter.low is not None  # `Parameter` asks for both
+    assert parameter.low is not None  # `TuneParameter` validates both
     assert parameter.high is not None
     return parameter.low, parameter.high

@@ -1,7 +1,6 @@
-"""What is known of a sweep, in storage: its trials, their values, each held-out loss and what was decided after it.
+"""The state of a sweep in storage: trials, their values, each eval loss and the decision that followed it.
 
-One file, `<run>/tune/state.json`, written after each change; what is in it was decided, so that the same command
-continues from it. Knows storage and plain values; nothing of who decides.
+One file, `<run>/tune/state.json`, is written after each change. The same command continues from it.
 """
 
 from __future__ import annotations
@@ -17,12 +16,20 @@ from ftray.errors import ConfigError
 
 VERSION = 1
 Status = Literal["running", "done", "stopped", "failed"]
-FREE = {"num_trials", "max_concurrent"}  # keys of `tune` that may change while a sweep goes on
+FREE = {"num_trials", "max_concurrent"}  # keys of `tune` that may change when a sweep is resumed
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """A held-out loss. at: its place among all reports of the sweep. share: of the trial's steps. stop: what was decided."""
+    """An eval loss of a trial.
+
+    Attributes:
+        at: Position among all reports of the sweep.
+        step: Optimizer steps done.
+        share: `step` as a share of the trial's steps, 0 to 1.
+        loss: Eval loss.
+        stop: Whether the scheduler stopped the trial here.
+    """
 
     at: int
     step: int
@@ -33,7 +40,12 @@ class EvalReport:
 
 @dataclass
 class TrialRecord:
-    """A trial. params: values by dotted key. running: not ended yet, whether or not it trains just now."""
+    """A trial.
+
+    Attributes:
+        params: Values by dotted key.
+        status: `running` covers every trial that has not ended, whether or not it trains at the moment.
+    """
 
     number: int
     params: dict[str, Any]
@@ -44,38 +56,43 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of its run."""
+        """Name of the trial's run."""
         return f"trial-{self.number:03d}"
 
     @property
     def best(self) -> EvalReport | None:
-        """Its lowest held-out loss."""
+        """The report with the lowest eval loss."""
         return min((r for r in self.reports if math.isfinite(r.loss)), key=lambda r: r.loss, default=None)
 
     @property
     def step(self) -> int:
-        """Steps that are known to be done."""
+        """Steps known to be done."""
         return self.num_steps if self.status == "done" else max((r.step for r in self.reports), default=0)
 
     def report_of(self, step: int) -> EvalReport | None:
-        """What was reported at a step."""
+        """The report of a step."""
         return next((report for report in self.reports if report.step == step), None)
 
 
 @dataclass
 class SweepState:
-    """A sweep. settings, data_hash: what must be the same when it is continued; the hash is known once data is indexed."""
+    """A sweep.
+
+    Attributes:
+        settings: Settings that must not change when the sweep is resumed.
+        data_hash: Hash of the data, which must not change either. Empty until the data is indexed.
+    """
 
     settings: dict[str, Any]
     trials: list[TrialRecord] = field(default_factory=list)
     data_hash: str = ""
 
     def reports(self) -> list[tuple[TrialRecord, EvalReport]]:
-        """All reports in the order in which they came."""
+        """All reports in the order in which they arrived."""
         return sorted(((t, r) for t in self.trials for r in t.reports), key=lambda pair: pair[1].at)
 
     def winner(self) -> TrialRecord | None:
-        """The trial with the lowest held-out loss, of those trained to the end; where there is none, of all."""
+        """The trial with the lowest eval loss among those trained to the end, or among all if none was."""
         ended = [t for t in self.trials if t.status == "done" and t.best] or [
             t for t in self.trials if t.status != "failed" and t.best
         ]
@@ -83,7 +100,7 @@ class SweepState:
 
 
 def settings_of(run: config.RunConfig) -> dict[str, Any]:
-    """What must be the same when a sweep is continued."""
+    """The settings that must not change when a sweep is resumed."""
     assert run.tune is not None
     every = run.evaluate.model_dump(mode="json", include={"every", "early_stopping"})
     tune = run.tune.model_dump(mode="json", exclude=FREE, exclude_none=True)
@@ -91,32 +108,35 @@ def settings_of(run: config.RunConfig) -> dict[str, Any]:
 
 
 def open_state(run: config.RunConfig, tune_dir: str) -> SweepState:
-    """The state of a sweep that was started, or a new one.
+    """Reads the state of a sweep, or makes a new one.
 
-    Raises ConfigError, naming the keys, for a sweep that was started with other settings.
+    Raises:
+        ConfigError: The sweep was started with other settings (the message names the keys), or its state is damaged.
     """
     uri, settings = _uri(tune_dir), settings_of(run)
     try:
         state = _read(uri)
     except (storage.DamagedFile, ValueError) as err:
-        raise ConfigError(f"{uri} is damaged ({err}); restore it, or delete {tune_dir} to sweep anew") from None
+        raise ConfigError(
+            f"{uri} is damaged ({err}). Restore it, or delete {tune_dir} to start the sweep again"
+        ) from None
     if state is None:
         return SweepState(settings)
     if differing := config.differing_keys(state.settings, settings):
         raise ConfigError(
             f"the sweep in {tune_dir} was started with other settings: {'; '.join(differing)}. Choose another name, "
-            "set these back, or delete that directory"
+            "restore these settings, or delete the directory"
         )
     return state
 
 
 def read_state(tune_dir: str, warn: Callable[[str], None] | None = None) -> SweepState | None:
-    """The state of a sweep, if there is one that can be read. warn: told of one that can't be."""
+    """Reads the state of a sweep; None if there is none. `warn` receives a message if it is damaged."""
     try:
         return _read(_uri(tune_dir))
     except (storage.DamagedFile, ValueError) as err:
         if warn is not None:
-            warn(f"{_uri(tune_dir)} is damaged ({err}); restore it, or delete {tune_dir} to sweep anew")
+            warn(f"{_uri(tune_dir)} is damaged ({err}). Restore it, or delete {tune_dir} to start the sweep again")
         return None
 
 
@@ -126,7 +146,11 @@ def _read(uri: str) -> SweepState | None:
 
 
 def save_state(state: SweepState, tune_dir: str) -> None:
-    """Writes the state. Raises StorageError."""
+    """Writes the state.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
     tree = {"version": VERSION, **asdict(state)}
     storage.write_bytes(_uri(tune_dir), json.dumps(tree, indent=1).encode())
 

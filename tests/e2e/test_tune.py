@@ -36,7 +36,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_by_the_same_command(place: Plac
         tune={"search": "grid", "space": space, "max_concurrent": 1, "grace": 0.3, "reduction_factor": 2},
     )
     killed = place.start("tune", "run.yaml")
-    killed.wait_for("trial-001: held-out loss")
+    killed.wait_for("trial-001: eval loss")
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait()
     assert place.left_over() == [], "workers go with the driver"

@@ -1,4 +1,4 @@
-"""Sweeps on a Ray: data is read once, a trial that is given up frees its workers, losses are those of a run alone."""
+"""Sweeps on a Ray: data is read once, a stopped trial frees its workers, losses are those of a run alone."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
     again, text = run_sweep(run)  # all is known: nothing is trained, the same is told
     assert again.name == winner.name
     assert "trial-000: train." not in text
-    assert f"best: {winner.name}, held-out loss {results['best']['loss']:.4f}" in text
+    assert f"best: {winner.name}, eval loss {results['best']['loss']:.4f}" in text
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_told(
@@ -138,7 +138,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_to
     space = {"train.learning_rate": {"type": "choice", "values": [1e-2, 2e-2]}}
     run = run_of(parts, tmp_path, tune={"search": "grid", "space": space, "scheduler": "none", "max_concurrent": 1})
     with pytest.raises(Interrupted, match="2 of 2 trials are not done; run the same command again"):
-        run_sweep(run, ("trial-000: held-out loss", cluster.press_ctrl_c))
+        run_sweep(run, ("trial-000: eval loss", cluster.press_ctrl_c))
     assert_all_is_free()
     before = state_of(run).trials
     assert [t.status for t in before] == ["running"]
@@ -151,7 +151,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_to
     assert winner.name == "trial-000"
     assert after[0].reports[: len(before[0].reports)] == before[0].reports
     assert [r.step for r in after[0].reports] == [2, 4, 6, 8], "each once"
-    assert f"trial-000: held-out loss {after[0].reports[0].loss:.4f}" not in text, "what was judged is not judged again"
+    assert f"trial-000: eval loss {after[0].reports[0].loss:.4f}" not in text, "what was judged is not judged again"
     assert after[1].status == "failed"
     assert f"warning: trial-001 failed: {after[1].error}" in text
     assert_all_is_free()

@@ -84,14 +84,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no-eval": (
         {"space": {"train.learning_rate": LR}, "data": {"train": [{"path": "p"}]}},
-        "tune.metric eval_loss needs held-out data, and data.eval is missing; add data.eval",
+        "tune.metric eval_loss needs an eval set, but data.eval is missing; add data.eval",
     ),
-    "data": ({"space": {"data.max_seq_len": choice(128, 256)}}, "data.max_seq_len changes the data of a trial"),
+    "data": ({"space": {"data.max_seq_len": choice(128, 256)}}, "data.max_seq_len changes the data, but trials share one index"),
     "own-data-without-every": (
         {"space": {"data.max_seq_len": choice(128, 256)}, "own_data": True},
-        "evaluate.every can't be derived; add it",
+        "evaluate.every has no default; set it",
     ),
-    "no-result": ({"space": {"scale.num_workers": choice(1, 2)}}, "scale.num_workers doesn't change what is learned"),
+    "no-result": ({"space": {"scale.num_workers": choice(1, 2)}}, "scale.num_workers does not affect training"),
     "no-such-condition": (
         {"space": {"method.rank": choice(1, 2, when={"method.type": "lora"})}},
         "tune.space: makes method.rank depend on method.type, which is not in the space; add method.type, or remove `when`",
@@ -193,7 +193,7 @@ def test_check_tells_what_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixtu
     tree = {**copy.deepcopy(BASE), "tune": {"num_trials": 2, "space": {"train.learning_rate": LR}}}
     (tmp_path / "f.yaml").write_text(yaml.safe_dump(tree))
     assert main.main(["check", str(tmp_path / "f.yaml")]) == 0
-    assert "2 trials (random) over train.learning_rate; successive halving" in capsys.readouterr().out
+    assert "2 trials (random) over train.learning_rate; early stopping by successive halving" in capsys.readouterr().out
     assert main.main(["check", str(tmp_path / "f.yaml"), "tune.space={train.lr: {type: choice, values: [1]}}"]) == 2
 
 
