@@ -86,10 +86,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"space": {"train.learning_rate": LR}, "data": {"train": [{"path": "p"}]}},
         "tune.metric eval_loss needs an eval set, but data.eval is missing; add data.eval",
     ),
-    "data": ({"space": {"data.max_seq_len": choice(128, 256)}}, "data.max_seq_len changes the data, but trials share one index"),
+    "data": (
+        {"space": {"data.max_seq_len": choice(128, 256)}},
+        "data.max_seq_len changes the data, but trials share one index",
+    ),
     "own-data-without-every": (
         {"space": {"data.max_seq_len": choice(128, 256)}, "own_data": True},
-        "evaluate.every has no default; set it",
+        "evaluate.every has no default",
     ),
     "no-result": ({"space": {"scale.num_workers": choice(1, 2)}}, "scale.num_workers does not affect training"),
     "no-such-condition": (
