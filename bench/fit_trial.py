@@ -24,7 +24,7 @@ from ftray.compat.torch import use_expandable_segments
 from ftray.model.lora import build_model, trainable
 from ftray.train.batch import Batch
 from ftray.train.memory import MemoryChoice
-from ftray.train.memory_tuning import fit_memory
+from ftray.train.memory_tuning import tune_memory
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft
 from ftray.train.optim.adamw import AdamW
@@ -83,7 +83,7 @@ def main() -> None:
     built = build_model(run.model, run.method, "bf16", 0)
     vocabulary = built.config.vocab_size
     model = ObjectiveModel(built.to(device), Sft()).train()
-    fit = fit_memory(run, model, DeviceMesh(0, 1, device))
+    fit = tune_memory(run, model, DeviceMesh(0, 1, device))
     optimizer = AdamW(list(trainable(built).values()), 1e-6, 0.0, 1.0, given.optimizer)
     about = {"model": given.model.rsplit("/", 1)[-1], "method": given.method, "seq": given.seq, "batch": given.batch}
     batch = batch_of(given, fit.micro_batch_size, vocabulary, device)
@@ -95,14 +95,14 @@ def main() -> None:
         del batch
         batch = batch_of(given, rows, vocabulary, device)
         for recompute in ("none", "selective", "full"):
-            by_hand = fit_memory(run_of(given, rows, recompute), model, DeviceMesh(0, 1, device))
+            by_hand = tune_memory(run_of(given, rows, recompute), model, DeviceMesh(0, 1, device))
             told = measure(given, by_hand, model, optimizer, batch)
             print(json.dumps({**about, "by_hand": told}), flush=True)
             if "tokens_per_s" in told:
                 speeds[f"{rows} rows, {recompute}"] = told["tokens_per_s"]
                 break
     batch = batch_of(given, fit.micro_batch_size, vocabulary, device)
-    recomputed = fit_memory(run_of(given, fit.micro_batch_size, "full"), model, DeviceMesh(0, 1, device))
+    recomputed = tune_memory(run_of(given, fit.micro_batch_size, "full"), model, DeviceMesh(0, 1, device))
     print(json.dumps({**about, "recomputed": measure(given, recomputed, model, optimizer, batch)}), flush=True)
     best = max(speeds, key=speeds.__getitem__)
     print(

@@ -23,7 +23,7 @@ from ftray.model.fp8 import use_eight_bits
 from ftray.model.lora import build_model, trainable
 from ftray.train.batch import Batch, collate
 from ftray.train.memory import EIGHT_BIT, PAGED
-from ftray.train.memory_tuning import fit_memory
+from ftray.train.memory_tuning import tune_memory
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft
 from ftray.train.optim.adamw import FULL, AdamW
@@ -91,7 +91,7 @@ def main() -> None:
     if given.base_precision:
         use_eight_bits(built, run.method, device)
     model = ObjectiveModel(built.to(device), Sft()).train()
-    fit = fit_memory(run, model, DeviceMesh(0, 1, device))
+    fit = tune_memory(run, model, DeviceMesh(0, 1, device))
     rows = fit.micro_batch_size
     accumulate = run.train.global_batch_size // rows
     optimizer = AdamW(list(trainable(built).values()), 1e-4, 0.0, 1.0, given.optimizer)

@@ -117,7 +117,7 @@ def prove_kills(kind: str, kills: int, steps: int, parts: dict[str, Path], seed:
         "equal": told["smooth"] == told["rough"] and hashes["smooth"] == hashes["rough"],
         "steps": steps,
         "killed_after_step": killer.killed,
-        "restarts": killer.getvalue().count("starting anew from step"),
+        "restarts": killer.getvalue().count("restarting from step"),
         "weights_sha256": hashes["rough"][:16],
         "first_wrong": wrong[:1],
         "seconds": round(time.monotonic() - began_s, 1),

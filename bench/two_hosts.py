@@ -49,7 +49,7 @@ from tests.s3 import S3Server  # noqa: E402
 ADDRESSES = {"h0": "10.77.0.1", "h1": "10.77.0.2", "s3": "10.77.0.3"}
 GATEWAY, HOME, GCS = "10.77.0.254", "/tmp/home", f"{ADDRESSES['h0']}:6379"
 CASES = ("blip", "fewer", "waits", "again")
-LACKS = "ftray: the cluster has room for 1 of at least 2 workers (scale.num_workers) since 10 s. The checkpoint of step"
+LACKS = "ftray: the cluster can hold 1 of at least 2 workers (scale.num_workers) since 10 s. The checkpoint of step"
 ALONE = f"""set -e; mount -t tmpfs tmp /tmp; mount -t tmpfs shm /dev/shm; mkdir {HOME}; hostname $0
 printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' $0 >/tmp/hosts; mount --bind /tmp/hosts /etc/hosts
 mount -o remount,ro,bind /; echo up; exec sleep infinity"""
@@ -258,7 +258,7 @@ class Trial:
             apart, rows = self._apart(told), [each[::2] for each in told]
             change = next((number for number, each in enumerate(apart) if each), 0)
             close = max(apart[change : change + 50], default=1) <= 1e-5 and apart[-1] <= 1e-3
-            says = "train: going on with 1 workers instead of 2" in said
+            says = "train: continuing with 1 workers instead of 2" in said
             return code == 0 and says and close and rows == [each[::2] for each in self._undisturbed]
         if case == "waits":
             begun = len(told) > 0 and told == self._undisturbed[: len(told)]

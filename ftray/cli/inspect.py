@@ -30,7 +30,7 @@ def check(target: RunTarget, overrides: Overrides = None, as_json: AsJson = Fals
     check_accelerator(run)
     is_local = not storage.is_remote(run.storage) and "RAY_ADDRESS" not in os.environ  # else the run may run elsewhere
     if is_local and run.tracking.trackers:
-        from ftray.driver.trackers import check_trackers
+        from ftray.events.trackers import check_trackers
 
         check_trackers(run)
     sweep = None
@@ -211,7 +211,7 @@ def gc(
     console: Console,
 ) -> int:
     """Delete files that no run needs any more."""
-    from ftray.driver.garbage_collection import sweep_place
+    from ftray.driver.garbage_collection import collect_garbage
 
-    sweep_place(directory, older_than * 3600, dry_run, console)
+    collect_garbage(directory, older_than * 3600, dry_run, console)
     return 0

@@ -43,7 +43,7 @@ def train(
     console: Console,
 ) -> int:
     """Train a run, or continue it."""
-    from ftray.driver.trackers import check_trackers
+    from ftray.events.trackers import check_trackers
 
     run = open_target(target, overrides)
     if run.tune is not None:
@@ -78,7 +78,7 @@ def tune(target: RunTarget, overrides: Overrides = None, *, console: Console) ->
 
 def _sweep(run: config.RunConfig, target: str, console: Console) -> config.RunConfig:
     """Runs the sweep of a run file; returns the winner's run."""
-    from ftray.driver.trackers import check_trackers
+    from ftray.events.trackers import check_trackers
     from ftray.tune.space import check_tune
 
     trials = check_tune(run).max_concurrent or 1
@@ -116,7 +116,7 @@ def reproduce(
 ) -> int:
     """Train a run again under another name, if nothing changed, and compare both."""
     from ftray import storage
-    from ftray.driver.trackers import check_trackers
+    from ftray.events.trackers import check_trackers
     from ftray.report.reproduce import check_before, check_data, compare_runs, renamed, same_data
 
     original = open_target(target, overrides)
@@ -135,7 +135,7 @@ def reproduce(
 @command(is_work=True, starts_ray=True, restarts=1)
 def run(target: RunTarget, overrides: Overrides = None, *, console: Console) -> int:
     """Run the whole file: tune, train, evaluate, export and try the endpoint."""
-    from ftray.driver.trackers import check_trackers
+    from ftray.events.trackers import check_trackers
     from ftray.serve.smoke_test import known_answer
 
     run = open_target(target, overrides)
@@ -231,8 +231,7 @@ def export(
 ) -> int:
     """Write the adapter and the merged model; optionally quantized, as GGUF, or to the hub."""
     from ftray import storage
-    from ftray.model.gguf import find_converter
-    from ftray.model.hub_upload import check_push
+    from ftray.model.export import check_push, find_converter
     from ftray.model.quantize import check_quantize
     from ftray.train.checkpoint.catalog import best_checkpoint
 
@@ -277,7 +276,7 @@ def _export_gguf(
 ) -> str:
     """Writes `<run>/gguf/<name>.gguf` and the model card, unless they exist for this checkpoint; returns the URI."""
     from ftray import storage
-    from ftray.model.gguf import convert
+    from ftray.model.export import convert_to_gguf
     from ftray.report.model_card import CARD, LINEAGE
     from ftray.train.checkpoint.catalog import best_checkpoint
     from ftray.train.export import fetch_part
@@ -293,7 +292,7 @@ def _export_gguf(
         source, directory = fetch_part(whole, Path(scratch)), Path(scratch, "gguf")
         directory.mkdir()
         file = directory / f"{run.name}.gguf"
-        num_tensors = convert(converter, source, file, run.train.precision)
+        num_tensors = convert_to_gguf(converter, source, file, run.train.precision)
         for name in (CARD, LINEAGE):
             if (source / name).exists():
                 (directory / name).write_bytes((source / name).read_bytes())
@@ -307,7 +306,7 @@ def _export_gguf(
 
 def _push(uri: str, name: str, run: config.RunConfig, console: Console) -> str:
     """Uploads a directory with its card as README.md; returns the commit's URL."""
-    from ftray.model.hub_upload import push
+    from ftray.model.export import push_to_hub
     from ftray.report.model_card import CARD
     from ftray.train.export import fetch_part
 
@@ -316,4 +315,4 @@ def _push(uri: str, name: str, run: config.RunConfig, console: Console) -> str:
         directory = fetch_part(uri, Path(scratch), alone=True)
         if (directory / CARD).exists():
             (directory / CARD).rename(directory / "README.md")
-        return push(directory, name, f"{run.name}, fine-tuned with ftray")
+        return push_to_hub(directory, name, f"{run.name}, fine-tuned with ftray")

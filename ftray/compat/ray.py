@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ray
-from ray.train.torch.config import _TorchBackend
 
 
 def free_resources() -> dict[str, dict[str, float]]:
@@ -21,8 +20,3 @@ def draining_nodes() -> set[str]:
     Reason: Ray Train's own watcher asks the same; its public `get_preemption_info` is a barrier at each step.
     """
     return set(ray._private.state.state.get_draining_nodes())
-
-
-# Ray Train's torch backend: what it does when a worker group starts. Reason: to choose gloo's network before, and to release
-# the placement group if it fails; the class has no public name.
-TorchBackend = _TorchBackend

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray import storage
+from ftray.compat.datasets import fingerprint
 from ftray.errors import DataError
 
 PATTERN = re.compile(
@@ -41,7 +42,7 @@ def resolve(path: str) -> str:
         )
     dataset = _load(path, **found.groupdict())
     plain = re.sub(r"[^\w.-]+", "-", path.removeprefix("hf:")).strip("-.")[-60:]
-    identity = hashlib.sha256(dataset._fingerprint.encode()).hexdigest()[:16]
+    identity = hashlib.sha256(fingerprint(dataset).encode()).hexdigest()[:16]
     directory = storage.cache_directory() / "hub" / f"{plain}-{identity}"
     if not directory.exists():
         _write(dataset, directory)

@@ -1,7 +1,7 @@
-"""Where a run's result comes from: settings, data, base, code, packages, seeds, parent; and what of it changed since.
+"""The lineage of a run: settings, data, base, code, packages, seeds and parent; and what has changed since.
 
-Kept in run.json under `lineage` once the data is indexed; its `id` is a hash of all of it, so that equal ids mean equal
-origins. The id goes with every checkpoint, exported and published model. No Ray, no torch.
+It is kept in run.json under `lineage` once the data is indexed. Its `id` is a hash of all of it, so that equal ids mean equal
+origins; every checkpoint, exported and published model has the id. No Ray, no torch.
 """
 
 from __future__ import annotations
@@ -23,32 +23,45 @@ from ftray import config, storage
 from ftray.data.prepare import PreparedData
 from ftray.data.sources import list_shards
 from ftray.driver.run_record import REMEDY, read_identity
-from ftray.model.fingerprint import base_files
+from ftray.model.load import resolve_base
 from ftray.train.checkpoint.catalog import list_checkpoints
 
-# Packages that may change a result; the others are named, but not compared.
+# Packages that may change a result; others are recorded, but not compared.
 DECIDING = (
     *("accelerate", "bitsandbytes", "deepspeed", "ftray", "liger-kernel", "numpy", "peft", "pyarrow", "ray"),
     *("safetensors", "tokenizers", "torch", "transformers", "triton"),
 )
-SHOWN = 5  # changes that are named in one sentence
-UNKNOWN = "kept from here on; what came before is not known"
-IMAGE, COMMIT = "FTRAY_IMAGE", "FTRAY_COMMIT"  # set where ftray comes as an image, or without its git history
+SHOWN = 5  # changes in one message
+UNKNOWN = "recorded from here on; earlier steps are unknown"
+WHOLE_BYTES, END_BYTES = 1 << 26, 1 << 20  # larger files are hashed by their size and both ends
+SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
+IMAGE, COMMIT = "FTRAY_IMAGE", "FTRAY_COMMIT"  # set in images, and where there is no git history
 
 
 def record_lineage(
     run: config.RunConfig, run_dir: str, data: PreparedData, tokenizer: str, template: str, parent: str | None
 ) -> str:
-    """Writes the lineage into run.json, where it stands from the first checkpoint on; returns its id.
+    """Writes the lineage into run.json, where it is fixed from the first checkpoint on.
 
-    tokenizer, template: their hashes. A run that goes on with other packages keeps its id; what changed is added.
+    A run that continues with other packages keeps its id; the changes are added.
+
+    Args:
+        run: The run's configuration.
+        run_dir: The run's directory.
+        data: The run's data.
+        tokenizer: Hash of the tokenizer.
+        template: Hash of the chat template.
+        parent: The checkpoint that the run started from.
+
+    Returns:
+        The id.
     """
     uri = storage.join(run_dir, "run.json")
     tree = storage.read_object(uri, REMEDY)
     known = checked_lineage(tree, run_dir)
-    found = list_checkpoints(run_dir)
-    if known is None or not found:
-        made = {
+    checkpoints = list_checkpoints(run_dir)
+    if known is None or not checkpoints:
+        lineage = {
             "config_hash": run.config_hash,
             "seed": run.train.seed,
             "tokenizer_hash": tokenizer,
@@ -58,36 +71,36 @@ def record_lineage(
             "data": {"hash": data.data_hash, "files": _data_files(data)},
             "environment": environment(),
         }
-        tree["lineage"] = known = {"id": id_of(made), **made}
-        if found:  # begun by a version that kept no lineage
-            known["continued"] = [{"step": found[0].step, "changes": [UNKNOWN]}]
+        tree["lineage"] = known = {"id": id_of(lineage), **lineage}
+        if checkpoints:  # started by a version without lineage
+            known["continued"] = [{"step": checkpoints[0].step, "changes": [UNKNOWN]}]
     else:
         changes = environment_changes(known["environment"], environment())
         continued = known.get("continued", [])
-        told = continued[-1]["changes"] if continued else []
-        if changes == [change for change in told if change != UNKNOWN]:
+        recorded = continued[-1]["changes"] if continued else []
+        if changes == [change for change in recorded if change != UNKNOWN]:
             return str(known["id"])
-        known["continued"] = [*continued, {"step": found[0].step, "changes": changes}]
+        known["continued"] = [*continued, {"step": checkpoints[0].step, "changes": changes}]
     storage.write_bytes(uri, json.dumps(tree, indent=1).encode())
     return str(known["id"])
 
 
 def read_lineage(run_dir: str) -> dict[str, Any] | None:
-    """What `record_lineage` wrote; None for a run that has none. Raises DamagedFile, StorageError."""
+    """The lineage of a run; None for a run without one. Raises DamagedFile, StorageError."""
     return checked_lineage(read_identity(run_dir) or {}, run_dir)
 
 
 def checked_lineage(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any] | None:
-    """The lineage that run.json holds, None without one. Raises DamagedFile for one that lacks what it is read for."""
-    found = identity.get("lineage")
-    if found is None:
+    """The lineage in the content of run.json; None without one. Raises DamagedFile for an invalid one."""
+    tree = identity.get("lineage")
+    if tree is None:
         return None
     try:
-        storage.parse_as(_Lineage, found)
+        storage.parse_as(_Lineage, tree)
     except ValueError as err:
         uri = storage.join(run_dir, "run.json")
         raise storage.DamagedFile(f"{uri} is damaged (lineage: {err}); {REMEDY}") from None
-    lineage: dict[str, Any] = found
+    lineage: dict[str, Any] = tree
     return lineage
 
 
@@ -133,7 +146,7 @@ class _Change:
 
 @dataclass
 class _Lineage:
-    """What a lineage must hold, however it came into run.json."""
+    """The keys that a lineage must have."""
 
     id: str
     config_hash: str
@@ -144,15 +157,15 @@ class _Lineage:
 
 
 def id_of(lineage: Mapping[str, Any]) -> str:
-    """Sixteen hex digits over what decides the result: other packages than DECIDING, and the image, don't."""
+    """A hash of everything that may change the result, sixteen hex digits; without other packages than DECIDING and the image."""
     environment = lineage["environment"]
     packages = {name: version for name, version in environment["packages"].items() if name in DECIDING}
-    decides = {**lineage, "environment": {**environment, "packages": packages, "image": None}}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    deciding = {**lineage, "environment": {**environment, "packages": packages, "image": None}}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _data_files(data: PreparedData) -> list[dict[str, Any]]:
-    """Each shard that is read, its etag, and a hash of the rows that it gives."""
+    """Each shard with its etag and a hash of its packed sequences."""
     files = []
     for part, index in (("train", data.index), ("eval", data.eval_index)):
         for (source, uri), group in groupby(index.facts if index else (), key=lambda f: (f.chunk.source, f.chunk.uri)):
@@ -162,63 +175,96 @@ def _data_files(data: PreparedData) -> list[dict[str, Any]]:
     return files
 
 
+def base_files(model: config.ModelConfig) -> dict[str, str]:
+    """Hashes of the files in a base's directory by name; the commit of a hub model; {} if that is unknown here.
+
+    Workers download a hub model's files when they need them, so the files that are here do not matter. Raises ModelError as
+    `resolve_base`.
+    """
+    directory = Path(resolve_base(model))
+    if not directory.is_dir():
+        return _hub_commit(model)
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name.endswith(SUFFIXES))
+    return {path.name: _file_hash(path) for path in files}
+
+
+def _hub_commit(model: config.ModelConfig) -> dict[str, str]:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+    return {"commit": Path(path).parent.name} if isinstance(path, str) else {}
+
+
+def _file_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(END_BYTES))
+            file.seek(size - END_BYTES)
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 def changed_files(known: Mapping[str, Any], run: config.RunConfig, data: PreparedData | None = None) -> list[str]:
-    """Sentences on what is other than it was: shards that went or came, files of the base; with data, shards' rows too."""
-    said = []
+    """Messages about changed shards and files of the base; with `data`, about changed packed sequences of shards."""
+    messages = []
     then = {(f["part"], f["uri"]): f["rows"] for f in known["data"]["files"]}
     if data is None:
         before = {uri for _, uri in then}
         sources = [*run.data.train, *(run.data.eval if isinstance(run.data.eval, list) else [])]
         there = {shard.uri for source in sources for shard in list_shards(source.path)}
-        said += [f"{uri} is gone" for uri in sorted(before - there)]
-        said += [f"{uri} is new" for uri in sorted(there - before)]
-        said += _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
+        messages += [f"{uri} is gone" for uri in sorted(before - there)]
+        messages += [f"{uri} is new" for uri in sorted(there - before)]
+        messages += _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
     else:
         now = {(f["part"], f["uri"]): f["rows"] for f in _data_files(data)}
         changed = sorted(uri for key, rows in now.items() if then.get(key) != rows for uri in [key[1]])
-        said += [f"{uri} gives other rows than it did" for uri in dict.fromkeys(changed)]
-        if not said and data.data_hash != known["data"]["hash"]:
-            said.append("the data as a whole gives other rows than it did")
-    return said
+        messages += [f"{uri} now gives other packed sequences" for uri in dict.fromkeys(changed)]
+        if not messages and data.data_hash != known["data"]["hash"]:
+            messages.append("the data as a whole now gives other packed sequences")
+    return messages
 
 
 def what_changed(run_dir: str, run: config.RunConfig, data: PreparedData, tokenizer: str, template: str) -> str:
-    """Which of data, tokenizer and chat template are other than those that a run was trained from, with their files.
+    """A message about which of data, tokenizer and chat template have changed since a run was trained, with their files.
 
-    tokenizer, template: their hashes now. For a run without a lineage: what may have changed.
+    For a run without a lineage, what may have changed. tokenizer, template: Their current hashes.
     """
     base = f"model.base {run.model.base}"
     known = read_lineage(run_dir)
     if known is None:
         sources = ", ".join(source.path for source in run.data.train)
         return f"the data ({sources}), the tokenizer or the chat template of {base} changed"
-    said = []
+    messages = []
     if known.get("template_hash") not in (None, template):
-        said.append(f"the chat template of {base} changed")
+        messages.append(f"the chat template of {base} changed")
     elif known.get("tokenizer_hash") not in (None, tokenizer):
-        said.append(f"the tokenizer of {base} changed")
-    if said:
-        there = _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
-        files = [text for text in there if "token" in text.split()[0] or "template" in text.split()[0]]
-        return "; ".join(said) + (f" ({', '.join(files)})" if files else "")
+        messages.append(f"the tokenizer of {base} changed")
+    if messages:
+        changed = _changed_base(known["base"]["files"], base_files(run.model), run.model.base)
+        files = [text for text in changed if "token" in text.split()[0] or "template" in text.split()[0]]
+        return "; ".join(messages) + (f" ({', '.join(files)})" if files else "")
     now = {(f["part"], f["uri"]) for f in _data_files(data)}
     gone = [f"{f['uri']} is gone" for f in known["data"]["files"] if (f["part"], f["uri"]) not in now]
     changes = list(dict.fromkeys([*gone, *changed_files(known, run, data)]))
     more = f", and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-    return f"the data changed ({', '.join(changes[:SHOWN]) or 'its rows are others'}{more})"
+    return f"the data changed ({', '.join(changes[:SHOWN]) or 'it gives other packed sequences'}{more})"
 
 
 def _changed_base(then: Mapping[str, str], now: Mapping[str, str], base: str) -> list[str]:
-    if not then or not now:  # a hub's, which nobody has asked for here
+    if not then or not now:  # a hub model that is not cached here
         return []
-    said = [f"{name} of model.base {base} is gone" for name in sorted(then.keys() - now.keys())]
-    return said + [f"{name} of model.base {base} changed" for name in sorted(now) if then.get(name) != now[name]]
+    gone = [f"{name} of model.base {base} is gone" for name in sorted(then.keys() - now.keys())]
+    return gone + [f"{name} of model.base {base} changed" for name in sorted(now) if then.get(name) != now[name]]
 
 
 @lru_cache
 def environment() -> dict[str, Any]:
-    """Python, packages, ftray's own code, image and kind of CPU of this process."""
-    found = {
+    """Python, packages, ftray's code, image and CPU type of this process."""
+    versions = {
         dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"]
     }
     return {
@@ -226,19 +272,19 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "image": os.environ.get(IMAGE),
         "code": {"commit": _commit(), "sha256": _code_hash()},
-        "packages": dict(sorted((name.lower().replace("_", "-"), version) for name, version in found.items())),
+        "packages": dict(sorted((name.lower().replace("_", "-"), version) for name, version in versions.items())),
     }
 
 
 def environment_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences on what may change a result: Python, the packages of DECIDING, ftray's code, the kind of CPU."""
+    """Messages about changes that may change a result: Python, the packages of DECIDING, ftray's code, the CPU type."""
     pairs = [(name, then["packages"].get(name), now["packages"].get(name)) for name in DECIDING]
     pairs += [("Python", then["python"], now["python"]), ("the CPU", then["cpu"], now["cpu"])]
-    said = [f"{name} is {b or 'missing'} instead of {a or 'missing'}" for name, a, b in pairs if a != b]
+    messages = [f"{name} is {b or 'missing'} instead of {a or 'missing'}" for name, a, b in pairs if a != b]
     a, b = then["code"], now["code"]
     if a["sha256"] != b["sha256"]:
-        said.append(f"ftray's code is {b['commit'] or b['sha256']} instead of {a['commit'] or a['sha256']}")
-    return said
+        messages.append(f"ftray's code is {b['commit'] or b['sha256']} instead of {a['commit'] or a['sha256']}")
+    return messages
 
 
 def _cpu() -> str:
@@ -262,7 +308,7 @@ def _code_hash() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of a checkout, with a + where its files were changed since."""
+    """The commit of a checkout; with + if its files have changed."""
     root = _package().parent
     if not (root / ".git").exists():
         return os.environ.get(COMMIT)

@@ -1,4 +1,4 @@
-"""Who a run is: its directory in storage, its settings written once, whether it is finished. No Ray, no torch."""
+"""The run record: `run.json` with the run's settings, written once, and checks of its identity. No Ray, no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from ftray import config, storage
 from ftray.errors import ConfigError
 from ftray.train.checkpoint.catalog import CheckpointRef, has_begun, list_checkpoints, merge_metrics, scan_checkpoints
 
-REMEDY = "restore it, delete it so that the run file is written there anew, or choose another name"
+REMEDY = "restore it, delete it so that it is written anew from the run file, or choose another name"
 NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
 
 
 def open_run(run: config.RunConfig, parent: str | None = None) -> str:
-    """Absolute directory of a run, writable and of the same identity; writes run.json unless it stands.
+    """Opens a run's directory, and writes run.json unless it is fixed.
 
-    parent: the checkpoint whose weights a new run starts from; it stands with the settings.
+    Settings are fixed from the first checkpoint on; until then a run that was refused or stopped may be corrected under its
+    name.
 
-    Settings stand from the first checkpoint on: until then a run that was refused or stopped may be corrected under
-    its name. Raises StorageError (not writable), ConfigError (the name belongs to a run with other settings or from
-    another parent).
+    Args:
+        run: The run's configuration.
+        parent: The checkpoint whose weights a new run starts from.
+
+    Returns:
+        The run's directory, absolute.
+
+    Raises:
+        StorageError: The directory is not writable.
+        ConfigError: The name belongs to a run with other settings or another parent.
     """
     run_dir = storage.absolute(run.directory)
     storage.check_writable(run_dir)
@@ -38,7 +46,7 @@ def open_run(run: config.RunConfig, parent: str | None = None) -> str:
 
 
 def read_identity(run_dir: str) -> dict[str, Any] | None:
-    """What run.json holds; None where there is none. Raises DamagedFile, StorageError."""
+    """The content of run.json; None without the file. Raises DamagedFile, StorageError."""
     uri = storage.join(run_dir, "run.json")
     tree = storage.find_object(uri, REMEDY)
     if tree is not None and not isinstance(tree.get("config"), dict):
@@ -47,63 +55,65 @@ def read_identity(run_dir: str) -> dict[str, Any] | None:
 
 
 def parent_of(run_dir: str) -> str | None:
-    """URI of the checkpoint that a run's weights come from; None where that is the base model."""
+    """URI of the checkpoint that a run started from; None if it started from the base model."""
     parent = (read_identity(run_dir) or {}).get("parent")
     return parent if isinstance(parent, str) else None
 
 
 def _checked_parent(run_dir: str, parent: str | None) -> str | None:
-    """The parent that a run has, or will have. Raises ConfigError for another one than it was started from."""
+    """The parent of a run. Raises ConfigError if it was started from another one."""
     if not has_begun(run_dir):
         return parent or (parent_of(run_dir) if storage.exists(storage.join(run_dir, "run.json")) else None)
     known = parent_of(run_dir)
     if parent is not None and parent != known:
         raise ConfigError(
-            f"--from {parent}: the run in {run_dir} was started from {known or 'the base model'}; leave --from out to "
-            "continue it, or choose another name"
+            f"--from {parent}: the run in {run_dir} was started from {known or 'the base model'}; remove --from to continue "
+            "it, or choose another name"
         )
     return known
 
 
 def check_identity(run: config.RunConfig, run_dir: str) -> None:
-    """Raises ConfigError, naming the keys, when the directory holds checkpoints of a run with other settings."""
-    found, damaged = scan_checkpoints(run_dir)
-    if not found and not damaged:
+    """Raises ConfigError, naming the keys, if the directory has checkpoints of a run with other settings."""
+    checkpoints, damaged = scan_checkpoints(run_dir)
+    if not checkpoints and not damaged:
         return
     uri = storage.join(run_dir, "run.json")
     tree = read_identity(run_dir)
-    if tree is None:  # lost: the checkpoints still tell whose they are, and the run file is what it was written from
-        hashes = {each.meta.get("config_hash", run.config_hash) for each in found}
+    if tree is None:  # lost: the checkpoints still hold the hash of the settings
+        hashes = {each.meta.get("config_hash", run.config_hash) for each in checkpoints}
         if hashes == {run.config_hash}:
             return
         raise ConfigError(
-            f"{uri} is missing, and the checkpoints in {run_dir} are not known to be of these settings; restore it, or "
-            "choose another name"
+            f"{uri} is missing, and the checkpoints in {run_dir} may belong to other settings; restore it, or choose another "
+            "name"
         )
     known = config.parse_run(tree["config"], uri)
     if known.config_hash != run.config_hash:
         keys = "; ".join(config.differing_keys(known.identity(), run.identity()))
         raise ConfigError(
             f"the run '{run.name}' in {run_dir} was started with other settings: {keys}. Choose another name, "
-            "set these back, or delete that directory"
+            "restore these settings, or delete the directory"
         )
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides a run's result."""
+    """Installed versions of the packages that may change a run's result."""
     return {name: importlib.metadata.version(name) for name in NAMED_VERSIONS}
 
 
 def finished_checkpoint(run: config.RunConfig, verify: bool) -> CheckpointRef | None:
-    """The last checkpoint of a run that is trained to its end, else None. verify: read it, None if it is damaged.
+    """The last checkpoint of a run that is trained to its end, else None.
 
-    Raises ConfigError for another identity.
+    verify: Reads the checkpoint, and returns None if it is damaged. Raises ConfigError for other settings.
     """
     run_dir = storage.absolute(run.directory)
     check_identity(run, run_dir)
-    found = list_checkpoints(run_dir)
-    if not found or not found[0].progress.finished or (verify and storage.verify_directory(found[0].uri)):
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints or not checkpoints[0].progress.finished:
+        return None
+    if verify and storage.verify_directory(checkpoints[0].uri):
         return None
     if not storage.exists(storage.join(run_dir, "metrics.jsonl")):  # its driver died at the very end
-        merge_metrics(run_dir, found[0].progress)
-    return found[0]
+        merge_metrics(run_dir, checkpoints[0].progress)
+    return checkpoints[0]

@@ -1,7 +1,7 @@
-"""What follows when a group of workers ends: a new one at the newest checkpoint, of the size there is room for, or the end.
+"""Restarts worker groups: each at the newest checkpoint, with as many workers as the cluster can hold.
 
-A run may fail any number of times while it moves on; it ends when it fails `scale.max_failures` + 1 times in a row
-without a new checkpoint between. Knows groups and room for them; nothing of data or models.
+A run may fail any number of times while it makes progress; it ends when it fails `scale.max_failures` + 1 times in a row without
+a new checkpoint in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ftray import config, storage
 from ftray.compat.ray import draining_nodes
 from ftray.console import Console, duration
-from ftray.driver.resources import Resources, fitting, free_nodes, usable_nodes, world_size_for
+from ftray.driver.resources import Resources, free_nodes, max_workers, usable_nodes, world_size_for
 from ftray.driver.worker_group import LEAVE_AT_ONCE, OVERTAKEN, GroupResult
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.network import is_listening
@@ -27,113 +27,127 @@ from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain
 
-LOOK_S = 3.0  # between two looks at the cluster's nodes
-GROW_AGAIN_S = 300.0  # after a size was given no room
-AGAIN = "run the same command again to continue"
-Wish = Callable[[list[WorkerLocation]], str]
+POLL_NODES_S = 3.0
+RETRY_SIZE_S = 300.0  # until a size that could not be placed is tried again
+RETRY_DELAY_S, MAX_RETRY_DELAY_S = 5.0, 30.0
+CONTINUE = "run the same command again to continue"
+StopReason = Callable[[list[WorkerLocation]], str]  # why a group with these workers should stop; "" if it should not
 
 
 def supervise(
     run: config.RunConfig,
     run_dir: str,
     use_gpu: bool,
-    start: Callable[[int, Wish], GroupResult],
+    start: Callable[[int, StopReason], GroupResult],
     console: Console,
     lease: storage.Lease | None,
     caught: list[int] | None = None,
 ) -> None:
-    """Runs groups until one is trained to the end. start: starts one of so many workers and returns how it ended.
+    """Runs worker groups until one has trained to the end.
 
-    caught: gets a signal's number when the run is to stop as at that signal, where others watch the signals.
-    Raises Interrupted, Preempted, RunHeldError, RunError, and what a group says that trying again won't cure.
+    Args:
+        run: The run's configuration.
+        run_dir: The run's directory.
+        use_gpu: Whether workers use GPUs.
+        start: Runs a group with this number of workers and returns how it ended.
+        console: Shows what happens.
+        lease: The right to write the run.
+        caught: Signals that the run is to obey, where the caller handles them.
+
+    Raises:
+        Interrupted, Preempted, RunHeldError, RunError: The run ends before its last step.
+        FtrayError: What a worker raised and a retry will not fix.
     """
     failures, failed_at, size = 0, -1, 0
-    with stop_signals(console) if caught is None else nullcontext(caught) as stopped:
-        cluster = WorkerSupply(run, use_gpu, console, stopped, lease)
+    with stop_signals(console) if caught is None else nullcontext(caught) as signals:
+        cluster = WorkerSupply(run, use_gpu, console, signals, lease)
         while True:
-            size = cluster.wait_for_room(run_dir, size)
-            ended = _start(start, size, cluster.wish)
-            step = _newest(run_dir)
-            if ended.finished and (caught is not None or not stopped):
+            size = cluster.wait_for_resources(run_dir, size)
+            result = _start(start, size, cluster.stop_reason)
+            step = _newest_step(run_dir)
+            if result.finished and (caught is not None or not signals):
                 return
-            _raise_if_over(ended, stopped, step, lease)
-            if ended.no_room:
+            _raise_if_over(result, signals, step, lease)
+            if result.not_placed:
                 cluster.avoid(size)
-            elif ended.failure:
+            elif result.failure:
                 failures = failures + 1 if step == failed_at else 1
                 failed_at = step
-                _judge(run, ended.failure, failures, step, console)
-                _pause(min(30.0, 5.0 * (failures - 1)), stopped)  # at once after the first: most pass
+                _check_failures(run, result.failure, failures, step, console)
+                _pause(min(MAX_RETRY_DELAY_S, RETRY_DELAY_S * (failures - 1)), signals)  # most failures pass at once
             else:
-                console.say(f"train: {ended.wish}; its workers left at step {step}")
+                console.say(f"train: {result.stop_reason}; its workers left at step {step}")
 
 
 @contextmanager
 def store_lost() -> Iterator[None]:
-    """Once a run has started, a store that is gone is no wrong input. Raises RunError, which says how to continue."""
+    """Once a run has started, a store that is gone is not invalid input. Raises RunError, which says how to continue."""
     try:
         yield
     except StorageError as err:
-        raise RunError(f"{err}. What was committed is sound; {AGAIN}") from None
+        raise RunError(f"{err}. All committed checkpoints are intact; {CONTINUE}") from None
 
 
-def _start(start: Callable[[int, Wish], GroupResult], size: int, wish: Wish) -> GroupResult:
+def _start(start: Callable[[int, StopReason], GroupResult], size: int, stop_reason: StopReason) -> GroupResult:
     try:
-        return start(size, wish)
+        return start(size, stop_reason)
     except RayError as err:
         if not is_listening(ray.get_runtime_context().gcs_address):
-            raise  # with the cluster's head there is nothing to go on with
-        return GroupResult(False, failure=f"the driver lost sight of its workers ({explain(err)})")
+            raise  # without the cluster's head nothing can continue
+        return GroupResult(False, failure=f"the driver lost contact with its workers ({explain(err)})")
 
 
-def _pause(seconds: float, caught: list[int]) -> None:
+def _pause(seconds: float, signals: list[int]) -> None:
     end_s = time.monotonic() + seconds
-    while not caught and time.monotonic() < end_s:
+    while not signals and time.monotonic() < end_s:
         time.sleep(0.2)
 
 
-def _judge(run: config.RunConfig, failure: str, failures: int, step: int, console: Console) -> None:
+def _check_failures(run: config.RunConfig, failure: str, failures: int, step: int, console: Console) -> None:
+    """Raises RunError after too many failures in a row."""
     allowed = run.scale.max_failures
     if failures > allowed:
         times = (
             f" {failures} times in a row without a new checkpoint (scale.max_failures: {allowed})" if allowed else ""
         )
-        raise RunError(f"training failed{times}: {failure}. {_where(step)}; {AGAIN}")
-    console.warn(f"{failure}; starting anew from step {step} (failure {failures}, allowed in a row: {allowed})")
+        raise RunError(f"training failed{times}: {failure}. {_where(step)}; {CONTINUE}")
+    console.warn(f"{failure}; restarting from step {step} (failure {failures}, allowed in a row: {allowed})")
 
 
-def _raise_if_over(ended: GroupResult, caught: list[int], step: int, lease: storage.Lease | None) -> None:
+def _raise_if_over(result: GroupResult, signals: list[int], step: int, lease: storage.Lease | None) -> None:
     if lease is not None and lease.overtaken:
-        raise RunHeldError("another process took the run over while this one gave no sign of life; follow that one")
-    if isinstance(ended.error, StorageError):  # not the user's input any more: it was looked at before workers started
-        raise RunError(f"{ended.error}. {_where(step)}; {AGAIN}")
-    if ended.error is not None:
-        raise ended.error
-    if caught:
-        _raise_interrupted(caught, step)
+        raise RunHeldError(
+            "another process took the run over while this one did not renew its lease; follow that process"
+        )
+    if isinstance(result.error, StorageError):  # storage was checked before workers started
+        raise RunError(f"{result.error}. {_where(step)}; {CONTINUE}")
+    if result.error is not None:
+        raise result.error
+    if signals:
+        _raise_interrupted(signals, step)
 
 
-def _raise_interrupted(caught: list[int], step: int) -> None:
-    if is_termination(caught[0]):
-        raise Preempted(f"preempted at step {step}; {AGAIN}")
+def _raise_interrupted(signals: list[int], step: int) -> None:
+    if is_termination(signals[0]):
+        raise Preempted(f"preempted at step {step}; {CONTINUE}")
     where = f"checkpoint of step {step} is committed" if step else "no step was done"
-    raise Interrupted(f"interrupted; {where}; {AGAIN}")
+    raise Interrupted(f"interrupted; {where}; {CONTINUE}")
 
 
 def _where(step: int) -> str:
-    return f"The checkpoint of step {step} is sound" if step else "There is no checkpoint yet"
+    return f"The checkpoint of step {step} is intact" if step else "There is no checkpoint yet"
 
 
-def _newest(run_dir: str) -> int:
-    found = list_checkpoints(run_dir)
-    return found[0].step if found else 0
+def _newest_step(run_dir: str) -> int:
+    checkpoints = list_checkpoints(run_dir)
+    return checkpoints[0].step if checkpoints else 0
 
 
 @contextmanager
 def stop_signals(console: Console) -> Iterator[list[int]]:
-    """The signals that came.
+    """The signals received so far.
 
-    The first Ctrl-C, SIGTERM or SIGHUP asks the workers to commit and leave; a Ctrl-C after it ends at once.
+    The first Ctrl-C, SIGTERM or SIGHUP makes the workers commit a checkpoint and leave; another Ctrl-C ends at once.
     """
     caught: list[int] = []
 
@@ -150,81 +164,87 @@ def stop_signals(console: Console) -> Iterator[list[int]]:
 
 
 class WorkerSupply:
-    """The room for workers, and what asks a group to leave: signals, a lost lease, a node's notice, more room."""
+    """How many workers the cluster can hold, and why a group should stop: signals, a lost lease, a node's notice, growth."""
 
     def __init__(
-        self, run: config.RunConfig, use_gpu: bool, console: Console, caught: list[int], lease: storage.Lease | None
+        self, run: config.RunConfig, use_gpu: bool, console: Console, signals: list[int], lease: storage.Lease | None
     ) -> None:
-        self._run, self._use_gpu, self._console, self._caught, self._lease = run, use_gpu, console, caught, lease
-        self._size, self._looked_s, self._told_lost = 0, 0.0, False
-        self._most = run.world_sizes[0]  # lowered where others hold the room
-        self._since_s: float | None = None  # when the wait for room began
-        self._not_before: dict[int, float] = {}  # by size: it was given no room
+        self._run, self._use_gpu, self._console, self._signals, self._lease = run, use_gpu, console, signals, lease
+        self._size, self._polled_s, self._has_warned = 0, 0.0, False
+        self._largest = run.world_sizes[0]  # lowered while others hold the resources
+        self._waiting_since_s: float | None = None
+        self._not_before: dict[int, float] = {}  # by size: it could not be placed
 
-    def wait_for_room(self, run_dir: str, before: int) -> int:
-        """How many workers the next group has; waits up to `scale.wait_s` for nodes. before: the group before it, or 0."""
-        told = False
+    def wait_for_resources(self, run_dir: str, before: int) -> int:
+        """The size of the next group; waits up to `scale.wait_s` for nodes. before: Size of the previous group, or 0."""
+        has_warned = False
         while True:
-            room = fitting(self._run.scale, self._use_gpu, usable_nodes())
-            if self._caught:
-                _raise_interrupted(self._caught, _newest(run_dir))
-            size = world_size_for(self._run, min(room, self._most))
+            available = max_workers(self._run.scale, self._use_gpu, usable_nodes())
+            if self._signals:
+                _raise_interrupted(self._signals, _newest_step(run_dir))
+            size = world_size_for(self._run, min(available, self._largest))
             if size is not None:
                 if before and size != before:
-                    self._console.say(f"train: going on with {size} workers instead of {before}")
-                self._size, self._looked_s = size, time.monotonic()
+                    self._console.say(f"train: continuing with {size} workers instead of {before}")
+                self._size, self._polled_s = size, time.monotonic()
                 return size
-            self._since_s = self._since_s or time.monotonic()
+            self._waiting_since_s = self._waiting_since_s or time.monotonic()
             fewest, wait_s = self._run.world_sizes[-1], self._run.scale.wait_s
-            lacks = f"the cluster has room for {room} of at least {fewest} workers (scale.num_workers)"
-            if not told:
-                self._console.warn(f"{lacks}; waiting up to {duration(wait_s)} (scale.wait_s) for nodes")
-                told = True
-            if time.monotonic() - self._since_s > wait_s:
-                raise Preempted(f"{lacks} since {duration(wait_s)}. {_where(_newest(run_dir))}; {AGAIN}")
+            shortage = f"the cluster can hold {available} of at least {fewest} workers (scale.num_workers)"
+            if not has_warned:
+                self._console.warn(f"{shortage}; waiting up to {duration(wait_s)} (scale.wait_s) for nodes")
+                has_warned = True
+            if time.monotonic() - self._waiting_since_s > wait_s:
+                raise Preempted(f"{shortage} since {duration(wait_s)}. {_where(_newest_step(run_dir))}; {CONTINUE}")
             time.sleep(min(1.0, wait_s))
 
     def avoid(self, size: int) -> None:
-        """A group of this size did not start. Either a node is gone that counted as alive, which shows by now, or others
-        hold the room: then the next group is smaller where that is allowed."""
-        if fitting(self._run.scale, self._use_gpu, usable_nodes()) < size:
-            return
-        self._since_s = self._since_s or time.monotonic()
-        self._not_before[size] = time.monotonic() + GROW_AGAIN_S
-        smaller = world_size_for(self._run, size - 1)
-        self._most = smaller or size
-        wait_s = self._run.scale.wait_s
-        if smaller is None and time.monotonic() - self._since_s > wait_s:
-            raise Preempted(f"others hold the room that {size} workers need since {duration(wait_s)}; {AGAIN}")
-        self._console.warn(f"{size} workers were given no room, others hold it; trying {smaller or 'again'}")
+        """A group of this size could not be placed.
 
-    def wish(self, places: list[WorkerLocation]) -> str:
-        """Why the group should leave now; "" if it should stay."""
-        if places:
-            self._since_s = None
-        if self._caught:
+        Either a node is gone that still counted as alive, which is known by now, or others hold the resources: then the
+        next group is smaller where that is allowed.
+        """
+        if max_workers(self._run.scale, self._use_gpu, usable_nodes()) < size:
+            return
+        self._waiting_since_s = self._waiting_since_s or time.monotonic()
+        self._not_before[size] = time.monotonic() + RETRY_SIZE_S
+        smaller = world_size_for(self._run, size - 1)
+        self._largest = smaller or size
+        wait_s = self._run.scale.wait_s
+        if smaller is None and time.monotonic() - self._waiting_since_s > wait_s:
+            raise Preempted(
+                f"other jobs have held the resources for {size} workers since {duration(wait_s)}; {CONTINUE}"
+            )
+        next_try = f"trying {smaller} workers" if smaller else "trying again"
+        self._console.warn(f"{size} workers could not be placed, because other jobs hold the resources; {next_try}")
+
+    def stop_reason(self, workers: list[WorkerLocation]) -> str:
+        """Why the group should stop now; "" if it should not."""
+        if workers:
+            self._waiting_since_s = None
+        if self._signals:
             return LEAVE_AT_ONCE
         if self._lease is not None:
             if self._lease.overtaken:
                 return OVERTAKEN
-            if self._lease.lost and not self._told_lost:
-                self._console.warn("the store gives no answer; training goes on, checkpoints wait for it")
-            self._told_lost = self._lease.lost
-        if time.monotonic() - self._looked_s < LOOK_S:
+            if self._lease.lost and not self._has_warned:
+                self._console.warn("the store does not answer; training continues, checkpoints wait for it")
+            self._has_warned = self._lease.lost
+        if time.monotonic() - self._polled_s < POLL_NODES_S:
             return ""
-        self._looked_s = time.monotonic()
+        self._polled_s = time.monotonic()
         leaving = draining_nodes()
-        if lost := [place for place in places if place.node_id in leaving]:
+        if lost := [worker for worker in workers if worker.node_id in leaving]:
             return f"the node {lost[0].host} will be taken away"
-        grown = self.growth(usable_nodes(), free_nodes()) if places else None
-        if grown is not None:
-            self._most = grown
-            return f"there is room for {grown} workers"
+        larger = self.growth(usable_nodes(), free_nodes()) if workers else None
+        if larger is not None:
+            self._largest = larger
+            return f"the cluster can hold {larger} workers"
         return ""
 
     def growth(self, nodes: list[Resources], free: list[Resources]) -> int | None:
-        """The larger group that there is room for, if any. free: what nobody holds of each of the nodes."""
-        grown = world_size_for(self._run, fitting(self._run.scale, self._use_gpu, nodes))
-        if grown is None or grown <= self._size or time.monotonic() < self._not_before.get(grown, 0):
+        """A larger group that the cluster can hold, if any. free: Resources of each node that nobody holds."""
+        size = world_size_for(self._run, max_workers(self._run.scale, self._use_gpu, nodes))
+        if size is None or size <= self._size or time.monotonic() < self._not_before.get(size, 0):
             return None
-        return grown if self._size + fitting(self._run.scale, self._use_gpu, free) >= grown else None
+        return size if self._size + max_workers(self._run.scale, self._use_gpu, free) >= size else None

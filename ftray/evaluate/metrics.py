@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ftray.compat.metrics import corpus_statistics, limit_tokens, score_of
+
 Floats = npt.NDArray[np.float64]
 OTHER = "(other)"  # an answer that is none of the labels
 
@@ -96,11 +98,11 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> Statistic:
 
 def _of_sacrebleu(metric: Any, answers: Sequence[str], references: Sequence[str], scores: list[float]) -> Statistic:
     """By the two functions that sacrebleu's own bootstrap is made of."""
-    sums = np.asarray(metric._extract_corpus_statistics(list(answers), [list(references)]), np.float64)
+    sums = np.asarray(corpus_statistics(metric, answers, references), np.float64)
 
     def value(sums: Floats) -> Floats:
         rows = sums.reshape(-1, sums.shape[-1])
-        found = [metric._compute_score_from_stats(row.tolist()).score for row in rows]
+        found = [score_of(metric, row.tolist()) for row in rows]
         return np.asarray(found, np.float64).reshape(sums.shape[:-1])
 
     return Statistic(sums, value, scores)
@@ -119,10 +121,7 @@ def bertscore(answers: Sequence[str], references: Sequence[str], model: str) -> 
     if said:
         known = AutoConfig.from_pretrained(model, local_files_only=True)
         scorer = BERTScorer(model_type=model, num_layers=known.num_hidden_layers)
-        tokenizer = (
-            scorer._tokenizer
-        )  # where it names no length, bert-score cuts at 10^30 tokens, which tokenizers refuse
-        tokenizer.model_max_length = min(tokenizer.model_max_length, known.max_position_embeddings)
+        limit_tokens(scorer, known.max_position_embeddings)
         _, _, f1 = scorer.score([answers[i] for i in said], [references[i] for i in said])
         found[said] = f1.numpy()
     return mean_of(found.tolist())

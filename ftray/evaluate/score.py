@@ -20,6 +20,7 @@ from ftray.engine.batch import generate_all
 from ftray.engine.protocol import Completion, SamplingParams
 from ftray.evaluate.metrics import Floats
 from ftray.evaluate.prompt_tuning import generate_virtual
+from ftray.events.types import PhaseStarted
 from ftray.model.load import load_base, load_tokenizer
 from ftray.model.lora import dtype_of
 from ftray.train.batch import collate
@@ -99,7 +100,7 @@ def _dealt(sizes: list[int], part: int, num_parts: int) -> list[int]:
     return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[part::num_parts]
 
 
-def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, monitor: Any) -> ScoreResult:
+def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, channel: Any) -> ScoreResult:
     """Scores and answers of one model: the base (found: None), or a checkpoint of it."""
     torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -119,7 +120,7 @@ def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, m
         for records in (work.examples, work.general)
     )
     began_s = time.monotonic()
-    answered = _answer(model, tokenizer, work.prompts, run.evaluate.max_new_tokens, monitor)
+    answered = _answer(model, tokenizer, work.prompts, run.evaluate.max_new_tokens, channel)
     return ScoreResult(
         tokens,
         general,
@@ -130,11 +131,11 @@ def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, m
     )
 
 
-def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: int, monitor: Any) -> list[Completion]:
+def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: int, channel: Any) -> list[Completion]:
     params = SamplingParams(max_tokens=max_tokens)
 
     def on_done(_: int) -> None:
-        monitor.record.remote({})
+        channel.record.remote(PhaseStarted("answered"))
 
     if hasattr(model, "prompt_encoder"):
         return generate_virtual(model, tokenizer, prompts, params, on_done=on_done)

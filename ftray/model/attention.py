@@ -1,9 +1,9 @@
-"""Attention over documents laid end to end. Knows kernels; nothing of rows, losses or training.
+"""Attention over packed documents.
 
-On a GPU: torch's variable-length flash attention over `cu_seq_lens`, registered with transformers as an attention
-function, so that no extra package is needed. Elsewhere: sdpa, for which transformers builds a block-diagonal causal
-mask from positions that restart. What a model asks of its attention is done or refused, never left out: scores that are
-capped (Gemma 2) are computed document by document, which transformers' sdpa would leave uncapped without a word.
+On GPUs: torch's variable-length flash attention over `cu_seq_lens`, registered with transformers as an attention function, so
+that no extra package is needed. On CPUs: sdpa, for which transformers builds a block-diagonal causal mask from positions that
+restart. Options that a model passes to its attention are applied or rejected, never ignored: soft-capped scores (Gemma 2) are
+computed document by document, where transformers' sdpa would silently leave them uncapped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ftray.compat.transformers import attention_support, causal_class
 from ftray.errors import ModelError
 
 VARLEN = "ftray_varlen"
-HARMLESS = {  # what models hand on to their attention that changes nothing here
+IGNORED = {  # arguments of models to their attention that change nothing here
     "cache_position",
     "cu_seq_lens_k",
     "is_causal",
@@ -34,14 +34,14 @@ HARMLESS = {  # what models hand on to their attention that changes nothing here
 
 
 def choose_attention(model_config: Any) -> str:
-    """Name of the attention function for a model on this machine's device, registered if it is ours."""
+    """Name of the attention function for a model on this machine's device; registers ftray's if it is chosen."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     takes_sdpa, takes_registered = attention_support(causal_class(model_config))
     caps = getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
-    usual = "eager" if caps or not takes_sdpa else "sdpa"
+    default = "eager" if caps or not takes_sdpa else "sdpa"
     if not torch.cuda.is_available() or not (takes_sdpa and takes_registered) or _varlen_attn() is None:
-        return usual
+        return default
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, _no_mask)
     return VARLEN
@@ -61,21 +61,41 @@ def varlen_attention(
     softcap: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document. query: [1, heads, tokens, dim]; key, value: [1, kv_heads, tokens, dim].
+    """Causal attention inside each document.
 
-    cu_seq_lens_q: int32 [documents + 1], begins of documents and the end; max_length_q: longest document. Without them
-    the whole row is one document. Returns [1, tokens, heads, dim]. Raises ValueError for a batch of more than one,
-    ModelError for what else a model asks of its attention.
+    Args:
+        module: The attention layer.
+        query: [1, heads, tokens, dim].
+        key: [1, kv_heads, tokens, dim].
+        value: [1, kv_heads, tokens, dim].
+        attention_mask: Must be None.
+        scaling: Factor of the scores.
+        dropout: Must be 0.
+        sliding_window: Tokens that a token attends to.
+        cu_seq_lens_q: int32 [documents + 1]; starts of the documents, and the end. Without it there is one document.
+        max_length_q: Tokens of the longest document.
+        softcap: Soft cap of the scores.
+        **more: Further options of the model.
+
+    Returns:
+        [1, tokens, heads, dim] and None.
+
+    Raises:
+        ValueError: The batch has more than one sequence, or there is dropout.
+        ModelError: The model passes an option that is not supported.
     """
-    asked = [name for name, what in more.items() if what is not None and name not in HARMLESS]
-    if attention_mask is not None:  # there is none of ours: the model made one itself
-        asked.append("attention_mask")
-    if asked:
+    unsupported = [name for name, value in more.items() if value is not None and name not in IGNORED]
+    if attention_mask is not None:  # ftray passes none: the model made one itself
+        unsupported.append("attention_mask")
+    if unsupported:
         raise ModelError(
-            f"{type(module).__name__} asks its attention for {asked[0]}, which ftray's does not do on GPUs; use another base"
+            f"{type(module).__name__} passes {unsupported[0]} to its attention, which ftray does not support on GPUs; use "
+            "another base"
         )
     if query.shape[0] != 1 or dropout:
-        raise ValueError(f"varlen attention takes one row without dropout, got {tuple(query.shape)} and {dropout}")
+        raise ValueError(
+            f"varlen attention takes one packed sequence without dropout, got {tuple(query.shape)} and {dropout}"
+        )
     num_tokens = query.shape[2]
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device)
@@ -109,10 +129,21 @@ def capped_attention(
     softcap: float,
     window: int,
 ) -> torch.Tensor:
-    """As `varlen_attention`, with scores s capped to softcap · tanh(s / softcap) (Gemma Team 2024).
+    """`varlen_attention` with scores s capped to softcap · tanh(s / softcap).
 
-    window: tokens that a token sees, itself among them. One document after the other, and scores again in backward, so
-    that memory holds one document's at a time.
+    Documents are computed one after the other, and scores again in backward, so that memory holds one document's at a time.
+
+    Args:
+        query: [1, heads, tokens, dim].
+        key: [1, kv_heads, tokens, dim].
+        value: [1, kv_heads, tokens, dim].
+        cu_seqlens: int32 [documents + 1].
+        scale: Factor of the scores.
+        softcap: Their cap.
+        window: Tokens that a token attends to, including itself.
+
+    Source:
+        Gemma Team 2024, Gemma 2.
     """
     bounds = cu_seqlens.tolist()
     pieces = []

@@ -1,9 +1,9 @@
-"""Linear layers whose products are taken in 8 bits, for speed: half the time of bf16 in a GPU's matrix units.
+"""Linear layers computed in 8 bits, which takes half the time of bf16 in a GPU's matrix units.
 
-Two formats: `fp8` (e4m3) on Hopper, `int8` on Ampere. A scale for each row of both operands. A frozen base keeps its weights
-in 8 bits, twice: as they are for the product, transposed for the input's gradient, so that they take the memory of bf16. Where
-int8 would round an input with outliers, which it can't hold, the product stays as it was. A weight that is trained stays in
-bf16 and is rounded anew for each product; its own gradient is a product in bf16.
+Two formats: `fp8` (e4m3) on Hopper, `int8` on Ampere, with a scale for each row of both operands. A frozen base keeps its weights
+in 8 bits twice, as they are for the product and transposed for the input's gradient, so that they take the memory of bf16. Where
+int8 cannot represent the outliers of an input, the product stays in bf16. A trained weight stays in bf16 and is quantized for
+each product; its own gradient is computed in bf16.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ import torch
 from ftray import config
 from ftray.compat.torch import fp8_product, int8_product, version_of
 from ftray.errors import ConfigError
-from ftray.model.blocks import layers_of
 from ftray.model.families import family_of
+from ftray.model.families.base import layers_of
 
-SIDES = 16  # products in 8 bits take sides that this divides
-FEWEST_ROWS = 17  # that torch's product of int8 takes
+SIDES = 16  # 8-bit products need dimensions that are multiples of this
+MIN_ROWS = 17  # of an operand of torch's int8 product
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """How 8 bits hold a number. largest: a row's largest after scaling; capability: of the first GPUs (card) that take it."""
+    """An 8-bit number format.
+
+    Attributes:
+        name: Value of `method.base_precision`.
+        dtype: torch's dtype.
+        largest: Largest value of a row after scaling.
+        capability: CUDA compute capability of the first GPUs with this format.
+        card: The first of these GPUs.
+    """
 
     name: str
     dtype: torch.dtype
@@ -42,10 +50,11 @@ FORMATS = {each.name: each for each in (FP8, INT8)}
 
 
 class FrozenLinear(torch.nn.Module):
-    """x Wᵀ + bias with W frozen in 8 bits. `Frozen` of `lora_linear`, and a module with its own gradient besides.
+    """x Wᵀ + bias with W frozen in 8 bits: a `FrozenLayer` of `lora_linear`, and a module with its own gradient.
 
-    weight: [out, in], scale fp32 [1, out]; transposed: [in, out], scale fp32 [1, in]. Under int8 the weight of a layer that
-    narrows is kept as it was, without a scale: what a gated product gives it has outliers (docs/benchmarks.md).
+    Buffers: weight [out, in], scale fp32 [1, out]; transposed [in, out], transposed_scale fp32 [1, in]. With int8, the weight of
+    a layer that narrows stays in its own dtype, without a scale: its inputs, gated products, have outliers
+    (docs/benchmarks.md).
     """
 
     def __init__(self, linear: torch.nn.Linear, format: NumberFormat) -> None:
@@ -76,7 +85,7 @@ class FrozenLinear(torch.nn.Module):
         return _scaled_product(*rows, self.transposed, self.transposed_scale, grad.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in] → [..., out]; for adapters that take PEFT's path."""
+        """x: [..., in] → [..., out]; for adapters that use PEFT's own forward."""
         out: torch.Tensor = _FrozenFunction.apply(x, self)
         return out
 
@@ -93,7 +102,7 @@ class _FrozenFunction(torch.autograd.Function):
 
 
 class TrainedLinear(torch.nn.Linear):
-    """x Wᵀ + bias with W trained: the product and the input's gradient in fp8. The same parameters as the layer it replaces."""
+    """x Wᵀ + bias with W trained; product and input gradient in fp8. It shares the parameters of the layer it replaces."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -151,12 +160,12 @@ _last: tuple[Any, Any, tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def _shared_rows(x: torch.Tensor, format: NumberFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` of an activation, kept until the next: layers beside each other read the same one."""
+    """`quantize_rows` of an activation, cached until the next call: parallel layers read the same activation."""
     global _last
     whole, version = version_of(x)
-    what = (version, x.data_ptr(), x.shape, x.stride(), format)
-    if _last is None or _last[0]() is not whole or _last[1] != what:
-        _last = (weakref.ref(whole), what, quantize_rows(x, format))
+    key = (version, x.data_ptr(), x.shape, x.stride(), format)
+    if _last is None or _last[0]() is not whole or _last[1] != key:
+        _last = (weakref.ref(whole), key, quantize_rows(x, format))
     return _last[2]
 
 
@@ -169,47 +178,47 @@ def _scaled_product(
     if x.dtype == torch.int8:
         from ftray.model.fp8_kernels import scale_sums
 
-        more = max(0, FEWEST_ROWS - len(x))
-        sums = int8_product(torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x, weight.T)
+        padding = max(0, MIN_ROWS - len(x))
+        sums = int8_product(torch.nn.functional.pad(x, (0, 0, 0, padding)) if padding else x, weight.T)
         return scale_sums(sums[: len(x)], x_scale, scale, dtype)
     return fp8_product(x, weight.T, x_scale, scale, dtype)
 
 
 def check_device(format: NumberFormat, device: torch.device) -> None:
-    """Raises ConfigError where the matrix units don't take the format."""
+    """Raises ConfigError if the device does not support the format."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < format.capability:
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         major, minor = format.capability
         raise ConfigError(
             f"method.base_precision {format.name} needs a GPU of compute capability {major}.{minor} ({format.card}) or newer, "
-            f"this worker has {found}; leave it out"
+            f"this worker has {name}; remove it"
         )
 
 
 def use_eight_bits(model: torch.nn.Module, method: config.MethodConfig, device: torch.device) -> int:
-    """Replaces linear layers as `method.base_precision` says, frozen ones by theirs on the device; returns how many.
+    """Replaces linear layers as `method.base_precision` says, and moves frozen ones to the device; returns their number.
 
-    Of adapters' bases and, where all is trained, of the blocks' layers. A layer whose sides don't divide by 16 stays as it
-    is: the product doesn't take it. So do attention's, routers, and all of the last block: what rounding these adds to the
-    loss is far more than their share (docs/benchmarks.md).
+    Applies to the bases of adapters or, in full fine-tuning, to the layers of the blocks. Exempt are layers whose dimensions
+    are not multiples of 16, attention, routers and the whole last block: rounding these costs far more loss than their share of
+    the arithmetic (docs/benchmarks.md).
     """
     kind, is_full = FORMATS[method.base_precision or ""], method.type == "full"
-    found = list(_layers(model, "" if is_full else ".base_layer"))
-    for name, layer in found:
+    layers = list(_layers(model, "" if is_full else ".base_layer"))
+    for name, layer in layers:
         model.set_submodule(name, TrainedLinear(layer) if is_full else FrozenLinear(layer.to(device), kind))
-    return len(found)
+    return len(layers)
 
 
-def _layers(model: torch.nn.Module, end: str) -> Iterator[tuple[str, torch.nn.Linear]]:
+def _layers(model: torch.nn.Module, suffix: str) -> Iterator[tuple[str, torch.nn.Linear]]:
     blocks, family = list(layers_of(model)), family_of(model.config)
     for name, module in model.named_modules():
-        if type(module) is not torch.nn.Linear or not name.endswith(end):
+        if type(module) is not torch.nn.Linear or not name.endswith(suffix):
             continue
-        words = name.removesuffix(end)
-        is_inside = any(words.startswith(f"{block}.") for block in blocks[:-1])
+        base = name.removesuffix(suffix)
+        is_inside = any(base.startswith(f"{block}.") for block in blocks[:-1])
         if (
             is_inside
-            and family.computes_in_8_bits(words)
+            and family.computes_in_8_bits(base)
             and module.in_features % SIDES == 0
             and module.out_features % SIDES == 0
         ):

@@ -1,7 +1,4 @@
-"""What is trained of a model: all of it less what is frozen, or adapters or virtual tokens on a frozen base, by PEFT.
-
-Knows models; nothing of data or training.
-"""
+"""Prepares a base for training: all weights except frozen ones, or LoRA adapters or prompt tuning on a frozen base (PEFT)."""
 
 from __future__ import annotations
 
@@ -25,17 +22,24 @@ def dtype_of(precision: str) -> torch.dtype:
     """torch's dtype for a value of `train.precision`."""
     import torch
 
-    found: torch.dtype = getattr(torch, DTYPES[precision])
-    return found
+    dtype: torch.dtype = getattr(torch, DTYPES[precision])
+    return dtype
 
 
 def build_model(
     model: config.ModelConfig, method: config.MethodConfig, precision: str, seed: int, outline: bool = False
 ) -> Any:
-    """What is trained: the base with all weights trainable but those that `method.freeze` names, or a frozen base with
-    seeded adapters or virtual tokens in its own dtype. Raises ConfigError for names that fit nothing, or everything.
+    """The model to train: a base with trainable weights, or a frozen base with seeded adapters or a prompt.
 
-    outline: without any values, on torch's meta device.
+    Args:
+        model: The section `model`.
+        method: The section `method`.
+        precision: dtype of the weights, as in `train.precision`.
+        seed: Seed of adapters and prompts.
+        outline: Without values, on torch's meta device.
+
+    Raises:
+        ConfigError: A name in `method.freeze` or `method.target_modules` matches nothing, or everything.
     """
     from ftray.model.load import load_base, outline_base
 
@@ -48,36 +52,37 @@ def build_model(
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name not in frozen)
         return base
-    return (
-        add_virtual_tokens(base, method, seed) if method.type == "prompt-tuning" else add_adapters(base, method, seed)
-    )
+    return add_prompt(base, method, seed) if method.type == "prompt-tuning" else add_adapters(base, method, seed)
 
 
 def frozen_names(names: list[str], patterns: list[str]) -> list[str]:
-    """Those of a model's parameters that `method.freeze` names: a pattern fits a run of whole parts of a name.
+    """The parameters that `method.freeze` names; a pattern matches consecutive parts of a name.
 
-    Raises ConfigError for a pattern that fits none, naming the closest parts, and when nothing is left to train.
+    Raises ConfigError for a pattern that matches nothing, and if nothing is left to train.
     """
     frozen: set[str] = set()
     for pattern in patterns:
-        fits = re.compile(r"(?:^|.*\.)" + re.escape(pattern).replace(r"\*", r"[^.]*") + r"(?:\..*|$)")
-        found = [name for name in names if fits.match(name)]
-        if not found:
+        regex = re.compile(r"(?:^|.*\.)" + re.escape(pattern).replace(r"\*", r"[^.]*") + r"(?:\..*|$)")
+        matches = [name for name in names if regex.match(name)]
+        if not matches:
             known = sorted({re.sub(r"\d+", "*", name) for name in names})
             close = get_close_matches(pattern, known, 3, 0.0)
             raise ConfigError(
-                f"method.freeze: no parameter's name holds {pattern}; names are like {', '.join(close)}; correct or remove it"
+                f"method.freeze: {pattern} matches no parameter; similar names are {', '.join(close)}; correct or remove it"
             )
-        frozen.update(found)
+        frozen.update(matches)
     if len(frozen) == len(names):
         raise ConfigError("method.freeze leaves nothing to train; remove one of its patterns")
     return [name for name in names if name in frozen]
 
 
-def add_virtual_tokens(base: PreTrainedModel, method: config.MethodConfig, seed: int) -> Any:
-    """Wraps the base with prompt tuning (Lester et al. 2021): virtual tokens' embeddings, drawn from the vocabulary's.
+def add_prompt(base: PreTrainedModel, method: config.MethodConfig, seed: int) -> Any:
+    """Wraps the base with prompt tuning; the prompt is initialized with embeddings of random tokens.
 
-    `SummedLoss` puts them in front of every document of a row. They keep the base's dtype, as adapters do.
+    The objective `PromptTuning` puts the prompt in front of every document. It has the base's dtype, as adapters do.
+
+    Source:
+        Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning.
     """
     import torch
     from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
@@ -90,15 +95,21 @@ def add_virtual_tokens(base: PreTrainedModel, method: config.MethodConfig, seed:
     torch.manual_seed(seed)
     dtype = base.get_input_embeddings().weight.dtype
     tuned = get_peft_model(base, settings, autocast_adapter_dtype=False)
-    tuned.prompt_encoder.to(dtype)  # PEFT makes them float32 whatever the base is
+    tuned.prompt_encoder.to(dtype)  # PEFT makes it float32 for every base
     return tuned
 
 
 def add_adapters(base: PreTrainedModel, method: config.MethodConfig, seed: int) -> Any:
-    """Wraps the base with LoRA adapters (Hu et al. 2021); A is seeded, B is zero. Raises ConfigError for no target.
+    """Wraps the base with LoRA adapters; A is seeded, B is zero.
 
-    The adapters keep the base's dtype: PEFT's cast to float32 would cost a third of the speed, and the optimizer holds
-    fp32 masters anyway.
+    The adapters have the base's dtype: PEFT's cast to float32 would cost a third of the speed, and the optimizer has fp32
+    master weights anyway.
+
+    Raises:
+        ConfigError: `method.target_modules` matches no layer.
+
+    Source:
+        Hu et al. 2021, LoRA.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -126,7 +137,7 @@ def add_adapters(base: PreTrainedModel, method: config.MethodConfig, seed: int) 
 
 
 def check_targets(model: config.ModelConfig, method: config.MethodConfig) -> None:
-    """Raises ConfigError for a name in target_modules or freeze that the base has not. Loads no weights."""
+    """Raises ConfigError for a name in target_modules or freeze that matches nothing. Loads no weights."""
     has_targets = method.type in ("lora", "qlora") and not isinstance(method.target_modules, str)
     if not has_targets and not method.freeze:
         return
@@ -135,9 +146,9 @@ def check_targets(model: config.ModelConfig, method: config.MethodConfig) -> Non
 
     from ftray.model.load import checked_revision, resolve_base
 
-    place = resolve_base(model)
+    location = resolve_base(model)
     base = AutoConfig.from_pretrained(
-        place, revision=checked_revision(model, place), trust_remote_code=model.trust_remote_code
+        location, revision=checked_revision(model, location), trust_remote_code=model.trust_remote_code
     )
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(base, trust_remote_code=model.trust_remote_code)
@@ -147,8 +158,8 @@ def check_targets(model: config.ModelConfig, method: config.MethodConfig) -> Non
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise ConfigError(
-                f"method.target_modules: no linear layer of {model.base} is called {target}; its layers are {known}, "
-                "or use all-linear"
+                f"method.target_modules: {model.base} has no linear layer named {target}; its layers are {known}. Correct it, or "
+                "use all-linear"
             )
 
 

@@ -16,7 +16,7 @@ from ftray.model.fp8 import FrozenLinear
 
 
 class FrozenLayer(Protocol):
-    """A linear layer that isn't trained: its product, and what its input's gradient is."""
+    """A frozen linear layer: its product, and the gradient of its input."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in] → a new tensor [tokens, out], bias added."""
@@ -27,22 +27,22 @@ class FrozenLayer(Protocol):
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """Weights [out, in] as they are. Looked up anew in backward, where ZeRO-3 has gathered them again."""
+    """Unquantized weights [out, in]; read again in backward, where ZeRO-3 has gathered them again."""
 
     layer: Any
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """As Frozen."""
+        """See FrozenLayer."""
         return torch.nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """As Frozen."""
+        """See FrozenLayer."""
         return torch.mm(grad, self.layer.weight)
 
 
 @dataclass(frozen=True)
 class FourBitLayer:
-    """A bitsandbytes layer; its weights are made whole for each product and forgotten."""
+    """A bitsandbytes layer; its weights are dequantized for each product."""
 
     layer: Any
 
@@ -53,18 +53,23 @@ class FourBitLayer:
         return whole
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """As Frozen."""
+        """See FrozenLayer."""
         return torch.nn.functional.linear(x, self._weight(), self.layer.bias)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """As Frozen."""
+        """See FrozenLayer."""
         return torch.mm(grad, self._weight())
 
 
 class LoraFunction(torch.autograd.Function):
     """frozen(x) + scaling · (x Aᵀ) Bᵀ, with gradients for x, A and B.
 
-    x: [..., in]; a: [rank, in]; b: [out, rank]; all of one dtype.
+    Args:
+        x: [..., in].
+        frozen: The base layer.
+        a: [rank, in].
+        b: [out, rank].
+        scaling: Factor of the adapter.
     """
 
     @staticmethod
@@ -95,7 +100,7 @@ class LoraFunction(torch.autograd.Function):
 
 
 def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
-    """`LoraFunction` over a PEFT layer's only adapter; None where PEFT's own path must be taken."""
+    """`LoraFunction` for a PEFT layer's only adapter; None if PEFT's own forward is needed."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if not plain or name not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
@@ -115,7 +120,7 @@ def _frozen(base: Any) -> FrozenLayer:
 
 
 class FusedLoraLinear(Linear):
-    """PEFT's LoRA linear with `LoraFunction` where it applies."""
+    """PEFT's LoRA linear layer with `LoraFunction` where it applies."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [..., in] → [..., out]."""
@@ -124,14 +129,14 @@ class FusedLoraLinear(Linear):
 
 
 def fused_layers(four_bit: bool) -> dict[type, type]:
-    """Base layer's class → the class that carries its adapter, for PEFT's registration of custom modules."""
+    """Class of a base layer → class of its adapter, for `register_layers`."""
     if not four_bit:
         return {torch.nn.Linear: FusedLoraLinear}
     import bitsandbytes
     from peft.tuners.lora import Linear4bit
 
     class FusedLoraLinear4bit(Linear4bit):
-        """PEFT's LoRA over 4 bits with `LoraFunction` where it applies."""
+        """PEFT's LoRA layer over a 4-bit base with `LoraFunction` where it applies."""
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             """x: [..., in] → [..., out]."""

@@ -1,8 +1,8 @@
-"""Whole weights in 4 or 8 bits, as a directory that transformers and vLLM load. Knows models; nothing of runs.
+"""Quantizes whole weights to 4 or 8 bits, as a directory that transformers and vLLM load.
 
-nf4 and int8 are bitsandbytes' (4-bit NormalFloat with double quantization; LLM.int8). fp8 is compressed-tensors': e4m3
-weights with a scale for each row, activations with a scale for each token, taken as they come, so that no data is needed.
-The output head and the embeddings stay as they are. All three are made on a CPU as well as on a GPU.
+nf4 and int8 use bitsandbytes (4-bit NormalFloat with double quantization; LLM.int8). fp8 uses compressed-tensors: e4m3 weights
+with a scale per row, activations with a dynamic scale per token, so that no calibration data is needed. Output head and
+embeddings are not quantized. All three work on CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ftray.model.lora import dtype_of
 if TYPE_CHECKING:
     import torch
 
-KINDS = {  # kind → the module that it needs, what brings it, what it is called
+KINDS = {  # kind → required module, package to install, description
     "nf4": ("bitsandbytes", "bitsandbytes", "4-bit NormalFloat (bitsandbytes)"),
     "int8": ("bitsandbytes", "bitsandbytes", "8-bit integers (bitsandbytes)"),
     "fp8": ("compressed_tensors", "'ftray[quantize]'", "8-bit floats, e4m3 (compressed-tensors)"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftray import config
 from ftray.errors import ConfigError
-from ftray.train.memory import RECOMPUTE_COST, SMALL_BATCH_TOKENS
+from ftray.train.memory import CHECKPOINTING_COST, SMALL_BATCH_TOKENS
 
 if TYPE_CHECKING:
     from ftray.report.model_shape import ModelShape
@@ -135,7 +135,9 @@ def tokens_per_s(
     if run.train.precision == "fp32":
         products_s *= FP32_COST
     rest_s = PASSES[method.type] * shape.kept_bytes(run.train.precision) / card.bandwidth
-    compute_s = (products_s + rest_s) * (1 + RECOMPUTE_COST * share) * (QLORA_COST if method.type == "qlora" else 1.0)
+    compute_s = (
+        (products_s + rest_s) * (1 + CHECKPOINTING_COST * share) * (QLORA_COST if method.type == "qlora" else 1.0)
+    )
     compute_s *= (1 + SMALL_BATCH_TOKENS / tokens) / (1 + SMALL_BATCH_TOKENS / MEASURED_TOKENS)
     step_tokens = run.train.global_batch_size * run.data.max_seq_len / world_size
     return 1 / (compute_s + _talk_s(run, shape, card, world_size, tokens, step_tokens))

@@ -23,7 +23,7 @@ from ftray.train.memory import (
     StateMemory,
     best_fit,
     head_of,
-    longest_row,
+    max_sequence_tokens,
     state_bytes,
 )
 
@@ -183,7 +183,7 @@ def way_of(run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: 
 
     documents: most of them in a row.
     """
-    seq, per_rank = longest_row(run, documents), run.train.global_batch_size // world_size
+    seq, per_rank = max_sequence_tokens(run, documents), run.train.global_batch_size // world_size
     given = run.train.micro_batch_size
     rows = [n for n in range(1, per_rank + 1) if per_rank % n == 0] if given == "auto" else [given]
     wanted = {"none": [0], "selective": [shape.num_layers // 2], "full": [shape.num_layers]}
@@ -244,7 +244,7 @@ def parts_of(
     Without accumulation gradients appear only as activations go.
     """
     static = _static(run, shape, world_size)
-    tokens = fit.micro_batch_size * longest_row(run, documents)
+    tokens = fit.micro_batch_size * max_sequence_tokens(run, documents)
     activations = memory.activations(tokens, fit.layers)
     working = memory.working(tokens, fit.layers)
     gradients = static.gradients

@@ -1,4 +1,4 @@
-"""The line between driver and one group of workers: an actor that keeps events for the driver, and its wish to stop."""
+"""What driver and workers exchange: the job, the workers' locations, events, stop requests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,38 @@ from typing import Any
 
 import ray
 
+from ftray import config, storage
 from ftray.events.types import Event
 
 
 @dataclass(frozen=True)
+class TrainJob:
+    """The training job that the driver sends to each worker.
+
+    Attributes:
+        run: The run's configuration.
+        run_dir: The run's directory, absolute.
+        meta: Hashes and versions, kept in each checkpoint.
+        heldout: Reference to the table of eval sequences, or None.
+        channel: Handle of the DriverChannel actor.
+        parent: The checkpoint whose weights a new run starts from, or None.
+        lease: The driver's right to write the run.
+        waits: Whether training waits after each eval until the driver has decided whether the trial goes on.
+    """
+
+    run: config.RunConfig
+    run_dir: str
+    meta: dict[str, Any]
+    heldout: Any
+    channel: Any
+    parent: str | None = None
+    lease: storage.Token | None = None
+    waits: bool = False
+
+
+@dataclass(frozen=True)
 class WorkerLocation:
-    """Where a rank runs. actor: the handle by which it can be killed."""
+    """Where a rank runs. actor: Handle to kill it."""
 
     rank: int
     node_id: str
@@ -23,7 +49,7 @@ class WorkerLocation:
 
 
 class DriverChannel:
-    """An actor. Rank 0 records events; the driver drains them."""
+    """An actor between the driver and one worker group: rank 0 records events, the driver drains them."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -32,18 +58,18 @@ class DriverChannel:
         self._last_settled = -1
         self._stop = False
         self._failure: tuple[str, str] | None = None
-        self._places: list[WorkerLocation] = []
+        self._workers: list[WorkerLocation] = []
 
-    def join(self, place: WorkerLocation) -> None:
-        """Keeps where a rank runs."""
-        self._places.append(place)
+    def join(self, worker: WorkerLocation) -> None:
+        """A worker has started."""
+        self._workers.append(worker)
 
-    def places(self) -> list[WorkerLocation]:
-        """What `join` kept: the workers that have begun."""
-        return sorted(self._places, key=lambda place: place.rank)
+    def workers(self) -> list[WorkerLocation]:
+        """The workers that have started, by rank."""
+        return sorted(self._workers, key=lambda worker: worker.rank)
 
     def record(self, event: Event) -> bool:
-        """Keeps an event for the driver; returns whether it wants the run to stop."""
+        """Keeps an event for the driver; returns whether the workers should stop."""
         with self._lock:
             self._events.append(event)
             return self._stop
@@ -55,21 +81,21 @@ class DriverChannel:
             return events
 
     def fail(self, kind: str, message: str) -> None:
-        """Keeps the first error that trying again won't cure: kind is its class's name in `errors`."""
+        """Keeps the first error that a retry will not fix. kind: Name of its class in `errors`."""
         self._failure = self._failure or (kind, message)
 
     def failure(self) -> tuple[str, str] | None:
-        """What `fail` kept."""
+        """The (kind, message) of `fail`."""
         return self._failure
 
     def settle(self, step: int, stop: bool) -> None:
-        """Says whether the run goes on after the held-out loss of a step."""
+        """The driver has decided whether the run goes on after the eval of a step."""
         with self._settled:
             self._last_settled, self._stop = step, self._stop or stop
             self._settled.notify_all()
 
     def verdict(self, step: int) -> bool:
-        """Waits until a step is settled; returns whether the run is to stop."""
+        """Waits until a step is settled; returns whether the workers should stop."""
         with self._settled:
             self._settled.wait_for(lambda: self._last_settled >= step)
             return self._stop

@@ -1,6 +1,6 @@
-"""What training keeps in a GPU's memory, by arithmetic: states by optimizer and stage, activations by rows and layers.
+"""The memory model of training on a GPU: states by optimizer and ZeRO stage, activations by sequences and layers.
 
-`fit` fills it in with what it measures on the GPU, `observe.plan` with what follows from a model's shape. No torch.
+`memory_tuning` fills it with measurements on the GPU, `report.plan` with estimates from a model's shape. No torch.
 """
 
 from __future__ import annotations
@@ -12,36 +12,51 @@ from ftray import config
 from ftray.train.zero.config import owns_optimizer, size_of
 
 EIGHT_BIT = "adamw-8bit"
-PAGED = "-paged"  # behind an optimizer's name: moments live in the host's memory
+PAGED = "-paged"  # suffix of an optimizer's name: moments are in host memory
 PIECE_LOGITS = 2**29  # logits in memory at once
-HIDDEN_AT_HEAD = 2.6  # hidden states under way while the head is at work: their gradient, the last norm's (measured)
-LAYER_AT_WORK = 1.2  # a recomputed layer's activations and gradients under way, as shares of what one keeps (measured)
-LAYER_IN_BACKWARD = 0.2  # the same of a layer that kept its activations: only the gradients come on top
-RECOMPUTE_COST = 0.33  # of a step's time, for recomputing every layer: a forward pass of three
-SMALL_BATCH_TOKENS = 350  # a micro-batch costs as if it had this many tokens more
-RESERVE = 0.05  # of the memory, for fragments and what is not modelled
+HIDDEN_AT_HEAD = 2.6  # hidden states in memory at the head: their gradient, the last norm's (measured)
+LAYER_AT_WORK = (
+    1.2  # activations and gradients of a checkpointed layer in backward, over those it keeps otherwise (measured)
+)
+LAYER_IN_BACKWARD = 0.2  # the same for a layer that kept its activations: only gradients are added
+CHECKPOINTING_COST = 0.33  # of a step's time with all layers checkpointed: one more forward pass on three
+SMALL_BATCH_TOKENS = 350  # fixed cost of a micro-batch, in tokens
+RESERVE = 0.05  # of the memory, for fragmentation and everything that is not modeled
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes at the output head. fixed: whatever the tokens; token: of a token's logits; at_once: tokens that have theirs."""
+    """Bytes at the output head.
+
+    Attributes:
+        fixed: Independent of the number of tokens.
+        token: Of a token's logits.
+        at_once: Tokens whose logits are in memory at once.
+    """
 
     fixed: float
     token: float
     at_once: float
 
     def bytes(self, tokens: int) -> float:
-        """Of a micro-batch of so many tokens."""
+        """Bytes for a micro-batch with this number of tokens."""
         return self.fixed + self.token * min(tokens, self.at_once)
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes on one GPU. capacity: what may be used; static: weights, gradients, optimizer states.
+    """Bytes on one GPU.
 
-    kept, recomputed: a token's activations when all layers keep theirs, and when none does; hidden: a token's hidden
-    state; head: what logits take; update: what the optimizer's step takes, when activations are gone.
+    Attributes:
+        capacity: Usable memory.
+        static: Weights, gradients, optimizer states.
+        kept: A token's activations if no layer is checkpointed.
+        recomputed: A token's activations if all layers are checkpointed.
+        num_layers: Layers of the model.
+        hidden: A token's hidden state.
+        head: Memory at the output head.
+        update: Extra memory of the optimizer's step, when activations are freed.
     """
 
     capacity: float
@@ -54,24 +69,31 @@ class MemoryModel:
     update: float = 0.0
 
     def activations(self, tokens: int, layers: int) -> float:
-        """Bytes that are kept for backward with `layers` of the layers recomputed."""
+        """Bytes kept for backward with `layers` of the layers checkpointed."""
         share = layers / max(1, self.num_layers)
         return tokens * (self.kept * (1 - share) + self.recomputed * share)
 
     def working(self, tokens: int, layers: int) -> float:
-        """Bytes besides at the peak, which is at the head or in the last layer's backward: nothing is freed by then."""
+        """Further bytes at the peak, which is at the head or in the last layer's backward, before anything is freed."""
         layer = (self.kept - self.recomputed) / max(1, self.num_layers)
-        under_way = tokens * layer * (LAYER_AT_WORK if layers else LAYER_IN_BACKWARD)
-        return max(self.head.bytes(tokens) + tokens * self.hidden * HIDDEN_AT_HEAD, under_way)
+        in_backward = tokens * layer * (LAYER_AT_WORK if layers else LAYER_IN_BACKWARD)
+        return max(self.head.bytes(tokens) + tokens * self.hidden * HIDDEN_AT_HEAD, in_backward)
 
     def peak(self, tokens: int, layers: int) -> float:
-        """Bytes of a step with `layers` of the layers recomputed."""
+        """Peak bytes of a step with `layers` of the layers checkpointed."""
         return self.static + max(self.activations(tokens, layers) + self.working(tokens, layers), self.update)
 
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """What was chosen. layers: recomputed ones; peak: bytes expected, None where nothing was measured."""
+    """The chosen memory settings.
+
+    Attributes:
+        micro_batch_size: Packed sequences per forward pass.
+        layers: Layers with gradient checkpointing.
+        num_layers: Layers of the model.
+        peak: Expected peak in bytes; None if nothing was measured.
+    """
 
     micro_batch_size: int
     layers: int
@@ -80,28 +102,32 @@ class MemoryChoice:
 
 
 def best_fit(
-    memory: MemoryModel, rows: list[int], layers: list[int], seq: int, before: int | None = None
+    memory: MemoryModel, sizes: list[int], layers: list[int], seq: int, before: int | None = None
 ) -> MemoryChoice:
-    """The fastest of rows × layers by a model of time; the smallest if none fits.
+    """The fastest combination of micro-batch size and checkpointed layers that fits; the smallest if none fits.
 
-    rows: possible micro-batch sizes; layers: possible numbers of recomputed layers; seq: tokens of a row. before: the
-    rows that the run was begun with, which are kept if they fit: dropout's masks hang on them.
+    Args:
+        memory: The memory model.
+        sizes: Possible micro-batch sizes.
+        layers: Possible numbers of checkpointed layers.
+        seq: Tokens of a packed sequence.
+        before: Micro-batch size that the run started with; it is kept if it fits, because dropout masks depend on it.
     """
 
     def cost(pair: tuple[int, int]) -> float:
         share = pair[1] / max(1, memory.num_layers)
-        return (1 + RECOMPUTE_COST * share) * (1 + SMALL_BATCH_TOKENS / (pair[0] * seq))
+        return (1 + CHECKPOINTING_COST * share) * (1 + SMALL_BATCH_TOKENS / (pair[0] * seq))
 
-    pairs = [(n, k) for n in rows for k in layers]
+    pairs = [(n, k) for n in sizes for k in layers]
     limit = memory.capacity * (1 - RESERVE)
     fitting = [pair for pair in pairs if memory.peak(pair[0] * seq, pair[1]) <= limit]
     kept = [pair for pair in fitting if pair[0] == before]
-    chosen = min(kept or fitting, key=cost) if fitting else (min(rows), max(layers))
+    chosen = min(kept or fitting, key=cost) if fitting else (min(sizes), max(layers))
     return MemoryChoice(*chosen, memory.num_layers, memory.peak(chosen[0] * seq, chosen[1]))
 
 
-def longest_row(run: config.RunConfig, documents: int) -> int:
-    """Tokens of a row at most. documents: most of them in one; prompt tuning puts its virtual tokens in front of each."""
+def max_sequence_tokens(run: config.RunConfig, documents: int) -> int:
+    """Most tokens of a packed sequence with this number of documents; prompt tuning adds its prompt to each."""
     return run.data.max_seq_len + (
         run.method.num_virtual_tokens * documents if run.method.type == "prompt-tuning" else 0
     )
@@ -111,7 +137,11 @@ def longest_row(run: config.RunConfig, documents: int) -> int:
 class StateMemory:
     """Bytes on one GPU besides weights and activations.
 
-    optimizer: masters and moments; bucket: where gradients are summed over ranks; update: only in the step itself.
+    Attributes:
+        gradients: Gradients.
+        optimizer: Master weights and moments.
+        bucket: Buffer in which gradients are summed over ranks.
+        update: Only during the optimizer's step.
     """
 
     gradients: float
@@ -121,14 +151,18 @@ class StateMemory:
 
     @property
     def lasting(self) -> float:
-        """What stays from step to step."""
+        """Bytes that stay from step to step."""
         return self.gradients + self.optimizer + self.bucket
 
 
 def state_bytes(run: config.RunConfig, number: int, world_size: int, largest: int) -> StateMemory:
-    """Of `number` trained weights, with everything on the GPU but paged moments: these come for one parameter at a time.
+    """Memory of the training state.
 
-    largest: weights of the largest parameter.
+    Args:
+        run: The run's configuration.
+        number: Trained weights.
+        world_size: Ranks that share the state.
+        largest: Weights of the largest parameter; paged moments are on the GPU for one parameter at a time.
     """
     own = 4 if run.train.precision == "fp32" else 2
     if owns_optimizer(run.train, run.deepspeed):
@@ -138,23 +172,23 @@ def state_bytes(run: config.RunConfig, number: int, world_size: int, largest: in
     gradients = own / (world_size if run.deepspeed.zero_stage > 1 else 1)
     update = (own + 4) / world_size  # flat gradients, and the same in fp32
     bucket = own * size_of(run.deepspeed, "reduce_bucket_size")
-    if run.deepspeed.offload != "none":  # masters, moments and the step itself are the host's
+    if run.deepspeed.offload != "none":  # masters, moments and the step itself are on the host
         return StateMemory(number * gradients, 0.0, bucket, 0.0)
     return StateMemory(number * gradients, number * 12 / world_size, bucket, number * update)
 
 
 def gathered_bytes(run: config.RunConfig, number: int) -> float:
-    """Weights that ZeRO-3 keeps whole on a GPU at once, and those under way, of a model of `number`."""
+    """Bytes of the weights that ZeRO-3 keeps gathered or prefetches on a GPU, of a model with `number` weights."""
     most = size_of(run.deepspeed, "stage3_max_live_parameters") + size_of(run.deepspeed, "stage3_prefetch_bucket_size")
     return min(number, most) * (4 if run.train.precision == "fp32" else 2)
 
 
 def head_of(run: config.RunConfig, vocabulary: int, width: int, is_trained: bool, in_pieces: bool = True) -> HeadMemory:
-    """What logits of the vocabulary take.
+    """Memory at the output head.
 
-    Logits of a piece of the tokens and their gradient, with label smoothing or in fp32 their float32 forms besides; of a
-    head that is trained also its gradient's sum in fp32. Not in pieces (heads that aren't plain): those of all,
-    besides the four bytes of each that its activations hold.
+    In pieces: the logits of a piece of the tokens and their gradient; with label smoothing or in fp32 also their float32
+    forms; for a trained head also its gradient's sum in fp32. Not in pieces: the logits of all tokens, in addition to the
+    four bytes of each in the activations.
     """
     in_fp32 = run.train.precision == "fp32"
     if not in_pieces:
@@ -165,5 +199,5 @@ def head_of(run: config.RunConfig, vocabulary: int, width: int, is_trained: bool
 
 
 def piece_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are in memory at once: 4096 of a vocabulary of 128,256."""
+    """Tokens whose logits are in memory at once: 4096 for a vocabulary of 128,256."""
     return max(256, PIECE_LOGITS // vocabulary // 256 * 256)

@@ -1,7 +1,7 @@
-"""The lines of metrics that one checkpoint committed: one file of `<run>/metrics/`, checked against its sum.
+"""Metrics segments: the lines that one checkpoint committed, a file in `<run>/metrics/` with a checksum.
 
-A damaged or missing segment costs its lines, never the run: they are taken from `metrics.jsonl` where that still has them
-unchanged, otherwise these steps are left out, with a warning that names the file.
+A damaged or missing segment never costs the run: its lines are read from `metrics.jsonl` if that still has them unchanged;
+otherwise these steps are left out, with a warning that names the file.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NUMBERS = (
 
 
 def segment_sum(text: str) -> str:
-    """Sixteen hex digits that change when the text of a segment does."""
+    """Checksum of a segment's text: sixteen hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_line(text: str) -> dict[str, Any]:
-    """A line of metrics. Raises ValueError for one that training can't have written."""
+    """A line of metrics. Raises ValueError for a line that training did not write."""
     line = parse_object(text)
     step = line.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError("a line names no step")
+        raise ValueError("a line has no step")
     for key in NUMBERS:
         value = line.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -43,14 +43,20 @@ def parse_line(text: str) -> dict[str, Any]:
 
 
 class SegmentReader:
-    """Reads segments of a run. sums: of each segment, by name, as far as they are known; warn: told what is damaged."""
+    """Reads the segments of a run.
+
+    Args:
+        run_dir: The run's directory.
+        sums: Known checksums by segment name.
+        warn: Gets a message about each damaged segment.
+    """
 
     def __init__(self, run_dir: str, sums: Mapping[str, str], warn: Callable[[str], None]) -> None:
         self._run_dir, self._sums, self._warn = run_dir, sums, warn
         self._merged: dict[int, str] | None = None
 
     def lines(self, name: str) -> dict[int, str]:
-        """The text of each line, by its step; {} for a segment that is lost."""
+        """The text of each line by step; {} for a lost segment."""
         uri = storage.join(self._run_dir, "metrics", name)
         try:
             return self._checked(name, storage.read_bytes(uri))
@@ -59,12 +65,12 @@ class SegmentReader:
         except ValueError as err:
             reason = str(err)
         first, last = (int(part) for part in name.removesuffix(".jsonl").split("-"))
-        if (found := self._from_merged(name, first, last)) is not None:
-            self._warn(f"{uri} is damaged ({reason}); its lines are taken from metrics.jsonl")
-            return found
+        if (lines := self._from_merged(name, first, last)) is not None:
+            self._warn(f"{uri} is damaged ({reason}); its lines are read from metrics.jsonl")
+            return lines
         self._warn(
             f"{uri} is damaged ({reason}); the metrics of steps {first} to {last} are left out. "
-            "Checkpoints don't depend on them"
+            "Checkpoints do not depend on them"
         )
         return {}
 
@@ -74,37 +80,37 @@ class SegmentReader:
         except UnicodeDecodeError:
             raise ValueError("it is not text") from None
         if name in self._sums and segment_sum(text) != self._sums[name]:
-            raise ValueError("its sha256 is another" if text.strip("\0 \n") else "it is empty")
+            raise ValueError("its checksum differs" if text.strip("\0 \n") else "it is empty")
         lines = {int(parse_line(line)["step"]): line for line in text.splitlines()}
         if not lines:
             raise ValueError("it is empty")
         return lines
 
     def _from_merged(self, name: str, first: int, last: int) -> dict[int, str] | None:
-        """The segment's lines out of metrics.jsonl; None where that doesn't have all of them unchanged."""
+        """The segment's lines in metrics.jsonl; None if that does not have all of them unchanged."""
         if self._merged is None:
             self._merged = read_merged(self._run_dir)
-        found = {step: self._merged[step] for step in range(first, last + 1) if step in self._merged}
-        text = "".join(f"{line}\n" for line in found.values())
-        whole = segment_sum(text) == self._sums[name] if name in self._sums else len(found) == last + 1 - first
-        return found if whole and found else None
+        lines = {step: self._merged[step] for step in range(first, last + 1) if step in self._merged}
+        text = "".join(f"{line}\n" for line in lines.values())
+        is_whole = segment_sum(text) == self._sums[name] if name in self._sums else len(lines) == last + 1 - first
+        return lines if is_whole and lines else None
 
 
 def read_merged(run_dir: str) -> dict[int, str]:
-    """The lines of metrics.jsonl that can be read, by step; {} where there is no such file."""
+    """The readable lines of metrics.jsonl by step; {} without the file."""
     try:
         data = storage.read_bytes(storage.join(run_dir, "metrics.jsonl"))
     except storage.MissingFile:
         return {}
-    found = {}
+    lines = {}
     for line in data.decode(errors="replace").splitlines():
         try:
-            found[int(parse_line(line)["step"])] = line
+            lines[int(parse_line(line)["step"])] = line
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def as_text(lines: list[dict[str, Any]]) -> str:
-    """A segment's text."""
+    """The text of a segment with these lines."""
     return "".join(json.dumps(line) + "\n" for line in lines)

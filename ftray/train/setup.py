@@ -13,9 +13,8 @@ from ftray.train.checkpoint.catalog import CheckpointRef, RunProgress
 from ftray.train.checkpoint.restore import newest_on_all_ranks, parent_parts
 from ftray.train.checkpoint.tensors import TensorPartReader
 from ftray.train.checkpoint.writer import CheckpointSchedule, CheckpointWriter
-from ftray.train.driver_channel import DriverLink
+from ftray.train.driver_channel import DriverLink, TrainJob
 from ftray.train.eval_loss import Evaluator
-from ftray.train.job import TrainJob
 from ftray.train.optim.loss_scaler import restore_scale
 from ftray.train.parallel import DeviceMesh
 from ftray.train.step_timer import StragglerTimer
@@ -51,7 +50,7 @@ def build_trainer(job: TrainJob) -> Trainer:
         evaluator=Evaluator(run.evaluate, job.heldout, mesh, engine.memory.micro_batch_size),
         bad_steps=BadStepPolicy.from_config(run.train),
         timer=StragglerTimer(mesh),
-        link=DriverLink(job.monitor if mesh.is_first else None),
+        link=DriverLink(job.channel if mesh.is_first else None),
         progress=progress,
         micro_batch_before=micro_batch_before,
         waits=job.waits,

@@ -37,7 +37,7 @@ from ftray.train.checkpoint.tensors import TensorPartReader
 from ftray.train.checkpoint.writer import CheckpointSchedule, CheckpointWriter
 from ftray.train.driver_channel import DriverLink
 from ftray.train.eval_loss import Evaluator
-from ftray.train.optim.loss_scaler import read_scale, searches_scale
+from ftray.train.optim.loss_scaler import lowered_scale, read_scale
 from ftray.train.optim.schedule import learning_rate
 from ftray.train.parallel import DeviceMesh
 from ftray.train.step_timer import StragglerTimer, slowest, timed
@@ -149,7 +149,7 @@ class Trainer:
         sums = self.mesh.sum([*values, *self.timer.take_all()])
         updated = math.isfinite(sums[0]) and not getattr(engine.optimizer, "overflow", False)
         progress.step = batch.step + 1
-        self.bad_steps.count(progress, sums[0], updated, searches_scale(engine, scale))
+        self.bad_steps.count(progress, sums[0], updated, lowered_scale(engine, scale))
 
         norm = engine.get_global_grad_norm()
         event = StepFinished(

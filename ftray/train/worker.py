@@ -1,4 +1,4 @@
-"""What runs in each Ray Train worker: it tells where it is, trains, and tells what trying again won't cure.
+"""The function that runs in each Ray Train worker: it joins the channel, trains, and reports errors that a retry cannot fix.
 
 Imports nothing heavy at the top: Ray Train's controller loads this module, too, before it starts the workers.
 """
@@ -13,37 +13,36 @@ import ray.train
 
 from ftray import storage
 from ftray.errors import ConfigError, FtrayError, innermost
-from ftray.train.driver_channel import WorkerLocation
+from ftray.train.driver_channel import TrainJob, WorkerLocation
 from ftray.train.failures import out_of_memory
-from ftray.train.job import TrainJob
 
 
 def train_worker(arguments: dict[str, TrainJob]) -> None:
-    """Trains from the newest sound checkpoint to the end, or until a stop is asked for; all ranks run it.
+    """Trains from the newest sound checkpoint to the end, or until a stop is requested; all ranks run it.
 
-    An FtrayError is one that trying again won't cure, and so is too little memory for a step: the driver is told.
+    The driver is told of an FtrayError and of too little memory for a step: a retry would end the same way.
     """
     job = arguments["job"]
-    ray.get(job.monitor.join.remote(_place()))
+    ray.get(job.channel.join.remote(_location()))
     try:
         if not storage.exists(storage.join(job.run_dir, "run.json")):
             raise ConfigError(
-                f"storage: {job.run_dir} is not to be seen from {socket.gethostname()}, where a worker runs; give a "
-                "directory that all nodes share, or s3://…"
+                f"storage: {job.run_dir} is not visible on {socket.gethostname()}, where a worker runs; use a directory that "
+                "all nodes share, or s3://…"
             )
         from ftray.train.setup import build_trainer
 
         build_trainer(job).train()
     except Exception as err:
-        known = innermost(err)
-        if isinstance(known, FtrayError):
-            ray.get(job.monitor.fail.remote(type(known).__name__, str(known)))
-        elif (sentence := out_of_memory(known)) is not None:
-            ray.get(job.monitor.fail.remote("RunError", sentence))
+        cause = innermost(err)
+        if isinstance(cause, FtrayError):
+            ray.get(job.channel.fail.remote(type(cause).__name__, str(cause)))
+        elif (message := out_of_memory(cause)) is not None:
+            ray.get(job.channel.fail.remote("RunError", message))
         raise
 
 
-def _place() -> WorkerLocation:
+def _location() -> WorkerLocation:
     context = ray.get_runtime_context()
     rank = ray.train.get_context().get_world_rank()
     return WorkerLocation(rank, context.get_node_id(), socket.gethostname(), os.getpid(), context.current_actor)

@@ -26,9 +26,9 @@ from ftray.data.prepare import PreparedData, plan_sequences, prepare_data
 from ftray.driver.launch import TrialHooks, train
 from ftray.driver.lineage import what_changed
 from ftray.driver.preflight import preflight
-from ftray.driver.resources import check_resources, fitting, usable_nodes
+from ftray.driver.resources import check_resources, max_workers, usable_nodes
 from ftray.driver.run_record import open_run
-from ftray.driver.supervisor import AGAIN, stop_signals
+from ftray.driver.supervisor import CONTINUE, stop_signals
 from ftray.errors import (
     ConfigError,
     DataError,
@@ -198,7 +198,7 @@ class _Sweep:
             return
         if self._halted is not None and not caught:
             raise self._halted
-        where = f"{left} of {self._total} trials are not done; {AGAIN}"
+        where = f"{left} of {self._total} trials are not done; {CONTINUE}"
         if caught and is_termination(caught[0]):
             raise Preempted(f"preempted: {where}")
         raise Interrupted(f"interrupted: {where}")
@@ -257,7 +257,7 @@ class _Sweep:
 
     def _capacity(self) -> int:
         """Number of trials that can train at once. At least one, which waits for nodes if necessary."""
-        capacity = fitting(self._run.scale, self._use_gpu, usable_nodes()) // self._run.world_sizes[-1]
+        capacity = max_workers(self._run.scale, self._use_gpu, usable_nodes()) // self._run.world_sizes[-1]
         return max(1, min(capacity, self._tune.max_concurrent or capacity))
 
     def _start(self, trial: TrialRecord) -> None:
@@ -329,7 +329,7 @@ class _Sweep:
             elif is_listening(self._head):
                 self._fail(trial, err)
             else:  # all trials resume on a new cluster
-                self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {AGAIN}")
+                self._halted = self._halted or RunError(f"the Ray cluster's head is gone ({self._head}); {CONTINUE}")
 
     def _end(self, trial: TrialRecord) -> None:
         with self._lock:

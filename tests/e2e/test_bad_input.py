@@ -509,7 +509,7 @@ READ_CASES = [
     ),
     Case(
         "more-workers-than-cpus",
-        ("scale asks for 64 CPUs", "lower one"),
+        ("scale needs 64 CPUs", "lower one"),
         ("scale.num_workers=64", "train.global_batch_size=64"),
     ),
     Case("no-such-gpu", ("scale.accelerator A100 is not in this cluster", "no GPU"), ("scale.accelerator=A100",)),

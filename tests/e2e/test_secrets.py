@@ -78,7 +78,7 @@ def test_no_secret_is_in_anything_that_commands_leave(place: Place, monkeypatch:
         "train", "run.yaml", "name=failed", "train.learning_rate=1e38", "train.max_bad_steps=0", "scale.max_failures=0"
     )
     assert_clean(failed, 1)
-    assert "can't be told" not in failed.out
+    assert "could not be updated" not in failed.out
     assert json.loads(failed.err)["level"] == "error"
     del place.env["FTRAY_LOG"]
     assert_clean(place.ftray("report", "runs/failed"), 0)

@@ -73,7 +73,7 @@ def stood_still(nodes: Nodes, parts: dict[str, Path], tmp_path_factory: pytest.T
 def test_a_worker_that_stands_still_is_noticed_and_no_step_is_lost_or_repeated(stood_still: tuple[str, str]) -> None:
     run_dir, text = stood_still
     assert list_checkpoints(run_dir)[0].progress.finished
-    assert "(train.hang_timeout_s: 8); its workers were killed; starting anew from step" in text
+    assert "(train.hang_timeout_s: 8); its workers were killed; restarting from step" in text
     assert sorted(cluster.losses(run_dir)) == list(range(60))
 
 
@@ -90,7 +90,9 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_path_and_the_last_checkpoint
     step = list_checkpoints(str(tmp_path / "tiny"))[0].step
     assert 20 <= step < 200
     assert re.search(rf"step-{step + 20:06d}/\S+ can't be written: no space is left", str(caught.value))
-    assert str(caught.value).endswith(f"The checkpoint of step {step} is sound; run the same command again to continue")
+    assert str(caught.value).endswith(
+        f"The checkpoint of step {step} is intact; run the same command again to continue"
+    )
     assert caught.value.exit_code == 1
 
 
@@ -161,7 +163,7 @@ def test_a_run_that_is_continued_on_a_cluster_too_small_waits_and_is_to_be_run_a
     run_dir = with_checkpoint(run)
     with pytest.raises(Preempted) as caught:
         train(run, run_dir, Console(stream))
-    lacks = "scale asks for 6 CPUs (num_workers × cpus_per_worker), the cluster has 5; lower one"
+    lacks = "scale needs 6 CPUs (num_workers × cpus_per_worker), the cluster has 5; lower one of them"
     assert str(caught.value) == f"{lacks}; waited 1 s (scale.wait_s) for more nodes"
     assert caught.value.exit_code == 75
     assert stream.getvalue().count("waiting up to 1 s (scale.wait_s) for more nodes") == 1
@@ -184,7 +186,7 @@ def test_a_new_run_starts_from_old_weights_and_from_nothing_else_of_them(
     for name in (name for name in old if name.startswith("weights.")):
         assert torch.equal(old[name], new[name]), "nothing was to change at this learning rate"
     assert any(not torch.equal(old[n], new[n]) for n in old if n.startswith("exp_avg.")), "the optimizer began anew"
-    with pytest.raises(ConfigError, match=r"was started from .*step-000060; leave --from out"):
+    with pytest.raises(ConfigError, match=r"was started from .*step-000060; remove --from"):
         open_run(run, f"{stood_still[0]}/checkpoints/step-000008")
     wider = trainable(build_model(run.model, run_of(parts, tmp_path, method__rank=8).method, "fp32", 0))
     with pytest.raises(RunError, match=r"is \[4, \d+\] there and \[8, \d+\] here; model and method must be the same"):
@@ -238,10 +240,10 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
 
     stream = cluster.Watched(
         ("step 5/4000", lose_a_node),
-        ("going on with 1 workers instead of 2", start_a_node),
-        ("going on with 2 workers instead of 1", lambda: None),
+        ("continuing with 1 workers instead of 2", start_a_node),
+        ("continuing with 2 workers instead of 1", lambda: None),
         ("train: step ", give_notice),  # the larger group is at work
-        ("going on with 1 workers instead of 2", lambda: None),
+        ("continuing with 1 workers instead of 2", lambda: None),
         ("train: step ", cluster.press_ctrl_c),
     )
     run = run_of(
@@ -260,7 +262,7 @@ def test_workers_become_fewer_and_more_with_the_nodes_and_every_step_is_done_onc
             process.terminate()
             process.wait()
     text = stream.getvalue()
-    assert "there is room for 2 workers; its workers left at step" in text
+    assert "the cluster can hold 2 workers; its workers left at step" in text
     assert "will be taken away; its workers left at step" in text
     newest = list_checkpoints(str(tmp_path / "tiny"))[0]
     merge_metrics(str(tmp_path / "tiny"), newest.progress)

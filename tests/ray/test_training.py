@@ -89,8 +89,8 @@ def test_interrupted_and_killed_runs_end_bit_identical(
         assert told == list(range(stopped_at)), "metrics of a stopped run"
     found, text = cluster.run_training(rough, f"step {stopped_at + 1}/24", cluster.kill_a_worker)
     assert (f"continuing at step {stopped_at}" in text) == (method == "lora")
-    killed = r"the worker of rank \d died without a word: its process was killed \(by the kernel, out of memory, or by somebody\)"
-    assert re.search(rf"{killed}.*; starting anew from step \d+ \(failure 1, allowed in a row: \d+\)", text)
+    killed = r"the worker of rank \d died without an error: its process was killed \(by the kernel, out of memory, or by a user\)"
+    assert re.search(rf"{killed}.*; restarting from step \d+ \(failure 1, allowed in a row: \d+\)", text)
     assert found.progress.finished
     assert cluster.losses(str(tmp_path / "rough/tiny")) == expected
     assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
@@ -202,12 +202,12 @@ def test_changed_data_and_other_settings_are_refused_by_name(parts: dict[str, Pa
     with pytest.raises(ConfigError, match=r"train\.learning_rate \(0\.005 → 0\.001\)"):
         cluster.run_training(run_of(parts | {"data": data}, tmp_path, train__max_steps=2, train__learning_rate=1e-3))
     wide = run_of(parts | {"data": data}, tmp_path, train__max_steps=2, scale__num_workers=4, scale__cpus_per_worker=16)
-    with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):  # at once: no node joins a Ray of one's own
+    with pytest.raises(ConfigError, match="scale needs 64 CPUs"):  # at once: no node joins a Ray of one's own
         cluster.run_training(wide)
     tiny.write_records(tmp_path / "data", 30, seed=9)
     with pytest.raises(
         DataError,
-        match=r"the data changed \(\S+/data/part-000.jsonl gives other rows than it did\) since the checkpoint",
+        match=r"the data changed \(\S+/data/part-000.jsonl now gives other packed sequences\) after the checkpoint",
     ):
         cluster.run_training(run)
 
@@ -215,7 +215,7 @@ def test_changed_data_and_other_settings_are_refused_by_name(parts: dict[str, Pa
 def test_a_batch_larger_than_the_data_and_too_many_workers_are_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"packed sequences, fewer than train\.global_batch_size \(4096\)"):
         cluster.run_training(run_of(parts, tmp_path / "a", train__global_batch_size=4096))
-    with pytest.raises(ConfigError, match="scale asks for 64 CPUs"):
+    with pytest.raises(ConfigError, match="scale needs 64 CPUs"):
         cluster.run_training(run_of(parts, tmp_path / "b", scale__num_workers=64, train__global_batch_size=64))
     with pytest.raises(
         ConfigError, match=r"train\.precision fp16 needs GPUs, and the cluster has none; use bf16 or fp32"
@@ -242,7 +242,7 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     shard.write_text(shard.read_text().replace("hears", "heard", 1))
     check_before(old, old.directory, False, console.Console(cluster.Watched()))  # reads nothing
     assert main.main(["reproduce", old.directory, "--name", "third"]) == 2
-    assert "part-001.jsonl gives other rows than it did; restore it" in capfd.readouterr().err
+    assert "part-001.jsonl now gives other packed sequences; restore it" in capfd.readouterr().err
     assert list_checkpoints(str(tmp_path / "third")) == [], "it stopped before it trained"
 
 

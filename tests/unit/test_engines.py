@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ftray.train.checkpoint.catalog import RunProgress, list_checkpoints
 from ftray.train.checkpoint.tensors import TensorPartReader
 from ftray.train.checkpoint.writer import CheckpointWriter, load_checkpoint
-from ftray.train.optim.loss_scaler import read_scale, restore_scale, searches_scale
+from ftray.train.optim.loss_scaler import lowered_scale, read_scale, restore_scale
 from ftray.train.zero.state import local_parts, restore_parts
 from tests import cluster, ranks, tiny
 
@@ -126,7 +126,7 @@ def overflow(engine: Any, parameters: Any) -> list[tuple[float, bool, bool, bool
         moved = not all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
         after = read_scale(engine)
         assert after is not None
-        found.append((after["cur_scale"], engine.optimizer.overflow, searches_scale(engine, before), moved))
+        found.append((after["cur_scale"], engine.optimizer.overflow, lowered_scale(engine, before), moved))
     return found
 
 

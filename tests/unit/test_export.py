@@ -18,7 +18,7 @@ from ftray import storage
 from ftray.cli import main
 from ftray.errors import ConfigError, RunError
 from ftray.model import quantize
-from ftray.model.gguf import CONVERTER, convert, find_converter
+from ftray.model.export import CONVERTER, convert_to_gguf, find_converter
 from tests import hub, tiny
 
 # How far the loss of the taught model (1.18) may move. Seen: -0.0132, -0.0001, +0.0051.
@@ -165,7 +165,7 @@ writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tens
 def test_what_a_converter_fails_at_is_said(model: Path, tmp_path: Path, script: str, said: str) -> None:
     (tmp_path / "convert.py").write_text(script)
     with pytest.raises(RunError, match=said):
-        convert(tmp_path / "convert.py", model, tmp_path / "out.gguf", "fp32")
+        convert_to_gguf(tmp_path / "convert.py", model, tmp_path / "out.gguf", "fp32")
 
 
 def test_a_converter_is_found_by_option_by_environment_or_on_the_path(
@@ -173,7 +173,7 @@ def test_a_converter_is_found_by_option_by_environment_or_on_the_path(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.delenv(CONVERTER, raising=False)
-    with pytest.raises(ConfigError, match=rf"needs llama.cpp's converter, which is not installed; .* in {CONVERTER}"):
+    with pytest.raises(ConfigError, match=rf"needs llama.cpp's converter, which is not installed; .* set {CONVERTER}"):
         find_converter(None)
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/convert_hf_to_gguf.py"
@@ -184,7 +184,7 @@ def test_a_converter_is_found_by_option_by_environment_or_on_the_path(
     with pytest.raises(ConfigError, match=rf"{CONVERTER} .*gone.py is no file"):
         find_converter(None)
     assert find_converter(str(script)) == script
-    assert convert(script, model, tmp_path / "out.gguf", "fp32") == 21, "tensors of the tiny model"
+    assert convert_to_gguf(script, model, tmp_path / "out.gguf", "fp32") == 21, "tensors of the tiny model"
 
 
 @pytest.fixture
@@ -290,4 +290,4 @@ def test_a_hub_that_is_not_there_fails_the_command(run_file: Path, tmp_path: Pat
 @pytest.mark.parametrize("address", ["acme/seen", "hub:seen", "hub:acme/se en", "hub:acme/a/b", "hub:-/x", "s3://a/b"])
 def test_a_name_that_is_none_of_the_hubs(run_file: Path, capsys: pytest.CaptureFixture[str], address: str) -> None:
     assert main.main(["export", str(run_file), "--push", address]) == 2
-    assert capsys.readouterr().err == f"ftray: --push {address} is no repository of the hub; write hub:org/name\n"
+    assert capsys.readouterr().err == f"ftray: --push {address} is not a hub repository; write hub:org/name\n"

@@ -11,7 +11,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from ftray import config
 from ftray.console import Console
-from ftray.driver.resources import fitting, world_size_for
+from ftray.driver.resources import max_workers, world_size_for
 from ftray.driver.supervisor import WorkerSupply, store_lost
 from ftray.driver.worker_group import OTHER_PHASES_S, HangDetector
 from ftray.errors import ConfigError, RunError
@@ -35,21 +35,21 @@ def test_a_missing_step_counts_and_loading_compiling_saving_and_evaluating_do_no
     hand = Hand()
     clock = HangDetector(10.0, hand)
     hand.s += 1000  # loading
-    assert clock.hangs == ""
+    assert clock.problem == ""
     clock.note(TrainingStarted(0))
     hand.s += 1000  # compiling the first step
-    assert clock.hangs == ""
+    assert clock.problem == ""
     clock.note(step_finished(0))
     hand.s += 9
-    assert clock.hangs == ""
+    assert clock.problem == ""
     clock.note(PhaseStarted("saving"))
     hand.s += 1000  # saving, evaluating
-    assert clock.hangs == ""
+    assert clock.problem == ""
     clock.note(CheckpointStarted(1))
     hand.s += 11
-    assert clock.hangs == "no step for 11 s (train.hang_timeout_s: 10)"
+    assert clock.problem == "no step for 11 s (train.hang_timeout_s: 10)"
     clock.note(step_finished(0))
-    assert clock.hangs == ""
+    assert clock.problem == ""
 
 
 def test_a_store_that_is_gone_while_a_run_trains_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,21 +61,21 @@ def test_a_store_that_is_gone_while_a_run_trains_is_no_wrong_input(monkeypatch: 
         list_checkpoints("s3://data/runs/one")
     assert caught.value.exit_code == 1
     assert "can't be reached" in str(caught.value)
-    assert str(caught.value).endswith("What was committed is sound; run the same command again to continue")
+    assert str(caught.value).endswith("All committed checkpoints are intact; run the same command again to continue")
 
 
 def test_even_what_does_not_count_ends_some_day() -> None:
     hand = Hand()
     clock = HangDetector(10.0, hand)
     hand.s += OTHER_PHASES_S + 1
-    assert "gave no sign for 3601 s" in clock.hangs
+    assert "no event for 3601 s" in clock.problem
 
 
 def test_the_worker_that_died_is_named_and_not_those_that_lost_it() -> None:
     lost = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
     died = ActorDiedError()
     assert explain(WorkerGroupError("", {0: lost, 1: died})) == (
-        "the worker of rank 1 died without a word: its process was killed (by the kernel, out of memory, or by somebody), "
+        "the worker of rank 1 died without an error: its process was killed (by the kernel, out of memory, or by a user), "
         "or its node is gone"
     )
     assert explain(WorkerGroupError("", {0: lost, 1: KeyError("x")})) == "rank 1: KeyError: 'x'"
@@ -89,7 +89,7 @@ def test_a_worker_that_ray_ended_for_memory_is_told_with_its_machine() -> None:
         "was 22.74GB used / 23.54GB limit (0.966)"
     )
     assert explain(WorkerGroupError("", {0: RuntimeError("Connection closed by peer"), 1: ended})) == (
-        "the worker of rank 1 was ended because its machine 192.0.2.2 ran low on memory; lower train.micro_batch_size or "
+        "the worker of rank 1 was killed because its machine 192.0.2.2 ran low on memory; lower train.micro_batch_size or "
         "data.max_seq_len, or use machines with more memory"
     )
     assert out_of_memory(ended) is None, "another's end, of which trying again may make more"
@@ -143,13 +143,13 @@ def test_a_range_that_divides_nothing_or_runs_backwards_is_refused() -> None:
 
 def test_each_worker_fits_on_one_node_and_a_cpu_is_left_for_data() -> None:
     two = run_of(1, cpus_per_worker=2).scale
-    assert fitting(two, False, [{"CPU": 3}, {"CPU": 3}]) == 2  # not three: no node has the third's two
-    assert fitting(two, False, [{"CPU": 2}, {"CPU": 2}]) == 1  # two would leave no CPU to read data
-    assert fitting(two, False, [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}]) == 2
-    assert fitting(two, True, [{"CPU": 64, "GPU": 8}, {"CPU": 64}]) == 8
+    assert max_workers(two, False, [{"CPU": 3}, {"CPU": 3}]) == 2  # not three: no node has the third's two
+    assert max_workers(two, False, [{"CPU": 2}, {"CPU": 2}]) == 1  # two would leave no CPU to read data
+    assert max_workers(two, False, [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}]) == 2
+    assert max_workers(two, True, [{"CPU": 64, "GPU": 8}, {"CPU": 64}]) == 8
     named = run_of(1, accelerator="A100").scale
     nodes = [{"CPU": 64, "GPU": 8, "accelerator_type:A100": 1}, {"CPU": 64, "GPU": 8, "accelerator_type:H100": 1}]
-    assert fitting(named, True, nodes) == 8
+    assert max_workers(named, True, nodes) == 8
 
 
 def test_a_group_grows_only_into_room_of_the_right_kind_on_one_node_each_and_not_again_at_once() -> None:

@@ -11,8 +11,8 @@ import torch
 from ftray import config
 from ftray.errors import ConfigError
 from ftray.train.batch import collate
-from ftray.train.memory import GIB, HeadMemory, MemoryModel, best_fit, head_of, longest_row, state_bytes
-from ftray.train.memory_tuning import fit_memory
+from ftray.train.memory import GIB, HeadMemory, MemoryModel, best_fit, head_of, max_sequence_tokens, state_bytes
+from ftray.train.memory_tuning import tune_memory
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft
 from ftray.train.parallel import DeviceMesh
@@ -77,17 +77,17 @@ def test_what_is_offloaded_is_not_counted_on_the_gpu() -> None:
 def test_a_row_is_longer_by_the_virtual_tokens_in_front_of_each_document() -> None:
     plain = _run()
     prompt = plain.model_copy(update={"method": config.MethodConfig.model_validate({"type": "prompt-tuning"})})
-    assert longest_row(plain, 30) == plain.data.max_seq_len
-    assert longest_row(prompt, 30) == plain.data.max_seq_len + 30 * prompt.method.num_virtual_tokens
+    assert max_sequence_tokens(plain, 30) == plain.data.max_seq_len
+    assert max_sequence_tokens(prompt, 30) == plain.data.max_seq_len + 30 * prompt.method.num_virtual_tokens
 
 
 def test_on_a_cpu_auto_is_one_row_and_no_layer_or_what_it_was_before() -> None:
     loss = ObjectiveModel(tiny.make_model(), Sft())
-    fit = fit_memory(_run(), loss, DeviceMesh(0, 2))
+    fit = tune_memory(_run(), loss, DeviceMesh(0, 2))
     assert (fit.micro_batch_size, fit.layers, fit.peak) == (1, 0, None)
-    sizes = [fit_memory(_run(), loss, DeviceMesh(0, 2), before).micro_batch_size for before in (2, 3, 8)]
+    sizes = [tune_memory(_run(), loss, DeviceMesh(0, 2), before).micro_batch_size for before in (2, 3, 8)]
     assert sizes == [2, 1, 1], "of four rows for each worker"
-    given = fit_memory(_run(micro_batch_size=4), loss, DeviceMesh(0, 2), 2)
+    given = tune_memory(_run(micro_batch_size=4), loss, DeviceMesh(0, 2), 2)
     assert given.micro_batch_size == 4, "what the run file says stands"
 
 
@@ -99,7 +99,7 @@ def test_recomputed_layers_give_the_same_loss_and_gradients(recompute: str, laye
     found = []
     for how in ("none", recompute):
         loss = ObjectiveModel(tiny.make_model(), Sft()).train()
-        fit = fit_memory(_run(gradient_checkpointing=how), loss, DeviceMesh(0, 1))
+        fit = tune_memory(_run(gradient_checkpointing=how), loss, DeviceMesh(0, 1))
         value, _ = loss(batch)
         value.backward()
         found.append((float(value), [p.grad for p in loss.parameters()]))
@@ -117,9 +117,9 @@ def test_a_model_without_such_layers_says_so() -> None:
         model = torch.nn.Linear(2, 2)
 
     with pytest.raises(
-        ConfigError, match=r"train\.gradient_checkpointing full: this model has no layers for it; use none"
+        ConfigError, match=r"train\.gradient_checkpointing full: this model has no layers that support it; use none"
     ):
-        fit_memory(_run(gradient_checkpointing="full"), Plain(), DeviceMesh(0, 1))  # type: ignore[arg-type]
+        tune_memory(_run(gradient_checkpointing="full"), Plain(), DeviceMesh(0, 1))  # type: ignore[arg-type]
 
 
 def test_bytes_of_states_are_counted_by_optimizer_and_stage() -> None:

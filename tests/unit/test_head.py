@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ftray.model.output_head import is_plain
 from ftray.report.model_shape import read_shape
 from ftray.train.batch import Batch
-from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.base import ObjectiveModel, is_plain
 from ftray.train.objectives.sft import Sft, _add_product
 
 SMALL: dict[str, Any] = {

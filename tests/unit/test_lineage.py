@@ -15,9 +15,17 @@ from ftray.console import Console
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.prepare import PreparedData
 from ftray.data.sources import Chunk, list_shards
-from ftray.driver.lineage import environment, environment_changes, id_of, read_lineage, record_lineage, what_changed
+from ftray.driver.lineage import (
+    WHOLE_BYTES,
+    base_files,
+    environment,
+    environment_changes,
+    id_of,
+    read_lineage,
+    record_lineage,
+    what_changed,
+)
 from ftray.errors import ConfigError, DataError, RunError
-from ftray.model.fingerprint import WHOLE_BYTES, base_files
 from ftray.report.model_card import described
 from ftray.report.reproduce import check_before, check_data, compare_runs, renamed
 from ftray.train.checkpoint.catalog import list_checkpoints
@@ -121,7 +129,7 @@ def test_a_run_begun_without_a_lineage_does_not_claim_one_for_all_its_steps(
         record_lineage(run, run_dir, data_of(shards), "tok", "tem", None)
     found = read_lineage(run_dir)
     assert found is not None
-    assert found["continued"] == [{"step": 4, "changes": ["kept from here on; what came before is not known"]}]
+    assert found["continued"] == [{"step": 4, "changes": ["recorded from here on; earlier steps are unknown"]}]
 
 
 def test_a_base_of_the_hub_is_known_by_its_commit_whatever_was_downloaded(
@@ -178,7 +186,7 @@ def test_reproducing_stops_at_what_changed_and_names_it(tmp_path: Path, base: Pa
     run, run_dir = begun(tmp_path, base, shards)
     known = check_before(run, run_dir, False, Console())
     check_data(known, run, data_of(shards))
-    with pytest.raises(DataError, match=r"data/b\.jsonl gives other rows than it did; restore it"):
+    with pytest.raises(DataError, match=r"data/b\.jsonl now gives other packed sequences; restore it"):
         check_data(known, run, data_of(shards, "xz"))
     (shards / "c.jsonl").write_text("{}\n")
     refused(run, run_dir, DataError, r"data/c\.jsonl is new")
@@ -196,7 +204,7 @@ def test_what_keeps_a_run_from_going_on_is_named_with_its_files(tmp_path: Path, 
     assert known is not None
     same = (known["tokenizer_hash"], known["template_hash"])
     assert what_changed(run_dir, run, data_of(shards, "xz"), *same) == (
-        f"the data changed ({shards}/b.jsonl gives other rows than it did)"
+        f"the data changed ({shards}/b.jsonl now gives other packed sequences)"
     )
     (base / "tokenizer.json").write_text("{}")
     files = f"(tokenizer.json of model.base {base} changed)"
@@ -241,7 +249,7 @@ def test_the_new_name_is_another() -> None:
 
 def test_two_runs_are_compared_by_rows_losses_and_weights(tmp_path: Path) -> None:
     def made(name: str, losses: list[float], rows: str = "r", device: str = "CPU") -> str:
-        lines = [line(n, loss, BEGAN_S, rows=rows) for n, loss in enumerate(losses)]
+        lines = [line(n, loss, BEGAN_S, sequences=rows) for n, loss in enumerate(losses)]
         run_dir = write_run(tmp_path / name, lines, weights=losses)[1]
         write_session(run_dir, "1", [(0, "start", {"step": 0, "workers": 2, "device": device})])
         return str(run_dir)

@@ -90,7 +90,7 @@ def test_layer_one_is_not_layer_eleven() -> None:
 
 def test_what_fits_nothing_and_what_leaves_nothing_is_refused(base: config.ModelConfig) -> None:
     for wrong in ("embed_token", "layers.7", "norm.bias", "."):
-        with pytest.raises(ConfigError, match=r"method.freeze: no parameter's name holds .*; names are like "):
+        with pytest.raises(ConfigError, match=r"method.freeze: .* matches no parameter; similar names are "):
             check_targets(base, method(type="full", freeze=[wrong]))
     with pytest.raises(ConfigError, match="leaves nothing to train"):
         build_model(base, method(type="full", freeze=["model", "lm_head"]), "fp32", 0)

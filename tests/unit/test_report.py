@@ -251,8 +251,8 @@ def live_until_interrupted(journal: EventLog) -> None:
         bus.emit(step_finished(7))
         for result in (
             GroupResult(False, failure="lost"),
-            GroupResult(False, no_room=True, failure="nothing free"),
-            GroupResult(False, wish="there is room for 4 workers"),
+            GroupResult(False, not_placed=True, failure="nothing free"),
+            GroupResult(False, stop_reason="the cluster can hold 4 workers"),
             GroupResult(True),
         ):
             journal.group_ended(result.event_type, result.why)
@@ -270,7 +270,7 @@ def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_ove
         TrainingStarted(7, 9, 2, "CPU"),
         GroupFailed("lost", 8),
         GroupNotPlaced("nothing free"),
-        GroupLeft("there is room for 4 workers"),
+        GroupLeft("the cluster can hold 4 workers"),
         SessionEnded("interrupted", "interrupted; again"),
     ]
     assert [e.event.name for e in found] == ["began", "start", "failed", "no room", "left", "ended"], "in the file"

@@ -50,7 +50,7 @@ def test_families_that_do_not_are_refused_where_a_row_holds_several(kind: str, d
     assert leak(loss, CPU) > 5 * LIMIT_16_BIT
     with pytest.raises(
         ModelError,
-        match=rf"model.base org/b \({kind}\): a document changes the loss of the one behind it .*use another base",
+        match=rf"model.base org/b \({kind}\) cannot be packed: a document changes the loss of the next one .*Use another base",
     ):
         check_packing(run_of(), loss, CPU)
     with pytest.raises(ModelError):
@@ -79,7 +79,7 @@ def test_frequencies_that_hang_on_the_longest_document_are_refused_beyond_their_
     if steady is None:
         return
     with pytest.raises(
-        ModelError, match=rf"data\.max_seq_len \({steady + 1}\) is beyond {steady}, .*; lower it to {steady}, or"
+        ModelError, match=rf"data\.max_seq_len \({steady + 1}\) is above {steady}\. .* Lower it to {steady}, or"
     ):
         check_packing(run_of(data={**data, "max_seq_len": steady + 1}), loss, CPU)
 
@@ -176,7 +176,7 @@ def test_what_ours_does_not_do_is_refused(kind: str, asked: str, monkeypatch: py
     use_ours(monkeypatch)
     model = build(kind)
     model.set_attn_implementation(VARLEN)
-    with pytest.raises(ModelError, match=f"asks its attention for {asked}, which ftray's does not do on GPUs"):
+    with pytest.raises(ModelError, match=f"passes {asked} to its attention, which ftray does not support on GPUs"):
         model(input_ids=torch.arange(3, 19)[None], **PACKED, **LENGTHS)
 
 

@@ -87,7 +87,7 @@ def test_the_sweep_leaves_alone_what_lies_behind_a_link(
     (runs / "two").symlink_to(other, target_is_directory=True)
     assert main(["runs", "gc", str(runs), "--older-than", "0"]) == 0
     text = capsys.readouterr().out
-    assert f"left alone: {runs}/two is a symbolic link" in text
+    assert f"skipped: {runs}/two is a symbolic link" in text
     assert f"reached through the symbolic link {runs}/one/checkpoints/step-000009" in text
     assert (left / "state.safetensors").exists()
     assert main(["runs", "gc", str(other), "--older-than", "0"]) == 0, "its own address is named"
@@ -109,7 +109,7 @@ def test_the_sweep_takes_temporary_files_of_writers_that_are_gone(
         assert main(["runs", "gc", str(run_dir)]) == 0
     assert old.exists(), "its run has a live owner"
     assert main(["runs", "gc", str(run_dir), "--older-than", "0", "--dry-run"]) == 0
-    assert "would go" in capsys.readouterr().out
+    assert "would delete" in capsys.readouterr().out
     assert old.exists()
     assert main(["runs", "gc", str(run_dir), "--older-than", "0"]) == 0
     assert not old.exists()

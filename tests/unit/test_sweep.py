@@ -51,7 +51,7 @@ def test_orphans_go_and_the_run_is_whole(run_dir: Path, capsys: pytest.CaptureFi
     before = files(run_dir)
     assert main(["runs", "gc", str(run_dir.parent), "--older-than", "0", "--dry-run"]) == 0
     assert files(run_dir) == before
-    assert capsys.readouterr().out.count("would go: ") == 2
+    assert capsys.readouterr().out.count("would delete: ") == 2
     assert main(["runs", "gc", str(run_dir.parent), "--older-than", "0"]) == 0
     assert "1 runs, 1.0 kB freed" in capsys.readouterr().out
     assert before - files(run_dir) == ORPHANS
@@ -65,7 +65,7 @@ def test_the_young_and_the_held_are_left_alone(run_dir: Path, capsys: pytest.Cap
     assert main(["runs", "gc", str(run_dir)]) == 0
     with storage.acquire_lease(str(run_dir)):
         assert main(["runs", "gc", str(run_dir), "--older-than", "0"]) == 0
-    assert "left alone: run 'one' is held by" in capsys.readouterr().out
+    assert "skipped: run 'one' is held by" in capsys.readouterr().out
     assert files(run_dir) == before
 
 
@@ -114,7 +114,7 @@ def test_uploads_that_broke_off_go_and_those_of_others_and_the_young_stay(
     assert main(["runs", "gc", mine, "--older-than", "0", "--dry-run"]) == 0
     assert {upload.upload_id for upload in storage.list_uploads(mine)} == left
     told = capsys.readouterr().out
-    assert f"would go: {mine}/checkpoints/step-000002/state.safetensors (upload that broke off, 10.5 MB)" in told
+    assert f"would delete: {mine}/checkpoints/step-000002/state.safetensors (unfinished upload, 10.5 MB)" in told
     assert main(["runs", "gc", mine, "--older-than", "0"]) == 0
     assert "1 runs, 10.5 MB freed" in capsys.readouterr().out
     assert storage.list_uploads(mine) == []
@@ -142,4 +142,4 @@ def test_a_store_that_does_not_list_uploads_is_swept_all_the_same(
     assert main(["runs", "gc", place, "--older-than", "0"]) == 0
     told = capsys.readouterr()
     assert "unfinished uploads are not looked for" in told.out + told.err
-    assert "gone: " in told.out
+    assert "deleted: " in told.out

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from ftray import config, storage
-from ftray.driver import trackers
 from ftray.errors import ConfigError
-from ftray.train.checkpoint.catalog import RunProgress, merge_metrics
+from ftray.events import trackers
+from ftray.train.checkpoint.catalog import RunProgress, merge_metrics, read_segments
 from tests.runs import SETTINGS, line
 
 Curve = list[tuple[int, float]]
@@ -27,12 +27,12 @@ KILLED = """
 import os, signal, sys
 from ftray import config
 from ftray.train.checkpoint.catalog import read_segments
-from ftray.driver.trackers import TRACKERS, Wandb
+from ftray.events.trackers import TRACKERS, Wandb
 run = config.load_run(sys.argv[1])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 Wandb._end = die  # all is written, nothing finished
 tracker = TRACKERS[run.tracking.trackers[0]](run, sys.argv[2])
-tracker.tell(read_segments(sys.argv[2], {}))
+tracker.update(read_segments(sys.argv[2], {}))
 if isinstance(tracker, Wandb):
     tracker.close("KILLED")
 die()
@@ -40,9 +40,10 @@ die()
 DEAF = """
 import sys
 from ftray import config
-from ftray.driver import trackers
-trackers.SETTLE_S, trackers.END_S = 0.0, 3.0
-with trackers.tracked(config.load_run(sys.argv[1]), sys.argv[2], print) as committed:
+from ftray.events import trackers
+from ftray.train.checkpoint.catalog import read_segments
+trackers.COMMIT_S, trackers.END_S = 0.0, 3.0
+with trackers.follow_run(config.load_run(sys.argv[1]), sys.argv[2], read_segments, print) as committed:
     committed()
 """
 
@@ -52,7 +53,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(trackers, "SETTLE_S", 0.0)
+    monkeypatch.setattr(trackers, "COMMIT_S", 0.0)
 
 
 def make(tmp_path: Path, *names: str, **changes: Any) -> tuple[config.RunConfig, Path]:
@@ -75,7 +76,7 @@ def commit(run_dir: Path, segments: list[str], lines: list[dict[str, Any]]) -> R
 
 def lines_of(first: int, end: int, factor: float = 1.0) -> list[dict[str, Any]]:
     """Metrics of steps first … end - 1, held-out losses among them; the loss of step 7 was not finite."""
-    found = [line(n, factor * 3.0 * 0.97**n, 1_800_000_000.0 + n, rows="ab") for n in range(first, end)]
+    found = [line(n, factor * 3.0 * 0.97**n, 1_800_000_000.0 + n, sequences="ab") for n in range(first, end)]
     found = [each | ({"eval_loss": 2.9 * 0.97 ** each["step"]} if each["step"] % 5 == 4 else {}) for each in found]
     return [each | ({"loss": None, "skipped": True} if each["step"] == 7 else {}) for each in found]
 
@@ -137,7 +138,7 @@ def test_the_curve_is_that_of_the_metrics_also_after_a_kill(name: str, tmp_path:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), str(run_dir)])
     assert killed.returncode == -9
     second = commit(run_dir, first.segments, lines_of(10, 20))
-    with trackers.tracked(run, str(run_dir), told.append) as committed:
+    with trackers.follow_run(run, str(run_dir), read_segments, told.append) as committed:
         committed()
         last = commit(run_dir, second.segments, lines_of(20, 30))
     assert told == []
@@ -147,7 +148,7 @@ def test_the_curve_is_that_of_the_metrics_also_after_a_kill(name: str, tmp_path:
     assert [len(READERS[name](run_dir, figure)) for figure in ("loss", "eval_loss")] == [29, 6]
     last = commit(run_dir, last.segments, lines_of(30, 33))
     for _ in range(2):  # the run is continued; and once more, with nothing to do
-        with trackers.tracked(run, str(run_dir), told.append):
+        with trackers.follow_run(run, str(run_dir), read_segments, told.append):
             pass
     merge_metrics(str(run_dir), last)
     assert READERS[name](run_dir, "loss") == curve_of_the_run(run_dir, "loss", name)
@@ -161,7 +162,7 @@ def test_a_run_that_is_deleted_and_begun_anew_is_another_one_in_mlflow(tmp_path:
         commit(run_dir, [], lines_of(0, 5, factor))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", store)
-            with trackers.tracked(run, str(run_dir), pytest.fail):
+            with trackers.follow_run(run, str(run_dir), read_segments, pytest.fail):
                 pass
         shutil.rmtree(run_dir)
     from mlflow.tracking import MlflowClient
@@ -177,7 +178,7 @@ def test_a_run_that_is_deleted_and_begun_anew_is_another_one_in_mlflow(tmp_path:
 def test_of_a_run_without_a_checkpoint_there_is_nothing_to_tell(name: str, tmp_path: Path) -> None:
     pytest.importorskip(trackers.LIBRARIES[name])
     run, run_dir = make(tmp_path, name)
-    with trackers.tracked(run, str(run_dir), pytest.fail) as committed:
+    with trackers.follow_run(run, str(run_dir), read_segments, pytest.fail) as committed:
         committed()
     assert not list(run_dir.glob("wandb/offline-run-*"))
 
@@ -185,7 +186,7 @@ def test_of_a_run_without_a_checkpoint_there_is_nothing_to_tell(name: str, tmp_p
 def test_a_run_that_another_process_took_over_is_left_to_that_one(tmp_path: Path) -> None:
     run, run_dir = make(tmp_path, "tensorboard")
     commit(run_dir, [], lines_of(0, 10))
-    with trackers.tracked(run, str(run_dir), pytest.fail, lambda: False) as committed:
+    with trackers.follow_run(run, str(run_dir), read_segments, pytest.fail, lambda: False) as committed:
         committed()
     assert not (run_dir / "tensorboard").exists()
 
@@ -202,7 +203,7 @@ def test_a_server_of_wandb_that_never_answers_does_not_hold_the_command_up(
         words = [sys.executable, "-c", DEAF, str(tmp_path / "run.yaml"), str(run_dir)]
         ended = subprocess.run(words, timeout=120, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "wandb is not done after 3 s; its curve may lack the last steps\n"
+    assert ended.stdout == "wandb is not done after 3 s; its curves may lack the last steps\n"
 
 
 def test_tensorboard_leaves_what_the_timeline_has_left(tmp_path: Path) -> None:
@@ -212,11 +213,11 @@ def test_tensorboard_leaves_what_the_timeline_has_left(tmp_path: Path) -> None:
     other = commit(run_dir, first.segments, lines_of(10, 20, factor=2.0))
     (run_dir / "tensorboard").mkdir()
     (run_dir / "tensorboard/notes").write_text("a user's own")
-    board.tell(trackers.read_segments(str(run_dir), {}))
+    board.update(read_segments(str(run_dir), {}))
     assert len(read_tensorboard(run_dir, "loss")) == 19
     (run_dir / f"checkpoints/step-{other.step:06d}/manifest.json").unlink()  # damaged, say
     last = commit(run_dir, first.segments, lines_of(10, 25))
-    trackers.TensorBoard(run, str(run_dir)).tell(trackers.read_segments(str(run_dir), {}))
+    trackers.TensorBoard(run, str(run_dir)).update(read_segments(str(run_dir), {}))
     merge_metrics(str(run_dir), last)
     assert read_tensorboard(run_dir, "loss") == curve_of_the_run(run_dir, "loss", "tensorboard")
     assert (run_dir / "tensorboard/notes").exists()
@@ -230,32 +231,32 @@ def test_a_tracker_that_fails_or_hangs_is_told_once_and_ends_nothing(
     (run_dir / "mlflow").parent.mkdir(parents=True)
     (run_dir / "mlflow").write_text("in the way")
     commit(run_dir, [], lines_of(0, 10))
-    with trackers.tracked(run, str(run_dir), told.append) as committed:
+    with trackers.follow_run(run, str(run_dir), read_segments, told.append) as committed:
         for _ in range(3):
             committed()
     assert len(told) == 1
-    assert told[0].startswith("mlflow can't be told (")
+    assert told[0].startswith("mlflow could not be updated (")
     assert len(read_tensorboard(run_dir, "loss")) == 9
     released = threading.Event()
 
     class Stuck(trackers.TensorBoard):
-        def tell(self, segments: list[Any]) -> None:
+        def update(self, segments: list[Any]) -> None:
             released.wait()
             raise ConnectionError
 
     monkeypatch.setattr(trackers, "END_S", 0.1)
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Stuck)
     run, run_dir = make(tmp_path, "tensorboard")
-    with trackers.tracked(run, str(run_dir), told.append) as committed:
+    with trackers.follow_run(run, str(run_dir), read_segments, told.append) as committed:
         committed()
     released.set()
-    assert told[1:] == ["tensorboard is not done after 0 s; its curve may lack the last steps"]
+    assert told[1:] == ["tensorboard is not done after 0 s; its curves may lack the last steps"]
 
 
 def test_a_missing_library_or_place_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make(tmp_path, "wandb")
     monkeypatch.setitem(trackers.LIBRARIES, "wandb", "no_such_module")
-    with pytest.raises(ConfigError, match=r"tracking.trackers has wandb, which needs .* pip install 'ftray\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers contains wandb, whose .* pip install 'ftray\[wandb\]'"):
         trackers.check_trackers(run)
     run, _ = make(tmp_path, "mlflow", storage="s3://bucket/runs")
     monkeypatch.setitem(trackers.LIBRARIES, "mlflow", "json")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ftray import config
 
-# Kinds that scale, cap or shift their logits, which are then whole in memory (`output_head` decides it for a model).
+# Kinds that scale, cap or shift their logits, which are then whole in memory (`objectives.base.is_plain` decides it for a model).
 WHOLE_LOGITS = {"cohere", "cohere2", "falcon_h1", "minicpm3", "phi", "recurrent_gemma"}
 
 
@@ -118,3 +118,13 @@ def family_of(model_config: Any) -> ModelFamily:
 def expert_key(settings: Mapping[str, Any]) -> str | None:
     """The key of a config that gives its number of experts; None without experts."""
     return next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if settings.get(key)), None)
+
+
+def layers_of(model: Any) -> dict[str, Any]:
+    """The blocks of a model by name, in order: units of checkpointing, gathering and quantization.
+
+    Empty if a model is not built of transformers' own blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}

@@ -1,7 +1,7 @@
-"""What storage says of a run: committed checkpoints, how far it is, its metrics. No Ray, no torch.
+"""The committed checkpoints, progress and metrics of a run, as storage has them. No Ray, no torch.
 
-A checkpoint is `<run>/checkpoints/step-000200/`; without a manifest.json it doesn't exist. The newest committed one is
-the truth, not what a controller remembers.
+A checkpoint is `<run>/checkpoints/step-000200/`; without a manifest.json it does not exist. The newest committed checkpoint
+defines where a run stands.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ Segment = list[dict[str, Any]]  # the lines of metrics that one checkpoint commi
 
 @dataclass
 class RunProgress:
-    """Where a run stands after `step` optimizer steps; goes into each checkpoint.
+    """Where a run stands after `step` optimizer steps; part of each checkpoint.
 
-    position: cursor of each data source (it follows from step and data; kept to be compared). num_updates: steps that
-    changed the weights. bad_in_row: non-finite steps just before this one. best: step and held-out loss. since_best:
-    held-out losses since then. segments: names of the metrics segments on the committed timeline; sums: their sums, by
-    name, of those written since there are sums. loss_scale: fp16's scale and what its next change depends on.
-    micro_batch_size: rows that a worker computed at once.
+    Attributes:
+        step: Optimizer steps done.
+        num_updates: Steps that changed the weights.
+        num_bad_steps: Steps with a non-finite loss or gradient.
+        bad_in_row: Such steps in a row, up to this one.
+        finished: Whether the run is trained to its end.
+        position: Cursor of each data source; it follows from step and data and is kept for comparison.
+        best: Step and loss of the best eval.
+        since_best: Evals since then.
+        segments: Names of the metrics segments on the committed timeline.
+        sums: Checksums of the segments by name.
+        loss_scale: fp16's loss scale, and what its next change depends on.
+        micro_batch_size: Packed sequences per forward pass.
     """
 
     step: int = 0
@@ -44,7 +52,7 @@ class RunProgress:
     micro_batch_size: int | None = None
 
     def note_eval(self, loss: float) -> bool:
-        """Counts a held-out loss at this step; True when it is the best so far. One that is not finite never is."""
+        """Counts an eval loss at this step; True if it is the best so far. A loss that is not finite never is."""
         is_best = math.isfinite(loss) and (self.best is None or loss < self.best["loss"])
         if is_best:
             self.best = {"step": self.step, "loss": loss}
@@ -54,7 +62,7 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A committed checkpoint: its URI and the manifest's meta."""
+    """A committed checkpoint: its URI and its manifest's meta."""
 
     uri: str
     meta: dict[str, Any]
@@ -66,13 +74,13 @@ class CheckpointRef:
 
     @property
     def progress(self) -> RunProgress:
-        """Where the run stood."""
+        """Progress of the run at this checkpoint."""
         return RunProgress(**self.meta["progress"])
 
 
 @dataclass(frozen=True)
 class Damaged:
-    """A checkpoint that was committed and can't be read. step: by its directory's name; reason: a sentence."""
+    """A committed checkpoint that cannot be read. step: By its directory's name."""
 
     uri: str
     step: int
@@ -80,7 +88,7 @@ class Damaged:
 
 
 def scan_checkpoints(run_dir: str) -> tuple[list[CheckpointRef], list[Damaged]]:
-    """The committed checkpoints of a run that have a sound manifest, and those that don't; newest first.
+    """Committed checkpoints with a valid manifest, and damaged ones; newest first.
 
     A directory without manifest and without mark was never committed: it is neither.
     """
@@ -90,21 +98,21 @@ def scan_checkpoints(run_dir: str) -> tuple[list[CheckpointRef], list[Damaged]]:
         name, _, rest = file.path.partition("/")
         if rest in (storage.MANIFEST, storage.MARK):
             names.setdefault(name, set()).add(rest)
-    found, damaged = [], []
-    for name, inside in names.items():
+    checkpoints, damaged = [], []
+    for name, files in names.items():
         uri = storage.join(root, name)
         try:
-            if storage.MANIFEST not in inside or (manifest := storage.read_manifest(uri)) is None:
+            if storage.MANIFEST not in files or (manifest := storage.read_manifest(uri)) is None:
                 raise CheckpointError(
                     f"{storage.join(uri, storage.MANIFEST)} is missing, but the checkpoint was committed"
                 )
             _check_progress(uri, manifest["meta"])
-            found.append(CheckpointRef(uri, manifest["meta"]))
+            checkpoints.append(CheckpointRef(uri, manifest["meta"]))
         except CheckpointError as err:
-            if storage.exists(uri):  # else it was swept meanwhile
+            if storage.exists(uri):  # else it was deleted meanwhile
                 damaged.append(Damaged(uri, _step_of(name), str(err)))
     return (
-        sorted(found, key=lambda f: f.step, reverse=True),
+        sorted(checkpoints, key=lambda f: f.step, reverse=True),
         sorted(damaged, key=lambda d: d.step, reverse=True),
     )
 
@@ -115,77 +123,80 @@ def _step_of(name: str) -> int:
 
 
 def _check_progress(uri: str, meta: dict[str, Any]) -> None:
-    """Raises CheckpointError for a manifest that is whole, but no checkpoint's."""
+    """Raises CheckpointError for a valid manifest that is not one of a checkpoint."""
     tree = meta.get("progress")
     known = {each.name for each in fields(RunProgress)}
     if not isinstance(tree, dict) or not isinstance(tree.get("step"), int) or not tree.keys() <= known:
-        raise CheckpointError(
-            f"{storage.join(uri, storage.MANIFEST)} is damaged: it says nothing of training's progress"
-        )
+        raise CheckpointError(f"{storage.join(uri, storage.MANIFEST)} is damaged: it has no training progress")
     names, best = tree.get("segments", []), tree.get("best")
     is_named = isinstance(names, list) and all(isinstance(n, str) and segments.NAME.fullmatch(n) for n in names)
     is_judged = best is None or (isinstance(best, dict) and {"step", "loss"} <= best.keys())
     if not is_named or not is_judged or not isinstance(tree.get("sums", {}), dict):
-        raise CheckpointError(f"{storage.join(uri, storage.MANIFEST)} is damaged: its progress is not training's")
+        raise CheckpointError(f"{storage.join(uri, storage.MANIFEST)} is damaged: its training progress is invalid")
 
 
 def list_checkpoints(run_dir: str, warn: Callable[[str], None] | None = None) -> list[CheckpointRef]:
-    """Committed checkpoints of a run, newest first; those that are damaged are passed over, with a warning."""
-    found, damaged = scan_checkpoints(run_dir)
+    """Committed checkpoints of a run, newest first; damaged ones are skipped with a warning."""
+    checkpoints, damaged = scan_checkpoints(run_dir)
     if warn is not None:
         for each in damaged:
             warn(each.reason)
-    return found
+    return checkpoints
 
 
 def has_begun(run_dir: str) -> bool:
-    """Whether a run has committed a checkpoint, be it damaged by now."""
+    """Whether a run has committed a checkpoint, even if it is damaged by now."""
     return any(scan_checkpoints(run_dir))
 
 
 def best_checkpoint(run_dir: str, step: int | None = None) -> CheckpointRef:
-    """The checkpoint with the best held-out loss, where losses were taken during training, else the newest.
+    """The checkpoint with the best eval loss, or the newest if there were no evals.
 
-    step: the one of this step instead. Raises ConfigError when there is none, CheckpointError where the one that is due
-    is damaged or missing: an older one is taken only when its step is named.
+    Args:
+        run_dir: The run's directory.
+        step: Takes the checkpoint of this step instead.
+
+    Raises:
+        ConfigError: There is no checkpoint.
+        CheckpointError: The checkpoint is damaged or missing. An older one is taken only if its step is named.
     """
-    found, damaged = scan_checkpoints(run_dir)
+    checkpoints, damaged = scan_checkpoints(run_dir)
     if step is not None:
-        return _of_step(run_dir, step, found, damaged)
-    if not found and not damaged:
+        return _of_step(run_dir, step, checkpoints, damaged)
+    if not checkpoints and not damaged:
         raise ConfigError(f"{run_dir} has no checkpoint; train first: ftray train <run file>")
-    if not found:
+    if not checkpoints:
         raise CheckpointError(f"no checkpoint of {run_dir} can be read ({_reasons(damaged)}); restore one of them")
-    steps = ", ".join(str(f.step) for f in found)
-    if damaged and damaged[0].step > found[0].step:
+    steps = ", ".join(str(f.step) for f in checkpoints)
+    if damaged and damaged[0].step > checkpoints[0].step:
         raise CheckpointError(
-            f"the newest checkpoint is damaged: {damaged[0].reason}. Restore it, train on from step {found[0].step} "
-            f"(ftray train), or name the checkpoint to take: --step N, of {steps}"
+            f"the newest checkpoint is damaged: {damaged[0].reason}. Restore it, continue from step {checkpoints[0].step} "
+            f"(ftray train), or choose a checkpoint with --step ({steps})"
         )
-    best = found[0].progress.best
+    best = checkpoints[0].progress.best
     if best is None:
-        return found[0]
-    for each in found:
+        return checkpoints[0]
+    for each in checkpoints:
         if each.step == int(best["step"]):
             return each
     reason = next((d.reason for d in damaged if d.step == int(best["step"])), "it is missing")
     raise CheckpointError(
-        f"the checkpoint of step {int(best['step'])}, which had the best held-out loss, can't be read: {reason}. Restore "
-        f"it, or name the checkpoint to take: --step N, of {steps}"
+        f"the checkpoint of step {int(best['step'])}, which had the best eval loss, cannot be read: {reason}. Restore it, or "
+        f"choose a checkpoint with --step ({steps})"
     )
 
 
-def _of_step(run_dir: str, step: int, found: list[CheckpointRef], damaged: list[Damaged]) -> CheckpointRef:
-    for each in found:
+def _of_step(run_dir: str, step: int, checkpoints: list[CheckpointRef], damaged: list[Damaged]) -> CheckpointRef:
+    for each in checkpoints:
         if each.step == step:
             return each
     for other in damaged:
         if other.step == step:
             raise CheckpointError(
-                f"--step {step}: that checkpoint is damaged: {other.reason}; restore it, or name another"
+                f"--step {step}: that checkpoint is damaged: {other.reason}; restore it, or choose another"
             )
-    there = f"there are {', '.join(str(f.step) for f in found)}" if found else "there is none"
-    raise ConfigError(f"--step {step}: {run_dir} has no checkpoint of that step; {there}")
+    steps = ", ".join(str(each.step) for each in checkpoints) or "none"
+    raise ConfigError(f"--step {step}: {run_dir} has no checkpoint of that step; available: {steps}")
 
 
 def _reasons(damaged: list[Damaged]) -> str:
@@ -194,12 +205,17 @@ def _reasons(damaged: list[Damaged]) -> str:
 
 
 def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float = math.inf) -> CheckpointRef | None:
-    """The newest checkpoint whose files all match its manifest; says which damaged ones it passes over.
+    """The newest checkpoint whose files all match its manifest.
 
-    below_updates: only of those that had fewer updates of the weights. Raises CheckpointError where there are
-    checkpoints, and all are damaged.
+    Args:
+        run_dir: The run's directory.
+        warn: Gets a message about each damaged checkpoint that is skipped.
+        below_updates: Considers only checkpoints with fewer weight updates.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged.
     """
-    passed_over = 0
+    num_damaged = 0
     sound, damaged = scan_checkpoints(run_dir)
     both: list[CheckpointRef | Damaged] = [*sound, *damaged]
     for each in sorted(both, key=lambda c: c.step, reverse=True):
@@ -212,20 +228,20 @@ def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float 
             if not problems:
                 return each
             reason = problems[0]
-        passed_over += 1
-        warn(f"checkpoint {each.uri} is damaged ({reason}); the one before it is used")
-    if passed_over and below_updates == math.inf:
-        place = storage.join(run_dir, "checkpoints")
+        num_damaged += 1
+        warn(f"checkpoint {each.uri} is damaged ({reason}); using the previous one")
+    if num_damaged and below_updates == math.inf:
+        directory = storage.join(run_dir, "checkpoints")
         raise CheckpointError(
-            f"all checkpoints in {place} are damaged ({passed_over}); restore one, or delete {place} to begin anew"
+            f"all {num_damaged} checkpoints in {directory} are damaged; restore one, or delete {directory} to start anew"
         )
     return None
 
 
 def merge_metrics(run_dir: str, progress: RunProgress, warn: Callable[[str], None] | None = None) -> int:
-    """Writes `<run>/metrics.jsonl` out of the committed timeline's segments; returns its number of lines.
+    """Writes `<run>/metrics.jsonl` from the segments of the committed timeline; returns its number of lines.
 
-    warn: told which segments are damaged; their steps are left out where no copy is found.
+    warn: Gets a message about each damaged segment; its steps are left out if there is no copy.
     """
     lines = _metric_lines(run_dir, progress, warn)
     storage.write_bytes(
@@ -237,13 +253,16 @@ def merge_metrics(run_dir: str, progress: RunProgress, warn: Callable[[str], Non
 def read_metrics(
     run_dir: str, most: int | None = None, warn: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
-    """A line for each committed step, in order, also of a run that still trains.
+    """The metrics of each committed step, in order, also of a run that is still training.
 
-    most: segments that are read, the first and the newest of them; left out: all. warn: told what is damaged.
+    Args:
+        run_dir: The run's directory.
+        most: Reads only the first segment and the newest ones, so many in total.
+        warn: Gets a message about each damaged segment.
     """
-    found = list_checkpoints(run_dir)
-    if found:
-        progress = found[0].progress
+    checkpoints = list_checkpoints(run_dir)
+    if checkpoints:
+        progress = checkpoints[0].progress
         if most is not None and len(progress.segments) > most:
             progress = replace(progress, segments=[progress.segments[0], *progress.segments[1 - most :]])
         lines = _metric_lines(run_dir, progress, warn)
@@ -253,12 +272,12 @@ def read_metrics(
 
 
 def read_segments(run_dir: str, kept: dict[str, Segment], warn: Callable[[str], None] | None = None) -> list[Segment]:
-    """The lines of the committed timeline by the checkpoint that committed them; none twice, none is empty.
+    """The metrics of the committed timeline, by the checkpoint that committed them; no step twice, no segment empty.
 
-    kept: what earlier calls have read, by name and etag; only what is new is read again.
+    kept: Segments of earlier calls by name and etag; only new ones are read.
     """
-    found = list_checkpoints(run_dir)
-    progress = found[0].progress if found else RunProgress()
+    checkpoints = list_checkpoints(run_dir)
+    progress = checkpoints[0].progress if checkpoints else RunProgress()
     etags = {file.path: file.etag for file in storage.list_files(storage.join(run_dir, "metrics"))}
     firsts = [int(name[:8]) for name in progress.segments]
     reader = segments.SegmentReader(run_dir, progress.sums, warn or _ignore)
@@ -273,7 +292,7 @@ def read_segments(run_dir: str, kept: dict[str, Segment], warn: Callable[[str], 
 
 
 def _metric_lines(run_dir: str, progress: RunProgress, warn: Callable[[str], None] | None) -> dict[int, str]:
-    """Lines by step. A segment that a later one overlaps (after a fall-back) counts up to where that one begins."""
+    """Lines by step. A segment that a later one overlaps (after a rewind) counts up to the start of the later one."""
     reader = segments.SegmentReader(run_dir, progress.sums, warn or _ignore)
     lines: dict[int, str] = {}
     for segment in progress.segments:
@@ -284,4 +303,4 @@ def _metric_lines(run_dir: str, progress: RunProgress, warn: Callable[[str], Non
 
 
 def _ignore(_: str) -> None:
-    """For callers whose user was told of damage already."""
+    """For callers that have reported damage before."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model in one process, for evaluation and export. Knows checkpoints and models, no Ray."""
+"""Loads checkpoints: into a model in one process, for evaluation and export, and as the start of a run. No Ray."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ from ftray.train.checkpoint.writer import load_checkpoint
 from ftray.train.parallel import DeviceMesh
 
 
-def load_tuned(run: config.RunConfig, found: CheckpointRef, precision: str, to_merge: bool = False) -> Any:
-    """The tuned model on the CPU, in eval mode, its trained weights from the checkpoint's fp32 masters.
+def load_tuned(run: config.RunConfig, checkpoint: CheckpointRef, precision: str, to_merge: bool = False) -> Any:
+    """The trained model on the CPU, in eval mode, with the checkpoint's fp32 master weights.
 
-    precision: of the whole model; fp32 keeps the masters exact. to_merge: in fp32, with a base in 4 bits as the plain
-    weights that it stands for. Raises CheckpointError if the checkpoint doesn't fit.
+    Args:
+        run: The run's configuration.
+        checkpoint: The checkpoint.
+        precision: Of the whole model; fp32 keeps the master weights exact.
+        to_merge: Dequantizes a 4-bit base to fp32, so that adapters can be merged.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the model.
     """
     if to_merge and run.method.type == "qlora":
         base = unquantized(load_base(run.model, dtype_of(run.train.precision), quantize=True)).float()
         model = add_adapters(base, run.method, run.train.seed)
     else:
         model = build_model(run.model, run.method, precision, run.train.seed)
-    state = load_checkpoint(found, "weights.")
+    state = load_checkpoint(checkpoint, "weights.")
     for name, parameter in trainable(model).items():
         saved = state.pop(f"weights.{name}", None)
         if saved is None or saved.shape != parameter.shape:
-            raise CheckpointError(f"{found.uri} doesn't fit the model: {name} is missing or of another shape")
+            raise CheckpointError(f"{checkpoint.uri} does not fit the model: {name} is missing or has another shape")
         parameter.data.copy_(saved)
-    if left := list(state):
-        raise CheckpointError(f"{found.uri} doesn't fit the model: it has {left[0]}, the model has not")
+    if unknown := list(state):
+        raise CheckpointError(f"{checkpoint.uri} does not fit the model, which has no {unknown[0]}")
     return model.eval()
 
 
@@ -52,38 +58,38 @@ def newest_on_all_ranks(run_dir: str, mesh: DeviceMesh, below_updates: float = m
 
 
 def open_parent(uri: str) -> CheckpointRef:
-    """The committed checkpoint at a URI: `…/checkpoints/step-000200`, or a run's directory for its newest one.
+    """The committed checkpoint at a URI: `…/checkpoints/step-000200`, or the newest one of a run's directory.
 
     Raises ConfigError if there is none.
     """
-    place = storage.absolute(uri)
+    directory = storage.absolute(uri)
     try:
-        manifest = storage.read_manifest(place)
+        manifest = storage.read_manifest(directory)
     except CheckpointError as err:
         raise ConfigError(f"--from: {err}") from None
     if manifest is not None and "progress" in manifest["meta"]:
-        return CheckpointRef(place, manifest["meta"])
-    if manifest is None and storage.exists(storage.join(place, storage.MARK)):
+        return CheckpointRef(directory, manifest["meta"])
+    if manifest is None and storage.exists(storage.join(directory, storage.MARK)):
         raise ConfigError(
-            f"--from {uri} is damaged: its {storage.MANIFEST} is missing; restore it, or give another checkpoint"
+            f"--from {uri} is damaged: its {storage.MANIFEST} is missing; restore it, or use another checkpoint"
         )
-    found, damaged = scan_checkpoints(place)
-    if damaged and (not found or damaged[0].step > found[0].step):
-        older = f", or name another: --from {found[0].uri}" if found else ""
+    checkpoints, damaged = scan_checkpoints(directory)
+    if damaged and (not checkpoints or damaged[0].step > checkpoints[0].step):
+        older = f", or use an older one: --from {checkpoints[0].uri}" if checkpoints else ""
         raise ConfigError(f"--from {uri}: its newest checkpoint is damaged: {damaged[0].reason}. Restore it{older}")
-    if not found:
+    if not checkpoints:
         raise ConfigError(
-            f"--from {uri}: there is no committed checkpoint; give one (…/checkpoints/step-000200) or a run"
+            f"--from {uri}: there is no committed checkpoint; give a checkpoint (…/checkpoints/step-000200) or a run"
         )
-    return found[0]
+    return checkpoints[0]
 
 
 def parent_parts(uri: str, parameters: Mapping[str, Any]) -> TensorPartReader:
-    """What a new run's weights are read from. Raises CheckpointError if checkpoint and parameters don't fit."""
-    found = open_parent(uri)
-    if problems := storage.verify_directory(found.uri):
+    """Reader of the checkpoint that a new run starts from. Raises CheckpointError if it does not fit the parameters."""
+    checkpoint = open_parent(uri)
+    if problems := storage.verify_directory(checkpoint.uri):
         raise CheckpointError(f"--from {uri} is damaged ({problems[0]}); use another checkpoint")
-    reader = TensorPartReader(found.uri)
+    reader = TensorPartReader(checkpoint.uri)
     weights = {name: shape for name, shape in reader.shapes().items() if name.startswith("weights.")}
     wanted = {f"weights.{name}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     for name in sorted(weights.keys() | wanted.keys()):
@@ -91,7 +97,7 @@ def parent_parts(uri: str, parameters: Mapping[str, Any]) -> TensorPartReader:
         if mine is None or its is None or mine != tuple(its):
             shown = [list(shape) if shape is not None else "missing" for shape in (its, mine)]
             raise CheckpointError(
-                f"--from {uri} doesn't fit this run: {name.removeprefix('weights.')} is {shown[0]} there and {shown[1]} "
+                f"--from {uri} does not fit this run: {name.removeprefix('weights.')} is {shown[0]} there and {shown[1]} "
                 "here; model and method must be the same"
             )
     return reader

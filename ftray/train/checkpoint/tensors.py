@@ -1,7 +1,7 @@
-"""Tensors by name, in as many files as there were writers: parts out, any part back in. Knows storage and tensors.
+"""Tensors by name in one safetensors file per writer, readable in any parts.
 
-Each file is a safetensors file. A part that is not a whole tensor is flat, and the file's metadata says where it stands:
-so any number of readers reads what it needs from what any number of writers wrote.
+A part of a tensor is stored flat, and the file's metadata says where it belongs. So any number of readers can read the elements
+that they need from the files of any number of writers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 16 << 20  # written and hashed at once
-READ_AHEAD = 32  # parts asked for at once
+READ_AHEAD = 32  # parts read in parallel
 
 
 class SplitFp32:
-    """fp32 values that are kept as bf16 and the 16 bits that it lacks (`adamw`): whole only while they are copied.
+    """fp32 values that `adamw` keeps as bf16 and the 16 bits that it lacks; joined only while they are copied.
 
-    high: bf16 [elements]; rest: int16 [elements].
+    Args:
+        high: bf16 [elements].
+        rest: int16 [elements].
     """
 
     dtype = torch.float32
@@ -59,16 +61,16 @@ class SplitFp32:
 
     def whole(self) -> torch.Tensor:
         """The values, fp32 [elements]."""
-        room = torch.empty(self.numel(), dtype=self.dtype)
-        self.copy_to(room)
-        return room
+        values = torch.empty(self.numel(), dtype=self.dtype)
+        self.copy_to(values)
+        return values
 
-    def copy_to(self, room: torch.Tensor) -> None:
+    def copy_to(self, target: torch.Tensor) -> None:
         """Writes the values into fp32 [elements], a piece at a time."""
         for at in range(0, self.numel(), PIECE_BYTES):
             piece = slice(at, at + PIECE_BYTES)
             bits = (self._high[piece].view(torch.int16).to(torch.int32) << 16) + self._rest[piece]
-            room[piece].copy_(bits.view(torch.float32), non_blocking=True)
+            target[piece].copy_(bits.view(torch.float32), non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -82,60 +84,60 @@ class TensorPart:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing of the tensor is missing."""
+        """Whether it is the whole tensor."""
         return self.start == 0 and self.values.numel() == math.prod(self.shape)
 
 
 class HostBuffer:
-    """Host memory that is kept from one checkpoint to the next: fresh memory costs four times the copy itself."""
+    """Host memory that is kept between checkpoints: allocating it anew costs four times the copy itself."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, num: int) -> None:
-        """Makes room for `num` bytes, and touches them: the system hands out memory when it is first written."""
+        """Allocates `num` bytes and writes to them: the system provides memory at the first write."""
         if self._bytes.numel() < num:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one first
             self._bytes = torch.empty(num, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).zero_()
 
     def hold(self, parts: list[TensorPart]) -> list[TensorPart]:
-        """The same parts in this buffer, one behind the other, wide types first. They stand until the next call."""
+        """Copies parts into this buffer, one after the other, wide types first. They are valid until the next call."""
         parts = sorted(parts, key=lambda part: -part.values.element_size())  # keeps each aligned
         total = sum(part.values.nbytes for part in parts)
         self.reserve(total)
         held, at = [], 0
         for part in parts:
-            room = self._bytes[at : at + part.values.nbytes].view(part.values.dtype)
+            target = self._bytes[at : at + part.values.nbytes].view(part.values.dtype)
             if isinstance(part.values, SplitFp32):
-                part.values.copy_to(room)
+                part.values.copy_to(target)
             else:
-                room.copy_(part.values, non_blocking=True)
-            held.append(TensorPart(part.name, part.shape, part.start, room))
+                target.copy_(part.values, non_blocking=True)
+            held.append(TensorPart(part.name, part.shape, part.start, target))
             at += part.values.nbytes
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return held
 
     def first(self, num: int) -> torch.Tensor:
-        """The first bytes of the buffer, uint8: the held parts as they stand."""
+        """The first bytes of the buffer, uint8."""
         return self._bytes[:num]
 
 
-Layout = dict[str, list[Any]]  # name → [dtype, shape, start, elements], in the order in which the values stand
+Layout = dict[str, list[Any]]  # name → [dtype, shape, start, elements], in the order of the values
 
 
 def layout(parts: list[TensorPart]) -> Layout:
-    """What stands for parts where their values needn't be."""
+    """Describes parts without their values."""
     return {p.name: [NAMES[p.values.dtype], list(p.shape), p.start, p.values.numel()] for p in parts}
 
 
 def num_bytes(laid: Layout) -> int:
-    """Bytes of the values that are laid out so."""
+    """Bytes of the values of a layout."""
     return sum(elements * DTYPES[dtype].itemsize for dtype, _, _, elements in laid.values())
 
 
 def assemble(layouts: list[Layout], shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors by name out of every writer's bytes (uint8, laid out as `layouts` say)."""
+    """Whole tensors by name from the bytes of all writers (uint8, described by `layouts`)."""
     whole: dict[str, torch.Tensor] = {}
     for laid, share in zip(layouts, shares, strict=True):
         at = 0
@@ -170,7 +172,7 @@ def write_parts(path: Path, laid: Layout, chunks: Iterable[memoryview]) -> str:
             file.write(chunk)
             written += len(chunk)
     if written != 8 + len(text) + at:
-        raise CheckpointError(f"{path}: {written} bytes instead of {8 + len(text) + at}; this is a fault of ftray")
+        raise CheckpointError(f"{path}: {written} bytes instead of {8 + len(text) + at}; this is a bug in ftray")
     return digest.hexdigest()
 
 
@@ -182,22 +184,22 @@ def pieces(flat: torch.Tensor) -> Iterator[memoryview]:
 
 
 def check_complete(layouts: list[Layout]) -> None:
-    """Raises CheckpointError unless the writers' parts are together whole tensors, none empty, with weights among them."""
-    found: dict[str, list[list[Any]]] = {}
+    """Raises CheckpointError unless the parts of all writers form whole, non-empty tensors, with weights among them."""
+    parts: dict[str, list[list[Any]]] = {}
     for laid in layouts:
         for name, entry in laid.items():
-            found.setdefault(name, []).append(entry)
-    if not any(name.startswith("weights.") for name in found):
-        raise CheckpointError("there are no weights to save; this is a fault of ftray, please report it")
-    for name, entries in found.items():
+            parts.setdefault(name, []).append(entry)
+    if not any(name.startswith("weights.") for name in parts):
+        raise CheckpointError("there are no weights to save; this is a bug in ftray, please report it")
+    for name, entries in parts.items():
         at, size = 0, math.prod(entries[0][1])
         for _, _, start, elements in sorted(entries, key=lambda entry: int(entry[2])):
             if start != at:
                 break
             at += elements
         if at != size or size == 0:
-            what = "is empty" if size == 0 else f"has {at} of {size} elements in one piece"
-            raise CheckpointError(f"the tensor {name} {what}; this is a fault of ftray, please report it")
+            problem = "is empty" if size == 0 else f"has only {at} of {size} contiguous elements"
+            raise CheckpointError(f"the tensor {name} {problem}; this is a bug in ftray, please report it")
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,14 @@ class _PartLocation:
 
 
 class TensorPartReader:
-    """Any elements of the tensors whose parts are in the safetensors files of a directory, committed or not yet."""
+    """Reads elements of the tensors in the safetensors files of a directory, committed or not."""
 
     def __init__(self, uri: str) -> None:
-        self._places: dict[str, list[_PartLocation]] = {}
+        self._locations: dict[str, list[_PartLocation]] = {}
         self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         manifest = storage.read_manifest(uri)
         for info in storage.list_files(uri, suffix=".safetensors"):
-            if manifest is None or info.path in manifest["files"]:  # what else lies there was never committed
+            if manifest is None or info.path in manifest["files"]:  # other files were never committed
                 self._read_header(info.uri, info.size_bytes)
 
     def _read_header(self, uri: str, size_bytes: int) -> None:
@@ -228,28 +230,28 @@ class TensorPartReader:
             starts = json.loads(header.pop("__metadata__", {}).get("parts", "{}"))
             for name, entry in header.items():
                 start, shape = starts.get(name, (0, entry["shape"]))
-                place = _PartLocation(uri, 8 + size + entry["data_offsets"][0], start, math.prod(entry["shape"]))
-                self._places.setdefault(name, []).append(place)
+                location = _PartLocation(uri, 8 + size + entry["data_offsets"][0], start, math.prod(entry["shape"]))
+                self._locations.setdefault(name, []).append(location)
                 self._kinds[name] = (DTYPES[entry["dtype"]], tuple(shape))
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as err:
-            raise CheckpointError(f"{uri} is damaged ({err}); use the checkpoint before it") from None
+            raise CheckpointError(f"{uri} is damaged ({err}); use the previous checkpoint") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name."""
         return {name: shape for name, (_, shape) in self._kinds.items()}
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """Elements [start, end) of a flattened tensor. Raises CheckpointError for one that isn't there in full."""
+        """Elements [start, end) of a flattened tensor. Raises CheckpointError if some are missing."""
         if name not in self._kinds:
             raise CheckpointError(f"the checkpoint has no {name}; it belongs to another model")
         dtype, shape = self._kinds[name]
         end = math.prod(shape) if end is None else end
         out, num_read = torch.empty(end - start, dtype=dtype), 0
-        for place in self._places[name]:
-            lo, hi = max(start, place.start), min(end, place.start + place.elements)
+        for location in self._locations[name]:
+            lo, hi = max(start, location.start), min(end, location.start + location.elements)
             if lo < hi:
-                first = place.offset + (lo - place.start) * dtype.itemsize
-                data = storage.read_range(place.uri, first, first + (hi - lo) * dtype.itemsize)
+                first = location.offset + (lo - location.start) * dtype.itemsize
+                data = storage.read_range(location.uri, first, first + (hi - lo) * dtype.itemsize)
                 if len(data) == (hi - lo) * dtype.itemsize:
                     out[lo - start : hi - start] = torch.frombuffer(bytearray(data), dtype=dtype)
                     num_read += hi - lo
@@ -257,10 +259,10 @@ class TensorPartReader:
             raise CheckpointError(f"the checkpoint has {num_read} of {end - start} elements of {name}; it is damaged")
         return out
 
-    def read_many(self, wanted: list[tuple[str, int, int]]) -> Iterator[torch.Tensor]:
-        """`read` for each (name, start, end), in order, some ahead at a time."""
-        for at in range(0, len(wanted), READ_AHEAD):
-            yield from in_parallel(lambda item: self.read(*item), wanted[at : at + READ_AHEAD])
+    def read_many(self, ranges: list[tuple[str, int, int]]) -> Iterator[torch.Tensor]:
+        """`read` for each (name, start, end), in order, with read-ahead."""
+        for at in range(0, len(ranges), READ_AHEAD):
+            yield from in_parallel(lambda item: self.read(*item), ranges[at : at + READ_AHEAD])
 
     def whole(self, name: str) -> torch.Tensor:
         """A tensor in its shape."""

@@ -1,7 +1,7 @@
-"""How a checkpoint is committed without stopping training, and read again.
+"""Commits checkpoints without stopping training, and reads them again.
 
-Knows storage and tensors by name; nothing of DeepSpeed or data. Each rank writes its share of the tensors (of adapters,
-which are small, rank 0 writes the whole), state is in JSON, manifest.json (size and sha256 of each file) is written last.
+Each rank writes its share of the tensors; adapters are small, and rank 0 writes all of them. State is in JSON. manifest.json,
+with size and sha256 of each file, is written last.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ if TYPE_CHECKING:
 WHOLE, SHARE, STATE = "state.safetensors", "state-{:05d}-of-{:05d}.safetensors", "state.json"
 
 
-def load_checkpoint(found: CheckpointRef, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Whole tensors of a checkpoint whose names begin so, verified against its manifest first. Raises CheckpointError."""
+def load_checkpoint(checkpoint: CheckpointRef, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint whose names start with `prefix`, verified first. Raises CheckpointError."""
     with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
-        place = found.uri
-        if storage.is_remote(found.uri):
-            storage.fetch_directory(found.uri, directory)
-            place = directory
-        elif problems := storage.verify_directory(found.uri):
+        uri = checkpoint.uri
+        if storage.is_remote(uri):
+            storage.fetch_directory(uri, directory)
+            uri = directory
+        elif problems := storage.verify_directory(uri):
             raise CheckpointError(
-                f"{found.uri} is damaged ({problems[0]}); restore it, train on from the checkpoint before it (ftray train), "
-                "or name another checkpoint: --step N"
+                f"{uri} is damaged ({problems[0]}); restore it, continue from the previous checkpoint (ftray train), or choose "
+                "another one with --step"
             )
-        reader = TensorPartReader(place)
+        reader = TensorPartReader(uri)
         return {name: reader.whole(name) for name in reader.shapes() if name.startswith(prefix)}
 
 
 @contextmanager
 def _staging(uri: str) -> Iterator[Path]:
-    """Where a checkpoint's files are written before they are committed: on local disk the place itself, not a copy."""
+    """Where a checkpoint's files are written before they are committed; in local storage the directory itself."""
     if storage.is_remote(uri):
         with tempfile.TemporaryDirectory(prefix="ftray-") as directory:
             yield Path(directory)
@@ -76,9 +76,9 @@ def _staging(uri: str) -> Iterator[Path]:
 
 
 class CheckpointBarrier:
-    """What the writers of one checkpoint tell each other, on their own threads, beside training's collectives.
+    """Communication between the checkpoint writers of all ranks, on their own threads, separate from training's.
 
-    All ranks make one at the same time, and use it in the same order.
+    All ranks create it at the same time, and use it in the same order.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -86,34 +86,34 @@ class CheckpointBarrier:
         self._group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
 
     def gather(self, act: Callable[[], Any]) -> list[Any]:
-        """What `act` returns on each rank, on all of them. Where one raises, all raise."""
+        """The results of `act` on all ranks, on each of them. If one rank raises, all raise."""
         failure: Exception | None = None
         mine: tuple[str, Any] = ("", None)
         try:
             mine = ("", act())
         except Exception as err:  # noqa: BLE001 - raised again once the others know
             failure, mine = err, (type(err).__name__, str(err))
-        found: list[Any] = [mine] * self.world_size
+        results: list[Any] = [mine] * self.world_size
         if self._group is not None:
-            dist.all_gather_object(found, mine, group=self._group)
+            dist.all_gather_object(results, mine, group=self._group)
         if failure is not None:
             raise failure
-        for kind, value in found:
+        for kind, value in results:
             if kind:
                 raise getattr(errors, kind, CheckpointError)(value)
-        return [value for _, value in found]
+        return [value for _, value in results]
 
     def collect(self, flat: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-        """Rank 0: every rank's bytes, `sizes` of them; elsewhere []. flat: this rank's own, uint8."""
+        """On rank 0 the bytes of every rank; elsewhere []. flat: This rank's bytes, uint8. sizes: Bytes of each rank."""
         if self.rank > 0:
             if len(flat):
                 dist.send(flat, 0, group=self._group)
             return []
-        found = [flat, *(torch.empty(size, dtype=torch.uint8) for size in sizes[1:])]
+        shares = [flat, *(torch.empty(size, dtype=torch.uint8) for size in sizes[1:])]
         for rank in range(1, self.world_size):
             if sizes[rank]:
-                dist.recv(found[rank], rank, group=self._group)
-        return found
+                dist.recv(shares[rank], rank, group=self._group)
+        return shares
 
 
 class CheckpointSchedule:
@@ -146,11 +146,17 @@ class CheckpointSchedule:
 
 
 class CheckpointWriter:
-    """Commits checkpoints on a thread of its own, one at a time; training waits only while the last is under way.
+    """Commits checkpoints on its own thread, one at a time; training waits only while the previous one is being committed.
 
-    Every rank has one and saves at the same steps. meta: goes into each manifest (config hash, data hash, versions).
-    keep: newest ones that stay; the best stays besides. whole: one file with all, for small states. lease: nothing is
-    written once another process holds the run.
+    Every rank has a writer and saves at the same steps.
+
+    Args:
+        run_dir: The run's directory.
+        keep: Newest checkpoints that are kept; the best one is kept in addition.
+        meta: Goes into each manifest: config hash, data hash, versions.
+        whole: Writes one file with all tensors, for small states.
+        mesh: This rank's place; a single rank by default.
+        lease: Nothing is written once another process holds the run.
     """
 
     def __init__(
@@ -168,13 +174,13 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def reserve(self, num: int) -> None:
-        """Gets host memory for `num` bytes in the background, so that the first checkpoint doesn't wait for it."""
+        """Allocates host memory for `num` bytes in the background, so that the first checkpoint does not wait for it."""
         self._pending = self._pool.submit(self._buffer.reserve, num)
 
     def save(self, progress: RunProgress, parts: list[TensorPart], lines: list[dict[str, Any]]) -> None:
-        """Copies this rank's parts and starts to commit them. Raises what the commit before it raised.
+        """Copies this rank's parts and starts to commit them. Raises the error of the previous commit.
 
-        lines: metrics since the last checkpoint.
+        lines: Metrics since the last checkpoint.
         """
         self.wait()
         if lines:
@@ -189,11 +195,11 @@ class CheckpointWriter:
         self._pending = self._pool.submit(self._commit, snapshot, held, list(lines))
 
     def is_idle(self) -> bool:
-        """Whether no commit is under way."""
+        """Whether no commit is running."""
         return self._pending is None or self._pending.done()
 
     def wait(self) -> None:
-        """Returns when the last commit is done. Raises what it raised."""
+        """Waits for the last commit. Raises its error."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -201,11 +207,11 @@ class CheckpointWriter:
     def _commit(self, progress: RunProgress, parts: list[TensorPart], lines: list[dict[str, Any]]) -> None:
         uri = storage.join(self._run_dir, "checkpoints", f"step-{progress.step:06d}")
         try:
-            with storage.patient():  # training goes on meanwhile, and waits no earlier than at the next checkpoint
+            with storage.patient():  # training continues until the next checkpoint
                 self._commit_to(uri, progress, parts, lines)
         except StorageError:
             if self._ranks.rank == 0 and not storage.is_remote(uri):
-                with suppress(StorageError):  # half a checkpoint would only fill the disk further
+                with suppress(StorageError):  # an incomplete checkpoint would only fill the disk
                     if not storage.exists(storage.join(uri, storage.MANIFEST)):
                         storage.delete_tree(uri)
             raise
@@ -228,19 +234,19 @@ class CheckpointWriter:
         self._check_owner()
         committed = storage.commit_files(uri, entries, {**self._meta, "progress": asdict(progress)})
         if not committed and not self._is_there(uri):
-            raise CheckpointError(f"{uri} was committed by another process; only one may own the run")
+            raise CheckpointError(f"{uri} was committed by another process; only one process may own the run")
         storage.write_bytes(storage.join(uri, storage.MARK), json.dumps({"step": progress.step}).encode())
-        self._sweep(progress)
+        self._delete_old(progress)
 
     def _clear(self, uri: str, progress: RunProgress, lines: list[dict[str, Any]]) -> bool:
-        """Rank 0, first: writes the metrics, makes room. False when this checkpoint is there already, and sound."""
+        """Rank 0, first: writes the metrics and removes leftovers. False if this checkpoint is there already, and sound."""
         self._check_owner()
         if lines:
             text = as_text([_plain_json(line) for line in lines])
             storage.write_bytes(storage.join(self._run_dir, "metrics", progress.segments[-1]), text.encode())
         if self._is_there(uri):
             return False  # committed before an interruption
-        storage.delete_tree(uri)  # damaged, or left by a writer that was killed: without a manifest it doesn't exist
+        storage.delete_tree(uri)  # damaged, or left by a writer that was killed
         return True
 
     def _is_there(self, uri: str) -> bool:
@@ -252,10 +258,10 @@ class CheckpointWriter:
 
     def _check_owner(self) -> None:
         if self._lease is not None and not storage.holds(self._lease):
-            raise RunHeldError("another process took the run over; this one writes no more, follow that one")
+            raise RunHeldError("another process took the run over; this one stops writing, follow that process")
 
     def _write(self, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
-        """This rank's file, if it has one to write; its manifest entry by name."""
+        """Writes this rank's file, if it has one; its manifest entry by name."""
         mine = laid[self._ranks.rank]
         name, chunks = (
             SHARE.format(self._ranks.rank, self._ranks.world_size),
@@ -270,32 +276,32 @@ class CheckpointWriter:
             mine = {n: [NAMES[t.dtype], list(t.shape), 0, t.numel()] for n, t in whole.items()}
             name, chunks = WHOLE, (piece for t in whole.values() for piece in pieces(t.flatten()))
         if not mine:
-            return {}  # a rank beyond the last parameter, or one that sent its part to rank 0
+            return {}  # a rank without parameters, or one that sent its part to rank 0
         with _staging(uri) as directory:
             sha256 = write_parts(directory / name, mine, chunks)
             return {name: storage.put_file(str(directory / name), uri, name, sha256)}
 
-    def _sweep(self, progress: RunProgress) -> None:
+    def _delete_old(self, progress: RunProgress) -> None:
         best = int(progress.best["step"]) if progress.best else None
-        # Newer ones were passed over as damaged: they must not push out what is sound.
-        mine = [found for found in list_checkpoints(self._run_dir) if found.step <= progress.step]
-        for found in mine[self._keep :]:
-            if found.step != best:
-                storage.delete_tree(found.uri)
+        # Newer checkpoints were skipped as damaged: they must not displace sound ones.
+        checkpoints = [each for each in list_checkpoints(self._run_dir) if each.step <= progress.step]
+        for checkpoint in checkpoints[self._keep :]:
+            if checkpoint.step != best:
+                storage.delete_tree(checkpoint.uri)
 
 
 def check_moved(tensors: dict[str, torch.Tensor], step: int) -> None:
-    """Raises CheckpointError if all of LoRA's B matrices are zero, as before any step, although steps had gradients."""
+    """Raises CheckpointError if all of LoRA's B matrices are still zero although steps had gradients."""
     outward = [tensor for name, tensor in tensors.items() if name.startswith("weights.") and ".lora_B." in name]
     if outward and not any(bool(tensor.any()) for tensor in outward):
         raise CheckpointError(
-            f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a fault of ftray, "
-            "please report it"
+            f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a bug in ftray, please "
+            "report it"
         )
 
 
 def _plain_json(line: dict[str, Any]) -> dict[str, Any]:
-    """The same with null for what is not finite: JSON has no NaN."""
+    """The line with null in place of values that are not finite: JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 

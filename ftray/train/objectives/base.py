@@ -7,6 +7,8 @@ step is the sum over all ranks divided by the weight of the global batch. The tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
@@ -15,11 +17,13 @@ from ftray import config
 from ftray.data.example_spec import ExampleSpec
 from ftray.data.packing import IGNORE_INDEX
 from ftray.model.families import family_of
-from ftray.model.output_head import is_plain
 from ftray.train.batch import Batch
 
 if TYPE_CHECKING:
     from ftray.data.loader import RankBatch
+
+TRIAL_TOKENS, TRIAL_ROWS = 3, 8  # of the trial: hidden states, rows of the stand-in weight
+TOLERANCE = 1e-5
 
 
 class Objective(ABC):
@@ -126,3 +130,49 @@ def register(objective: O) -> O:
 def objective_type(name: str) -> type[Objective]:
     """The class of an objective. Raises KeyError for an unknown name."""
     return _OBJECTIVES[name]
+
+
+def is_plain(causal: Any) -> bool:
+    """Whether the logits are the last hidden states times the output embedding: no adapter, bias, scale, cap or cut.
+
+    Models scale, cap, shift or cut their logits by settings of many names. So the model's own forward is tried, with random
+    hidden states in place of the decoder's, and a small random weight in place of the head's.
+    """
+    head = causal.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    decoder = causal.get_decoder()
+    if decoder is causal:  # a class that does not separate its blocks from the whole
+        return False
+    rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    if rows != causal.config.get_text_config().vocab_size:  # logits might be cut to the vocabulary
+        return False
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, TRIAL_TOKENS, head.in_features, generator=generator)
+    weight = torch.randn(TRIAL_ROWS, head.in_features, generator=generator)
+    wanted = hidden @ weight.T
+
+    def decode(*_: Any, **__: Any) -> Any:
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    def project(states: torch.Tensor) -> torch.Tensor:
+        return states @ weight.T
+
+    try:
+        with torch.no_grad(), _replaced(decoder, decode), _replaced(head, project):
+            logits = causal(input_ids=torch.zeros(1, TRIAL_TOKENS, dtype=torch.long), use_cache=False).logits
+            return logits.shape == wanted.shape and torch.allclose(logits.float(), wanted, rtol=TOLERANCE)
+    except Exception:  # noqa: BLE001 - a forward that needs more than hidden states is not plain
+        return False
+
+
+@contextmanager
+def _replaced(module: torch.nn.Module, forward: Any) -> Iterator[None]:
+    """Inside, a module computes something else."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -20,7 +20,7 @@ from ftray.train.objectives.base import Objective, ObjectiveModel, register
 class Sft(Objective):
     """Summed cross-entropy of the trained tokens.
 
-    Logits are computed for trained tokens only, and in pieces where the output head allows it (`output_head.is_plain`).
+    Logits are computed for trained tokens only, and in pieces where the output head allows it (`base.is_plain`).
 
     Args:
         label_smoothing: Share of the target's weight that is spread over the vocabulary, in training mode only.
@@ -86,7 +86,7 @@ def _trained_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class LossHead(torch.nn.Module):
-    """The output head and its loss as one module with the head's own weight, so that ZeRO-3 gathers this for it."""
+    """The output head and its loss as one module with the head's own weight, so that ZeRO-3 gathers it."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -107,11 +107,19 @@ class LossHead(torch.nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden @ weight.T, in pieces, so that logits are never whole in memory.
+    """Summed cross-entropy of hidden @ weight.T, in pieces, so that the logits are never all in memory.
 
-    hidden: [tokens, width]; weight: [vocabulary, width]; targets: int64 [tokens]; smoothing: share of the target's
-    weight spread over the vocabulary. Gradients are made in the forward pass, where each piece's logits are at hand (as in
-    Hsu et al. 2024, Liger Kernel); the weight's in fp32 over pieces.
+    Gradients are computed in the forward pass, where each piece's logits are available; the weight's gradient is summed in
+    fp32 over the pieces.
+
+    Args:
+        hidden: [tokens, width].
+        weight: [vocabulary, width].
+        targets: int64 [tokens].
+        smoothing: Share of the target's weight that is spread over the vocabulary.
+
+    Source:
+        Hsu et al. 2024, Liger Kernel.
     """
 
     @staticmethod

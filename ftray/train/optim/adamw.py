@@ -1,7 +1,7 @@
-"""AdamW for ZeRO stage 0: exact fp32 masters in six bytes less, moments in 32 or 8 bits, clipping on the way.
+"""AdamW for ZeRO stage 0: exact fp32 master weights with little memory, 32-bit or 8-bit moments, gradient clipping.
 
-Of a bf16 weight's fp32 master only the 16 bits are kept that bf16 lacks; both together are the master, bit for bit.
-Gradients that are not finite touch nothing. Knows tensors; nothing of engines, ranks or files.
+For a bf16 weight, only the 16 bits of its fp32 master that bf16 lacks are stored; both together are the master, bit for bit.
+A step with non-finite gradients changes nothing.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ import torch
 from ftray.compat.torch import norms
 from ftray.train.memory import EIGHT_BIT, PAGED
 
-GROUP = 64  # neighbours in a parameter that share a scale, where moments have 8 bits
+GROUP = 64  # consecutive elements that share a scale in 8-bit moments
 FULL = "adamw"
-SMALL = 2**22  # elements of a parameter whose update is shorter than its launch: adapters' go in one launch together
+SMALL = 2**22  # elements; smaller parameters are updated in one kernel launch, which costs more than the update
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) on bf16 or fp32 parameters; gradients must be equal on all ranks.
+    """AdamW on bf16 or fp32 parameters; gradients must be equal on all ranks.
 
-    moments: `adamw` keeps them in fp32, `adamw-8bit` in two bytes of a parameter together (see `encode_mean`,
-    `encode_square`); `…-paged` in the host's memory, from which a parameter's come for its update. After a step,
-    `overflow` says whether it was refused, `_global_grad_norm` is the norm before clipping: both under the names that
-    DeepSpeed's engine looks for.
+    After a step, `overflow` says whether it was skipped, and `_global_grad_norm` is the norm before clipping: both names are
+    those that DeepSpeed's engine reads.
+
+    Args:
+        params: bf16 or fp32 parameters.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm; 0: no clipping.
+        moments: `adamw` keeps moments in fp32, `adamw-8bit` in one byte each (see `encode_mean`, `encode_square`);
+            `…-paged` keeps them in host memory between updates.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+
+    Source:
+        Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization.
     """
 
     KINDS = ("weights", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
@@ -65,18 +76,20 @@ class AdamW(torch.optim.Optimizer):
         self.num_updates += 1
         clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         for group in self.param_groups:
-            given = [p for p in group["params"] if p.grad is not None]
-            together = [p for p in given if self._is_small(p)]
-            if together:
+            trained = [p for p in group["params"] if p.grad is not None]
+            small = [p for p in trained if self._is_small(p)]
+            if small:
                 from ftray.train.optim.adamw_kernels import update_many
 
-                states = [(p, p.grad, self.state[p] or self._fresh(p)) for p in together]
+                states = [(p, p.grad, self.state[p] or self._fresh(p)) for p in small]
                 update_many(states, group, clip, self.num_updates)
-            for p in given:
+            for p in trained:
                 if not self._is_small(p):
                     self._update(p, p.grad.contiguous(), group, clip)
         if self.paged and grads and grads[0].is_cuda:
-            torch.cuda.current_stream(grads[0].device).synchronize()  # moments are back: a checkpoint may read them
+            torch.cuda.current_stream(
+                grads[0].device
+            ).synchronize()  # moments are copied back: a checkpoint may read them
 
     def _is_small(self, p: torch.nn.Parameter) -> bool:
         return p.is_cuda and p.numel() <= SMALL and not (self.eight_bit or self.paged)
@@ -86,12 +99,12 @@ class AdamW(torch.optim.Optimizer):
         if p.is_cuda:
             from ftray.train.optim.adamw_kernels import update
 
-            # All on one stream, so that each copy waits for what comes before it.
-            near = {kind: t.to(p.device, non_blocking=True) for kind, t in state.items()}
-            update(p, grad, near, group, clip, self.num_updates, GROUP if self.eight_bit else None)
+            # All on one stream, so that each copy waits for the previous operation.
+            on_gpu = {kind: t.to(p.device, non_blocking=True) for kind, t in state.items()}
+            update(p, grad, on_gpu, group, clip, self.num_updates, GROUP if self.eight_bit else None)
             for kind, t in state.items():
-                if near[kind] is not t:
-                    t.copy_(near[kind], non_blocking=True)
+                if on_gpu[kind] is not t:
+                    t.copy_(on_gpu[kind], non_blocking=True)
             return
         (beta1, beta2), t = group["betas"], self.num_updates
         master, grad = whole(p, state), grad.float() * clip
@@ -107,20 +120,20 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"], state["exp_avg_sq_scale"] = encode_square(square, t)
 
     def _fresh(self, p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """States before the first update: the master is the weight, moments are zero."""
+        """The state before the first update: the master weight is the weight, moments are zero."""
         state: dict[str, torch.Tensor] = {}
         if p.dtype == torch.bfloat16:
             state["rest"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.contiguous_format)
-        place: dict[str, Any] = {"device": p.device}
+        options: dict[str, Any] = {"device": p.device}
         if self.paged:
-            place = {"device": "cpu", "pin_memory": p.is_cuda}
+            options = {"device": "cpu", "pin_memory": p.is_cuda}
         for kind in ("exp_avg", "exp_avg_sq"):
             if self.eight_bit:
                 dtype = torch.int8 if kind == "exp_avg" else torch.uint8
-                state[kind] = torch.zeros(p.shape, dtype=dtype, **place)
-                state[f"{kind}_scale"] = torch.zeros(-(-p.numel() // GROUP), **place)
+                state[kind] = torch.zeros(p.shape, dtype=dtype, **options)
+                state[f"{kind}_scale"] = torch.zeros(-(-p.numel() // GROUP), **options)
             else:
-                state[kind] = torch.zeros(p.shape, dtype=torch.float32, **place)
+                state[kind] = torch.zeros(p.shape, dtype=torch.float32, **options)
         self.state[p] = state
         return state
 
@@ -131,14 +144,13 @@ class AdamW(torch.optim.Optimizer):
         return mean, decode_square(state["exp_avg_sq"], state["exp_avg_sq_scale"])
 
     def shapes(self, p: torch.nn.Parameter) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor that a checkpoint keeps of a parameter: `weights` (fp32 master), and its moments as they are
-        stored."""
+        """Shape of each tensor of a parameter in a checkpoint: `weights` (fp32 master), and its moments as they are stored."""
         kinds = self.KINDS if self.eight_bit else self.KINDS[:3]
         groups = (-(-p.numel() // GROUP),)
         return {kind: groups if kind.endswith("_scale") else tuple(p.shape) for kind in kinds}
 
     def import_state(self, p: torch.nn.Parameter, saved: dict[str, torch.Tensor]) -> None:
-        """Puts back what a checkpoint kept, bit for bit; without moments they are zero."""
+        """Restores the tensors of a checkpoint, bit for bit; missing moments are zero."""
         state = self._fresh(p)
         _put(p, state, saved["weights"].to(p.device))
         for kind in saved.keys() & state.keys():

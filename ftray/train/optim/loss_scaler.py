@@ -1,6 +1,6 @@
-"""Loss scaling of fp16: its state out of and into a DeepSpeed engine, and whether a skipped step only searched the scale.
+"""fp16 loss scaling: reads and restores the state of a DeepSpeed engine's scaler, and detects steps that only lower the scale.
 
-DeepSpeed doubles the scale after a row of good steps and halves it when gradients overflow, skipping that step.
+DeepSpeed doubles the scale after a number of good steps. If gradients overflow, it halves the scale and skips the step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _scaler(engine: Any) -> Any:
-    """What holds the scale: of ZeRO's optimizers, or of the half-precision optimizer of stage 0; None in fp32."""
+    """The scaler of ZeRO's optimizers, or of the half-precision optimizer of stage 0; None in fp32."""
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
 
 
@@ -22,13 +22,13 @@ def is_scaled(engine: Any) -> bool:
 
 
 def prepare_scaling(engine: Any) -> None:
-    """At its smallest scale DeepSpeed would end the process; we count bad steps instead."""
+    """Keeps DeepSpeed from ending the process at the smallest scale; ftray counts bad steps instead."""
     if is_scaled(engine):
         _scaler(engine).raise_error_at_min_scale = False
 
 
 def read_scale(engine: Any) -> dict[str, float] | None:
-    """The scale and what its next changes depend on, for the checkpoint; None without dynamic scaling."""
+    """The scale and the counters of its next change, for the checkpoint; None without dynamic scaling."""
     if not is_scaled(engine):
         return None
     scaler = _scaler(engine)
@@ -36,12 +36,12 @@ def read_scale(engine: Any) -> dict[str, float] | None:
 
 
 def restore_scale(engine: Any, state: dict[str, float] | None) -> None:
-    """Puts back what `read_scale` gave."""
+    """Restores the result of `read_scale`."""
     for name, value in (state or {}).items():
         setattr(_scaler(engine), name, value)
 
 
-def searches_scale(engine: Any, scale_before: dict[str, float] | None) -> bool:
-    """Whether a step that was skipped lowered the scale: then the scale was at fault, not the data."""
+def lowered_scale(engine: Any, scale_before: dict[str, float] | None) -> bool:
+    """Whether a skipped step lowered the scale: then the scale was the cause, not the data."""
     after = read_scale(engine)
     return after is not None and scale_before is not None and after["cur_scale"] < scale_before["cur_scale"]

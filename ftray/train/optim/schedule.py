@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: no state, nothing to resume. Pure."""
+"""The learning-rate schedule, a pure function of the step: there is no state to resume."""
 
 from __future__ import annotations
 

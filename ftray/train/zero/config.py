@@ -1,4 +1,4 @@
-"""Our settings → DeepSpeed's config. Pure: imports neither DeepSpeed nor torch."""
+"""DeepSpeed's config from a run's settings. Imports neither DeepSpeed nor torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWNED = {
 }
 
 
-SIZES = {  # of zero_optimization, in elements: what DeepSpeed 0.19 takes where nothing, or auto, is said
+SIZES = {  # of zero_optimization, in elements: defaults of DeepSpeed 0.19
     "reduce_bucket_size": 5e8,
     "stage3_max_live_parameters": 1e9,
     "stage3_prefetch_bucket_size": 5e7,
@@ -32,14 +32,17 @@ SIZES = {  # of zero_optimization, in elements: what DeepSpeed 0.19 takes where 
 def deepspeed_config(
     train: config.TrainConfig, deepspeed: config.DeepSpeedConfig, micro_batch_size: int, world_size: int
 ) -> dict[str, Any]:
-    """DeepSpeed's config for a run. Raises ConfigError for an override of what a key of the run file decides.
+    """DeepSpeed's config for a run.
 
-    At stage 0 our own optimizer (`adamw.py`) keeps masters and clips, so that DeepSpeed is told of neither.
+    At stage 0 ftray's own optimizer (`adamw.py`) keeps master weights and clips gradients, so DeepSpeed does neither.
+
+    Raises:
+        ConfigError: An override sets what a key of the run file decides, or is invalid.
     """
     ours = owns_optimizer(train, deepspeed)
     for key, decider in OWNED.items():
-        if _holds(deepspeed.overrides, key):
-            raise ConfigError(f"deepspeed.overrides.{key} is decided by {decider}; set that instead")
+        if _has_key(deepspeed.overrides, key):
+            raise ConfigError(f"deepspeed.overrides.{key} is set by {decider}; change that instead")
     for key in SIZES:
         size_of(deepspeed, key)
     derived: dict[str, Any] = {
@@ -55,43 +58,43 @@ def deepspeed_config(
     if ours and train.precision == "bf16":
         derived["communication_data_type"] = "bf16"
     if train.precision == "fp16":
-        # Dynamic scale from 2^16; halved at once by a step that overflows, doubled after 1,000 that don't.
+        # Dynamic scale from 2^16; halved by each step that overflows, doubled after 1,000 steps without overflow.
         derived["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
     if deepspeed.offload != "none":
-        derived["zero_force_ds_cpu_optimizer"] = False  # torch's own Adam: DeepSpeed's needs a compiler
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's Adam: DeepSpeed's needs a compiler
     return _merge(derived, deepspeed.overrides)
 
 
-def _offload(what: str) -> dict[str, Any]:
-    places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
-    return {place: {"device": "cpu", "pin_memory": True} for place in places[what]}
+def _offload(target: str) -> dict[str, Any]:
+    keys = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return {key: {"device": "cpu", "pin_memory": True} for key in keys[target]}
 
 
 def size_of(deepspeed: config.DeepSpeedConfig, key: str) -> float:
-    """One of SIZES, as overridden. Raises ConfigError for what is no number: YAML reads 2e8 as a word."""
+    """One of SIZES, with overrides. Raises ConfigError if it is not a number: YAML reads 2e8 as text."""
     zero = deepspeed.overrides.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(
-            f"deepspeed.overrides: zero_optimization ({zero!r}) must be a mapping; give it keys, or leave it out"
+            f"deepspeed.overrides: zero_optimization ({zero!r}) must be a mapping; add keys, or remove it"
         )
     value = zero.get(key, "auto")
     if value == "auto":
         return SIZES[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise ConfigError(
-            f"deepspeed.overrides.zero_optimization.{key} ({value!r}) is no number of elements; write it like 200000000 or 2.0e+8"
+            f"deepspeed.overrides.zero_optimization.{key} ({value!r}) is not a number; write it like 200000000 or 2.0e+8"
         )
     return float(value)
 
 
 def owns_optimizer(train: config.TrainConfig, deepspeed: config.DeepSpeedConfig) -> bool:
-    """Whether the update is `adamw.AdamW`'s: at stage 0, where nothing is sharded."""
+    """Whether ftray's `adamw.AdamW` is used: at stage 0, where nothing is sharded."""
     return deepspeed.zero_stage == 0 and train.precision in ("bf16", "fp32")
 
 
-def _holds(tree: Any, key: str) -> bool:
+def _has_key(tree: Any, key: str) -> bool:
     first, _, rest = key.partition(".")
-    return isinstance(tree, dict) and first in tree and (not rest or _holds(tree[first], rest))
+    return isinstance(tree, dict) and first in tree and (not rest or _has_key(tree[first], rest))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

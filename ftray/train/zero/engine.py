@@ -14,7 +14,7 @@ from ftray.model.fp8 import FORMATS, check_device, use_eight_bits
 from ftray.model.lora import build_model, trainable
 from ftray.train.checkpoint.tensors import TensorPart, TensorPartReader
 from ftray.train.memory import MemoryChoice
-from ftray.train.memory_tuning import fit_memory
+from ftray.train.memory_tuning import tune_memory
 from ftray.train.objectives import objective_of
 from ftray.train.objectives.base import Objective, ObjectiveModel
 from ftray.train.optim.adamw import AdamW
@@ -85,7 +85,7 @@ def build_engine(
     model = build_objective_model(run, mesh)
     parameters = trainable(model.model)
     check_packing(run, model, mesh.device)
-    memory = fit_memory(run, model, mesh, micro_batch_before, most_documents)
+    memory = tune_memory(run, model, mesh, micro_batch_before, most_documents)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(list(parameters.values()), run, mesh.device),

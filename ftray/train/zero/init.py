@@ -1,8 +1,7 @@
-"""Weights into ranks' parts for ZeRO-3, one after the other, so that no device ever holds the whole model.
+"""Shards a model for ZeRO-3 one parameter at a time, so that no device ever holds the whole model.
 
-Rank 0 has the model in host memory, as far as the files' precision is the run's mapped from them and read as it is
-needed; the others have its outline on torch's meta device. Knows modules and DeepSpeed's parameters; nothing of models,
-engines or files.
+Rank 0 has the model in host memory, mapped from its files where their precision is the run's; the other ranks have its outline
+on torch's meta device.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import torch.distributed as dist
 
 from ftray.compat.deepspeed import shard_parameter
 from ftray.errors import RunError
-from ftray.model.blocks import layers_of
+from ftray.model.families.base import layers_of
 from ftray.train.parallel import DeviceMesh
 
 
 @dataclass(frozen=True)
 class _Outline:
-    """A parameter of rank 0: all its names (tied weights have several), its shape and kind."""
+    """A parameter of rank 0. names: All its names; tied weights have several."""
 
     names: list[str]
     shape: tuple[int, ...]
@@ -32,15 +31,22 @@ class _Outline:
 
 
 def partition_model(model: torch.nn.Module, settings: dict[str, Any], mesh: DeviceMesh) -> None:
-    """Leaves each rank its part of every parameter, on the device or where `settings` offload them, and whole buffers.
+    """Shards all parameters and copies all buffers to every rank. Collective.
 
-    model: on rank 0 with its values, on the others also with none (meta). Every rank holds its parts and one whole
-    parameter at most. settings: DeepSpeed's config, of stage 3. Collective. Raises RunError where models differ.
+    Each rank holds its parts and at most one whole parameter.
+
+    Args:
+        model: With its values on rank 0; other ranks may have it on the meta device.
+        settings: DeepSpeed's config of stage 3; it says where parts are offloaded.
+        mesh: This rank's place.
+
+    Raises:
+        RunError: The models of the ranks differ.
     """
     import deepspeed
 
     deepspeed.init_distributed(dist_init_required=False)
-    # Of a module without parameters: they are handed over one by one below.
+    # A module without parameters: they are handed over one by one below.
     init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=settings)
     device = mesh.device
     for outline in _outlines(model, mesh):
@@ -57,17 +63,19 @@ def partition_model(model: torch.nn.Module, settings: dict[str, Any], mesh: Devi
 
 
 def _outlines(model: torch.nn.Module, mesh: DeviceMesh) -> list[_Outline]:
-    """Rank 0's, on every rank."""
-    found: dict[int, _Outline] = {}
+    """The parameters of rank 0, on every rank."""
+    outlines: dict[int, _Outline] = {}
     names = []
     for name, p in model.named_parameters(remove_duplicate=False):
         names.append(name)
-        found.setdefault(id(p), _Outline([], tuple(p.shape), p.dtype, p.requires_grad)).names.append(name)
-    outlines, wanted = mesh.broadcast((list(found.values()), names))
-    if names != wanted:
-        odd = sorted(set(names) ^ set(wanted)) or names
-        raise RunError(f"the model's outline differs from its weights at {odd[0]}; this is a fault of ftray, report it")
-    return list(outlines)
+        outlines.setdefault(id(p), _Outline([], tuple(p.shape), p.dtype, p.requires_grad)).names.append(name)
+    result, expected = mesh.broadcast((list(outlines.values()), names))
+    if names != expected:
+        odd = sorted(set(names) ^ set(expected)) or names
+        raise RunError(
+            f"the model's outline differs from its weights at {odd[0]}; this is a bug in ftray, please report it"
+        )
+    return list(result)
 
 
 def _same_everywhere(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -81,10 +89,11 @@ def _same_everywhere(buffer: torch.Tensor, device: torch.device) -> torch.Tensor
 
 
 def gather_by_layers(decoder: torch.nn.Module) -> None:
-    """Has a block's weights gathered at once, not part by part: fewer calls, which cost more than the bytes do.
+    """Makes DeepSpeed gather a block's weights at once: the number of calls costs more than the bytes.
 
-    Not those of blocks that nothing trained stands before: DeepSpeed 0.19 ends a block's backward pass when its input's
-    gradient is there, and takes one without such a gradient for ended when it begins. Before the engine is built.
+    Blocks without a trained parameter in front of them are left out: DeepSpeed 0.19 ends a block's backward pass when the
+    gradient of its input arrives, and takes a block without such a gradient as ended when it begins. Call it before the
+    engine is built.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -97,9 +106,11 @@ def gather_by_layers(decoder: torch.nn.Module) -> None:
 
 @contextmanager
 def gathered_in_use(model: torch.nn.Module, units: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, parts are put together while they compute, for trial passes before there is an engine that does so.
+    """Inside, sharded modules gather their weights while they compute: for trial passes without an engine.
 
-    units: modules, none within another, whose weights are gathered at once; all others' are one module at a time.
+    Args:
+        model: The sharded model.
+        units: Modules, none inside another, whose weights are gathered at once; others gather one module at a time.
     """
     import deepspeed
 

@@ -1,8 +1,7 @@
-"""Training state by parameter name: fp32 masters and Adam's moments, out of and into a DeepSpeed engine.
+"""Training state by parameter name: reads and restores the fp32 master weights and Adam's moments of a DeepSpeed engine.
 
-Each rank gives the parts that it holds, without a word to the others, and takes back the parts it needs; names and
-places are those of whole tensors, so that world size and ZeRO stage may be others when they return. Knows DeepSpeed's
-engines; nothing of files or steps on disk.
+Each rank gives the parts that it holds and takes the parts that it needs, without communication. Names and offsets are those of
+whole tensors, so that world size and ZeRO stage may change in between.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from ftray.train.optim.adamw import GROUP, AdamW
 from ftray.train.parallel import DeviceMesh
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-Wanted = list[tuple[str, int, int]]  # (name, start, end) of flattened tensors
+Ranges = list[tuple[str, int, int]]  # (name, start, end) of flattened tensors
 
 
 def local_parts(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> list[TensorPart]:
-    """This rank's share of `<kind>.<name>`, as views of the engine's own memory; all ranks' shares are the whole.
+    """This rank's share of `<kind>.<name>`, as views of the engine's memory; the shares of all ranks are the whole.
 
-    Moments are left out before the first optimizer step. Those of 8 bits stay as they are, each with its scales.
+    Before the first optimizer step there are no moments. 8-bit moments stay as they are, each with its scales.
     """
     if isinstance(engine.optimizer, AdamW):
         return _own_parts(engine.optimizer, parameters, _shares(parameters, mesh))
@@ -53,13 +52,21 @@ def local_bytes(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: De
 def restore_parts(
     engine: Any,
     parameters: dict[str, torch.nn.Parameter],
-    read_many: Callable[[Wanted], Iterator[torch.Tensor]],
+    read_many: Callable[[Ranges], Iterator[torch.Tensor]],
     num_updates: int,
     mesh: DeviceMesh,
 ) -> None:
-    """Puts state back into an engine, fresh or at work. read_many: elements by name; num_updates is Adam's step count.
+    """Restores the state of an engine, new or in use.
 
-    Raises CheckpointError where the checkpoint doesn't hold what the engine needs.
+    Args:
+        engine: DeepSpeed's engine.
+        parameters: Trainable parameters by name.
+        read_many: Reads elements of flattened tensors by name.
+        num_updates: Adam's step count.
+        mesh: This rank's place.
+
+    Raises:
+        CheckpointError: The checkpoint lacks a tensor.
     """
     if isinstance(engine.optimizer, AdamW):
         _restore_own(engine.optimizer, parameters, read_many, num_updates)
@@ -67,17 +74,17 @@ def restore_parts(
     if num_updates or _has_moments(engine):
         _clear_moments(engine, num_updates)
     stage, spans = _stage(engine), _spans(engine, parameters, mesh)
-    wanted: Wanted = []
+    ranges: Ranges = []
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
             is_whole = kind == "weights" and stage < 3  # with whole weights every rank computes
-            wanted.append((f"{kind}.{name}", *((0, math.prod(_shape(parameter))) if is_whole else spans[name])))
-    values = read_many(wanted)
+            ranges.append((f"{kind}.{name}", *((0, math.prod(_shape(parameter))) if is_whole else spans[name])))
+    values = read_many(ranges)
     for name, parameter in parameters.items():
         for kind in KINDS if num_updates else KINDS[:1]:
             _put(engine, parameter, kind, next(values), spans[name])
     if stage == 3 and (kept := engine.optimizer.persistent_parameters):
-        kept[0].partition(kept)  # small ones that stay whole between steps: they are gathered anew when next used
+        kept[0].partition(kept)  # small ones that stay whole between steps: they are gathered again when next used
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -98,9 +105,9 @@ def _flat_masters(engine: Any) -> list[torch.Tensor]:
 
 
 def _clear_moments(engine: Any, num_updates: int) -> None:
-    """Moments of zero, and Adam's count. Where there are some they are overwritten: parameters know where they lie."""
+    """Zeroes the moments and sets Adam's step count. Existing tensors are overwritten: parameters refer to them."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    is_fused = bool(inner.param_groups[0].get("fused"))  # torch's fused Adam counts where the weights are
+    is_fused = bool(inner.param_groups[0].get("fused"))  # torch's fused Adam keeps its count on the device
     for flat in _flat_masters(engine):
         if state := inner.state.get(flat):
             state["step"].fill_(num_updates)
@@ -122,7 +129,7 @@ def _has_moments(engine: Any) -> bool:
 
 
 def _spans(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
-    """Elements [start, end) of each flattened parameter that this rank holds; of replicated ones, an equal share."""
+    """Elements [start, end) of each flattened parameter that this rank holds; an equal share of replicated ones."""
     if _stage(engine) == 0:
         return _shares(parameters, mesh)
     spans = {}
@@ -139,7 +146,7 @@ def _spans(engine: Any, parameters: dict[str, torch.nn.Parameter], mesh: DeviceM
 
 
 def _shares(parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
-    """Elements [start, end) of each flattened parameter that are this rank's equal share of all."""
+    """Elements [start, end) of each flattened parameter in this rank's equal share of all elements."""
     spans, at = {}, 0
     total = sum(math.prod(_shape(p)) for p in parameters.values())
     mine = total * mesh.data_rank // mesh.data_size, total * (mesh.data_rank + 1) // mesh.data_size
@@ -154,7 +161,7 @@ def _shares(parameters: dict[str, torch.nn.Parameter], mesh: DeviceMesh) -> dict
 def _own_parts(
     optimizer: AdamW, parameters: dict[str, torch.nn.Parameter], spans: dict[str, tuple[int, int]]
 ) -> list[TensorPart]:
-    """What `local_parts` gives of our own optimizer's state, which every rank has whole."""
+    """`local_parts` for ftray's own optimizer, whose whole state every rank has."""
     parts = []
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
@@ -168,7 +175,7 @@ def _own_parts(
         for kind, tensor in state.items():
             if kind == "rest":
                 continue
-            # A scale belongs to GROUP elements: to the rank that has the first of them.
+            # A scale belongs to GROUP elements; the rank with the first of them saves it.
             lo, hi = (-(-start // GROUP), -(-end // GROUP)) if kind.endswith("_scale") else (start, end)
             if lo < hi:
                 parts.append(TensorPart(f"{kind}.{name}", tuple(tensor.shape), lo, tensor.flatten()[lo:hi]))
@@ -178,7 +185,7 @@ def _own_parts(
 def _restore_own(
     optimizer: AdamW,
     parameters: dict[str, torch.nn.Parameter],
-    read_many: Callable[[Wanted], Iterator[torch.Tensor]],
+    read_many: Callable[[Ranges], Iterator[torch.Tensor]],
     num_updates: int,
 ) -> None:
     optimizer.num_updates = num_updates
@@ -195,18 +202,18 @@ def _restore_own(
 
 
 def _local(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
-    """What this rank holds of a sharded parameter, flat."""
+    """This rank's part of a sharded parameter, flat."""
     key = None if kind == "weights" else kind
     return shard_state(engine.optimizer, parameter, key) if _stage(engine) == 3 else fragment(parameter, key)
 
 
 def _put(engine: Any, parameter: Any, kind: str, values: torch.Tensor, span: tuple[int, int]) -> None:
-    """values: this rank's span, or all elements where `restore_parts` asks for them."""
+    """values: This rank's span, or all elements of weights below stage 3."""
     stage = _stage(engine)
     mine = values[span[0] : span[1]] if stage < 3 and kind == "weights" else values
     if span[0] < span[1]:
         _local(engine, parameter, kind)[: mine.numel()].data.copy_(mine)
-    # The copy that computes; ZeRO would renew it only with the next step.
+    # The copy that computes; ZeRO would update it only with the next step.
     if kind == "weights" and stage == 3:
         parameter.ds_tensor.data[: values.numel()].copy_(values)
     elif kind == "weights":
