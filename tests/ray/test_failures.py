@@ -23,7 +23,7 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.driver.launch import train
 from ftray.driver.run_record import open_run, parent_of
-from ftray.driver.supervisor import Wish, WorkerSupply, supervise
+from ftray.driver.supervisor import StopReason, WorkerSupply, supervise
 from ftray.driver.worker_group import GroupResult
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 from ftray.model.lora import build_model, trainable
@@ -100,7 +100,7 @@ def scripted(nodes: Nodes, run: config.RunConfig, act: Callable[[int], GroupResu
     """Supervises groups that end as `act` says, without any worker; how many were started, and the error at the end."""
     run_dir, started = open_run(run), 0
 
-    def start(size: int, wish: Wish) -> GroupResult:
+    def start(size: int, stop_reason: StopReason) -> GroupResult:
         nonlocal started
         started += 1
         return act(started)

@@ -32,7 +32,7 @@ from ftray.evaluate.results import (
     write_results,
 )
 from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_documents
-from ftray.model.lora import add_virtual_tokens
+from ftray.model.lora import add_prompt
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft
 from tests import tiny
@@ -73,7 +73,7 @@ def test_a_record_in_a_packed_row_costs_what_it_costs_alone(rows_at_once: int, m
 
 def test_each_record_sees_the_virtual_tokens_of_a_prompt_tuned_model() -> None:
     keys: Any = {"type": "prompt-tuning", "num_virtual_tokens": 5}
-    model = add_virtual_tokens(tiny.make_model(seed=3), config.MethodConfig(**keys), seed=1)
+    model = add_prompt(tiny.make_model(seed=3), config.MethodConfig(**keys), seed=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)
     records = documents()[1:]

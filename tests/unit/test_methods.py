@@ -18,7 +18,7 @@ from ftray.evaluate.prompt_tuning import generate_virtual
 from ftray.model.export import write_adapter, write_whole
 from ftray.model.lora import (
     add_adapters,
-    add_virtual_tokens,
+    add_prompt,
     build_model,
     check_targets,
     dtype_of,
@@ -108,7 +108,7 @@ def test_what_is_frozen_has_no_gradient_and_all_else_has(base: config.ModelConfi
 
 @pytest.fixture(scope="module")
 def prompted() -> Any:
-    model = add_virtual_tokens(tiny.make_model(seed=3), method(type="prompt-tuning", num_virtual_tokens=5), seed=1)
+    model = add_prompt(tiny.make_model(seed=3), method(type="prompt-tuning", num_virtual_tokens=5), seed=1)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)  # far enough from the vocabulary's to be told apart
     return model.eval()

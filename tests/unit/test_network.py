@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ftray.compat.ray import TorchBackend
+from ftray.compat.ray_train import TorchBackend
 from ftray.driver.worker_group import GlooBackend
 from ftray.network import use_interface_to
 

@@ -18,7 +18,7 @@ from ftray import config, storage
 from ftray.cli import main
 from ftray.config import TuneConfig
 from ftray.console import Console
-from ftray.driver.resources import fitting
+from ftray.driver.resources import max_workers
 from ftray.errors import ConfigError, DataError
 from ftray.report.sweep_page import render_page
 from ftray.tune.report import as_table, command_of
@@ -225,8 +225,8 @@ def test_a_trial_has_the_fewest_workers_that_the_file_allows() -> None:
 
 def test_trials_of_one_worker_may_share_a_gpu() -> None:
     half = config.ScaleConfig(gpus_per_worker=0.5)
-    assert fitting(half, True, [{"GPU": 2.0, "CPU": 9.0}]) == 4
-    assert fitting(config.ScaleConfig(), True, [{"GPU": 2.0, "CPU": 9.0}]) == 2
+    assert max_workers(half, True, [{"GPU": 2.0, "CPU": 9.0}]) == 4
+    assert max_workers(config.ScaleConfig(), True, [{"GPU": 2.0, "CPU": 9.0}]) == 2
     with pytest.raises(ConfigError, match=re.escape("gpus_per_worker (0.5) needs num_workers 1")):
         run_of({"train.learning_rate": LR}, top={"scale": {"num_workers": 2, "gpus_per_worker": 0.5}})
 

@@ -70,10 +70,10 @@ def test_overrides_are_merged_key_by_key_and_leave_their_neighbours() -> None:
     [
         ("null", r"zero_optimization \(None\) must be a mapping"),
         ("[1]", r"zero_optimization \(\[1\]\) must be a mapping"),
-        ("{reduce_bucket_size: 2e8}", r"reduce_bucket_size \('2e8'\) is no number of elements; .* 2\.0e\+8"),
-        ("{reduce_bucket_size: null}", r"reduce_bucket_size \(None\) is no number"),
-        ("{stage3_max_live_parameters: true}", r"stage3_max_live_parameters \(True\) is no number"),
-        ("{stage3_prefetch_bucket_size: -1}", r"stage3_prefetch_bucket_size \(-1\) is no number"),
+        ("{reduce_bucket_size: 2e8}", r"reduce_bucket_size \('2e8'\) is not a number; .* 2\.0e\+8"),
+        ("{reduce_bucket_size: null}", r"reduce_bucket_size \(None\) is not a number"),
+        ("{stage3_max_live_parameters: true}", r"stage3_max_live_parameters \(True\) is not a number"),
+        ("{stage3_prefetch_bucket_size: -1}", r"stage3_prefetch_bucket_size \(-1\) is not a number"),
     ],
 )
 def test_sizes_that_are_none_are_refused(zero: str, words: str) -> None:
