@@ -23,7 +23,7 @@ from ftray.cli import main
 from ftray.console import Console
 from ftray.driver.run_record import open_run
 from ftray.errors import CheckpointError, ConfigError, FtrayError, ModelError
-from ftray.report.run_report import read_known, render_report
+from ftray.report.run_report import read_report_data, render_report
 from ftray.serve.smoke_test import known_answer
 from ftray.train.checkpoint.catalog import (
     RunProgress,
@@ -181,7 +181,7 @@ FINE = {"report": 0, "report of a directory": 0, "compare": 0, "gc": 0}
 
 def test_a_sound_run_is_read_without_a_word_of_damage(ftray: Reader) -> None:
     assert ftray.all() == FINE
-    known = read_known(run_of(ftray.root), str(ftray.root / "seen"))
+    known = read_report_data(run_of(ftray.root), str(ftray.root / "seen"))
     assert known.damaged == ()
     assert "Damaged files" not in render_report(known)
 
@@ -218,7 +218,7 @@ def test_without_the_merged_file_a_damaged_segment_costs_its_own_steps(root: Pat
     assert newest.step == 6
     assert merge_metrics(str(run_dir), newest.progress, warnings.append) == 4, "training ends without a traceback"
     assert [len(lines) for lines in read_segments(str(run_dir), {})] == [2, 2]
-    known = read_known(run_of(root), str(run_dir))
+    known = read_report_data(run_of(root), str(run_dir))
     assert any(str(file) in text for text in known.damaged)
     assert "Damaged files" in render_report(known)
 
@@ -301,7 +301,7 @@ def test_a_damaged_newest_manifest_is_named_and_nothing_older_is_taken_silently(
 
 
 def ftray_damage(root: Path) -> str:
-    return "\n".join(read_known(run_of(root), str(root / "seen")).damaged)
+    return "\n".join(read_report_data(run_of(root), str(root / "seen")).damaged)
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -394,7 +394,7 @@ def test_what_pages_are_made_of_may_be_damaged(root: Path, ftray: Reader, names:
     for name in names:
         damage(root / "seen" / name, how)
     assert ftray.all() == FINE
-    read_known(run_of(root), str(root / "seen"))
+    read_report_data(run_of(root), str(root / "seen"))
     known_answer(str(root / "seen"), 6)
 
 

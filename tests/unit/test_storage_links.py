@@ -88,7 +88,7 @@ def test_the_sweep_leaves_alone_what_lies_behind_a_link(
     assert main(["runs", "gc", str(runs), "--older-than", "0"]) == 0
     text = capsys.readouterr().out
     assert f"skipped: {runs}/two is a symbolic link" in text
-    assert f"reached through the symbolic link {runs}/one/checkpoints/step-000009" in text
+    assert f"is behind the symbolic link {runs}/one/checkpoints/step-000009" in text
     assert (left / "state.safetensors").exists()
     assert main(["runs", "gc", str(other), "--older-than", "0"]) == 0, "its own address is named"
     assert not left.exists()

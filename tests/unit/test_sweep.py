@@ -79,7 +79,7 @@ def test_segments_stay_where_a_damaged_manifest_may_count_them(run_dir: Path) ->
 
 def test_a_place_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "gc", str(tmp_path)]) == 2
-    assert "is neither a run's directory nor one that holds runs" in capsys.readouterr().err
+    assert "is neither the directory of a run nor one that contains runs" in capsys.readouterr().err
     assert main(["runs", "gc", str(tmp_path / "nothing")]) == 2
 
 
@@ -141,5 +141,5 @@ def test_a_store_that_does_not_list_uploads_is_swept_all_the_same(
     monkeypatch.setattr(store, "request", deny)
     assert main(["runs", "gc", place, "--older-than", "0"]) == 0
     told = capsys.readouterr()
-    assert "unfinished uploads are not looked for" in told.out + told.err
+    assert "unfinished uploads cannot be listed" in told.out + told.err
     assert "deleted: " in told.out

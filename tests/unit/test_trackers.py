@@ -264,5 +264,5 @@ def test_a_missing_library_or_place_is_refused_by_name(tmp_path: Path, monkeypat
         trackers.check_trackers(run)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     trackers.check_trackers(run)
-    with pytest.raises(ConfigError, match=r"tracking.trackers \(\[\"mlflow\", \"mlflow\"\]\)|names a tracker twice"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers \(\[\"mlflow\", \"mlflow\"\]\)|lists a tracker twice"):
         make(tmp_path, "mlflow", "mlflow")

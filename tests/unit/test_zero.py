@@ -110,7 +110,7 @@ def test_what_a_key_of_the_run_file_decides_is_refused_naming_that_key(key: str)
         overrides = {part: overrides}
     with pytest.raises(ConfigError) as caught:
         made(2, overrides)
-    assert str(caught.value) == f"deepspeed.overrides.{key} is decided by {OWNED[key]}; set that instead"
+    assert str(caught.value) == f"deepspeed.overrides.{key} is set by {OWNED[key]}; change that instead"
 
 
 @pytest.mark.parametrize("value", [2, "stage 2", None])
