@@ -181,7 +181,7 @@ def compare(
 ) -> int:
     """Compare two runs: settings, data, packages, metrics."""
     from ftray import storage
-    from ftray.report.compare_runs import compare_reports
+    from ftray.report.compare_runs import differences, metric_rows
     from ftray.report.run_report import read_report_data
 
     runs = [open_target(target) for target in (one, other)]
@@ -189,8 +189,10 @@ def compare(
     for each in artifacts:
         for text in each.damaged:
             console.warn(text)
-    for line in compare_reports(*artifacts):
+    for line in differences(*artifacts):
         console.say(line)
+    console.say()
+    console.table(metric_rows(*artifacts))
     return 0
 
 

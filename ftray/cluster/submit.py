@@ -222,9 +222,12 @@ def status(jobs: JobClient, name: str | None, as_json: bool, console: Console) -
         return 0
     if not rows:
         console.say(f"no job {'of ' + name + ' ' if name else ''}on {jobs.address}")
+        return 0
+    table = [["job", "command", "status", "time"]]
     for row in rows:
         code = "" if row["exit_code"] in (None, 0) else f" (exit code {row['exit_code']})"
-        console.say(f"{row['job']:<32}{row['verb']:<10}{row['status']}{code}, {duration(row['seconds'])}")
+        table.append([row["job"], row["verb"], f"{row['status']}{code}", duration(row["seconds"])])
+    console.table(table)
     return 0
 
 

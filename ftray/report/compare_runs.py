@@ -1,4 +1,4 @@
-"""Two runs side by side: which settings, data and environment differ, and what came of it. From storage alone."""
+"""Compares two runs from storage: settings, data, environment and metrics."""
 
 from __future__ import annotations
 
@@ -11,67 +11,61 @@ from ftray.driver.lineage import environment_changes
 from ftray.report.run_report import ReportData
 
 SAME = "the same"
+METRICS = ("steps", "tokens", "training loss", "best eval loss", "tokens/s", "time", "goodput", "failures")
 
 
-def compare_reports(a: ReportData, b: ReportData) -> list[str]:
-    """Lines: what differs, then figures of both."""
-    lines = [f"settings   {_settings(a, b)}", f"data       {_data(a, b)}", f"packages   {_environment(a, b)}", ""]
-    rows = [["", a.run.name, b.run.name], *_figures(a, b)]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return lines + [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def differences(a: ReportData, b: ReportData) -> list[str]:
+    """Which settings, data and packages differ, as lines."""
+    return [f"settings   {_settings(a, b)}", f"data       {_data(a, b)}", f"packages   {_environment(a, b)}"]
+
+
+def metric_rows(a: ReportData, b: ReportData) -> list[list[str]]:
+    """The metrics of both runs as rows, the first one with their names."""
+    rows = [["", a.run.name, b.run.name]]
+    rows += [[name, *(_metric(data, name) for data in (a, b))] for name in METRICS]
+    for name, figure in FIGURES.items():
+        values = [data.comparison.tuned.figure(name) if data.comparison else None for data in (a, b)]
+        if any(value is not None for value in values):
+            rows.append([f"tuned: {figure.title}", *("–" if value is None else f"{value:.4f}" for value in values)])
+    return [row for row in rows if set(row[1:]) != {"–"}]
 
 
 def _settings(a: ReportData, b: ReportData) -> str:
-    found = config.differing_keys(a.run.identity(), b.run.identity())
-    return "; ".join(found) or SAME
+    return "; ".join(config.differing_keys(a.run.identity(), b.run.identity())) or SAME
 
 
-def _lineage(known: ReportData) -> dict[str, Any]:
-    found: dict[str, Any] = known.identity.get("lineage") or {}
+def _lineage(data: ReportData) -> dict[str, Any]:
+    found: dict[str, Any] = data.identity.get("lineage") or {}
     return found
 
 
 def _data(a: ReportData, b: ReportData) -> str:
-    hashes = [known.newest.meta["data_hash"] if known.newest else None for known in (a, b)]
+    hashes = [data.newest.meta["data_hash"] if data.newest else None for data in (a, b)]
     if None in hashes:
-        return "not known of a run without a checkpoint"
+        return "unknown for a run without a checkpoint"
     if hashes[0] == hashes[1]:
         return SAME
-    one, two = ({f["uri"]: f["rows"] for f in _lineage(known).get("data", {}).get("files", [])} for known in (a, b))
+    one, two = ({f["uri"]: f["rows"] for f in _lineage(data).get("data", {}).get("files", [])} for data in (a, b))
     if not one or not two:
-        return "other rows"
-    changed = [f"{uri} gives other rows" for uri in sorted(one.keys() & two.keys()) if one[uri] != two[uri]]
+        return "other packed sequences"
+    changed = [f"{uri} gives other packed sequences" for uri in sorted(one.keys() & two.keys()) if one[uri] != two[uri]]
     changed += [f"only {a.run.name} has {uri}" for uri in sorted(one.keys() - two.keys())]
     changed += [f"only {b.run.name} has {uri}" for uri in sorted(two.keys() - one.keys())]
     more = f", and {len(changed) - 5} more" if len(changed) > 5 else ""
     return (
-        "; ".join(changed[:5]) + more if changed else "the same files in another order, or with other records left out"
+        "; ".join(changed[:5]) + more if changed else "the same files in another order, or with other records dropped"
     )
 
 
 def _environment(a: ReportData, b: ReportData) -> str:
     one, two = _lineage(a).get("environment"), _lineage(b).get("environment")
     if one is None or two is None:
-        return "not known of both"
+        return "unknown for at least one run"
     return f"in {b.run.name}, {'; '.join(changes)}" if (changes := environment_changes(one, two)) else SAME
 
 
-def _figures(a: ReportData, b: ReportData) -> list[list[str]]:
-    rows = [
-        [name, *(_told(known, name) for known in (a, b))]
-        for name in ("steps", "tokens", "training loss", "best held-out", "tokens/s", "time", "goodput", "failures")
-    ]
-    for name, figure in FIGURES.items():
-        values = [known.comparison.tuned.figure(name) if known.comparison else None for known in (a, b)]
-        if any(value is not None for value in values):
-            rows.append([f"tuned: {figure.title}", *("–" if value is None else f"{value:.4f}" for value in values)])
-    return [row for row in rows if set(row[1:]) != {"–"}]
-
-
-def _told(known: ReportData, name: str) -> str:
-    metrics, history, best = known.metrics, known.history, known.newest.progress.best if known.newest else None
+def _metric(data: ReportData, name: str) -> str:
+    metrics, history, best = data.metrics, data.history, data.newest.progress.best if data.newest else None
     losses = [line["loss"] for line in metrics if line.get("loss") is not None]
     seconds = sum(line["num_tokens"] / line["tokens_per_s"] for line in metrics if line.get("tokens_per_s"))
     tokens = sum(line["num_tokens"] for line in metrics)
@@ -79,7 +73,7 @@ def _told(known: ReportData, name: str) -> str:
         "steps": f"{len(metrics):,}" if metrics else None,
         "tokens": f"{tokens:,}" if tokens else None,
         "training loss": f"{losses[-1]:.4f}" if losses else None,
-        "best held-out": f"{best['loss']:.4f} at step {best['step']:.0f}" if best else None,
+        "best eval loss": f"{best['loss']:.4f} at step {best['step']:.0f}" if best else None,
         "tokens/s": f"{tokens / seconds:,.0f}" if seconds else None,
         "time": duration(history.running_s) if history.sessions else None,
         "goodput": f"{history.goodput:.0%}" if history.goodput is not None else None,

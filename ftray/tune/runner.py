@@ -173,7 +173,7 @@ class _Sweep:
 
     def run_all(self) -> None:
         """Runs all remaining trials. Raises Interrupted, Preempted or RunHeldError if some could not end."""
-        with stop_signals(self._console) as caught, self._console.table() as table:
+        with stop_signals(self._console) as caught, self._console.live_lines() as table:
             while True:
                 self._reap()
                 if self._lease is not None and self._lease.overtaken and self._halted is None:

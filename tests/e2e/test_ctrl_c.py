@@ -43,7 +43,7 @@ def committed_step(checkpoints: Path) -> int:
 
 
 def assert_says_how_to_continue(text: str) -> None:
-    said = re.findall(r"^ftray: .*", text, re.MULTILINE)
+    said = re.findall(r"^ftray: .*", re.sub(r"\x1b\[[0-?]*[@-~]", "", text), re.MULTILINE)
     assert len(said) == 1, text
     assert said[0].endswith("run the same command again to continue")
 

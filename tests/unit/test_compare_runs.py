@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftray.cli import main
-from ftray.report.compare_runs import compare_reports
+from ftray.report.compare_runs import differences
 from ftray.report.run_report import read_report_data
 from tests.runs import BEGAN_S, line, with_two_kills, write_evaluation, write_run
 
@@ -57,9 +57,9 @@ def test_files_and_packages_that_differ_are_named(tmp_path: Path) -> None:
         assert found.newest is not None
         found.newest.meta["data_hash"] = rows
         known.append(found)
-    text = "\n".join(compare_reports(*known))
+    text = "\n".join(differences(*known))
     assert "settings   the same" in text
-    assert "data       /d/1 gives other rows; only a has /d/a; only b has /d/b" in text
+    assert "data       /d/1 gives other packed sequences; only a has /d/a; only b has /d/b" in text
     assert "packages   in b, torch is 2.14 instead of 2.13" in text
 
 

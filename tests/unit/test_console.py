@@ -13,6 +13,7 @@ from ftray import config, console
 from ftray.cli import main
 from ftray.errors import ConfigError
 from ftray.redact import redacted
+from tests.terminal import Terminal, screen
 
 SECRET = "canary/of+the/secret/access/key"
 
@@ -112,3 +113,31 @@ def test_the_variable_is_checked_and_answers_stay_as_they_are(
     failed = json.loads(capsys.readouterr().err)
     assert (failed["level"], failed["event"], failed["exit_code"]) == ("error", "failed", 2)
     assert failed["message"].startswith("no.yaml does not exist")
+
+
+def test_a_terminal_shows_a_bar_below_messages_and_a_pipe_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "duration", lambda _: "0 s")
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    monkeypatch.setenv("COLUMNS", "60")
+    for stream in (Terminal(), io.StringIO()):
+        out = console.Console(stream)
+        with out.progress("train: step", 9) as bar:
+            bar.update(3, "loss 2")
+            out.warn(f"careful [red] {SECRET}")
+            bar.update(4, f"loss 1 {SECRET}")
+        out.table([["run", "loss"], ["a", "[b]1[/b]"]])
+        text = stream.getvalue()
+        assert SECRET not in text
+        if isinstance(stream, Terminal):
+            message, bar_line, *rows = screen(text)
+            assert message == "warning: careful [red] …"
+            assert bar_line.startswith("train: step 4/9 · loss 1 … · 0 s left ━")
+            assert [row.split() for row in rows if row.strip(" ─")] == [["run", "loss"], ["a", "[b]1[/b]"]]
+            assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is visible"
+        else:
+            first, warning, second, *rows = text.splitlines()
+            assert (first, warning) == ("train: step 3/9 · loss 2", "warning: careful [red] …")
+            assert second == "train: step 4/9 · loss 1 … · 0 s left"
+            assert rows == ["run  loss", "a    [b]1[/b]"]
+            assert "\x1b" not in text
