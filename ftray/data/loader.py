@@ -24,7 +24,7 @@ from ray.train import DataConfig
 
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.index import ChunkFacts, Index
-from ftray.data.order import Mixture, chunk_order, find_cursor, sequence_order
+from ftray.data.order import Mixture, chunk_order, find_cursor, sequence_order, steps_of
 from ftray.data.ray_options import SEGMENT, open_dataset
 from ftray.errors import DataError
 
@@ -77,7 +77,7 @@ def make_plan(
 ) -> LoadPlan:
     """The plan of a run. num_steps counts whole global batches in `epochs`, or is max_steps."""
     mixture = index.mixture(stream)
-    num_steps = max_steps or int(round(epochs * mixture.sequences_per_epoch, 6)) // global_batch_size
+    num_steps = steps_of(epochs, mixture.sequences_per_epoch, global_batch_size, max_steps)
     sources = tuple(tuple(index.of_source(i)) for i in range(len(stream.sources)))
     return LoadPlan(stream, sources, mixture, seed, global_batch_size, num_steps)
 

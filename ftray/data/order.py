@@ -16,6 +16,19 @@ from fractions import Fraction
 from itertools import accumulate
 
 
+def steps_of(epochs: float, sequences_per_epoch: int, global_batch_size: int, max_steps: int | None = None) -> int:
+    """Optimizer steps of a run: the whole global batches in its epochs, or max_steps."""
+    return max_steps or int(round(epochs * sequences_per_epoch, 6)) // global_batch_size
+
+
+def tail_of(epochs: float, sequences_per_epoch: int, global_batch_size: int) -> int:
+    """Packed sequences at the end of a run's epochs that fill no global batch."""
+    return (
+        round(epochs * sequences_per_epoch)
+        - steps_of(epochs, sequences_per_epoch, global_batch_size) * global_batch_size
+    )
+
+
 def key(*parts: object) -> bytes:
     """The sort key of every shuffle: eight bytes of blake2b over the parts' texts."""
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ftray import config, storage
 from ftray.console import Console, duration
 from ftray.data.loader import LoaderConfig, LoadPlan, eval_table
+from ftray.data.order import tail_of
 from ftray.data.prepare import PreparedData, prepare_data
 from ftray.driver.lineage import record_lineage, what_changed
 from ftray.driver.resources import check_resources
@@ -252,7 +253,7 @@ def print_plan(run: config.RunConfig, data: PreparedData, newest: CheckpointRef 
     """Prints what will be trained: steps, epochs, the remaining tail, and the parallelism."""
     plan, size = data.plan, run.train.global_batch_size
     used, per_epoch = plan.num_steps * size, plan.mixture.sequences_per_epoch
-    tail = round(run.train.epochs * per_epoch) - used if run.train.max_steps is None else 0
+    tail = tail_of(run.train.epochs, per_epoch, size) if run.train.max_steps is None else 0
     console.say(
         f"train: {plan.num_steps} steps of {size} packed sequences ({used / per_epoch:.2f} epochs of {per_epoch} sequences"
         f"{f'; {tail} left over at the end' if tail else ''}), {run.method.type}, "

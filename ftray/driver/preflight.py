@@ -17,8 +17,22 @@ def preflight(run: config.RunConfig) -> None:
     eval_sources = run.data.eval if isinstance(run.data.eval, list) else []
     for source in [*run.data.train, *eval_sources]:
         list_shards(source.path)
+    check_examples(run)
     check_base(run.model)
     check_targets(run.model, run.method)
+
+
+def check_examples(run: config.RunConfig) -> None:
+    """Raises ConfigError for a record format that the run's objective does not accept."""
+    from ftray.train.objectives import objective_of
+
+    objective = objective_of(run)
+    for source in run.data.train:
+        if not objective.examples.accepts(source.format):
+            raise ConfigError(
+                f"data.train: {source.path} has format {source.format}, which the objective {objective.name} does not accept "
+                f"(it accepts {', '.join(sorted(objective.examples.kinds))}); correct data.train[].format"
+            )
 
 
 def check_evaluation(run: config.RunConfig, run_dir: str, step: int | None = None) -> CheckpointRef:

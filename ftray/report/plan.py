@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ftray import config
 from ftray.config.constraints import impossible
+from ftray.data.order import steps_of
 from ftray.data.prepare import read_summary
 from ftray.data.sources import list_shards
 from ftray.errors import DataError, StorageError
@@ -265,14 +266,14 @@ def length_of(run: config.RunConfig, run_dir: str) -> TrainingLength:
     if known is not None:
         rows, counts = known["sequences_per_epoch"], known["train"]
         tokens = counts["num_tokens"] / max(1, counts["num_sequences"])
-        steps = train.max_steps or int(round(train.epochs * rows, 6)) // train.global_batch_size
+        steps = steps_of(train.epochs, rows, train.global_batch_size, train.max_steps)
         return TrainingLength(steps, rows, tokens, counts["num_records"], True, counts.get("most_documents", 1))
     try:
         size = sum(shard.size_bytes for source in run.data.train for shard in list_shards(source.path))
     except (DataError, StorageError):
         return TrainingLength(train.max_steps, None, seq, None, False)
     rows = max(1, round(size / BYTES_A_TOKEN / seq))
-    steps = train.max_steps or max(1, int(train.epochs * rows) // train.global_batch_size)
+    steps = max(1, steps_of(train.epochs, rows, train.global_batch_size, train.max_steps))
     return TrainingLength(steps, rows, seq, None, False)
 
 
