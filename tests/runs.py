@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ftray import config, storage
-from ftray.evaluate.bootstrap import Difference
 from ftray.evaluate.results import Comparison, ModelScores, write_results
+from ftray.evaluate.stats import Difference
 from ftray.train.checkpoint.catalog import RunProgress
 
 BEGAN_S = 1_800_000_000.0

@@ -207,7 +207,7 @@ def owned(
         with signals_later():
             import ftray.driver.launch  # noqa: F401 - imports that take seconds, all at once
             from ftray.driver.preflight import preflight
-            from ftray.evaluate.inputs import check_inputs
+            from ftray.evaluate.plan import check_inputs
 
         preflight(run)
         if with_ray:  # without Ray nothing is evaluated

@@ -42,7 +42,7 @@ def evaluate_human(
     console: Console,
 ) -> int:
     """Have people compare the answers of both models, blinded."""
-    from ftray.evaluate.human.commands import HumanEvalOptions, human
+    from ftray.evaluate.human.server import HumanEvalOptions, human
 
     at_most_one(csv=csv, import_=import_, results=results)
     options = HumanEvalOptions(csv, import_, results, host, port)

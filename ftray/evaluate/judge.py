@@ -23,7 +23,7 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.data.order import key as hash_of
 from ftray.errors import ConfigError, RunError
-from ftray.evaluate.generations import Generation, read_generations
+from ftray.evaluate.results import Generation, read_generations
 from ftray.evaluate.stats import Interval, wilson
 
 NUM_AT_ONCE = 8

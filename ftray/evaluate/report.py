@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ftray.config import FIGURES
-from ftray.evaluate.bootstrap import Difference
 from ftray.evaluate.results import Comparison, GateResult
+from ftray.evaluate.stats import Difference
 
 PERCENT = ("loss", "perplexity", "general_loss")  # whose change is told as a share
 NUM_GROUPS, NUM_CLASSES = 20, 5  # lines at most

@@ -17,9 +17,8 @@ from ftray import config, storage
 from ftray.console import Console
 from ftray.driver.preflight import check_evaluation
 from ftray.evaluate import metrics, summary
-from ftray.evaluate.inputs import read_schema
 from ftray.evaluate.metrics import Statistic
-from ftray.evaluate.plan import NO_ANSWERS, EvalPlan, make_plan, turns_of
+from ftray.evaluate.plan import NO_ANSWERS, EvalPlan, make_plan, read_schema, turns_of
 from ftray.evaluate.report import report, side_by_side
 from ftray.evaluate.results import Comparison, known_results, settings_of, with_gates, write_results
 from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score

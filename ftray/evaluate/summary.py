@@ -10,9 +10,9 @@ import numpy as np
 from ftray import config
 from ftray.config import FIGURES
 from ftray.evaluate import metrics
-from ftray.evaluate.bootstrap import Difference, difference
 from ftray.evaluate.metrics import Floats, Statistic
 from ftray.evaluate.results import ModelScores
+from ftray.evaluate.stats import Difference, difference
 
 COSTS = {"loss", "perplexity", "token_accuracy"}  # figures over examples; the others are over answers
 MODELS = {"base": "base", "few_shot": "few-shot base", "tuned": "tuned model"}

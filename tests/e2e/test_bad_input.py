@@ -354,7 +354,7 @@ def test_a_sentence_before_ray_starts(
 ) -> None:
     case.prepare(desk.directory)
     if case.name == "no-library":
-        monkeypatch.setattr("ftray.evaluate.inputs.LIBRARIES", {"bleu": ("no_such_module", "evaluate")})
+        monkeypatch.setattr("ftray.evaluate.plan.LIBRARIES", {"bleu": ("no_such_module", "evaluate")})
     if case.name.startswith("no-vllm"):
         monkeypatch.setitem(sys.modules, "vllm", None)
     if case.name == "no-host":

@@ -19,8 +19,7 @@ from ftray.data.eval_examples import read_set
 from ftray.driver.run_record import open_run
 from ftray.errors import DataError
 from ftray.evaluate import metrics, summary
-from ftray.evaluate.bootstrap import Difference
-from ftray.evaluate.inputs import general_path
+from ftray.evaluate.plan import general_path
 from ftray.evaluate.report import report
 from ftray.evaluate.results import (
     Comparison,
@@ -32,6 +31,7 @@ from ftray.evaluate.results import (
     write_results,
 )
 from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_documents
+from ftray.evaluate.stats import Difference
 from ftray.model.lora import add_prompt
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft

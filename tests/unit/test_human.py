@@ -21,13 +21,11 @@ from ftray import config, storage
 from ftray.cli.main import main
 from ftray.console import Console
 from ftray.errors import ConfigError, RunHeldError
-from ftray.evaluate.generations import Generation, read_generations
-from ftray.evaluate.human.answers import Rating, RatingStore
-from ftray.evaluate.human.commands import HumanEvalOptions, human
-from ftray.evaluate.human.csv_sheet import from_csv, to_csv
+from ftray.evaluate.human.answers import Rating, RatingStore, from_csv, to_csv
 from ftray.evaluate.human.results import alpha, as_text, results_of, verdict
-from ftray.evaluate.human.server import MAX_BODY_BYTES, build_page, serving
+from ftray.evaluate.human.server import MAX_BODY_BYTES, HumanEvalOptions, build_page, human, serving
 from ftray.evaluate.human.sheet import Sheet, SheetKey, build_sheet, open_sheet, read_sheet
+from ftray.evaluate.results import Generation, read_generations
 from ftray.evaluate.stats import bootstrap, wilson
 from tests.s3 import S3Server
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from ftray.evaluate.human.agreement import Level, alpha
+from ftray.evaluate.human.results import Level, alpha
 
 NAN = float("nan")
 # Example C: four observers, twelve units, five values, missing data.

@@ -14,7 +14,7 @@ from ftray import config
 from ftray.data.packing import pack_examples
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
-from ftray.evaluate.prompt_tuning import generate_virtual
+from ftray.evaluate.score import generate_virtual
 from ftray.model.export import write_adapter, write_whole
 from ftray.model.lora import (
     add_adapters,

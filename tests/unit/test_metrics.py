@@ -12,8 +12,8 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from ftray.evaluate import metrics
-from ftray.evaluate.bootstrap import difference
 from ftray.evaluate.metrics import Statistic
+from ftray.evaluate.stats import difference
 
 WORDS = [
     "the",

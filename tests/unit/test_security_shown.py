@@ -10,7 +10,7 @@ from ftray.cli import main
 from ftray.cluster.jobs import JobClient
 from ftray.console import Console, printable
 from ftray.errors import ConfigError
-from ftray.evaluate.human.csv_sheet import to_csv
+from ftray.evaluate.human.answers import to_csv
 from ftray.evaluate.human.sheet import Sheet, SheetItem
 from ftray.report.model_card import code_span, escaped
 

@@ -15,7 +15,7 @@ from typing import Literal
 from ftray import config, storage
 from ftray.data.order import key as hash_of
 from ftray.errors import ConfigError
-from ftray.evaluate.generations import Generation, read_generations
+from ftray.evaluate.results import Generation, read_generations
 
 Side = Literal["a", "b"]
 
