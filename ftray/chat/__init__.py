@@ -1,12 +1,15 @@
-"""A conversation → token ids and loss mask: the one place that knows chat templates.
+"""Turns a conversation into token ids and a loss mask: the only package that knows chat templates.
 
-Training, evaluation and serving all come through here, so that they give a conversation the same ids. Takes a
-tokenizer, loads none; knows nothing of files, rows, models or HTTP. Read: messages, turns, format.
+Training, evaluation and serving use it, so a conversation has the same ids everywhere. It receives a tokenizer, loads none,
+and
+knows no files, models or HTTP. To read the package, start with messages, then segments, then encode.
 
-How ids are made: the template is rendered once for the whole conversation and once up to each assistant turn with the
-generation prompt. Where these texts end, the whole text is cut into segments (`turns`), and each segment is tokenized by
-itself (`format`). A prompt of the endpoint therefore is, id for id, the beginning of the training example with the same
-turns: no token ever spans the border between what was asked and what is to be answered.
+The template is rendered once for the whole conversation and once up to each assistant message with the generation prompt. The
+whole text is cut into segments where these texts end (`segments`), and each segment is tokenized separately (`encode`). A
+prompt
+of the endpoint is therefore, id for id, the beginning of the training example with the same messages: no token spans the
+border
+between the prompt and the answer.
 """
 
 from ftray.chat.encode import ChatFormat, Encoded, template_of

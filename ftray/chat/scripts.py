@@ -1,4 +1,4 @@
-"""Which scripts a text is written in. Knows nothing of conversations, data sets or models."""
+"""Counts the Unicode scripts of a text."""
 
 from __future__ import annotations
 

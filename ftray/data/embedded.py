@@ -1,8 +1,9 @@
 """Data that needs no download: functions of Python's standard library and their one-line docstrings.
 
-`embedded:stdlib-docstrings/train` and `/eval` are directories of .jsonl shards in ftray's cache, written on first use
-from the standard library of the running Python. Split by module, so that no file is on both sides. Half of the shards
-hold `messages`, half `prompt`/`completion` records.
+`embedded:stdlib-docstrings/train` and `/eval` are directories of .jsonl shards in ftray's cache, written on first use from the
+standard library of the running Python. The split is by module, so no file is on both sides. Half of the shards contain
+`messages`
+records, the other half `prompt`/`completion` records.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ftray import storage
 from ftray.errors import DataError
 
 NAME = "embedded:stdlib-docstrings"
-VERSION = "1"  # part of the cache directory's name: raise it when the records change
+VERSION = "1"  # part of the cache directory's name: increase it when the records change
 TASK = "Write the one-line docstring of this Python function.\n\n"
 NUM_EVAL_RECORDS = 96
-NUM_TRAIN_CHARS = 158_000  # code and docstrings: about 80,000 tokens with the template's own
+NUM_TRAIN_CHARS = 158_000  # code and docstrings: about 80,000 tokens, including those of the template
 SHARD_RECORDS = 200
 MAX_CODE_CHARS = 900
 SKIPPED = {
@@ -40,10 +41,10 @@ SKIPPED = {
 
 
 def resolve(path: str) -> str:
-    """Local directory of an `embedded:` source, written if it isn't there. Raises DataError for an unknown name."""
+    """The local directory of an `embedded:` source, written if it does not exist. Raises DataError for an unknown name."""
     name, _, part = path.rpartition("/")
     if name != NAME or part not in ("train", "eval"):
-        raise DataError(f"{path} is no embedded data; use {NAME}/train or {NAME}/eval")
+        raise DataError(f"{path} is not an embedded data set; use {NAME}/train or {NAME}/eval")
     version = f"{VERSION}-py{sysconfig.get_python_version()}"
     directory = storage.cache_directory() / f"stdlib-docstrings-{version}"
     if not (directory / "eval" / "part-000.jsonl").exists():
@@ -53,7 +54,7 @@ def resolve(path: str) -> str:
 
 def _write(directory: Path) -> None:
     train, evaluation = _split(list(_functions(Path(sysconfig.get_paths()["stdlib"]))))
-    for part, records in (("train", train), ("eval", evaluation)):  # eval last: its presence says that all is there
+    for part, records in (("train", train), ("eval", evaluation)):  # eval last: it marks the directory as complete
         for n in reversed(range(0, len(records), SHARD_RECORDS)):
             lines = [
                 _record(code, doc, as_messages=n // SHARD_RECORDS % 2 == 0)
@@ -62,14 +63,14 @@ def _write(directory: Path) -> None:
             storage.write_bytes(str(directory / part / f"part-{n // SHARD_RECORDS:03d}.jsonl"), "".join(lines).encode())
 
 
-def _split(found: list[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Whole modules go to eval, in the order of their hashes, until it is full; then to train. Duplicates are dropped."""
-    seen: set[str] = set()
+def _split(functions: list[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Whole modules go to eval, in the order of their hashes, until it is full, then to train. Duplicates are dropped."""
+    known: set[str] = set()
     train: list[tuple[str, str]] = []
     evaluation: list[tuple[str, str]] = []
     chars, eval_modules = 0, set()
-    for module, code, doc in sorted(found, key=lambda f: (_hash(f[0]), _hash(f[1]))):
-        if doc in seen or code in seen:
+    for module, code, doc in sorted(functions, key=lambda f: (_hash(f[0]), _hash(f[1]))):
+        if doc in known or code in known:
             continue
         if module in eval_modules or len(evaluation) < NUM_EVAL_RECORDS:
             eval_modules.add(module)
@@ -78,7 +79,7 @@ def _split(found: list[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], li
         elif chars < NUM_TRAIN_CHARS:
             train.append((code, doc))
             chars += len(code) + len(doc)
-        seen |= {doc, code}
+        known |= {doc, code}
     return train, evaluation
 
 
@@ -102,7 +103,7 @@ def _functions(root: Path) -> Iterator[tuple[str, str, str]]:
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # a file of the standard library that this Python can't read teaches nothing
+            continue  # skip files that this Python cannot read
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
                 doc = ast.get_docstring(node)

@@ -1,4 +1,4 @@
-"""A record of any known shape → a conversation, or plain text. Knows no files, tokens or templates."""
+"""Turns a record of any known format into a conversation or plain text. Knows no files, tokens or templates."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHAREGPT_ROLES = {
 }
 
 
-LOST = ("history", "tools", "functions")  # beside the turns: no format of ours has a place for them
+LOST = ("history", "tools", "functions")  # keys beside the turns that no supported format has
 
 
 class BadRecord(Exception):
-    """A record that can't be trained on. rule: its short name; the message says what is wrong with this record."""
+    """A record that cannot be trained on. rule: its short name. The message says what is wrong."""
 
     def __init__(self, rule: str, detail: str) -> None:
         super().__init__(detail)
@@ -30,10 +30,15 @@ class BadRecord(Exception):
 
 
 def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> list[Message] | str:
-    """Turns of a record, or its plain text. Where the record has a key `system` beside its turns, that is the first turn.
+    """The messages of a record, or its plain text. A key `system` beside the messages becomes the first message.
 
-    format: a name of `data.train[].format`; `auto` looks at the keys. columns: role → column, for the format columns.
-    Raises BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn, lost_field.
+    Args:
+        record: The record.
+        format: A name of `data.train[].format`. `auto` chooses by the keys.
+        columns: Role → column, for the format columns.
+
+    Raises:
+        BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn, lost_field.
     """
     if columns is not None:
         return _from_columns(record, columns)
@@ -41,7 +46,9 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
     if name == "text":
         return _text(record, "text")
     if lost := [key for key in LOST if record.get(key)]:
-        raise BadRecord("lost_field", f"it has {lost[0]}, which would be lost; write it into the turns, or take it out")
+        raise BadRecord(
+            "lost_field", f"it has {lost[0]}, which is not supported; write it into the turns, or remove it"
+        )
     return _system_turn(record) + _turns_of(record, name)
 
 
@@ -76,7 +83,7 @@ def _detect(record: Mapping[str, Any]) -> str:
     shown = ", ".join(sorted(map(str, record))[:8]) or "none"
     raise BadRecord(
         "unknown_shape",
-        f"its keys ({shown}) fit no known format; give the source columns: {{user: …, assistant: …}}",
+        f"its keys ({shown}) match no known format; give the source columns: {{user: …, assistant: …}}",
     )
 
 

@@ -1,9 +1,8 @@
-"""Datasets of the Hugging Face hub as parquet files in ftray's cache, through the library `datasets`.
+"""Datasets of the Hugging Face hub, as Parquet files in ftray's cache, through the library `datasets`.
 
-`hf:org/name`, then, where wanted, `/config`, `:split` (train if left out; slices such as `train[:10%]` too) and
-`@revision`. In place of `org/name` there may be a local directory in the layout of a hub dataset (`hf:./dir`,
-`hf:/dir`), without `/config`. Keys (HF_TOKEN), another endpoint (HF_ENDPOINT) and the download cache (HF_HOME) are the
-library's own. Knows nothing of records.
+`hf:org/name`, optionally followed by `/config`, `:split` (default: train; slices such as `train[:10%]` work) and `@revision`.
+Instead of `org/name` a local directory in the layout of a hub dataset is possible (`hf:./dir`, `hf:/dir`), without `/config`.
+Tokens (HF_TOKEN), other endpoints (HF_ENDPOINT) and the download cache (HF_HOME) are the library's own. Knows no records.
 """
 
 from __future__ import annotations
@@ -26,21 +25,23 @@ PATTERN = re.compile(
     r"(?::(?P<split>[\w.\[\]:%+-]+))?(?:@(?P<revision>\S+))?"
 )
 FILE_RECORDS = 100_000
-GROUP_RECORDS = 1_000  # records of a row group, the least that a chunk can be
+GROUP_RECORDS = 1_000  # records of a row group, which is the smallest chunk
 
 
 def resolve(path: str) -> str:
-    """Local directory with the dataset's split as .parquet files, written if it isn't there.
+    """The local directory with the dataset's split as .parquet files, which are written if they do not exist.
 
-    Its name covers the dataset's fingerprint, so that another revision lies in another directory. Raises DataError:
-    not of this form, or it can't be had.
+    Its name covers the dataset's fingerprint, so each revision has its own directory.
+
+    Raises:
+        DataError: The address is malformed, or the dataset cannot be loaded.
     """
-    found = PATTERN.fullmatch(path)
-    if found is None:
+    match = PATTERN.fullmatch(path)
+    if match is None:
         raise DataError(
-            f"{path} is no dataset of the hub; write hf:org/name, then /config, :split and @revision if needed"
+            f"{path} is not a dataset of the hub; write hf:org/name, with /config, :split and @revision if needed"
         )
-    dataset = _load(path, **found.groupdict())
+    dataset = _load(path, **match.groupdict())
     plain = re.sub(r"[^\w.-]+", "-", path.removeprefix("hf:")).strip("-.")[-60:]
     identity = hashlib.sha256(fingerprint(dataset).encode()).hexdigest()[:16]
     directory = storage.cache_directory() / "hub" / f"{plain}-{identity}"
@@ -67,18 +68,18 @@ def _load(
         raise
     except Exception as err:  # noqa: BLE001 - the library raises its own errors, the hub's, and those of every file format
         reason = " ".join(str(err).split())[:300] or type(err).__name__
-        raise DataError(f"{path} can't be had: {reason}") from None
+        raise DataError(f"{path} could not be loaded: {reason}") from None
     finally:
         datasets.utils.logging.set_verbosity(quiet)
 
 
 def _check_files(path: str, data_files: Mapping[str, Sequence[str]] | None, root: str) -> None:
-    """Refuses a dataset that names files of others: the patterns in its README.md may begin with `/` or hold `..`.
+    """Refuses a dataset that names files of others: the patterns in its README.md may begin with `/` or contain `..`.
 
     Args:
         path: The source, for the message.
-        data_files: By split, the addresses that the patterns found.
-        root: How an address within the dataset begins.
+        data_files: The addresses that the patterns match, by split.
+        root: The beginning of an address within the dataset.
 
     Raises:
         DataError: A file lies outside the dataset.
@@ -89,12 +90,12 @@ def _check_files(path: str, data_files: Mapping[str, Sequence[str]] | None, root
             plain = f"{scheme}://{posixpath.normpath(rest)}" if scheme else posixpath.normpath(name)
             if not plain.startswith(root if root.endswith("@") else f"{root}/"):
                 raise DataError(
-                    f"{path} names {name} as its data, which is no file of that dataset; correct data_files in its README.md"
+                    f"{path} names {name} as its data, which is not a file of that dataset; correct data_files in its README.md"
                 )
 
 
 def _write(dataset: Any, directory: Path) -> None:
-    """All files, or none: written beside, then moved."""
+    """Writes all files or none: into a temporary directory, which is then renamed."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".new-", dir=directory.parent))
     try:
@@ -103,7 +104,7 @@ def _write(dataset: Any, directory: Path) -> None:
             part.to_parquet(str(staged / f"part-{number:05d}.parquet"), batch_size=GROUP_RECORDS)
         staged.rename(directory)
     except OSError:
-        if not directory.exists():  # else another process was quicker
+        if not directory.exists():  # else another process was faster
             raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)

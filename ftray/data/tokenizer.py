@@ -1,10 +1,10 @@
-"""Tokenizers for many texts: the fastest way that gives the ids of transformers, and one that travels light.
+"""Tokenizers for many texts: the fastest engine that gives the ids of transformers, and one that is cheap to send.
 
-`BatchTokenizer` takes the Rust package fastokens where it is installed and agrees with transformers: on texts made to
-tell tokenizers apart, once a process, and on a sample of each batch of the user's own. Where it doesn't, or refuses a
-text, the ids come from `tokenizers`, held to the same sample; and where even these differ, from the tokenizer itself.
-`TravellingTokenizer` is what Ray's tasks load: they import neither torch nor transformers, which takes seconds.
-Knows no files, templates' meaning or Ray.
+`BatchTokenizer` uses the Rust package fastokens if it is installed and agrees with transformers on texts that tell tokenizers
+apart (once per process) and on a sample of each batch. If it does not, or refuses a text, the ids come from `tokenizers`,
+with the
+same checks, and if these differ too, from the tokenizer itself. Ray's tasks load a `PortableTokenizer`, which imports neither
+torch nor transformers (that takes seconds). Knows no files, templates or Ray.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
 Encode = Callable[[Sequence[str]], tuple[Ids, Offsets]]
 
-SAMPLE_SHARE, SAMPLE_LEAST = 1 / 200, 4  # texts of a batch that are compared: ASCII ones and others, each this share
+SAMPLE_SHARE, SAMPLE_LEAST = 1 / 200, 4  # share of a batch's texts that are compared, of ASCII texts and of others
 
 log = logging.getLogger("ftray")
 
-# Where tokenizers differ, they differ here: spaces, digits, contractions, case, combining and rare characters.
+# Texts on which tokenizers differ: spaces, digits, contractions, case, combining and rare characters.
 TELLING = (
     "Hello, world! It's 12:34 and 1234567 isn't 1,234.5; we'll see.",
     " leading,  two   three    four spaces, trailing   ",
@@ -52,9 +52,11 @@ TELLING = (
 
 
 class BatchTokenizer:
-    """Texts → their ids one after the other (int32) and where each begins, with the end (int64 [texts + 1]).
+    """Texts → their concatenated ids, int32, and the offset of each, with the end: int64 [texts + 1].
 
-    tokenizer: anything `ChatFormat` takes; its ids are the right ones. backend: its `backend_json`.
+    Args:
+        tokenizer: Any tokenizer that `ChatFormat` takes. Its ids are the reference.
+        backend: Its `backend_json`.
     """
 
     def __init__(self, tokenizer: Any, backend: str | None) -> None:
@@ -63,7 +65,7 @@ class BatchTokenizer:
 
     @property
     def engine(self) -> str:
-        """What the ids come from when all is well: `fastokens`, `tokenizers` or `transformers`."""
+        """The source of the ids if all checks pass: `fastokens`, `tokenizers` or `transformers`."""
         return next((name for name in ENGINES if self._open(name)), "transformers")
 
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
@@ -76,7 +78,9 @@ class BatchTokenizer:
             ids, offsets = encode(texts)
             if all(ids[offsets[i] : offsets[i + 1]].tolist() == e for i, e in zip(sample, expected, strict=True)):
                 return ids, offsets
-            log.warning("%s gives other ids than transformers for a text of this chunk: it is not used there", name)
+            log.warning(
+                "%s and transformers give different ids for a text of this chunk, so it is not used for the chunk", name
+            )
         return _join([np.asarray(self._plain(text), dtype=np.int32) for text in texts])
 
     def _open(self, name: str) -> Encode | None:
@@ -90,13 +94,15 @@ class BatchTokenizer:
 
     def _agrees(self, encode: Encode) -> bool:
         ids, offsets = encode(TELLING)
-        found = [ids[lo:hi].tolist() for lo, hi in pairwise(offsets.tolist())]
-        return found == [self._plain(text) for text in TELLING]
+        encoded = [ids[lo:hi].tolist() for lo, hi in pairwise(offsets.tolist())]
+        return encoded == [self._plain(text) for text in TELLING]
 
 
 def pick_sample(texts: Sequence[str]) -> list[int]:
-    """Places of the texts to compare: the same for the same texts, spread evenly; those beyond ASCII get a share of
-    their own, because that is where tokenizers differ."""
+    """Indices of the texts to compare, evenly spread; the same for the same texts.
+
+    Texts beyond ASCII get their own share, because that is where tokenizers differ.
+    """
     rare = [i for i, text in enumerate(texts) if not text.isascii()]
     strata = [rare] if len(rare) == len(texts) else [range(len(texts)), rare]
     picked: set[int] = set()
@@ -114,8 +120,8 @@ def _open_hf(backend: str) -> Encode:
     tokenizer.no_padding()
 
     def encode(texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return _join([np.asarray(e.ids, dtype=np.int32) for e in found])
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _join([np.asarray(e.ids, dtype=np.int32) for e in encodings])
 
     return encode
 
@@ -128,7 +134,7 @@ def _open_fastokens(backend: str) -> Encode | None:
     try:
         tokenizer = Tokenizer.from_json_str(backend)
         tokenizer.no_truncation()
-    except (ValueError, TypeError, RuntimeError):  # a kind of tokenizer that it doesn't know
+    except (ValueError, TypeError, RuntimeError):  # an unsupported kind of tokenizer
         return None
 
     @cache
@@ -139,7 +145,7 @@ def _open_fastokens(backend: str) -> Encode | None:
         try:
             flat, offsets = tokenizer.encode_batch_flat(list(texts))
         except BaseException as err:
-            # It refuses characters that the vocabulary lacks. Find the text, and let the others pass.
+            # It refuses characters that the vocabulary lacks. Find the text with one, and encode the others.
             if not isinstance(err, ValueError) and type(err).__name__ != "PanicException":
                 raise
             if len(texts) == 1:
@@ -161,7 +167,7 @@ def _join(arrays: list[Ids]) -> tuple[Ids, Offsets]:
 
 
 def backend_json(tokenizer: Any) -> str | None:
-    """The tokenizer.json that gives the tokenizer's ids by itself, or None where there is none."""
+    """The tokenizer.json that gives the tokenizer's ids by itself, or None if there is none."""
     if isinstance(tokenizer, PortableTokenizer):
         return tokenizer.backend
     if getattr(tokenizer, "split_special_tokens", False):
@@ -173,7 +179,7 @@ def backend_json(tokenizer: Any) -> str | None:
 
 
 class PortableTokenizer:
-    """What `ChatFormat` asks of a transformers tokenizer, from its tokenizer.json, template and named tokens."""
+    """The parts of a transformers tokenizer that `ChatFormat` needs, from its tokenizer.json, template and named tokens."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
@@ -197,12 +203,12 @@ class PortableTokenizer:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
-        """Id of a token."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
+        """The id of a token."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
 
     def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """Text of ids, as it is."""
+        """The text of ids, unchanged."""
         assert not clean_up_tokenization_spaces
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -218,7 +224,7 @@ class _Added:
 
 @dataclass(frozen=True)
 class SerializedTokenizer:
-    """A tokenizer as bytes: its TravellingTokenizer's state, compressed. Equal where the tokenizers are."""
+    """A tokenizer as bytes: the compressed state of its PortableTokenizer. Equal for equal tokenizers."""
 
     digest: str
     state: bytes = field(compare=False, repr=False)
@@ -229,7 +235,7 @@ class SerializedTokenizer:
 
 @dataclass(frozen=True)
 class NamedTokenizer:
-    """A loader for what can't be packed. Equal to its own copies in other processes, so that each loads once."""
+    """A loader for a tokenizer that cannot be packed. Equal to its copies in other processes, so each process loads once."""
 
     identity: str
     load: Callable[[], Any] = field(compare=False)
@@ -239,9 +245,10 @@ class NamedTokenizer:
 
 
 class TokenizerLoader:
-    """A loader of a tokenizer. Pickled, it becomes the tokenizer itself, where that is proven to be the same.
+    """A loader of a tokenizer. Pickled, it becomes the tokenizer itself if a check shows that the copy behaves the same.
 
-    load: picklable; called where the loader was made, at most once.
+    Args:
+        load: Picklable. Called at most once, in the process that made the loader.
     """
 
     def __init__(self, load: Callable[[], Any]) -> None:
@@ -265,7 +272,7 @@ def _same(loader: SerializedTokenizer | NamedTokenizer) -> SerializedTokenizer |
 
 
 def pack_tokenizer(tokenizer: Any) -> SerializedTokenizer | None:
-    """A tokenizer to send to other processes, or None where it would not give the same ids and texts there."""
+    """A tokenizer to send to other processes, or None if the copy would give other ids or texts."""
     backend = backend_json(tokenizer)
     if backend is None or not isinstance(tokenizer.chat_template, str):
         return None
@@ -279,14 +286,14 @@ def pack_tokenizer(tokenizer: Any) -> SerializedTokenizer | None:
     }
     try:
         text = json.dumps(state).encode()
-    except TypeError:  # a named token that is no string
+    except TypeError:  # a named token that is not a string
         return None
     packed = SerializedTokenizer(hashlib.sha256(text).hexdigest(), zlib.compress(text, 1))
-    return packed if _says_the_same(tokenizer, packed()) else None
+    return packed if _behave_the_same(tokenizer, packed()) else None
 
 
-def _says_the_same(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give the same ids, special tokens, stops and renderings, on what tells them apart."""
+def _behave_the_same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids, special tokens, stop tokens and renderings on texts that tell them apart."""
     formats = [ChatFormat(one), ChatFormat(other)]
     if formats[0].identity != formats[1].identity:
         return False

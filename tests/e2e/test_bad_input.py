@@ -239,7 +239,11 @@ CASES = [
     Case("other-files", ("/bad contains a.docx, but no .jsonl",), DATA, write("bad/a.docx", "x")),
     Case("no-glob", ("/bad/*.jsonl: no such file",), ("data.train.0.path=bad/*.jsonl",)),
     Case("no-heldout-data", ("/bad: no such file", "data.eval"), ("data.eval=[{path: bad}]",)),
-    Case("no-embedded-data", ("embedded:x is no embedded data", "use embedded:"), ("data.train.0.path=embedded:x",)),
+    Case(
+        "no-embedded-data",
+        ("embedded:x is not an embedded data set", "use embedded:"),
+        ("data.train.0.path=embedded:x",),
+    ),
     # the model
     Case("no-model", ("model.base ./other is not a directory", "hub id"), ("model.base=./other",)),
     Case("no-such-model", ("model.base other", "no directory", "hub"), OTHER),

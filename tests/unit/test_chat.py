@@ -106,7 +106,7 @@ def test_a_turn_with_train_false_is_read_and_not_learned(chat: ChatFormat) -> No
     encoded = chat.encode_example(asked)
     assert supervised(chat, encoded) == [f"two{END}"]
     assert encoded.input_ids == chat.encode_example(turns("a", "one", "b", "two")).input_ids
-    with pytest.raises(DataError, match="there is no assistant turn to learn from"):
+    with pytest.raises(DataError, match="there is no assistant turn to train on"):
         chat.encode_example(asked[:2])
 
 
@@ -292,7 +292,7 @@ def test_where_a_template_rewrites_earlier_turns_an_answer_that_is_not_learned_h
 
 def test_a_template_whose_prompt_is_no_beginning_of_its_text_is_refused() -> None:
     fickle = "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}" + tiny.TEMPLATE
-    with pytest.raises(ModelError, match="writes another prompt for the answer of turn 1 than the endpoint"):
+    with pytest.raises(ModelError, match="renders turn 1 after another prompt than the endpoint"):
         chat_with(fickle)
 
 
@@ -305,11 +305,11 @@ def test_a_template_that_trims_is_followed() -> None:
 
 
 REFUSED = {
-    "there is no assistant turn to learn from": turns("a"),
+    "there is no assistant turn to train on": turns("a"),
     r"turn 1 \(assistant\) is empty": turns("a", " \n"),
     "begins with the assistant": [Message("assistant", "b")],
-    r"turn 0 \(user\) has half of a surrogate pair": turns("a\ud800", "b"),
-    r"turn 1 \(assistant\) has half of a surrogate pair": turns("a", "\udfffb"),
+    r"turn 0 \(user\) contains half of a surrogate pair": turns("a\ud800", "b"),
+    r"turn 1 \(assistant\) contains half of a surrogate pair": turns("a", "\udfffb"),
 }
 
 
@@ -336,7 +336,7 @@ def test_a_character_that_the_vocabulary_lacks_is_named_where_it_would_be_lost(r
 
 
 def test_a_prompt_must_end_with_a_turn_to_be_answered(chat: ChatFormat) -> None:
-    with pytest.raises(DataError, match="the last turn is the assistant's; end with the turn to be answered"):
+    with pytest.raises(DataError, match="the last turn is the assistant's; end with the turn that it should answer"):
         chat.encode_prompt(turns("a", "b"))
 
 
@@ -369,7 +369,7 @@ WRONG_TURNS: dict[str, object] = {
     r"turn 0 \(user\) has no text; content must be a string": [{"role": "user", "content": None}],
     r"turn 0 \(user\) has no text": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
     "turn 0: train must be true or false": [{"role": "user", "content": "a", "train": "no"}],
-    r"turn 0 \(assistant\) has tool_calls, which would be lost": [
+    r"turn 0 \(assistant\) has tool_calls, which is not supported": [
         {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
     ],
 }

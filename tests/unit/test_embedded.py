@@ -108,7 +108,7 @@ def test_what_was_half_written_is_written_again(small_library: Path) -> None:
     "name", ["embedded:other/train", f"{embedded_data.NAME}/test", embedded_data.NAME, f"{embedded_data.NAME}/"]
 )
 def test_an_unknown_embedded_source_names_the_known_ones(name: str) -> None:
-    with pytest.raises(DataError, match=rf"is no embedded data; use {TRAIN} or {EVAL}"):
+    with pytest.raises(DataError, match=rf"is not an embedded data set; use {TRAIN} or {EVAL}"):
         list_shards(name)
 
 

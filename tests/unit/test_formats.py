@@ -74,7 +74,7 @@ def test_a_system_text_beside_the_turns_is_their_first(name: str, record: dict[s
 @pytest.mark.parametrize("key", ["history", "tools", "functions"])
 def test_what_would_be_lost_is_refused_by_name(key: str) -> None:
     record = {"instruction": "q", "output": "a", key: [["x", "y"]]}
-    with pytest.raises(BadRecord, match=f"it has {key}, which would be lost") as caught:
+    with pytest.raises(BadRecord, match=f"it has {key}, which is not supported") as caught:
         read_record(record, "auto", None)
     assert caught.value.rule == "lost_field"
     assert read_record({**record, key: []}, "auto", None) == ASKED
@@ -95,10 +95,10 @@ def turn(role: object = "user", content: object = "q", **more: object) -> dict[s
 BAD: list[tuple[str, str, dict[str, Any]]] = [
     (
         "unknown_shape",
-        "its keys (a, b) fit no known format; give the source columns: {user: …, assistant: …}",
+        "its keys (a, b) match no known format; give the source columns: {user: …, assistant: …}",
         {"b": 1, "a": 2},
     ),
-    ("unknown_shape", "its keys (none) fit no known format", {}),
+    ("unknown_shape", "its keys (none) match no known format", {}),
     ("bad_turn", "messages must be a list with at least one turn", {"messages": None}),
     ("bad_turn", "messages must be a list with at least one turn", {"messages": []}),
     ("bad_turn", "turn 0 must be an object with role and content", {"messages": ["q"]}),

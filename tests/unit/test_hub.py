@@ -116,20 +116,20 @@ def test_a_path_names_dataset_config_split_and_revision(
     monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     with pytest.raises(DataError) as caught:
         list_shards(path)
-    assert str(caught.value) == f"{path} can't be had: no such dataset anywhere"
+    assert str(caught.value) == f"{path} could not be loaded: no such dataset anywhere"
     wanted = (expected["name"], expected.get("config"), expected["split"] or "train", expected["revision"])
     assert asked == [wanted]
 
 
 @pytest.mark.parametrize("path", ["hf:name", "hf:", "hf:org/name/a/b", "hf:org/name:", "hf:a b/c"])
 def test_a_path_of_another_form_is_refused_with_the_form(path: str) -> None:
-    with pytest.raises(DataError, match="is no dataset of the hub; write hf:org/name"):
+    with pytest.raises(DataError, match="is not a dataset of the hub; write hf:org/name"):
         list_shards(path)
 
 
 def test_a_split_that_is_not_there_and_a_hub_that_is_not_reached_are_one_sentence(dataset: Path) -> None:
-    with pytest.raises(DataError, match=r'can\'t be had: Unknown split "nope"'):
+    with pytest.raises(DataError, match=r'could not be loaded: Unknown split "nope"'):
         list_shards(f"hf:{dataset}:nope")
-    with pytest.raises(DataError, match=r"hf:nobody/nothing-of-that-name can't be had: .*") as caught:
+    with pytest.raises(DataError, match=r"hf:nobody/nothing-of-that-name could not be loaded: .*") as caught:
         list_shards("hf:nobody/nothing-of-that-name")
     assert "\n" not in str(caught.value)

@@ -336,7 +336,9 @@ def test_a_dataset_that_names_files_outside_itself_is_refused(
     (dataset / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     names = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{pattern.format(root=tmp_path)}'\n"
     (dataset / "README.md").write_text(f"---\n{names}---\n")
-    with pytest.raises(DataError, match=r"secret\.jsonl as its data, which is no file of that dataset|can't be had"):
+    with pytest.raises(
+        DataError, match=r"secret\.jsonl as its data, which is not a file of that dataset|could not be loaded"
+    ):
         list_shards(f"hf:{dataset}")
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     (dataset / "README.md").write_text(f"---\n{names.replace(pattern.format(root=tmp_path), 'train.jsonl')}---\n")

@@ -283,7 +283,7 @@ def test_a_template_can_not_reach_out_of_the_sandbox() -> None:
 def test_a_long_conversation_is_no_endless_one() -> None:
     chat = chat_with(tiny.TEMPLATE.replace("m['content']", "m['content'] | trim"))
     asked = turns(*(["x" * 2000, "y" * 2000] * 200))
-    assert len(chat._cutter.cut_example(asked)[0]) == 401
+    assert len(chat._segmenter.cut_example(asked)[0]) == 401
 
 
 def test_a_template_that_asks_for_the_date_gives_the_same_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
