@@ -34,6 +34,7 @@ from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_doc
 from ftray.evaluate.stats import Difference
 from ftray.model.lora import add_prompt
 from ftray.train.objectives.base import ObjectiveModel
+from ftray.train.objectives.prompt_tuning import PromptTuning
 from ftray.train.objectives.sft import Sft
 from tests import tiny
 from tests.cluster import make_run
@@ -77,7 +78,7 @@ def test_each_record_sees_the_virtual_tokens_of_a_prompt_tuned_model() -> None:
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.mul_(3)
     records = documents()[1:]
-    found = score_documents(ObjectiveModel(model, Sft()).eval(), records, 300, 1, 1, torch.device("cpu"))
+    found = score_documents(ObjectiveModel(model, PromptTuning()).eval(), records, 300, 1, 1, torch.device("cpu"))
     for sums, ((ids, mask),) in zip(found, records, strict=True):
         whole = torch.tensor([ids]).long()
         with torch.no_grad():
@@ -237,7 +238,7 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
     }
     assert summary.verdict_of({"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}) == [
         (
-            "the tuned model is better by held-out loss, BLEU; worse by general loss than the base; "
+            "the tuned model is better by eval loss, BLEU; worse by general loss than the base; "
             "no difference that 95% intervals can tell by ROUGE-L"
         ),
         "the few-shot base is neither better nor worse than the base; no difference that 95% intervals can tell by chrF",

@@ -561,7 +561,7 @@ def test_agreement_is_on_what_raters_saw_so_that_a_clear_winner_is_no_disagreeme
     ("settings", "words"),
     [
         ({"samples": 0}, "samples"),
-        ({"criteria": ["style", "Style"]}, "names a criterion twice"),
+        ({"criteria": ["style", "Style"]}, "lists a criterion twice"),
         ({"criteria": ["=x"]}, "criteria"),
         ({"sampels": 3}, "samples"),
         ({"seed": -1}, "seed"),

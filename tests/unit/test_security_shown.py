@@ -94,7 +94,7 @@ def test_a_token_may_go_over_loopback_and_https(address: str, monkeypatch: pytes
 def test_without_a_token_or_with_the_flag_http_is_as_before(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ftray.cluster.jobs.CONNECT_S", 0.05)
+    monkeypatch.setattr("ftray.network.CONNECT_S", 0.05)
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="nobody answers"):
