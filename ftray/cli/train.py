@@ -117,7 +117,7 @@ def reproduce(
     """Train a run again under another name, if nothing changed, and compare both."""
     from ftray import storage
     from ftray.events.trackers import check_trackers
-    from ftray.report.reproduce import check_before, check_data, compare_runs, renamed, same_data
+    from ftray.report.reproduce import check_before, check_data, compare_reproduction, renamed, same_data
 
     original = open_target(target, overrides)
     original_dir = storage.absolute(original.directory)
@@ -128,7 +128,7 @@ def reproduce(
         check_data(lineage, run, same_data(run, run_dir, console))
         with reported(run, run_dir, console, lease):
             launch(run, run_dir, console, lease)
-    console.say(compare_runs(original_dir, run_dir))
+    console.say(compare_reproduction(original_dir, run_dir))
     return 0
 
 

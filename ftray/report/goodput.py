@@ -1,4 +1,4 @@
-"""How a run's time was spent: its drivers, failures and recoveries, goodput, cost. Pure functions of events and metrics."""
+"""How a run's time was spent: sessions, failures, recoveries, goodput and cost, from events and metrics."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ftray.events.types import (
     WeightsRewound,
 )
 
-GAP_S = 1.0  # between two drivers, from which on it is told
+GAP_S = 1.0  # shorter gaps between two drivers are not listed
 Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class DriverSession:
-    """One driver's time. how: finished, interrupted, preempted, taken over, failed; "" where its end is not known."""
+    """The time of one driver process. how: finished, interrupted, preempted, taken over, failed, or "" if unknown."""
 
     began_s: float
     ended_s: float
@@ -36,7 +36,7 @@ class DriverSession:
 
     @property
     def worker_s(self) -> float:
-        """Seconds times workers; until its first group starts, those of that group count."""
+        """Worker seconds; the time before the first worker group counts with its size."""
         starts = [(e.unix_s, e.event.workers) for e in self.events if isinstance(e.event, TrainingStarted)]
         if not starts:
             return 0.0
@@ -48,19 +48,19 @@ class DriverSession:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """All of it. productive_s: of the steps that count."""
+    """The sessions of a run. productive_s: seconds in committed steps."""
 
     sessions: tuple[DriverSession, ...]
     productive_s: float
 
     @property
     def running_s(self) -> float:
-        """Seconds that a driver was there, from its data being ready to its end."""
+        """Seconds with a running driver, from the index to the end."""
         return sum(s.ended_s - s.began_s for s in self.sessions)
 
     @property
     def goodput(self) -> float | None:
-        """Share of that time that went into steps that count."""
+        """Share of the running time in committed steps."""
         return min(1.0, self.productive_s / self.running_s) if self.running_s > 0 else None
 
     @property
@@ -70,12 +70,12 @@ class RunHistory:
 
     @property
     def num_failures(self) -> int:
-        """Groups of workers that were lost, and drivers that ended otherwise than they should have."""
+        """Lost worker groups, and drivers that died."""
         lost = sum(isinstance(e.event, GroupFailed) for e in self.events)
         return lost + sum(not s.how for s in self.sessions[:-1])
 
     def cost(self, price_per_hour: float) -> float:
-        """Of all workers' time, at the price of one worker's hour."""
+        """Cost of all worker time at this price per worker hour."""
         return price_per_hour * sum(s.worker_s for s in self.sessions) / 3600
 
 

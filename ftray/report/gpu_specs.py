@@ -1,7 +1,6 @@
-"""GPUs by their data sheets, and how fast training is on them by one model of time. Pure arithmetic.
+"""GPU data sheets, and a model of training speed.
 
-The model's constants come from one card, an H200 (docs/benchmarks.md); other cards are scaled by their data sheets, which
-has not been measured.
+The constants were measured on an H200 (docs/benchmarks.md). Other GPUs are extrapolated by data sheet, which is not measured.
 """
 
 from __future__ import annotations
@@ -80,36 +79,36 @@ def card_named(name: str, method: config.MethodConfig) -> GpuSpec:
     """The card of that name in the table. Raises ConfigError for one that isn't there, or lacks what the method needs."""
     name = ALIASES.get(name, name)
     if name not in CARDS:
-        raise ConfigError(f"the card {name} is not in plan's table; give --card with one of {', '.join(CARDS)}")
+        raise ConfigError(f"the card {name} is unknown; use --card with one of {', '.join(CARDS)}")
     if not does(CARDS[name], method):
         able = [card.name for card in CARDS.values() if does(card, method)]
         raise ConfigError(
-            f"method.base_precision {method.base_precision} is not for {name}, whose matrix units lack it; leave it out, or "
-            f"take one of {', '.join(able)}"
+            f"method.base_precision {method.base_precision} is not supported by {name}; remove it, or "
+            f"use one of {', '.join(able)}"
         )
     return CARDS[name]
 
 
 def check_accelerator(run: config.RunConfig) -> None:
-    """Raises ConfigError for a kind of GPU that is asked for and known not to do what the method needs."""
+    """Raises ConfigError if the requested GPU type does not support the method."""
     if run.scale.accelerator in (*CARDS, *ALIASES):
         card_named(run.scale.accelerator, run.method)
 
 
 def does(card: GpuSpec, method: config.MethodConfig) -> bool:
-    """Whether the card's matrix units take the method's products."""
+    """Whether the GPU supports the method's matrix products."""
     return method.base_precision is None or card.capability >= NEEDED[method.base_precision]
 
 
 def card_of(device: str) -> GpuSpec | None:
-    """The card that a driver's name for it means; None for one that isn't in the table."""
+    """The GPU with this name in the driver, or None if it is not in the table."""
     return next((CARDS[name] for pattern, name in _DEVICES if re.search(pattern, device)), None)
 
 
 def flops_a_token(shape: ModelShape, method: config.MethodConfig) -> float:
-    """What a token's training takes in products: 2 for each weight forward, 2 for the input's gradient, 2 for its own.
+    """FLOPs per trained token: per weight 2 in forward, 2 for the input's gradient, 2 for its own (not if frozen).
 
-    Of a frozen weight the last are left out. Neither what is computed twice (recompute) counts, nor attention's scores.
+    Recomputation (gradient checkpointing) and attention scores are not counted.
     """
     weights = shape.in_layers + shape.head
     if method.type == "full":
@@ -118,14 +117,14 @@ def flops_a_token(shape: ModelShape, method: config.MethodConfig) -> float:
 
 
 def mfu(shape: ModelShape, method: config.MethodConfig, card: GpuSpec, num_gpus: float, speed: float) -> float:
-    """Model FLOPs utilization: `flops_a_token` × tokens a second, over the cards' dense 16-bit rate by their data sheet."""
+    """Model FLOPs utilization: `flops_a_token` × tokens per second, over the dense 16-bit rate of the data sheets."""
     return flops_a_token(shape, method) * speed / (num_gpus * card.tflops * 1e12)
 
 
 def tokens_per_s(
     run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int, tokens: int, share: float
 ) -> float:
-    """Tokens a second on each GPU. tokens: of a micro-batch; share: of the layers that are recomputed."""
+    """Tokens per second and GPU. tokens: per micro-batch. share: of layers with gradient checkpointing."""
     method = run.method
     frozen = 0 if method.type == "full" else 1
     weights = shape.in_layers + shape.head
@@ -146,7 +145,7 @@ def tokens_per_s(
 def _talk_s(
     run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int, tokens: int, step_tokens: float
 ) -> float:
-    """Seconds of a token for what GPUs tell each other: gradients once a step, at stage 3 weights for each micro-batch."""
+    """Communication time per token: gradients once per step, at stage 3 also weights per micro-batch."""
     if world_size == 1:
         return 0.0
     speed = card.link if world_size <= GPUS_A_NODE else BETWEEN_NODES

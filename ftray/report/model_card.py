@@ -1,7 +1,4 @@
-"""The card of an exported model, MODEL_CARD.md, in the metadata format of the Hugging Face hub; and its lineage beside it.
-
-Says what was trained from what, how it compares with its base, and nothing that isn't known. Knows a run's directory.
-"""
+"""Model cards (MODEL_CARD.md) in the format of the Hugging Face hub, with lineage.json beside them."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ def described(
     is_whole: bool = False,
     quantized: QuantizationResult | None = None,
 ) -> dict[str, bytes]:
-    """The files that go with an exported model. is_whole: its weights are merged; quantized: what that cost."""
+    """The files of an exported model. is_whole: merged weights. quantized: the loss in quality, if quantized."""
     lineage = read_lineage(run_dir)
     comparison = read_results(run_dir)
     if comparison is not None and comparison.step != found.step:
@@ -61,12 +58,12 @@ def render_card(
     is_whole: bool,
     quantized: QuantizationResult | None = None,
 ) -> str:
-    """The whole card: YAML in front, Markdown below."""
+    """Renders the card: YAML front matter and Markdown."""
     front = yaml.safe_dump(_metadata(run, comparison, is_whole, quantized), sort_keys=False, allow_unicode=True)
     parts = [
         f"# {escaped(run.name)}",
         f"{code_span(run.model.base)}, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
-        "The base model's licence and limits hold for this model, too.",
+        "The license and limitations of the base model apply to this model too.",
         "## Training",
         _table(["", ""], _training(run, found)),
         "## Data",
@@ -80,13 +77,13 @@ def render_card(
         cells = [[escaped(cell) for cell in row] for row in rows]
         parts += ["## Evaluation", _table(head, cells), *map(escaped, (counted(comparison), *comparison.verdict))]
     if quantized is not None:
-        what = f"The weights are {KINDS[quantized.kind][2]}; the figures above are of the weights before."
+        what = f"The weights are {KINDS[quantized.kind][2]}; the metrics above are from before quantization."
         parts += ["## Quantization", what if comparison is not None else what.partition(";")[0] + ".", f"{quantized}."]
     if lineage is not None:
         parts += [
             "## Origin",
             _table(["", ""], [[name, escaped(text)] for name, text in _origin(lineage)]),
-            f"All of it, file by file: `{LINEAGE}`.",
+            f"Details, file by file: `{LINEAGE}`.",
         ]
     return redacted(f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -114,7 +111,7 @@ def _metadata(
         ]
         result = {
             "task": {"type": "text-generation", "name": "Text generation"},
-            "dataset": {"type": "held-out", "name": "held-out records of the run's data"},
+            "dataset": {"type": "eval", "name": "eval records of the run's data"},
             "metrics": metrics,
         }
         found["model-index"] = [{"name": run.name, "results": [result]}]
@@ -126,15 +123,13 @@ def _training(run: config.RunConfig, found: CheckpointRef) -> list[list[str]]:
     rows = [
         ["method", HOW[method.type]],
         *([["rank, alpha", f"{method.rank}, {method.alpha:g}"]] if method.type in ("lora", "qlora") else []),
-        ["steps", f"{found.step}, of {train.global_batch_size} rows of {run.data.max_seq_len} tokens"],
-        ["learning rate", f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup:g}"],
+        ["steps", f"{found.step}, of {train.global_batch_size} packed sequences of {run.data.max_seq_len} tokens"],
+        ["learning rate", f"{train.learning_rate:g}, {train.schedule}, warmup {train.warmup:g}"],
         ["precision", train.precision],
         ["seed", str(train.seed)],
     ]
     if found.progress.best:
-        rows.append(
-            ["best held-out loss", f"{found.progress.best['loss']:.4f} at step {found.progress.best['step']:.0f}"]
-        )
+        rows.append(["best eval loss", f"{found.progress.best['loss']:.4f} at step {found.progress.best['step']:.0f}"])
     return rows
 
 
@@ -157,20 +152,20 @@ def _origin(lineage: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """A table whose cells are Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(' '.join(cell.split()) for cell in line)} |" for line in lines)
 
 
 def escaped(text: str) -> str:
-    """Foreign text as Markdown that shows it: no link, image, HTML, heading, table or line of its own comes of it."""
+    """Escapes foreign text for Markdown: it can't produce a link, image, HTML, heading, table or line break."""
     line = " ".join(printable(text).split())
     line = re.sub(r"([\\`*_\[\]<>|~!#$&])", r"\\\1", line)
     return re.sub(r"(?i)\b(https?|ftp|mailto)(:)|\b(www)(\.)", r"\1\3\\\2\4", line)  # bare addresses become links
 
 
 def code_span(text: str) -> str:
-    """Foreign text as a code span, in which nothing is Markdown. `|` would end a table's cell and is written as `¦`."""
+    """Foreign text as a code span. `|` would end a table cell and is written as `¦`."""
     line = " ".join(printable(text).split()).replace("|", "¦") or " "
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)

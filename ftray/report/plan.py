@@ -1,7 +1,7 @@
-"""What a run will need before it is started: memory by part, rows at once, steps, time, cost; and whether to start it.
+"""Plans a run before it starts: memory, batch size, steps, time, cost, and advice.
 
-Memory is `train.memory`'s model over a base's shape, time `cards`' model. Needs neither Ray, nor torch, nor a GPU, nor the
-base's weights. How well it does against figures that were measured is in docs/benchmarks.md and in a test.
+Uses the memory model of `train.memory` and the time model of `gpu_specs`, with the model's shape only: no Ray, torch, GPU or
+weights. docs/benchmarks.md and a test compare it with measurements.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ftray.train.memory import (
     state_bytes,
 )
 
-BYTES_A_TOKEN = 4.5  # of a shard, where the data was not indexed: records are JSON
-SMALL = 0.8e9  # weights; smaller models were not measured
-START_S = 90.0  # for Ray, workers and the model
+BYTES_A_TOKEN = 4.5  # of a shard that was not indexed; records are JSON
+SMALL = 0.8e9  # parameters; smaller models were not measured
+START_S = 90.0  # start of Ray, workers and model
 OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
     ("lora", 0, "adamw"),
     ("qlora", 0, "adamw"),
@@ -47,8 +47,9 @@ OTHERS: tuple[tuple[str, int, str], ...] = (  # method, stage, optimizer
 class MemoryParts:
     """Bytes on one GPU at the peak of a step.
 
-    buffers: ZeRO-3's weights that are whole, gradients on their way to others, what an update needs at its peak; working:
-    the head's logits or a layer under way, whichever is more.
+    Attributes:
+        buffers: ZeRO-3's gathered weights, gradients being reduced, and the peak of the optimizer update.
+        working: The logits, or one layer's temporaries, whichever is more.
     """
 
     weights: float
@@ -60,13 +61,13 @@ class MemoryParts:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.working
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train on one card. fits: within the card, less what is kept free for fragments."""
+    """One way to train on one GPU type. fits: within its memory, minus a reserve for fragmentation."""
 
     card: str
     method: str
@@ -82,9 +83,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How much is trained. tokens: of a row on average; from_index: counted, not guessed from the files' sizes.
+    """How much is trained.
 
-    most_documents: in one row; one where they were not counted.
+    Attributes:
+        tokens: Tokens per packed sequence, on average.
+        from_index: The numbers are counted, not estimated from file sizes.
+        most_documents: Most documents in one packed sequence; 1 if unknown.
     """
 
     num_steps: int | None
@@ -97,7 +101,7 @@ class TrainingLength:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe measured: tokens a second of each of its workers, and seconds a step, the medians of so many steps."""
+    """The result of a probe: tokens per second and worker, and seconds per step, as medians."""
 
     tokens_per_s: float
     step_s: float
@@ -108,13 +112,13 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All of it. seconds, cost: None where steps, or a price, are not known; by the probe's speed where there was one."""
+    """The whole plan. seconds, cost: None if the number of steps or the price is unknown; based on the probe, if any."""
 
     shape: ModelShape
     num_trained: int
     world_size: int
-    way: Candidate
-    others: list[Candidate]
+    choice: Candidate
+    alternatives: list[Candidate]
     length: TrainingLength
     seconds: float | None
     cost: float | None
@@ -127,29 +131,38 @@ class RunPlan:
 def make_plan(
     run: config.RunConfig, run_dir: str, card: str | None = None, probed: ProbeResult | None = None
 ) -> RunPlan:
-    """Plan of a run. card: name in CARDS; scale.accelerator's if left out, else the smallest on which it fits.
+    """Plans a run.
 
-    Raises ConfigError for a card that isn't known, ModelError for a base whose shape isn't.
+    Args:
+        run: The run.
+        run_dir: Its directory, for the index.
+        card: A name in CARDS. Default: scale.accelerator, otherwise the smallest GPU that fits.
+        probed: The result of a probe, if one ran.
+
+    Raises:
+        ConfigError: The GPU is unknown.
+        ModelError: The shape of the base is unknown.
     """
     shape, size = shape_of(run.model), run.world_sizes[0]
     name = card or run.scale.accelerator
     length = length_of(run, run_dir)
-    ways = [way_of(run, shape, each, size, length.most_documents) for each in _cards(name, run.method)]
-    way = next((each for each in ways if each.fits), ways[-1])
-    found = CARDS[way.card]
-    others = [way_of(other, shape, found, size) for other in _others(run)]
+    candidates = [candidate_for(run, shape, each, size, length.most_documents) for each in _cards(name, run.method)]
+    candidate = next((each for each in candidates if each.fits), candidates[-1])
+    others = [candidate_for(other, shape, CARDS[candidate.card], size) for other in _others(run)]
     if name is None:
-        others = [each for each in ways if each is not way] + others
+        others = [each for each in candidates if each is not candidate] + others
     seconds = cost = None
     if length.num_steps is not None:
         tokens = run.train.global_batch_size * length.tokens
-        step_s = probed.step_s if probed else tokens / (way.tokens_per_s * size)
+        step_s = probed.step_s if probed else tokens / (candidate.tokens_per_s * size)
         seconds = START_S + length.num_steps * step_s
         if run.scale.price_per_hour is not None:
             cost = seconds / 3600 * (probed.workers if probed else size) * run.scale.price_per_hour
-    advice = advise(run, length, way)
+    advice = advise(run, length, candidate)
     number = shape.num_trained(run.method)
-    return RunPlan(shape, number, size, way, others, length, seconds, cost, advice, together(run), name is None, probed)
+    return RunPlan(
+        shape, number, size, candidate, others, length, seconds, cost, advice, together(run), name is None, probed
+    )
 
 
 def _cards(name: str | None, method: config.MethodConfig) -> list[GpuSpec]:
@@ -159,13 +172,13 @@ def _cards(name: str | None, method: config.MethodConfig) -> list[GpuSpec]:
 
 
 def _others(run: config.RunConfig) -> list[config.RunConfig]:
-    """The same run by other methods, stages and optimizers, as far as these go together."""
-    found = []
+    """The same run with other methods, ZeRO stages and optimizers, if the combination is valid."""
+    runs = []
     for method, stage, optimizer in OTHERS:
         if (method, stage, optimizer) == (run.method.type, run.deepspeed.zero_stage, run.train.optimizer):
             continue
         if stage and run.world_sizes[0] == 1:
-            continue  # nothing to share
+            continue  # nothing to shard
         plain = {"rank": run.method.rank, "alpha": run.method.alpha, "target_modules": run.method.target_modules}
         changed = run.model_copy(
             update={
@@ -175,11 +188,13 @@ def _others(run: config.RunConfig) -> list[config.RunConfig]:
             }
         )
         if impossible(changed.model_dump(include={"method", "train", "deepspeed"})) is None:
-            found.append(changed)
-    return found
+            runs.append(changed)
+    return runs
 
 
-def way_of(run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int, documents: int = 1) -> Candidate:
+def candidate_for(
+    run: config.RunConfig, shape: ModelShape, card: GpuSpec, world_size: int, documents: int = 1
+) -> Candidate:
     """Memory and speed of a run on a card, with the rows and recomputed layers that training would choose there.
 
     documents: most of them in a row.
@@ -219,7 +234,7 @@ def _states(run: config.RunConfig, shape: ModelShape, world_size: int) -> StateM
 
 
 def _static(run: config.RunConfig, shape: ModelShape, world_size: int) -> MemoryParts:
-    """What stays from step to step."""
+    """Memory that is allocated for the whole run."""
     states = _states(run, shape, world_size)
     weights = shape.weight_bytes(run.method, run.train.precision)
     buffers = states.bucket
@@ -277,35 +292,39 @@ def length_of(run: config.RunConfig, run_dir: str) -> TrainingLength:
     return TrainingLength(steps, rows, seq, None, False)
 
 
-def advise(run: config.RunConfig, length: TrainingLength, way: Candidate) -> list[str]:
-    """Whether to fine-tune at all, and what to try first, by the data's size and kind."""
-    said = []
+def advise(run: config.RunConfig, length: TrainingLength, candidate: Candidate) -> list[str]:
+    """Advice by the size and kind of the data: whether to fine-tune, and what to try first."""
+    advice = []
     records = length.num_records
     if records is not None and records < 50:
-        said.append(f"{records} records: put the best of them into the prompt first (evaluate.few_shot compares that)")
-    elif records is not None and records < 500:
-        said.append(f"{records} records teach a form or a tone, hardly knowledge; compare with evaluate.few_shot: 3")
-    if run.data.labels is not None:
-        said.append("labels: a few examples of each in the prompt often come near; evaluate.few_shot compares that")
-    if records is not None and records < 5000 and run.method.type == "full":
-        said.append(f"all weights for {records} records: LoRA learns as much of so few, and forgets less")
-    if run.train.epochs > 3 and records is not None and records < 5000:
-        said.append(
-            f"{run.train.epochs:g} epochs over {records} records will be learned by heart; set evaluate.early_stopping"
+        advice.append(
+            f"{records} records are few: first try the best ones as few-shot examples (evaluate.few_shot compares)"
         )
+    elif records is not None and records < 500:
+        advice.append(
+            f"{records} records teach a format or a tone, hardly knowledge; compare with evaluate.few_shot: 3"
+        )
+    if run.data.labels is not None:
+        advice.append("few-shot classification is often nearly as good; evaluate.few_shot compares")
+    if records is not None and records < 5000 and run.method.type == "full":
+        advice.append(f"full fine-tuning on {records} records: LoRA learns as much from so few, and forgets less")
+    if run.train.epochs > 3 and records is not None and records < 5000:
+        advice.append(f"{run.train.epochs:g} epochs over {records} records will overfit; set evaluate.early_stopping")
     if run.data.eval is None:
-        said.append("nothing is held out, so that nobody will see whether it helped; set data.eval: {fraction: 0.1}")
+        advice.append("there is no eval set, so the benefit can't be measured; set data.eval: {fraction: 0.1}")
     if run.method.type == "prompt-tuning" and not length.from_index:
-        said.append("virtual tokens are in front of each record, and of one a row here; index first: ftray data index")
-    if not said:
-        said.append("facts that change, or must be quoted, are better looked up and put into the prompt than trained")
-    if not way.fits:
-        said.insert(0, f"this does not fit a {way.card}: see the ways below that do, or take more or larger GPUs")
-    return said
+        advice.append(
+            "virtual tokens precede each record; this plan assumes one record per sequence, so run `ftray data index` first"
+        )
+    if not advice:
+        advice.append("facts that change or must be quoted are better retrieved into the prompt than trained")
+    if not candidate.fits:
+        advice.insert(0, f"does not fit on {candidate.card}: see the alternatives that fit, or use more or larger GPUs")
+    return advice
 
 
 def together(run: config.RunConfig) -> list[str]:
-    """What goes with the run's precision: a line for each method, its possible stages, and why not the others."""
+    """One line per method: the ZeRO stages that are valid with the run's precision, and why the others are not."""
     lines = []
     for method in ("full", "lora", "qlora", "prompt-tuning"):
         reasons: dict[str, list[str]] = {}

@@ -1,7 +1,4 @@
-"""A few steps of a run as it will be trained, for the speed that `plan` would otherwise reckon; nothing of them is kept.
-
-They go through training itself: its data, loop, workers and cluster, as a run of another name that is deleted at the end.
-"""
+"""Measures the speed for `ftray plan --probe` with a few real training steps, as a temporary run that is deleted."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from ftray.events.event_log import LoggedEvent
 from ftray.events.types import TrainingStarted
 from ftray.report.plan import ProbeResult
 
-STEPS, WARM_UP = 10, 4  # taken; the first are slower: memory is found, kernels are compiled
+STEPS, WARM_UP = 10, 4  # the first steps are slower: memory is allocated, kernels are compiled
 
 
 def probe_of(run: config.RunConfig) -> config.RunConfig:
-    """The run that is trained for the probe, under a name that no other has: no evaluation, sweep or tracker."""
+    """The temporary run: a unique name, no evaluation, sweep or tracker."""
     return run.model_copy(
         update={
             "name": f"{run.name[:48]}-probe-{uuid.uuid4().hex[:8]}",
@@ -34,11 +31,11 @@ def probe_of(run: config.RunConfig) -> config.RunConfig:
 
 
 def probed(metrics: Sequence[Mapping[str, Any]], events: Sequence[LoggedEvent]) -> ProbeResult:
-    """What its steps were measured at. Raises RunError where too few of them are left."""
+    """The measured speed. Raises RunError if too few steps were recorded."""
     steps = [line for line in metrics[WARM_UP:] if line.get("tokens_per_s")]
     start = next((each.event for each in reversed(events) if isinstance(each.event, TrainingStarted)), None)
     if not steps or start is None:
-        raise RunError(f"the probe left {len(metrics)} of {STEPS} steps, too few to measure; plan without --probe")
+        raise RunError(f"the probe recorded only {len(metrics)} of {STEPS} steps; plan without --probe")
     speed, step_s = (median(each) for each in zip(*map(_speed, steps), strict=True))
     return ProbeResult(speed / start.workers, step_s, start.workers, start.device, len(steps))
 

@@ -232,7 +232,7 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     first, _ = cluster.run_training(old)
     monkeypatch.setattr(session, "ray_session", lambda *_: nullcontext())
     assert main.main(["reproduce", old.directory]) == 0
-    told = "the same once more: rows and losses of 4 steps, and the weights of step 4, bit for bit"
+    told = "reproduced bit for bit: data and losses of 4 steps, and the weights of step 4"
     assert told in capfd.readouterr().out
     second = list_checkpoints(f"{old.directory}-again")[0]
     assert cluster.weights_hash(first) == cluster.weights_hash(second)

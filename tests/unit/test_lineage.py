@@ -27,7 +27,7 @@ from ftray.driver.lineage import (
 )
 from ftray.errors import ConfigError, DataError, RunError
 from ftray.report.model_card import described
-from ftray.report.reproduce import check_before, check_data, compare_runs, renamed
+from ftray.report.reproduce import check_before, check_data, compare_reproduction, renamed
 from ftray.train.checkpoint.catalog import list_checkpoints
 from tests.runs import BEGAN_S, line, with_two_kills, write_run, write_session
 
@@ -186,7 +186,7 @@ def test_reproducing_stops_at_what_changed_and_names_it(tmp_path: Path, base: Pa
     run, run_dir = begun(tmp_path, base, shards)
     known = check_before(run, run_dir, False, Console())
     check_data(known, run, data_of(shards))
-    with pytest.raises(DataError, match=r"data/b\.jsonl now gives other packed sequences; restore it"):
+    with pytest.raises(DataError, match=r"data/b\.jsonl now gives other packed sequences; restore them"):
         check_data(known, run, data_of(shards, "xz"))
     (shards / "c.jsonl").write_text("{}\n")
     refused(run, run_dir, DataError, r"data/c\.jsonl is new")
@@ -229,9 +229,9 @@ def test_reproducing_asks_for_the_same_environment_unless_told_otherwise(
     now = json.loads(json.dumps(environment()))
     now["packages"]["torch"] = "9.9"
     monkeypatch.setattr("ftray.report.reproduce.environment", lambda: now)
-    refused(run, run_dir, ConfigError, r"torch is 9\.9 instead of .*\. Go back to it, or give --other-environment")
+    refused(run, run_dir, ConfigError, r"torch is 9\.9 instead of .*; restore it, or use --other-environment")
     check_before(run, run_dir, True, Console())
-    assert "warning: another environment than the run's: torch is 9.9" in capsys.readouterr().out
+    assert "warning: the environment differs from the run's: torch is 9.9" in capsys.readouterr().out
     changed = config.parse_run({**run.model_dump(mode="json"), "train": {"seed": 1}}, "x")
     refused(changed, run_dir, ConfigError, "leave overrides out", other=True)
     old, old_dir = write_run(tmp_path / "old", [line(0, 1.0, 0)])
@@ -255,16 +255,18 @@ def test_two_runs_are_compared_by_rows_losses_and_weights(tmp_path: Path) -> Non
         return str(run_dir)
 
     one, same = made("one", [3.0, 2.0]), made("same", [3.0, 2.0])
-    assert "the same once more: rows and losses of 2 steps, and the weights of step 2, bit for bit" in compare_runs(
+    assert "reproduced bit for bit: data and losses of 2 steps, and the weights of step 2" in compare_reproduction(
         one, same
     )
-    with pytest.raises(RunError, match=r"differ by at most 0\.5, first at step 1, although both were trained on CPUs"):
-        compare_runs(one, made("other", [3.0, 2.5]))
-    with pytest.raises(RunError, match="took other rows"):
-        compare_runs(one, made("rows", [3.0, 2.0], rows="q"))
+    with pytest.raises(RunError, match=r"differ by at most 0\.5 since step 1, although both were trained on CPUs"):
+        compare_reproduction(one, made("other", [3.0, 2.5]))
+    with pytest.raises(RunError, match="trained on other packed sequences"):
+        compare_reproduction(one, made("rows", [3.0, 2.0], rows="q"))
     bad = made("bad", [3.0, None])  # type: ignore[list-item]
-    assert "at most nan, first at step 1" in compare_runs(made("g0", [3.0, 2.0], device="H200"), bad)
-    assert "sums on GPUs" in compare_runs(made("g", [3.0, 2.0], device="H200"), made("h", [3.0, 2.1], device="H200"))
+    assert "at most nan since step 1" in compare_reproduction(made("g0", [3.0, 2.0], device="H200"), bad)
+    assert "sums on GPUs" in compare_reproduction(
+        made("g", [3.0, 2.0], device="H200"), made("h", [3.0, 2.1], device="H200")
+    )
 
 
 def card_of(files: dict[str, bytes]) -> Any:
@@ -279,7 +281,7 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path) -> None:
     assert card.data.library_name == "peft"
     assert card.data.tags == ["ftray", "lora"]
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert metrics == {"held-out_loss": 1.0, "rouge-l": 0.4}
+    assert metrics == {"eval_loss": 1.0, "rouge-l": 0.4}
     for words in ("the tuned model is better", "| rank, alpha | 16, 32 |", "s3://…@bucket/data", "| seed | 0 |"):
         assert words in card.text, words
     assert "hunter2" not in str(card)

@@ -24,11 +24,11 @@ from ftray.report.plan import (
     ProbeResult,
     TrainingLength,
     advise,
+    candidate_for,
     make_plan,
     memory_of,
     parts_of,
     together,
-    way_of,
 )
 from ftray.report.plan_text import as_text
 from ftray.report.probe import STEPS, WARM_UP, probe_of, probed
@@ -52,7 +52,7 @@ def shape(name: str) -> ModelShape:
 def predicted(
     name: str, method: str, seq: int, rows: int, batch: int, recomputed: int = 0, stage: int = 0, workers: int = 1
 ) -> tuple[float, float]:
-    """(GiB, tokens/s on each GPU) of one way to train."""
+    """(GiB, tokens/s on each GPU) of one candidate to train."""
     kind, _, optimizer = method.partition(", ")
     run = run_of(
         data={"train": [{"path": "nowhere"}], "max_seq_len": seq},
@@ -135,9 +135,9 @@ def test_products_in_8_bits_are_as_fast_as_was_measured(
 ) -> None:
     optimizer = "adamw-8bit" if (name, method["type"]) == ("8B", "full") else "adamw"
     run = run_of(method=method, train={"global_batch_size": 8, "micro_batch_size": rows, "optimizer": optimizer})
-    way = way_of(run, shape(name), H200, 1)
-    assert way.tokens_per_s == pytest.approx(speed, rel=0.1)
-    assert way.parts.total / GIB == pytest.approx(peak, rel=0.05)
+    candidate = candidate_for(run, shape(name), H200, 1)
+    assert candidate.tokens_per_s == pytest.approx(speed, rel=0.1)
+    assert candidate.parts.total / GIB == pytest.approx(peak, rel=0.05)
 
 
 def test_a_peak_is_not_below_what_an_update_needs() -> None:
@@ -167,9 +167,9 @@ def test_rows_and_recomputed_layers_are_those_that_training_chose(
     name: str, method: str, rows: int, layers: int
 ) -> None:
     run = run_of(method={"type": method}, train={"global_batch_size": 8})
-    way = way_of(run, shape(name), H200, 1)
-    assert (way.micro_batch_size, way.recomputed) == (rows, layers)
-    assert way.fits
+    candidate = candidate_for(run, shape(name), H200, 1)
+    assert (candidate.micro_batch_size, candidate.recomputed) == (rows, layers)
+    assert candidate.fits
 
 
 def test_a_shape_counts_the_weights_of_the_real_model(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_more_gpus_share_what_their_stage_shares() -> None:
             deepspeed={"zero_stage": stage},
             scale={"num_workers": workers},
         )
-        return way_of(run, shape("8B"), H200, workers).parts
+        return candidate_for(run, shape("8B"), H200, workers).parts
 
     one = parts(1, 1)
     assert parts(1, 8).optimizer == pytest.approx(one.optimizer / 8)
@@ -237,11 +237,11 @@ def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.RunConf
     run, run_dir = indexed
     plan = make_plan(run, str(run_dir))
     assert plan.length == TrainingLength(20, 100, 4000.0, 300, True)
-    assert plan.seconds == pytest.approx(90 + 20 * 10 * 4000 / (2 * plan.way.tokens_per_s))
+    assert plan.seconds == pytest.approx(90 + 20 * 10 * 4000 / (2 * plan.choice.tokens_per_s))
     assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 4)
     text = "\n".join(as_text(plan, run))
-    assert "20 of 10 rows of 4096 tokens, 100 rows an epoch: 800 thousand tokens\n" in text
-    assert "GUESSED" not in text
+    assert "20 of 10 packed sequences of 4096 tokens, 100 packed sequences per epoch: 800 thousand tokens\n" in text
+    assert "ESTIMATED" not in text
     assert "not measured" not in text
     other = run.model_copy(update={"data": run.data.model_copy(update={"max_seq_len": 2048})})
     assert make_plan(other, str(run_dir)).length.num_steps is None, "that index is of other rows"
@@ -253,7 +253,7 @@ def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) 
         method={"type": "prompt-tuning", "num_virtual_tokens": 100},
         train={"global_batch_size": 8, "micro_batch_size": 2, "gradient_checkpointing": "none", "max_steps": 5},
     )
-    advised = "index first: ftray data index"
+    advised = "run `ftray data index` first"
     before = make_plan(run, str(tmp_path / "p"), "H200")
     assert advised in "\n".join(before.advice)
     data = tmp_path / "p/data"
@@ -269,8 +269,8 @@ def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) 
     (data / SUMMARY).write_text(json.dumps(tree))
     after = make_plan(run, str(tmp_path / "p"), "H200")
     longer = (4096 + 21 * 100) / (4096 + 100)
-    assert after.way.parts.activations == pytest.approx(longer * before.way.parts.activations)
-    assert after.way.tokens_per_s < before.way.tokens_per_s / longer**0.9
+    assert after.choice.parts.activations == pytest.approx(longer * before.choice.parts.activations)
+    assert after.choice.tokens_per_s < before.choice.tokens_per_s / longer**0.9
     assert advised not in "\n".join(after.advice)
 
 
@@ -280,9 +280,9 @@ def test_without_an_index_steps_are_guessed_and_said_to_be(tmp_path: Path) -> No
     plan = make_plan(run, str(tmp_path / "p"), "A100")
     assert (plan.length.sequences_per_epoch, plan.length.num_steps, plan.length.from_index) == (10, 5, False)
     text = "\n".join(as_text(plan, run))
-    assert "GUESSED from the files' sizes" in text
+    assert "ESTIMATED from file sizes" in text
     assert "1 × A100-40G of 39.4 GiB" in text
-    assert "scaled from an H200 by data sheet: not measured" in text
+    assert "extrapolated from an H200 by data sheet, not measured" in text
 
 
 def test_without_a_card_it_is_the_smallest_that_fits_and_the_others_are_shown() -> None:
@@ -290,23 +290,27 @@ def test_without_a_card_it_is_the_smallest_that_fits_and_the_others_are_shown() 
     run = run_of(method={"type": "full"}, train=train)
     plan = make_plan(run, "nowhere")
     assert plan.chose_card
-    assert plan.way.fits
-    same = [way for way in plan.others if (way.method, way.optimizer) == ("full", "adamw-8bit")]
-    smaller = [way for way in same if CARDS[way.card].gib < CARDS[plan.way.card].gib]
+    assert plan.choice.fits
+    same = [
+        candidate
+        for candidate in plan.alternatives
+        if (candidate.method, candidate.optimizer) == ("full", "adamw-8bit")
+    ]
+    smaller = [candidate for candidate in same if CARDS[candidate.card].gib < CARDS[plan.choice.card].gib]
     assert smaller
-    assert not any(way.fits for way in smaller)
-    assert {way.card for way in [*same, plan.way]} == set(CARDS)
+    assert not any(candidate.fits for candidate in smaller)
+    assert {candidate.card for candidate in [*same, plan.choice]} == set(CARDS)
     text = "\n".join(as_text(plan, run))
-    assert ", the smallest that it fits" in text
-    assert "5 of 8 rows of 4096 tokens: at most 164 thousand tokens" in text
-    with pytest.raises(ConfigError, match="the card GTX is not in plan's table; give --card with one of L4, "):
+    assert ", the smallest GPU that fits" in text
+    assert "5 of 8 packed sequences of 4096 tokens: at most 164 thousand tokens" in text
+    with pytest.raises(ConfigError, match="the card GTX is unknown; use --card with one of L4, "):
         make_plan(run_of(), "nowhere", "GTX")
 
 
 def test_cards_that_lack_the_products_are_not_offered() -> None:
     method = {"type": "lora", "base_precision": "fp8"}
     plan = make_plan(run_of(method=method), "nowhere")
-    named = {way.card for way in (plan.way, *plan.others)}
+    named = {candidate.card for candidate in (plan.choice, *plan.alternatives)}
     assert (
         {"H100", "H200", "B200"}
         == {card.name for card in CARDS.values() if does(card, run_of(method=method).method)}
@@ -314,10 +318,10 @@ def test_cards_that_lack_the_products_are_not_offered() -> None:
     )
     with pytest.raises(
         ConfigError,
-        match=r"method\.base_precision fp8 is not for A100-80G, .*leave it out, or take one of H100, H200, B200",
+        match=r"method\.base_precision fp8 is not supported by A100-80G; remove it, or use one of H100, H200, B200",
     ):
         make_plan(run_of(method=method), "nowhere", "A100-80G")
-    with pytest.raises(ConfigError, match="fp8 is not for A100-40G"):
+    with pytest.raises(ConfigError, match="fp8 is not supported by A100-40G"):
         check_accelerator(run_of(method=method, scale={"accelerator": "A100"}))
     check_accelerator(run_of(method={**method, "base_precision": "int8"}, scale={"accelerator": "A100"}))
     check_accelerator(run_of(method=method, scale={"accelerator": "MI300X"}))
@@ -327,7 +331,7 @@ def test_cards_that_lack_the_products_are_not_offered() -> None:
 def test_whole_logits_are_counted() -> None:
     plain, whole = (replace(shape("1B"), whole_logits=how) for how in (False, True))
     parts = [
-        way_of(run_of(train={"global_batch_size": 4, "gradient_checkpointing": "none"}), each, H200, 1).parts
+        candidate_for(run_of(train={"global_batch_size": 4, "gradient_checkpointing": "none"}), each, H200, 1).parts
         for each in (plain, whole)
     ]
     tokens = 4 * 4096
@@ -338,9 +342,9 @@ def test_whole_logits_are_counted() -> None:
 def test_what_does_not_fit_says_so_first_and_names_ways_that_do() -> None:
     run = run_of(method={"type": "full"}, train={"global_batch_size": 8, "max_steps": 5})
     plan = make_plan(run, "nowhere", "H100")
-    assert not plan.way.fits
-    assert plan.advice[0].startswith("this does not fit a H100")
-    fitting = {(way.method, way.optimizer) for way in plan.others if way.fits}
+    assert not plan.choice.fits
+    assert plan.advice[0].startswith("does not fit on H100")
+    fitting = {(candidate.method, candidate.optimizer) for candidate in plan.alternatives if candidate.fits}
     assert fitting == {("lora", "adamw"), ("qlora", "adamw"), ("full", "adamw-8bit")}
     assert "THIS DOES NOT FIT" in "\n".join(as_text(plan, run))
 
@@ -348,17 +352,17 @@ def test_what_does_not_fit_says_so_first_and_names_ways_that_do() -> None:
 @pytest.mark.parametrize(
     ("records", "sections", "words"),
     [
-        (20, {}, "put the best of them into the prompt first"),
+        (20, {}, "first try the best ones as few-shot examples"),
         (300, {}, "hardly knowledge"),
         (2000, {"method": {"type": "full"}}, "LoRA learns as much"),
-        (2000, {"train": {"epochs": 9}}, "learned by heart"),
-        (2000, {}, "nothing is held out"),
+        (2000, {"train": {"epochs": 9}}, "will overfit"),
+        (2000, {}, "there is no eval set"),
     ],
 )
 def test_advice_follows_the_datas_size_and_kind(records: int, sections: dict[str, Any], words: str) -> None:
     run = run_of(**sections)
-    way = make_plan(run, "nowhere", "B200").way
-    assert any(words in text for text in advise(run, TrainingLength(1, 1, 1.0, records, True), way))
+    candidate = make_plan(run, "nowhere", "B200").choice
+    assert any(words in text for text in advise(run, TrainingLength(1, 1, 1.0, records, True), candidate))
 
 
 def test_what_goes_together_is_what_check_allows() -> None:
@@ -378,9 +382,9 @@ def test_the_verb_prints_text_and_json(
     file.write_text(json.dumps(indexed[0].model_dump(mode="json", exclude_unset=True)))
     assert main.main(["plan", str(file), "--card", "H100", "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
-    assert tree["way"]["card"] == "H100"
-    assert tree["way"]["parts"]["total"] == pytest.approx(
-        sum(v for k, v in tree["way"]["parts"].items() if k != "total")
+    assert tree["choice"]["card"] == "H100"
+    assert tree["choice"]["parts"]["total"] == pytest.approx(
+        sum(v for k, v in tree["choice"]["parts"].items() if k != "total")
     )
     assert tree["length"]["num_steps"] == 20
     assert main.main(["plan", str(file)]) == 0
@@ -402,11 +406,11 @@ def test_time_and_cost_are_by_a_probe_s_speed_where_there_is_one(tmp_path: Path)
     assert plan.cost == pytest.approx(plan.seconds / 3600 * 2 * 3.6)
     said = "\n".join(as_text(plan, run))
     assert (
-        "measured   1,503 tokens/s on each of 2 × NVIDIA H200, over 6 steps of a probe; time and cost are by this"
+        "measured   1,503 tokens/s on each of 2 × NVIDIA H200, over 6 steps of a probe; time and cost use this speed"
         in said
     )
     assert "measured " not in "\n".join(as_text(make_plan(run, str(tmp_path), "H200"), run))
-    with pytest.raises(RunError, match="the probe left 2 of 10 steps, too few to measure"):
+    with pytest.raises(RunError, match="the probe recorded only 2 of 10 steps"):
         probed(lines[:2], [start])
 
 
