@@ -1,8 +1,7 @@
 """Turns the segments of a conversation into token ids and a loss mask.
 
 `encode_examples` gives the same ids for many examples at once, faster: one rendering serves all conversations with the same
-roles
-if the template only copies the messages' texts (`segments.cut_by_shape`), and all segments are tokenized in one call.
+roles if the template only copies the messages' texts (`segments.cut_by_shape`), and all segments are tokenized in one call.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class Encoded:
         input_ids: A list; from `encode_examples` int32 [tokens].
         loss_mask: A list; from `encode_examples` bool [tokens].
         starts: Where its documents begin. There are several, one per answer, if the template rewrites earlier messages. No
-            token of
-            one document may see another.
+            token of one document may see another.
     """
 
     input_ids: list[int] | npt.NDArray[np.int32]
@@ -96,8 +94,7 @@ class ChatFormat:
 
         Raises:
             DataError: There is no assistant message to train on, an answer is empty, a text contains a special token, or the
-                template
-                refuses the conversation.
+                template refuses the conversation.
         """
         self._check_example(messages)
         ids: list[int] = []
@@ -240,8 +237,7 @@ class ChatFormat:
         """Ids of a text that begins a sequence (is_first) or continues one.
 
         Some tokenizers (sentencepiece's) put a space in front of every text. A text that continues a sequence is tokenized
-        after another
-        character, whose ids are then removed.
+        after another character, whose ids are then removed.
         """
         if not text:
             return []

@@ -2,8 +2,7 @@
 
 `embedded:stdlib-docstrings/train` and `/eval` are directories of .jsonl shards in ftray's cache, written on first use from the
 standard library of the running Python. The split is by module, so no file is on both sides. Half of the shards contain
-`messages`
-records, the other half `prompt`/`completion` records.
+`messages` records, the other half `prompt`/`completion` records.
 """
 
 from __future__ import annotations

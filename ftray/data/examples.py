@@ -3,9 +3,8 @@
 Every record becomes exactly one of the two: nothing is dropped, cut or left without trained tokens silently.
 
 A record belongs to the eval set if the first 64 bits of its hash (or its group's hash) are below `fraction`, independent of
-all
-other records. A class may end up without an eval record that way; then `labels.pick_substitutes` selects one, and the chunk's
-descriptor names it in `moved`.
+all other records. A class may end up without an eval record that way; then `labels.pick_substitutes` selects one, and the
+chunk's descriptor names it in `moved`.
 """
 
 from __future__ import annotations

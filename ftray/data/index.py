@@ -6,10 +6,8 @@ sequences.
 
 One Ray Data pass describes every chunk (`record_table`). The descriptions are stored as one file per shard, named after the
 shard's etag and chunks, the settings and the tokenizer, so only a new shard is read when one is added. Over all records
-together
-`checks` finds records that repeat, overlap with the eval set or must change sides. Chunks with such records get their
-positions
-in the descriptor and are counted again. The index itself is stored as JSON.
+together `checks` finds records that repeat, overlap with the eval set or must change sides. Chunks with such records get their
+positions in the descriptor and are counted again. The index itself is stored as JSON.
 """
 
 from __future__ import annotations
@@ -107,8 +105,7 @@ class Index:
         """Identity of the sequences, independent of the files' location.
 
         It covers paths within the sources, positions, the content of the sequences, and the records that were dropped or
-        moved to the
-        other side of the split.
+        moved to the other side of the split.
         """
         parts = [
             (f.chunk.source, f.chunk.path, f.chunk.start, f.num_sequences, f.digest, f.chunk.dropped, f.chunk.moved)

@@ -1,8 +1,7 @@
 """The index's table of records: about 330 bytes per record, and 4 to 8 more per word.
 
 The index pass makes it chunk by chunk and stores one Arrow file per shard with one batch per chunk, so a shard is read again
-only
-if it or a setting changes. The files are memory-mapped, so checks over the whole set (duplicates, contamination, labels,
+only if it or a setting changes. The files are memory-mapped, so checks over the whole set (duplicates, contamination, labels,
 statistics) need the memory of a few columns only. Knows chunks and examples, but not Ray.
 """
 

@@ -2,8 +2,7 @@
 
 Knows files and bytes, but not conversations, tokens or Ray. A record belongs to the chunk that contains its first byte, so
 cutting a file needs no scan. A record's identity is its byte offset, or its number if the file is Parquet or cannot be split
-by
-bytes.
+by bytes.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class Chunk:
     Attributes:
         dropped: Positions of training records that `data.clean` removes.
         moved: Positions of records that are on the other side of the split than their hash says, so that their class has an
-            eval
-            record.
+            eval record.
     """
 
     source: int

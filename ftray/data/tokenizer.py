@@ -2,9 +2,8 @@
 
 `BatchTokenizer` uses the Rust package fastokens if it is installed and agrees with transformers on texts that tell tokenizers
 apart (once per process) and on a sample of each batch. If it does not, or refuses a text, the ids come from `tokenizers`,
-with the
-same checks, and if these differ too, from the tokenizer itself. Ray's tasks load a `PortableTokenizer`, which imports neither
-torch nor transformers (that takes seconds). Knows no files, templates or Ray.
+with the same checks, and if these differ too, from the tokenizer itself. Ray's tasks load a `PortableTokenizer`, which imports
+neither torch nor transformers (that takes seconds). Knows no files, templates or Ray.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The Ray Serve application: one deployment, whose replicas each hold a whole model and their own ASGI app.
+"""The Ray Serve application: one deployment, whose replicas each have a whole model and their own ASGI app.
 
-Knows nothing of training, of HTTP's details (api) or of how a cluster or a terminal is handled (run). Torch and
-transformers are imported in the replica only.
+Knows nothing of training, HTTP (`routes`), clusters or terminals (`run`). Torch and transformers are imported in replicas
+only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from ftray.serve.model_files import is_hub_id
 from ftray.serve.ray_metrics import RayMetricsMirror
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-_MORE_S = 30  # beyond the longest answer, for what else a replica that goes away has to end
+_MORE_S = 30  # time of a shutdown beyond the longest answer
 
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """What a replica is told. model_dir: a directory, one committed in a bucket, or a hub id. API keys come hashed."""
+    """The arguments of a replica.
+
+    Attributes:
+        model_dir: A directory, a committed directory in a bucket, or a hub id.
+        key_hashes: SHA-256 hashes of the API keys.
+        place: URI below which feedback and events are stored.
+    """
 
     model_dir: str
     served: ServedModels
@@ -45,14 +51,14 @@ class ReplicaSettings:
 
 @serve.ingress()
 class ModelReplica:
-    """Loads the model, then builds its app around it: engines hold threads and can't be sent from the driver."""
+    """Loads the model, then builds its app around it: engines have threads and cannot be sent from the driver."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
         from ftray.serve.model_files import local_model
 
         self._settings, served, cfg = settings, settings.served, settings.serve_cfg
-        self._first_times, self._meters = TtftWindow(), ServeMetrics()
-        self._mirror: RayMetricsMirror | None = None
+        self._first_times, self._metrics = TtftWindow(), ServeMetrics()
+        self._exporter: RayMetricsMirror | None = None
         options: dict[str, Any] = {
             "name": served.model_id,
             "dtype": settings.dtype,
@@ -96,37 +102,37 @@ class ModelReplica:
             place=settings.place,
             feedback=cfg.feedback,
             first_times=self._first_times,
-            meters=self._meters,
+            metrics=self._metrics,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for policies."""
+        """Called by Serve, for autoscaling policies."""
         return {METRIC: self._first_times.median()}
 
     async def check_health(self) -> None:
-        """Asked by Serve every few seconds: a replica whose engine died is replaced."""
+        """Called by Serve every few seconds. A replica with a dead engine is replaced."""
         self._engine.health()
-        if self._mirror is None:
-            self._mirror = RayMetricsMirror(self._meters, serve.get_replica_context().replica_id.unique_id)
-        await asyncio.to_thread(self._mirror.copy)  # thousands of series take longer than a token may
+        if self._exporter is None:
+            self._exporter = RayMetricsMirror(self._metrics, serve.get_replica_context().replica_id.unique_id)
+        await asyncio.to_thread(self._exporter.copy)  # thousands of series take longer than the time of one token
 
 
 def deployment_options(serve_cfg: config.ServeConfig, num_cpus: float = 1.0, num_gpus: float = 0.0) -> dict[str, Any]:
-    """What Serve is told of the replicas: how many there are, what they take on, how they go.
+    """Serve's options for the deployment: number of replicas, their limits, and how they shut down.
 
-    A replica answers up to 1.5 × target_ongoing_requests at once, so that autoscaling sees load above its target before
+    A replica answers up to 1.5 × target_ongoing_requests at the same time, so autoscaling sees a load above its target before
     requests have to wait.
     """
     return {
         "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus},
         "autoscaling_config": _autoscaling(serve_cfg),
         "max_ongoing_requests": math.ceil(1.5 * serve_cfg.target_ongoing_requests),
-        "max_queued_requests": max(1, serve_cfg.max_queued_requests),  # Serve knows no 0
+        "max_queued_requests": max(1, serve_cfg.max_queued_requests),  # Serve does not accept 0
         "backpressure_config": BackpressureConfig(retry_after_s=1),
-        "graceful_shutdown_timeout_s": serve_cfg.max_answer_s + _MORE_S,  # waits for its longest answer
+        "graceful_shutdown_timeout_s": serve_cfg.max_answer_s + _MORE_S,  # the longest answer may end
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5,
-        "max_constructor_retry_count": 2,  # a model that doesn't load won't load the twentieth time
+        "max_constructor_retry_count": 2,  # Serve's default of 20 tries would not help a model that does not load
         "logging_config": QUIET,
     }
 
@@ -138,12 +144,12 @@ def _autoscaling(serve_cfg: config.ServeConfig) -> AutoscalingConfig:
         options["policy"] = AutoscalingPolicy(policy_function=TtftPolicy, policy_kwargs=kwargs)
     return AutoscalingConfig(
         min_replicas=serve_cfg.min_replicas,
-        initial_replicas=max(1, serve_cfg.min_replicas),  # a start shows whether the model loads
+        initial_replicas=max(1, serve_cfg.min_replicas),  # shows at the start whether the model loads
         max_replicas=serve_cfg.max_replicas,
         target_ongoing_requests=serve_cfg.target_ongoing_requests,
         upscale_delay_s=serve_cfg.upscale_delay_s,
         downscale_delay_s=serve_cfg.downscale_delay_s,
-        # A mean over longer would delay more; Serve hears from replicas every 10 s.
+        # A longer window would react later; replicas report to Serve every 10 s.
         look_back_period_s=min(30.0, max(11.0, serve_cfg.upscale_delay_s)),
         **options,
     )
@@ -163,7 +169,10 @@ def build_app(
 ) -> serve.Application:
     """A Serve application for one model, or one base with its adapters.
 
-    num_cpus, num_gpus: a replica's; torch gets as many threads. place: URI below which feedback and events are kept.
+    Args:
+        num_cpus: CPUs of a replica. Torch gets as many threads.
+        num_gpus: GPUs of a replica.
+        place: URI below which feedback and events are stored.
     """
     options = deployment_options(serve_cfg, num_cpus, num_gpus)
     deployment = serve.deployment(ModelReplica, name="model", **options)
@@ -183,9 +192,9 @@ def build_app(
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """What the `import_path` of a Serve config names: the arguments are those that `serve_config` wrote.
+    """The `import_path` of a Serve config. The arguments are those that `serve_config` wrote.
 
-    API keys come from the environment of the cluster, never from the config. Raises ConfigError as `read_key_hashes`.
+    API keys come from the cluster's environment, never from the config. Raises ConfigError as `read_key_hashes`.
     """
     options = dict(arguments)
     serve_cfg = config.ServeConfig.model_validate(options.pop("serve"))

@@ -1,4 +1,4 @@
-"""Bodies in, responses out, errors in OpenAI's shape: what every route needs. Knows no engine and no route."""
+"""Reads bodies, sends responses, and renders errors in OpenAI's shape, for every route. Knows no engine and no route."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from starlette.responses import Response
 from ftray.serve.openai import MAX_BODY_BYTES, RequestError, encode_json
 
 Send = Callable[[Any], Awaitable[None]]
-MAX_BODY_S = 30.0  # a body that takes longer to arrive is given up
+MAX_BODY_S = 30.0  # for a body to arrive
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+    (b"x-accel-buffering", b"no"),  # keeps nginx from buffering the stream
 ]
 logger = logging.getLogger(__name__)
 
 
 class StreamedResponse(Response):
-    """A response sent by a coroutine, which ends when the client leaves."""
+    """A response that a coroutine sends. It ends when the client leaves."""
 
     def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class StreamedResponse(Response):
         gone = asyncio.create_task(_until_disconnect(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # also when Serve cancels us, its way to say that the client left
+        finally:  # also if Serve cancels this task because the client left
             finished = work.done()
             work.cancel()
             gone.cancel()
@@ -51,7 +51,7 @@ async def _until_disconnect(receive: Any) -> None:
 
 
 async def read_body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
-    """The body, up to max_bytes; nothing beyond is held in memory. Raises RequestError: 413, 408 for a slow one."""
+    """The body, up to max_bytes; no more is held in memory. Raises RequestError: 413, or 408 for a slow body."""
     too_large = RequestError(413, f"the body exceeds {max_bytes} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
@@ -69,7 +69,7 @@ async def read_body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
 
 
 async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    """A whole JSON response."""
+    """Sends a whole JSON response."""
     whole = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     encoded = [(name.encode(), value.encode()) for name, value in whole.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
@@ -77,12 +77,12 @@ async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] 
 
 
 async def refuse(send: Send, error: RequestError) -> None:
-    """An error as a whole response."""
+    """Sends an error as a whole response."""
     await respond(send, error.status, encode_json(error.body()), error.headers)
 
 
 def unavailable(err: BaseException) -> RequestError:
-    """503 without the engine's own words: they may quote paths or data. They go to the log."""
+    """A 503 without the engine's message, which may quote paths or data and goes to the log."""
     if isinstance(err, TimeoutError):
         return RequestError(503, "the answer took too long; ask for fewer tokens", code="timeout")
     logger.error("engine: %s", err)
@@ -98,15 +98,15 @@ def on_request_error(_: Request, err: Exception) -> Response:
 def on_http_error(request: Request, err: Exception) -> Response:
     """Starlette's handler for its own errors."""
     assert isinstance(err, HTTPException)
-    path = str(request.scope["path"])[:200]  # request.url can't be made of every Host that a client sends
-    messages = {404: f"unknown path {path}", 405: f"{request.method[:20]} is not possible here"}
+    path = str(request.scope["path"])[:200]  # request.url fails for some Host headers
+    messages = {404: f"unknown path {path}", 405: f"{request.method[:20]} is not supported here"}
     body = RequestError(err.status_code, messages.get(err.status_code, err.detail)).body()
     headers = {**(err.headers or {}), "content-type": "application/json"}
     return Response(encode_json(body), status_code=err.status_code, headers=headers)
 
 
 class ErrorMiddleware:
-    """The last net: a surprise becomes a 500. Starlette's own would raise it again, and Serve then log its text."""
+    """Turns an unexpected exception into a 500. Starlette's own middleware would raise it again, and Serve would log its text."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -126,5 +126,7 @@ class ErrorMiddleware:
             frame = traceback.extract_tb(err.__traceback__)[-1]
             logger.error("unexpected %s in %s, line %s", kind, frame.filename, frame.lineno)
             if started or scope["type"] != "http":
-                raise RuntimeError(f"unexpected {kind}") from None  # breaks the connection: no end is pretended
-            await refuse(send, RequestError(500, "an internal error; the server's log tells its kind"))
+                raise RuntimeError(
+                    f"unexpected {kind}"
+                ) from None  # breaks the connection, so the answer does not look complete
+            await refuse(send, RequestError(500, "internal error; see the server's log"))

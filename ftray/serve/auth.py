@@ -1,7 +1,6 @@
-"""API keys: who may ask. Knows nothing of models, Ray or what is asked.
+"""API keys. Knows nothing of models, Ray or requests.
 
-Keys themselves stay in the driver's environment, or in a file such as a mounted Secret; replicas only ever hold their
-sha256.
+Keys stay in the driver's environment, or in a file such as a mounted Secret. Replicas only have their SHA-256 hashes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ftray.serve.openai import RequestError, encode_json
 ENV = "FTRAY_API_KEY"
 FILE_ENV = "FTRAY_API_KEY_FILE"
 OPEN_PATHS = frozenset({"/health", "/", "/docs", "/openapi.json", "/page.css", "/chat.js", "/docs.js"})
-CALLER = "ftray.caller"  # in an ASGI scope: the hash of the key that was sent
+CALLER = "ftray.caller"  # in an ASGI scope: the hash of the caller's key
 
 
 HASH_PREFIX = "sha256:"  # a line of the key file may hold a key's hash instead of the key
@@ -29,29 +28,29 @@ NONCE_CHARS, MAC_CHARS = 24, 16
 
 
 def answer_id(kind: str, caller: str) -> str:
-    """A fresh id for an answer, which shows later whose answer it was.
+    """A new id for an answer, which shows later whose answer it was.
 
     Args:
-        kind: How it begins, e.g. `chatcmpl`.
-        caller: The caller's key, hashed; "" where the endpoint has no keys.
+        kind: Its prefix, e.g. `chatcmpl`.
+        caller: The caller's hashed key; "" if the endpoint has no keys.
 
     Returns:
-        `<kind>-<nonce><code>`, the code being an HMAC over kind and nonce under the caller's hashed key. So every replica
-        recognizes the answers of a key, without memory.
+        `<kind>-<nonce><code>`. The code is an HMAC of kind and nonce with the caller's hashed key, so every replica
+        recognizes the answers of a key without storing them.
     """
     nonce = secrets.token_hex(NONCE_CHARS // 2)
     return f"{kind}-{nonce}{_code(kind, nonce, caller)}"
 
 
 def is_answer_of(answer: str, caller: str) -> bool:
-    """Whether an id was given to an answer of this caller."""
+    """Whether an id belongs to an answer to this caller."""
     kind, _, rest = answer.partition("-")
     nonce, code = rest[:NONCE_CHARS], rest[NONCE_CHARS:]
     return hmac.compare_digest(code.encode("utf-8", "replace"), _code(kind, nonce, caller).encode())
 
 
 def key_id(caller: str) -> str:
-    """What records call a key: neither the key nor what opens the endpoint can be found from it. "" without keys."""
+    """The id of a key in records. Neither the key nor its hash can be derived from it. "" without keys."""
     return hashlib.sha256(f"ftray key id {caller}".encode()).hexdigest()[:16] if caller else ""
 
 
@@ -61,6 +60,7 @@ def _code(kind: str, nonce: str, caller: str) -> str:
 
 
 def hash_key(key: str) -> str:
+    """The SHA-256 hash of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -106,14 +106,14 @@ def _keys_of_file() -> list[str]:
         keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else "not a text file"
-        raise ConfigError(f"{FILE_ENV} {path} can't be read ({reason}); give a file with one key a line") from None
-    if not any(keys):  # an empty Secret must not open the door
-        raise ConfigError(f"{FILE_ENV} {path} holds no key; write one a line, or unset {FILE_ENV}")
+        raise ConfigError(f"{FILE_ENV} {path} cannot be read ({reason}); use a file with one key per line") from None
+    if not any(keys):  # an empty Secret must not disable authentication
+        raise ConfigError(f"{FILE_ENV} {path} contains no key; write one per line, or unset {FILE_ENV}")
     return keys
 
 
 class AuthMiddleware:
-    """ASGI middleware around the whole app: all but the open paths need a key. Without keys, nothing does."""
+    """ASGI middleware around the app: all paths except the open ones need a key, unless there are no keys."""
 
     def __init__(self, app: Any, key_hashes: tuple[str, ...]) -> None:
         self._app = app
@@ -141,7 +141,7 @@ class AuthMiddleware:
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         kind, _, key = (headers[0] if len(headers) == 1 else b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).hexdigest()
-        # All are compared, whichever fits: time tells nothing about how many keys there are or which one came close.
+        # All keys are compared, so the time does not depend on their number or on a partial match.
         matches = [hmac.compare_digest(digest, known) for known in self._hashes]
         scope[CALLER] = digest
         return kind.lower() == b"bearer" and any(matches)

@@ -1,7 +1,6 @@
-"""OpenAI's words: what a request may say, and how errors are told. What an answer looks like is in `replies`.
+"""OpenAI's request bodies and errors. The bodies of answers are in `openai_responses`.
 
-Knows nothing of Ray, torch, transformers, web frameworks or engines. What this endpoint doesn't carry out is refused by
-name: an ignored `tools` or `logit_bias` would look like an answer.
+Unsupported fields are rejected by name. Knows nothing of Ray, torch, web frameworks or engines.
 """
 
 from __future__ import annotations
@@ -20,16 +19,14 @@ from ftray.storage import strict_json
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH, MAX_MESSAGES = 64, 256
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
-MAX_N = 8
-MAX_NAME_CHARS = 256
-MAX_SCHEMA_CHARS = 1 << 14
-MAX_SCHEMA_COUNTS = 10_000
+MAX_N, MAX_NAME_CHARS = 8, 256
+MAX_SCHEMA_CHARS, MAX_SCHEMA_COUNTS = 1 << 14, 10_000
 _COUNTING = {f"{end}{what}" for end in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")}
 _REPEATS = re.compile(r"[{,]\s*(\d{1,9})(?=\s*[,}])")
 
 
 class RequestError(Exception):
-    """A refusal, as status and OpenAI's error body."""
+    """A refusal, as HTTP status and OpenAI's error body. is_permanent: a 503 that a retry cannot change."""
 
     def __init__(
         self,
@@ -43,12 +40,12 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        is_transient = status in (429, 503) and not is_permanent
-        self.retry_after_s = 1.0 if retry_after_s is None and is_transient else retry_after_s
+        waits = retry_after_s is None and status in (429, 503) and not is_permanent
+        self.retry_after_s = 1.0 if waits else retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come again, in whole seconds."""
+        """The Retry-After header, in whole seconds."""
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self) -> dict[str, Any]:
@@ -57,8 +54,8 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-# Fields that clients send and that we don't carry out, with the values under which they ask for nothing.
-_NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
+# Unsupported fields that clients send, with the values under which they have no effect.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -78,7 +75,7 @@ _NOT_CARRIED_OUT: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-# They change nothing in an answer.
+# Fields that have no effect on an answer.
 _HARMLESS = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "service_tier"})
 
 
@@ -88,7 +85,7 @@ class _Strict(BaseModel):
 
 def _whole_characters(text: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("holds half a surrogate pair, which is no character")
+        raise ValueError("contains half a surrogate pair, which is not a character")
     return text
 
 
@@ -98,7 +95,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One turn. The fields after content come back from clients that send our own answers again."""
+    """One message. The fields after content come from clients that send our own answers back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -119,17 +116,17 @@ class ChatMessage(_Strict):
         return self
 
     def turn(self) -> dict[str, str]:
-        """As `chat.read_messages` wants it; `developer` is OpenAI's newer word for system."""
+        """The message as `chat.read_messages` expects it. `developer` is OpenAI's newer name for system."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding against eavesdroppers; clients send it, none needs it
+    include_obfuscation: bool = False  # padding against eavesdroppers; clients send it, but work without it
 
 
 class JsonSchema(_Strict):
-    """What an answer has to look like. name, description, strict: clients send them; the schema is always kept to."""
+    """The schema of an answer, which is always enforced. name, description and strict have no effect."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     description: str | None = None
@@ -142,12 +139,12 @@ class JsonSchema(_Strict):
         if len(json.dumps(value)) > MAX_SCHEMA_CHARS:
             raise ValueError(f"must have at most {MAX_SCHEMA_CHARS} characters")
         if sum(_counts(value)) > MAX_SCHEMA_COUNTS:
-            raise ValueError(f"its lengths, sizes and repetitions must not add up to more than {MAX_SCHEMA_COUNTS}")
+            raise ValueError(f"the sum of its lengths, sizes and repetitions must not exceed {MAX_SCHEMA_COUNTS}")
         return value
 
 
 def _counts(schema: Any) -> Iterator[int]:
-    """Numbers in a schema that its grammar is unrolled by: minItems and its like, {m,n} in patterns."""
+    """Numbers that unroll the schema's grammar: minItems and similar, and {m,n} in patterns."""
     todo = [schema]
     while todo:
         part = todo.pop()
@@ -167,12 +164,12 @@ class ResponseFormat(_Strict):
     @model_validator(mode="after")
     def _schema_where_it_belongs(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type json_schema, and only there")
+            raise ValueError("json_schema is required for type json_schema, and not allowed for other types")
         return self
 
     @property
     def schema_text(self) -> str | None:
-        """The schema to keep to, as JSON; None for plain text."""
+        """The schema as JSON, or None for plain text."""
         if self.json_schema is not None:
             return json.dumps(self.json_schema.schema_)
         return '{"type": "object"}' if self.type == "json_object" else None
@@ -199,7 +196,7 @@ class _Request(_Strict):
     def _stop_bounded(cls, value: str | list[str] | None) -> str | list[str] | None:
         stops = [value] if isinstance(value, str) else value or []
         if len(stops) > MAX_STOPS:
-            raise ValueError(f"holds {len(stops)} strings; at most {MAX_STOPS} are possible")
+            raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
         if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
             raise ValueError(f"strings must have 1 to {MAX_STOP_CHARS} characters")
         for stop in stops:
@@ -209,7 +206,7 @@ class _Request(_Strict):
     @model_validator(mode="after")
     def _options_need_stream(self) -> _Request:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only possible with stream: true")
+            raise ValueError("stream_options requires stream: true")
         return self
 
     @property
@@ -218,17 +215,17 @@ class _Request(_Strict):
 
     @property
     def who(self) -> str | None:
-        """Whom the client asks for, as it calls them."""
+        """The client's name for its user."""
         return self.safety_identifier or self.user or None
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to tell with each token's log probability; None: no log probabilities."""
+        """Number of likeliest tokens to return with each token's log probability, or None for no log probabilities."""
         raise NotImplementedError
 
     @property
     def schema_text(self) -> str | None:
-        """JSON schema that the answer keeps to."""
+        """The JSON schema of the answer."""
         return None
 
     @property
@@ -237,7 +234,7 @@ class _Request(_Strict):
 
     @property
     def num_tokens_asked(self) -> int | None:
-        """Most tokens that the answer may have; None where the client leaves it to us."""
+        """The requested limit of tokens, or None for the endpoint's default."""
         return self.max_tokens
 
 
@@ -255,7 +252,7 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is only possible with logprobs: true")
+            raise ValueError("top_logprobs requires logprobs: true")
         return self
 
     @property
@@ -291,7 +288,7 @@ class CompletionRequest(_Request):
         if not value:
             raise ValueError("is empty")
         if isinstance(value, list) and isinstance(value[0], str) and len(value) > 1:
-            raise ValueError(f"holds {len(value)} prompts; send one a request")
+            raise ValueError(f"has {len(value)} prompts; send one per request")
         for text in [value] if isinstance(value, str) else value:
             if isinstance(text, str):
                 _whole_characters(text)
@@ -304,8 +301,7 @@ class CompletionRequest(_Request):
 
 
 class FeedbackRequest(_Strict):
-    """What a user thought of an answer. messages: the conversation, the answer last. correction: a better answer. id: the
-    answer's, as its response told; it must be an answer to the same API key."""
+    """A user's opinion of an answer, the last of `messages`. id: from the answer's response, to the same API key."""
 
     rating: Literal["up", "down"]
     messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=MAX_MESSAGES)]
@@ -347,20 +343,20 @@ def validate(raw: dict[str, Any], kind: type[M]) -> M:
 
 
 def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
-    """Reads a body. Raises RequestError (400) that names the field; `max_tokens` is the most that one may ask for."""
+    """Reads a body. Raises RequestError (400) that names the field. max_tokens: the most that a request may ask for."""
     raw = read_object(body)
-    for field, empty in _NOT_CARRIED_OUT.items():
+    for field, empty in _UNSUPPORTED.items():
         if field in raw and field not in kind.model_fields and not any(_same(raw[field], value) for value in empty):
-            message = f"{field} is not supported by this endpoint; leave it out"
+            message = f"{field} is not supported by this endpoint; remove it"
             raise RequestError(400, message, param=field, code="unsupported")
-    passed_over = (_NOT_CARRIED_OUT.keys() | _HARMLESS) - kind.model_fields.keys()
-    known = {key: value for key, value in raw.items() if key not in passed_over}
+    ignored = (_UNSUPPORTED.keys() | _HARMLESS) - kind.model_fields.keys()
+    known = {key: value for key, value in raw.items() if key not in ignored}
     request = validate(known, kind)
-    asked = request.num_tokens_asked
-    if asked is not None and asked > max_tokens:
+    num_requested = request.num_tokens_asked
+    if num_requested is not None and num_requested > max_tokens:
         field = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
         raise RequestError(
-            400, f"{field} ({str(asked)[:40]}) exceeds the endpoint's limit of {max_tokens}", param=field
+            400, f"{field} ({str(num_requested)[:40]}) exceeds the endpoint's limit of {max_tokens}", param=field
         )
     return request
 
@@ -370,15 +366,15 @@ def _same(a: object, b: object) -> bool:
 
 
 def _explain(err: ValidationError) -> RequestError:
-    """The deepest error: a union reports one for each member, and the member that got furthest was meant."""
+    """The deepest error: a union reports one per member, and the deepest is from the intended member."""
     first = max(err.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
     unknown = first["type"] == "extra_forbidden"
-    # unions put the names of their members into the path, which no client has sent
+    # unions put the names of their members into the path; clients do not know them
     path = [p for p in first["loc"] if isinstance(p, int) or p in _FIELDS or (unknown and p is first["loc"][-1])]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
     text = first["msg"].removeprefix("Value error, ")
     if unknown:
-        message = f"{param} is not known to this endpoint; leave it out"
+        message = f"{param} is unknown to this endpoint; remove it"
         return RequestError(400, message, param=param, code="unknown_field")
     text = text if param is None or text.startswith(param) else f"{param}: {text[:1].lower()}{text[1:]}"
     return RequestError(400, text, param=param)

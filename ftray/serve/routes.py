@@ -1,7 +1,6 @@
-"""The HTTP side of one replica: OpenAI's routes around an engine, as an ASGI app.
+"""The HTTP side of a replica: OpenAI's routes around an engine, as an ASGI app.
 
-Knows nothing of Ray, torch or transformers: any `Engine` will do, and tests may give one of their own. Logs no prompt
-and no answer.
+Knows nothing of Ray, torch or transformers: any `Engine` works, and tests bring their own. It logs no prompts and no answers.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from ftray.serve.rate_limit import RateLimiter, RateLimits
 from ftray.serve.routing import ALIAS, Router
 from ftray.serve.streaming import AnswerStream, RequestStats
 
-SHORT = 2000  # characters that are tokenized sooner than a thread takes them up
+SHORT = 2000  # characters that are tokenized faster than a thread starts
 
 
 def build_api(
@@ -62,32 +61,48 @@ def build_api(
     place: str | None = None,
     feedback: config.FeedbackConfig | None = None,
     first_times: TtftWindow | None = None,
-    meters: ServeMetrics | None = None,
+    metrics: ServeMetrics | None = None,
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
-    served: models and adapters. max_tokens: most that a request may ask for, and the default. max_answer_s: an answer
-    that takes longer is ended with an error, so that a draining replica knows how long to wait. place: URI below which
-    feedback is kept, within the bounds of `feedback`; where either is None, it is refused. first_times: told of each answer,
-    for autoscaling. meters: what is counted.
+    Args:
+        engine: The engine.
+        served: Models and adapters.
+        max_tokens: The most that a request may ask for, and the default.
+        key_hashes: SHA-256 hashes of the API keys; none: the endpoint is open.
+        max_answer_s: An answer that takes longer ends with an error, so a draining replica knows how long to wait.
+        limits: Rate limits per key.
+        router: Chooses the model for requests to `default`.
+        place: URI below which feedback is stored.
+        feedback: Limits of feedback. Without it or `place`, feedback is refused.
+        first_times: Collects times to first token, for autoscaling.
+        metrics: The replica's metrics.
     """
-    meters, router = meters or ServeMetrics(), router or Router({})
-    catalog = AdapterCache(engine, served, lambda rejected: meters.rejected.labels(rejected.kind).inc())
+    metrics, router = metrics or ServeMetrics(), router or Router({})
+    adapters = AdapterCache(engine, served, lambda rejected: metrics.rejected.labels(rejected.kind).inc())
     box = FeedbackBox(place, feedback) if place is not None and feedback is not None else None
     api = _Routes(
-        engine, catalog, router, RateLimiter(limits or RateLimits()), max_tokens, max_answer_s, box, first_times, meters
+        engine,
+        adapters,
+        router,
+        RateLimiter(limits or RateLimits()),
+        max_tokens,
+        max_answer_s,
+        box,
+        first_times,
+        metrics,
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await engine.start()
         try:
-            await catalog.start()
+            await adapters.start()
             await router.start()
             yield
         finally:
             await router.stop()
-            await catalog.stop()
+            await adapters.stop()
             await engine.stop()
 
     app = Starlette(
@@ -108,33 +123,33 @@ def build_api(
         middleware=[Middleware(ErrorMiddleware)],
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False  # a redirect has no body in OpenAI's shape
+    app.router.redirect_slashes = False  # a redirect would not have OpenAI's error body
     return AuthMiddleware(app, key_hashes)
 
 
-async def _beside(text: str, work: Callable[..., Any], *given: Any) -> Any:
-    """work(*given), whose time goes with a text's length: in a thread, so that streams don't wait, unless it is short."""
-    return work(*given) if len(text) < SHORT else await asyncio.to_thread(work, *given)
+async def _beside(text: str, work: Callable[..., Any], *args: Any) -> Any:
+    """work(*args), in a thread unless the text is short: its time grows with the text, and streams must not wait."""
+    return work(*args) if len(text) < SHORT else await asyncio.to_thread(work, *args)
 
 
 class _Routes:
     def __init__(
         self,
         engine: Engine,
-        catalog: AdapterCache,
+        adapters: AdapterCache,
         router: Router,
-        meter: RateLimiter,
+        limiter: RateLimiter,
         max_tokens: int,
         max_answer_s: float,
         feedback_box: FeedbackBox | None,
         first_times: TtftWindow | None,
-        meters: ServeMetrics,
+        metrics: ServeMetrics,
     ) -> None:
-        self._engine, self._catalog, self._router, self._meter = engine, catalog, router, meter
+        self._engine, self._adapters, self._router, self._limiter = engine, adapters, router, limiter
         self._created = int(time.time())
         self._max_tokens, self._max_answer_s, self._feedback_box = max_tokens, max_answer_s, feedback_box
-        self._meters, self._first_times = meters, first_times or TtftWindow()
-        self._meters.refresh = self._show_figures
+        self._metrics, self._first_times = metrics, first_times or TtftWindow()
+        self._metrics.refresh = self._refresh_metrics
         self._drift = DriftMonitor()
         has_template = getattr(engine.tokenizer, "chat_template", None)
         self._format = ChatFormat(engine.tokenizer) if has_template else None
@@ -147,13 +162,13 @@ class _Routes:
             raise unavailable(err) from err
         return JSONResponse({"status": "ok"})
 
-    def _show_figures(self) -> None:
-        self._meters.models.set(len(self._model_ids()))
+    def _refresh_metrics(self) -> None:
+        self._metrics.models.set(len(self._model_ids()))
         for model_id in self._drift.models():
-            self._meters.show_drift(model_id, self._drift.figures(model_id, self._catalog.reference(model_id)))
+            self._metrics.show_drift(model_id, self._drift.figures(model_id, self._adapters.reference(model_id)))
 
     async def metrics(self, _: Request) -> Response:
-        return Response(self._meters.render(), headers={"content-type": CONTENT_TYPE})
+        return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
         cards = [self._card(model_id) for model_id in self._model_ids()]
@@ -165,51 +180,53 @@ class _Routes:
         return JSONResponse(self._card(model_id).model_dump())
 
     def _card(self, model_id: str) -> ModelCard:
-        return ModelCard(id=model_id, created=self._created, lineage=self._catalog.lineage(model_id))
+        return ModelCard(id=model_id, created=self._created, lineage=self._adapters.lineage(model_id))
 
     async def feedback(self, request: Request) -> Response:
         caller = str(request.scope.get(CALLER, ""))
-        self._meter.admit(caller)
+        self._limiter.admit(caller)
         if self._feedback_box is None:
-            raise RequestError(404, "this endpoint keeps no feedback: serve.feedback is not set")
-        body = await read_body(request, self._feedback_box.max_bytes)
-        opinion = validate(read_object(body), FeedbackRequest)
+            raise RequestError(404, "this endpoint stores no feedback: serve.feedback is not set")
+        raw = await read_body(request, self._feedback_box.max_bytes)
+        feedback_request = validate(read_object(raw), FeedbackRequest)
         try:
-            await self._feedback_box.keep(opinion, caller)
+            await self._feedback_box.keep(feedback_request, caller)
         except StorageError as err:
             raise unavailable(err) from err
-        known = opinion.model if opinion.model in self._model_ids() else "unknown"  # else a client could fill the label
-        self._meters.feedback.labels(known, opinion.rating).inc()
+        known = (
+            feedback_request.model if feedback_request.model in self._model_ids() else "unknown"
+        )  # otherwise clients could create any number of labels
+        self._metrics.feedback.labels(known, feedback_request.rating).inc()
         return JSONResponse({"object": "feedback", "stored": True}, status_code=201)
 
     async def chat(self, request: Request) -> Response:
-        tally, caller = self._admit(request)
-        asked = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
-        model_id = self._route(asked)
-        if asked.schema_text is not None:
-            await self._check_schema(asked.schema_text)
+        stats, caller = self._admit(request)
+        body = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
+        model_id = self._route(body)
+        if body.schema_text is not None:
+            await self._check_schema(body.schema_text)
         if self._format is None:
             message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
         try:
-            messages = read_messages([message.turn() for message in asked.messages])
+            messages = read_messages([message.turn() for message in body.messages])
             text = "\n".join(message.content for message in messages)
             prompt_ids = await _beside(text, self._format.encode_prompt, messages)
-            tally.scripts = await _beside(text, scripts_of, text)
+            stats.scripts = await _beside(text, scripts_of, text)
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
-        return await self._answer(asked, model_id, prompt_ids, tally, caller)
+        return await self._answer(body, model_id, prompt_ids, stats, caller)
 
     async def completions(self, request: Request) -> Response:
-        tally, caller = self._admit(request)
-        asked = parse_request(await read_body(request), CompletionRequest, max_tokens=self._max_tokens)
-        model_id = self._route(asked)
-        prompt = asked.prompt_or_ids
+        stats, caller = self._admit(request)
+        body = parse_request(await read_body(request), CompletionRequest, max_tokens=self._max_tokens)
+        model_id = self._route(body)
+        prompt = body.prompt_or_ids
         if isinstance(prompt, str):
             encoded = await _beside(prompt, partial(self._engine.tokenizer, add_special_tokens=False), prompt)
-            tally.scripts = await _beside(prompt, scripts_of, prompt)
+            stats.scripts = await _beside(prompt, scripts_of, prompt)
             prompt = list(encoded["input_ids"])
-        return await self._answer(asked, model_id, prompt, tally, caller)
+        return await self._answer(body, model_id, prompt, stats, caller)
 
     async def _check_schema(self, schema: str) -> None:
         try:  # in a thread, like tokenizing
@@ -219,20 +236,20 @@ class _Routes:
 
     async def _answer(
         self,
-        asked: ChatRequest | CompletionRequest,
+        body: ChatRequest | CompletionRequest,
         model_id: str,
         prompt_ids: list[int],
-        tally: RequestStats,
+        stats: RequestStats,
         caller: str,
     ) -> Response:
-        chat = isinstance(asked, ChatRequest)
+        chat = isinstance(body, ChatRequest)
         on_first, on_end = partial(self._first, model_id), partial(self._end, model_id, caller)
         try:
-            adapter = await self._catalog.prepare(model_id)
-            # Nothing is awaited from here to the engine: the adapter is there now.
+            adapter = await self._adapters.prepare(model_id)
+            # Nothing may be awaited from here to the engine: the adapter is loaded now.
             streams = [
                 self._engine.generate(uuid.uuid4().hex, prompt_ids, params, adapter=adapter)
-                for params in self._sampling(asked, len(prompt_ids))
+                for params in self._sampling(body, len(prompt_ids))
             ]
         except ContextLengthError as err:
             raise RequestError(
@@ -241,80 +258,82 @@ class _Routes:
         except DataError as err:
             raise RequestError(400, str(err), param="messages" if chat else "prompt") from None
         except (EngineError, RequestError) as err:
-            tally.status = 503 if isinstance(err, EngineError) else err.status
-            self._record(model_id, tally)
+            stats.status = 503 if isinstance(err, EngineError) else err.status
+            self._record(model_id, stats)
             raise unavailable(err) if isinstance(err, EngineError) else err from err
-        self._meters.running.inc()
+        self._metrics.running.inc()
         reply = ResponseFrame.begin(chat=chat, model=model_id, spell=self._spell, caller=caller)
-        has_logprobs = asked.num_logprobs is not None
-        answers = AnswerStream(streams, reply, tally, self._max_answer_s, has_logprobs, self._end_ids, on_first, on_end)
-        return StreamedResponse(partial(answers.stream, asked.include_usage) if asked.stream else answers.whole)
+        has_logprobs = body.num_logprobs is not None
+        answers = AnswerStream(streams, reply, stats, self._max_answer_s, has_logprobs, self._end_ids, on_first, on_end)
+        return StreamedResponse(partial(answers.stream, body.include_usage) if body.stream else answers.whole)
 
-    def _sampling(self, asked: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
+    def _sampling(self, body: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
         left = self._engine.max_context - num_prompt_tokens
-        # What the client left to us is cut to what fits; what it asked for is not.
-        max_tokens = asked.num_tokens_asked or max(1, min(self._max_tokens, left))
+        # What the client left to us is cut to what fits; what it body for is not.
+        max_tokens = body.num_tokens_asked or max(1, min(self._max_tokens, left))
         return [
             SamplingParams(
                 max_tokens=max_tokens,
-                temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_p=1.0 if asked.top_p is None else asked.top_p,
-                stop=asked.stops,
-                seed=None if asked.seed is None else asked.seed + index,
-                num_logprobs=asked.num_logprobs,
-                json_schema=asked.schema_text,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                stop=body.stops,
+                seed=None if body.seed is None else body.seed + index,
+                num_logprobs=body.num_logprobs,
+                json_schema=body.schema_text,
             )
-            for index in range(asked.n or 1)
+            for index in range(body.n or 1)
         ]
 
     def _admit(self, request: Request) -> tuple[RequestStats, str]:
         caller = str(request.scope.get(CALLER, ""))
-        self._meter.admit(caller)
+        self._limiter.admit(caller)
         return RequestStats(), caller
 
-    def _route(self, asked: ChatRequest | CompletionRequest) -> str:
-        """The model that answers. Raises RequestError (404, or 503 when no model of `default` is there)."""
-        if asked.model != ALIAS or not self._router.is_on:
-            self._check_model(asked.model)
-            return asked.model
-        chosen = self._router.choose(asked.who, self._catalog.model_ids())
+    def _route(self, body: ChatRequest | CompletionRequest) -> str:
+        """The model that answers. Raises RequestError: 404, or 503 if no model of `default` is available."""
+        if body.model != ALIAS or not self._router.is_on:
+            self._check_model(body.model)
+            return body.model
+        chosen = self._router.choose(body.who, self._adapters.model_ids())
         if chosen is None:
             raise RequestError(503, "no model of `default` is available at the moment", code="model_unavailable")
         return chosen
 
-    def _first(self, model_id: str, tally: RequestStats) -> None:
-        """At once, not at the answer's end: a long stream would hide that it began late."""
-        if tally.first_s is not None:
-            self._meters.first_token.labels(model_id).observe(tally.first_s)
-            self._first_times.add(tally.first_s)
-            self._router.see_first(model_id, tally.first_s)
+    def _first(self, model_id: str, stats: RequestStats) -> None:
+        """Called at once, not at the end of the answer: a long stream would hide a late start."""
+        if stats.first_s is not None:
+            self._metrics.first_token.labels(model_id).observe(stats.first_s)
+            self._first_times.add(stats.first_s)
+            self._router.see_first(model_id, stats.first_s)
 
-    def _end(self, model_id: str, caller: str, tally: RequestStats) -> None:
-        self._meters.running.dec()
-        self._meter.charge(caller, tally.usage.total_tokens)
-        self._record(model_id, tally)
+    def _end(self, model_id: str, caller: str, stats: RequestStats) -> None:
+        self._metrics.running.dec()
+        self._limiter.charge(caller, stats.usage.total_tokens)
+        self._record(model_id, stats)
 
-    def _record(self, model_id: str, tally: RequestStats) -> None:
-        meters = self._meters
-        meters.answers.labels(model_id, str(tally.status)).inc()
-        meters.tokens.labels(model_id, "prompt").inc(tally.num_prompt_tokens)
-        meters.tokens.labels(model_id, "completion").inc(tally.usage.completion_tokens)
-        meters.prompt.labels(model_id).observe(tally.num_prompt_tokens)
-        meters.answer.labels(model_id).observe(time.monotonic() - tally.began_s)
-        if tally.status == 200:
-            meters.empty.labels(model_id).inc(not tally.has_text)
-            self._drift.add(model_id, RequestSample(tally.num_prompt_tokens, tally.scripts, not tally.has_text))
-        # Who left, or read too slowly for the time there is, says nothing of the model; one that never began does.
-        if tally.status != 499 and not (tally.is_late and tally.has_text):
-            self._router.record(model_id, failed=tally.status >= 500)
+    def _record(self, model_id: str, stats: RequestStats) -> None:
+        metrics = self._metrics
+        metrics.answers.labels(model_id, str(stats.status)).inc()
+        metrics.tokens.labels(model_id, "prompt").inc(stats.num_prompt_tokens)
+        metrics.tokens.labels(model_id, "completion").inc(stats.usage.completion_tokens)
+        metrics.prompt.labels(model_id).observe(stats.num_prompt_tokens)
+        metrics.answer.labels(model_id).observe(time.monotonic() - stats.began_s)
+        if stats.status == 200:
+            metrics.empty.labels(model_id).inc(not stats.has_text)
+            self._drift.add(model_id, RequestSample(stats.num_prompt_tokens, stats.scripts, not stats.has_text))
+        # A client that left or read too slowly does not count against the model; an answer that never began does.
+        if stats.status != 499 and not (stats.is_late and stats.has_text):
+            self._router.record(model_id, failed=stats.status >= 500)
 
     def _model_ids(self) -> list[str]:
-        return [*([ALIAS] if self._router.is_on else []), *self._catalog.model_ids()]
+        return [*([ALIAS] if self._router.is_on else []), *self._adapters.model_ids()]
 
     def _check_model(self, name: str) -> None:
         if name not in self._model_ids():
-            if self._catalog.may_exist(name):
-                raise RequestError(503, "the registry can't be read at the moment; try again", code="model_unavailable")
+            if self._adapters.may_exist(name):
+                raise RequestError(
+                    503, "the registry is not available at the moment; try again", code="model_unavailable"
+                )
             raise RequestError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
     def _spell(self, token_id: int) -> str:

@@ -1,6 +1,6 @@
 """The driver's side of `ftray serve`: starts the endpoint, waits for signals, drains.
 
-Knows nothing of requests, models or torch. The caller has connected to Ray already, or does so after `check_endpoint`.
+Knows nothing of requests, models or torch. The caller has connected to Ray, or connects after `check_endpoint`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ START_TRIES = 3
 
 @dataclass
 class Endpoint:
-    """A running endpoint. `url` ends in /v1, as OpenAI clients want their base_url."""
+    """A running endpoint. `url` ends in /v1, as OpenAI clients expect of base_url."""
 
     url: str
     model_id: str
@@ -42,9 +42,11 @@ class Endpoint:
 
 
 def check_endpoint(model_dir: str | Path, serve_cfg: config.ServeConfig) -> tuple[str, ...]:
-    """What can be known before Ray starts; returns the hashed API keys.
+    """Checks everything that can be known before Ray starts. Returns the hashed API keys.
 
-    Raises ConfigError (no key on an open host, port taken), ModelError (no model in the directory).
+    Raises:
+        ConfigError: There is no key on an open host, or the port is taken.
+        ModelError: The directory is not a model.
     """
     key_hashes = read_key_hashes(serve_cfg.host)
     check_model(str(model_dir))
@@ -63,10 +65,18 @@ def start_endpoint(
 ) -> Endpoint:
     """Starts Serve on this Ray cluster and waits until a replica is healthy.
 
-    name: the model that the caller is told to ask for, if not served's first. warn: told when Serve has to be
-    started again. replica: `build_app`'s other arguments.
+    Args:
+        model_dir: The model.
+        served: Models and adapters.
+        serve_cfg: The section `serve`.
+        name: The model name that the caller reports to the user. Default: the first of `served`.
+        warn: Called if Serve has to be started again.
+        replica: Other arguments of `build_app`.
 
-    Raises as `check_endpoint`; ConfigError when this cluster already serves; RunError when no replica comes up.
+    Raises:
+        ConfigError: As `check_endpoint`, or this cluster already serves an endpoint.
+        ModelError: As `check_endpoint`.
+        RunError: No replica becomes healthy.
     """
     key_hashes = check_endpoint(model_dir, serve_cfg)
     port = _find_port(serve_cfg.host, serve_cfg.port)
@@ -76,7 +86,7 @@ def start_endpoint(
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
-        raise ConfigError("this Ray cluster serves an endpoint already; stop it, or use another cluster")
+        raise ConfigError("this Ray cluster already serves an endpoint; stop it, or use another cluster")
     model_id = name or served.model_id
     # replicas have another working directory
     directory = str(model_dir) if is_hub_id(str(model_dir)) else storage.absolute(str(model_dir))
@@ -87,14 +97,14 @@ def start_endpoint(
     except RuntimeError as err:
         reason = _failure() or str(err)
         serve.shutdown()
-        raise RunError(f"the endpoint for {model_id} did not come up: {reason}") from err
+        raise RunError(f"the endpoint for {model_id} did not start: {reason}") from err
     host = "127.0.0.1" if serve_cfg.host in ("0.0.0.0", "::") else serve_cfg.host  # nosec B104 # compared, not bound
     host = f"[{host}]" if ":" in host else host
     return Endpoint(f"http://{host}:{port}/v1", model_id, port)
 
 
 def _start_serve(http: dict[str, Any], logging_config: Any, warn: Callable[[str], None]) -> None:
-    """Starts Serve, whose controller and proxy may time out on a busy machine: then again. Raises RunError."""
+    """Starts Serve, and retries because its controller and proxy may time out on a busy machine. Raises RunError."""
     from ray import serve
 
     for attempt in range(1, START_TRIES + 1):
@@ -116,7 +126,7 @@ def _start_serve(http: dict[str, Any], logging_config: Any, warn: Callable[[str]
 
 
 def serve_config(model_dir: str, served: ServedModels, serve_cfg: config.ServeConfig, **replica: Any) -> dict[str, Any]:
-    """The same endpoint as a config for `serve deploy` and RayService. Holds no key: the cluster's environment does."""
+    """The same endpoint as a config for `serve deploy` and RayService. API keys stay in the cluster's environment."""
     arguments = {
         "model_dir": model_dir,
         "served": asdict(served),
@@ -154,22 +164,22 @@ def run_until_signal(endpoint: Endpoint, look: Callable[[], None] = lambda: None
 
 
 def _find_port(host: str, port: int) -> int:
-    """The port itself, or a free one for 0. Serve binds with SO_REUSEPORT and so would share one that is taken."""
+    """The port, or a free one for 0. Serve binds with SO_REUSEPORT and would silently share a port that is taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a closed connection's rest blocks it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection would block the port
             sock.bind((host, port))
             return int(sock.getsockname()[1])
     except OSError as err:
         raise ConfigError(
-            f"serve.host {host} and port {port} can't be listened on ({err.strerror or err}); "
-            "give another serve.port, or 0 for any free one"
+            f"serve.host {host} and port {port} cannot be used ({err.strerror or err}); "
+            "set another serve.port, or 0 for any free port"
         ) from None
 
 
 def _failure() -> str:
-    """Why replicas failed, in the words of their exception."""
+    """The replicas' error message."""
     from ray import serve
 
     messages: list[str] = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]

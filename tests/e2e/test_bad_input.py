@@ -348,7 +348,7 @@ CASES = [
         ),
     ),
     Case("no-vllm-to-serve", ("serve.engine is vllm", "not installed"), ("serve.engine=vllm",), verb="serve"),
-    Case("no-host", ("serve.host 203.0.113.7", "can't be listened on"), ("serve.host=203.0.113.7",), verb="serve"),
+    Case("no-host", ("serve.host 203.0.113.7", "cannot be used"), ("serve.host=203.0.113.7",), verb="serve"),
 ]
 
 

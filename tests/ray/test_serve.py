@@ -209,7 +209,7 @@ def test_each_replicas_figures_are_among_rays_metrics(endpoint: Endpoint, client
 def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: Endpoint, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match="serves an endpoint already"):
+    with pytest.raises(ConfigError, match="already serves an endpoint"):
         start_endpoint(tmp_path, ServedModels("other"), ServeConfig(port=0))
 
 

@@ -125,7 +125,7 @@ def test_a_bad_entry_is_skipped_alone_counted_and_told_once(
 
     async def work() -> None:
         meters = ServeMetrics()
-        app = build_api(HoldingEngine(), served(tmp_path), max_tokens=5, meters=meters)
+        app = build_api(HoldingEngine(), served(tmp_path), max_tokens=5, metrics=meters)
         async with life(app):
             await asyncio.sleep(0.1)  # several looks
             listed = await call(app, "/v1/models")

@@ -179,10 +179,10 @@ def test_keys_come_from_a_file_too_and_an_empty_one_opens_nothing(
 ) -> None:
     monkeypatch.setenv("FTRAY_API_KEY", "a")
     monkeypatch.setenv("FTRAY_API_KEY_FILE", str(tmp_path / "keys"))
-    with pytest.raises(ConfigError, match=r"FTRAY_API_KEY_FILE .* can't be read"):
+    with pytest.raises(ConfigError, match=r"FTRAY_API_KEY_FILE .* cannot be read"):
         read_key_hashes("127.0.0.1")
     (tmp_path / "keys").write_text("\n \n")
-    with pytest.raises(ConfigError, match="holds no key"):
+    with pytest.raises(ConfigError, match="contains no key"):
         read_key_hashes("127.0.0.1")
     (tmp_path / "keys").write_text("b\n\n c \n")
     assert read_key_hashes("0.0.0.0") == (hash_key("a"), hash_key("b"), hash_key("c"))

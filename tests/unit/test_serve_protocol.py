@@ -560,7 +560,7 @@ def test_a_port_that_is_taken_and_a_directory_without_model_are_told(tmp_path: P
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} can't be listened on .*; give another serve.port"):
+        with pytest.raises(ConfigError, match=rf"port {port} cannot be used .*; set another serve.port"):
             check_endpoint(tmp_path, ServeConfig(port=port))
     check_endpoint(tmp_path, ServeConfig(port=0))
 

@@ -1,8 +1,7 @@
 """Checks over all records together: duplicates, contamination of the eval set, conflicts and poor quality.
 
 They use the record tables only. If a rule of `data.clean` is `drop`, its findings remove records from training. Eval records
-are
-never removed.
+are never removed.
 """
 
 from __future__ import annotations

@@ -71,12 +71,9 @@ def pick_substitutes(
 
     The records come in the order of sources, paths and positions. If a class has shown 1 / fraction different records and its
     hashes have selected none of them, the record that completes this number moves, and later every record that equals it. A
-    decision
-    depends on a record and on those before it: data that is appended never moves a record, and data that is inserted in front
-    moves
-    at most one record per class. (No rule that looks at the set alone can promise an eval record without moving any: it would
-    have
-    to select all but 1 / fraction records.)
+    decision depends on a record and on those before it: data that is appended never moves a record, and data that is inserted
+    in front moves at most one record per class. (No rule that looks at the set alone can promise an eval record without moving
+    any: it would have to select all but 1 / fraction records.)
 
     Args:
         strata: int64 [records], the class of each record.

@@ -52,13 +52,11 @@ class TransformersEngine:
     """An `Engine` for one model in this process.
 
     From `start` to `stop` it holds keys and values of `num_cache_tokens()` tokens, and the model in eval mode with an
-    attention
-    that continuous batching supports.
+    attention that continuous batching supports.
 
     Args:
         model: A causal LM of transformers, or a PeftModel around one. Its active adapter answers; under PEFT's
-            `disable_adapter()`
-            the base does.
+            `disable_adapter()` the base does.
         tokenizer: A fast tokenizer.
         name: The base's name in `list_models`.
         max_num_seqs: Requests that run at the same time.

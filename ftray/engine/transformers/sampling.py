@@ -56,8 +56,7 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
         """Notes the rows that are sampled, guided or need log probabilities, and their positions.
 
         The engine runs batches one at a time (no async batching, no CUDA graph), so the next `__call__` is for these rows.
-        The tensor
-        that the caller expects carries nothing.
+        The tensor that the caller expects carries nothing.
         """
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
@@ -101,8 +100,7 @@ def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) ->
     """Draws one token id. The same logits, seed and position give the same token.
 
     The draw is an exponential race (Gumbel-max): token i wins with its probability if the smallest e_i / p_i is taken. The
-    noise is
-    a function of (seed, position), so a request needs no generator.
+    noise is a function of (seed, position), so a request needs no generator.
 
     Args:
         logits: float32 [vocab].
