@@ -1,6 +1,6 @@
 """The driver's side of training: from a run file to a finished run in storage.
 
-Whatever can be wrong is checked here, before a worker starts: storage, run record, model, data, resources. Then Ray Train runs
+Everything is checked here before a worker starts: storage, run record, model, data, resources. Then Ray Train runs
 `worker.train_worker`, one worker group after another (`supervisor`), while this side follows their events.
 """
 
@@ -63,13 +63,13 @@ class TrialHooks:
         subscriber: Follows the trial. After an eval the workers wait until its handlers return.
         caught: Signals; the run stops as if it had received them.
         data: Data that the trials share; None if the run prepares its own.
-        heldout: Reference to the table of eval sequences that the trials share.
+        eval_table: Reference to the table of eval sequences that the trials share.
     """
 
     subscriber: Subscriber
     caught: list[int]
     data: PreparedData | None = None
-    heldout: Any = None
+    eval_table: Any = None
 
 
 def train(
@@ -195,9 +195,9 @@ def _job(
     hooks: TrialHooks | None,
 ) -> TrainJob:
     """The job for the workers; records its lineage in the run. Raises RunHeldError."""
-    heldout = hooks.heldout if hooks else None
-    if heldout is None and data.eval_stream and data.eval_index and run.evaluate.every:
-        heldout = ray.put(eval_table(data.eval_index, data.eval_stream))
+    eval_ref = hooks.eval_table if hooks else None
+    if eval_ref is None and data.eval_stream and data.eval_index and run.evaluate.every:
+        eval_ref = ray.put(eval_table(data.eval_index, data.eval_stream))
     if lease is not None and not storage.holds(lease.token):
         raise RunHeldError(
             "another process took the run over while this one did not renew its lease; follow that process"
@@ -209,7 +209,7 @@ def _job(
         run=run.model_copy(update={"model": absolute_base(run.model)}),
         run_dir=run_dir,
         meta={**hashes, "versions": versions()},
-        heldout=heldout,
+        eval_table=eval_ref,
         channel=None,
         parent=parent,
         lease=lease.token if lease is not None else None,

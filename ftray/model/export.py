@@ -110,7 +110,7 @@ def convert_to_gguf(converter: Path, source: Path, target: Path, precision: str)
     if done.returncode != 0 or not target.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1][:300]
         raise RunError(
-            f"the converter {converter} failed with exit code {done.returncode} ({last}); fix that, or use a newer one"
+            f"the converter {converter} wrote no file (exit code {done.returncode}: {last}); fix that, or use a newer one"
         )
     layers = json.loads((source / "config.json").read_text()).get("num_hidden_layers")
     return _check_gguf(target, converter, layers)

@@ -1,4 +1,4 @@
-"""Rows and columns to 8 bits with a scale each, and the scaling of int8's sums. GPUs only; `eight_bit.py` is the text."""
+"""Triton kernels of `fp8.py`: quantization of rows and columns with a scale each, scaling of int8 sums. GPUs only."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations

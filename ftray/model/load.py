@@ -298,10 +298,10 @@ def _apply_kernels(model_type: str) -> bool:
 
 
 def _check_finite(model: Any, base: str) -> None:
-    """Looks at every weight of a model once, while it is in host memory.
+    """Checks every weight of a model once, while it is in host memory.
 
     Args:
-        model: A model with its values; quantized layers are judged by the scales of their blocks.
+        model: A model with its values; for quantized layers the scales of their blocks are checked.
         base: `model.base`, for the message.
 
     Raises:
@@ -324,18 +324,18 @@ def _checked_values(parameter: Any) -> Iterator[Any]:
 
 
 def _is_finite(values: Any) -> bool:
-    """One pass without a copy: NaN and infinity show in the extremes."""
+    """One pass without a copy: NaN and infinity appear in minimum and maximum."""
     import torch
 
     if values.is_meta or not values.is_floating_point() or not values.numel():
         return True
-    if values.element_size() < 2:  # torch has no extremes of 8-bit floats
+    if values.element_size() < 2:  # torch has no minimum and maximum of 8-bit floats
         values = values.float()
     return bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())
 
 
 def _find_in_files(directory: Path, name: str) -> tuple[str, str] | None:
-    """(file, tensor) of the first value that is not finite; the tensor of that name first."""
+    """(file, tensor) of the first value that is not finite; the tensor `name` is checked first."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(directory.glob("*.safetensors")):

@@ -1,7 +1,7 @@
-"""LoRA layers whose base and adapter are one step of autograd: fewer passes over memory than PEFT's four operations.
+"""LoRA layers that compute base and adapter in one autograd function, with fewer passes over memory than PEFT's four operations.
 
-PEFT's own layers otherwise: same parameters, same names, same files. Used on GPUs, where adapters cost by the bytes
-they move; dropout, several adapters and merged weights take PEFT's path. The frozen base is bf16, 4 or 8 bits.
+Parameters, names and files are PEFT's. Used on GPUs, where the cost of adapters is memory traffic; dropout, several adapters and
+merged weights use PEFT's own forward. The frozen base is bf16, 4-bit or 8-bit.
 """
 
 from __future__ import annotations

@@ -27,7 +27,16 @@ KINDS = {  # kind → required module, package to install, description
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """What came of it. Losses in nats a supervised held-out token, None where the run holds no data out; sizes in bytes."""
+    """The result of a quantization.
+
+    Attributes:
+        kind: nf4, int8 or fp8.
+        loss_before: Eval loss per trained token in nats; None without an eval set.
+        loss_after: The same of the quantized model.
+        num_trained_tokens: Trained tokens of the eval set.
+        bytes_before: Bytes of the weights.
+        bytes_after: The same of the quantized model.
+    """
 
     kind: str
     loss_before: float | None
@@ -39,25 +48,27 @@ class QuantizationResult:
     def __str__(self) -> str:
         sizes = f"weights {self.bytes_before / 1e6:,.1f} → {self.bytes_after / 1e6:,.1f} MB"
         if self.loss_before is None or self.loss_after is None:
-            return f"{self.kind}: {sizes}; what it costs is not known, the run has no held-out data (data.eval)"
+            return (
+                f"{self.kind}: {sizes}; the change of the loss is unknown, because the run has no eval set (data.eval)"
+            )
         change = self.loss_after - self.loss_before
         return (
-            f"{self.kind}: held-out loss {self.loss_before:.4f} → {self.loss_after:.4f} ({change:+.4f}, over "
-            f"{self.num_trained_tokens} supervised tokens); {sizes}"
+            f"{self.kind}: eval loss {self.loss_before:.4f} → {self.loss_after:.4f} ({change:+.4f}, over "
+            f"{self.num_trained_tokens} trained tokens); {sizes}"
         )
 
 
 def check_quantize(kind: str) -> None:
-    """Raises ConfigError where the library that a kind needs is missing."""
+    """Raises ConfigError if the library of a kind is not installed."""
     module, package, _ = KINDS[kind]
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"--quantize {kind} needs the library {module}, which is missing: pip install {package}")
+        raise ConfigError(f"--quantize {kind} needs {module}, which is not installed: pip install {package}")
 
 
 def quantize(source: Path, target: Path, kind: str, precision: str, device: torch.device) -> None:
-    """Writes the model of directory `source`, with its tokenizer, to `target`, quantized.
+    """Writes the model of directory `source` with its tokenizer to `target`, quantized.
 
-    precision: of what is not quantized. Raises ModelError for a model without a linear layer that takes it.
+    precision: Of the layers that are not quantized. Raises ModelError for a model without a layer to quantize.
     """
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -85,16 +96,18 @@ def load_saved(directory: Path, precision: str, device: torch.device, quantizati
     from ftray.model.families import family_of
 
     settings = AutoConfig.from_pretrained(directory)
-    asked = {} if quantization is None else {"quantization_config": quantization}  # None would hide the directory's own
+    options = {} if quantization is None else {"quantization_config": quantization}  # None hides the directory's own
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype_of(precision),
         use_safetensors=True,
         attn_implementation=family_of(settings).attention(settings),
         device_map={"": device},
-        **asked,
+        **options,
     )
-    if hasattr(model, "ct_decompress_hook"):  # else its first call as a whole would do it, and losses call its parts
+    if hasattr(
+        model, "ct_decompress_hook"
+    ):  # else its first forward would do it, and the loss calls parts of the model
         model.hf_quantizer.compressor.decompress_model(model=model)
     return model.eval()
 
@@ -111,7 +124,7 @@ def _write_fp8(model: Any, target: Path) -> None:
     apply_quantization_config(model, QuantizationConfig(config_groups={"linear": scheme}, ignore=ignored))
     layers = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
     if not layers:
-        raise ModelError("the model has no linear layer besides its head, so that --quantize fp8 has nothing to do")
+        raise ModelError("--quantize fp8: the model has no linear layers besides its output head; use nf4 or int8")
     with torch.no_grad():
         for layer in layers:
             low, high = layer.weight.amin(1, keepdim=True), layer.weight.amax(1, keepdim=True)

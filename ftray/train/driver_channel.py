@@ -20,7 +20,7 @@ class TrainJob:
         run: The run's configuration.
         run_dir: The run's directory, absolute.
         meta: Hashes and versions, kept in each checkpoint.
-        heldout: Reference to the table of eval sequences, or None.
+        eval_table: Reference to the table of eval sequences, or None.
         channel: Handle of the DriverChannel actor.
         parent: The checkpoint whose weights a new run starts from, or None.
         lease: The driver's right to write the run.
@@ -30,7 +30,7 @@ class TrainJob:
     run: config.RunConfig
     run_dir: str
     meta: dict[str, Any]
-    heldout: Any
+    eval_table: Any
     channel: Any
     parent: str | None = None
     lease: storage.Token | None = None

@@ -47,7 +47,7 @@ def build_trainer(job: TrainJob) -> Trainer:
         engine=engine,
         writer=writer,
         schedule=CheckpointSchedule(run.checkpoint, loader.plan, mesh),
-        evaluator=Evaluator(run.evaluate, job.heldout, mesh, engine.memory.micro_batch_size),
+        evaluator=Evaluator(run.evaluate, job.eval_table, mesh, engine.memory.micro_batch_size),
         bad_steps=BadStepPolicy.from_config(run.train),
         timer=StragglerTimer(mesh),
         link=DriverLink(job.channel if mesh.is_first else None),

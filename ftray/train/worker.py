@@ -20,7 +20,7 @@ from ftray.train.failures import out_of_memory
 def train_worker(arguments: dict[str, TrainJob]) -> None:
     """Trains from the newest sound checkpoint to the end, or until a stop is requested; all ranks run it.
 
-    The driver is told of an FtrayError and of too little memory for a step: a retry would end the same way.
+    An FtrayError and too little memory for a step are reported to the driver: a retry would end the same way.
     """
     job = arguments["job"]
     ray.get(job.channel.join.remote(_location()))

@@ -292,7 +292,7 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
     assert found["loss_before"] == pytest.approx(tuned.loss, abs=1e-4), "the merged model's is the adapter's"
     assert found["num_trained_tokens"] == tuned.num_trained_tokens
     assert 0 < abs(found["loss_after"] - found["loss_before"]) < 0.25
-    sentence = f"nf4: held-out loss {found['loss_before']:.4f} → {found['loss_after']:.4f} ("
+    sentence = f"nf4: eval loss {found['loss_before']:.4f} → {found['loss_after']:.4f} ("
     assert sentence in said
     card = ModelCard((place / "MODEL_CARD.md").read_text())
     assert sentence in card.text

@@ -256,7 +256,7 @@ def test_a_tracker_that_fails_or_hangs_is_told_once_and_ends_nothing(
 def test_a_missing_library_or_place_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = make(tmp_path, "wandb")
     monkeypatch.setitem(trackers.LIBRARIES, "wandb", "no_such_module")
-    with pytest.raises(ConfigError, match=r"tracking.trackers contains wandb, whose .* pip install 'ftray\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"tracking.trackers contains wandb, but .* pip install 'ftray\[wandb\]'"):
         trackers.check_trackers(run)
     run, _ = make(tmp_path, "mlflow", storage="s3://bucket/runs")
     monkeypatch.setitem(trackers.LIBRARIES, "mlflow", "json")

@@ -39,7 +39,7 @@ def check_trackers(run: config.RunConfig) -> None:
     for name in run.tracking.trackers:
         if importlib.util.find_spec(LIBRARIES[name]) is None:
             raise ConfigError(
-                f"tracking.trackers contains {name}, whose library is not installed: pip install 'ftray[{name}]', or remove it"
+                f"tracking.trackers contains {name}, but its library is not installed: pip install 'ftray[{name}]', or remove it"
             )
         if name == "mlflow" and storage.is_remote(run.directory) and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ConfigError(

@@ -18,7 +18,7 @@ from ftray.events.trackers.base import Segment, metric_values, tracker_id
 
 
 class Wandb:
-    """Talks to W&B through a process of its own (`wandb_process`): the library keeps a process alive whose backlog is unknown.
+    """Talks to W&B in a separate process (`wandb_process`): the library keeps a process alive, and its backlog is unknown.
 
     Offline, all is written as the command ends: what W&B has not flushed is lost in a kill. The files are in WANDB_DIR, else in
     `<run>/wandb/` (of a run in S3: in ftray's cache on the driver's machine), once they are complete; the last step that they

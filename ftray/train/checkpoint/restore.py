@@ -91,11 +91,11 @@ def parent_parts(uri: str, parameters: Mapping[str, Any]) -> TensorPartReader:
         raise CheckpointError(f"--from {uri} is damaged ({problems[0]}); use another checkpoint")
     reader = TensorPartReader(checkpoint.uri)
     weights = {name: shape for name, shape in reader.shapes().items() if name.startswith("weights.")}
-    wanted = {f"weights.{name}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    for name in sorted(weights.keys() | wanted.keys()):
-        mine, its = wanted.get(name), weights.get(name)
-        if mine is None or its is None or mine != tuple(its):
-            shown = [list(shape) if shape is not None else "missing" for shape in (its, mine)]
+    expected = {f"weights.{name}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    for name in sorted(weights.keys() | expected.keys()):
+        ours, theirs = expected.get(name), weights.get(name)
+        if ours is None or theirs is None or ours != tuple(theirs):
+            shown = [list(shape) if shape is not None else "missing" for shape in (theirs, ours)]
             raise CheckpointError(
                 f"--from {uri} does not fit this run: {name.removeprefix('weights.')} is {shown[0]} there and {shown[1]} "
                 "here; model and method must be the same"

@@ -1,7 +1,7 @@
 """The objective: what a run minimizes. Each is one file that registers itself by name.
 
 An objective states which examples it accepts, and computes from a model and a `Batch` the loss as (sum, weight). The loss of a
-step is the sum over all ranks divided by the weight of the global batch. The trainer knows no objective but by this class.
+step is the sum over all ranks divided by the weight of the global batch. The trainer uses objectives only through this class.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def is_plain(causal: Any) -> bool:
     if decoder is causal:  # a class that does not separate its blocks from the whole
         return False
     rows = getattr(head.weight, "ds_shape", head.weight.shape)[0]
-    if rows != causal.config.get_text_config().vocab_size:  # logits might be cut to the vocabulary
+    if rows != causal.config.get_text_config().vocab_size:  # logits may be cut to the vocabulary
         return False
     from transformers.modeling_outputs import MoeModelOutputWithPast
 

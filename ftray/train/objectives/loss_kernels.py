@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient over one row of logits in two passes over memory. GPUs only; `loss.py` is the text."""
+"""Cross-entropy and its gradient for a token's logits in two passes over memory, as a Triton kernel. GPUs only; see `sft.py`."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations

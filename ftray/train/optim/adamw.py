@@ -168,7 +168,7 @@ def whole(p: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _put(p: torch.Tensor, state: dict[str, torch.Tensor], master: torch.Tensor) -> None:
-    """A master into the bf16 weight nearest to it and the rest."""
+    """Splits a master weight into the nearest bf16 weight and the remaining bits."""
     if p.dtype == torch.float32:
         if master.data_ptr() != p.data_ptr():
             p.data.copy_(master)
@@ -180,7 +180,7 @@ def _put(p: torch.Tensor, state: dict[str, torch.Tensor], master: torch.Tensor) 
 
 
 def encode_mean(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 → int8 codes of the same shape and a scale for each GROUP; finer near zero (2x / (1 + |x|))."""
+    """fp32 → int8 codes of the same shape and a scale per GROUP, with finer steps near zero: 2x / (1 + |x|)."""
     groups = _grouped(mean)
     scale = groups.abs().amax(1)
     x = groups / scale.clamp_min(1e-30)[:, None]
@@ -195,10 +195,10 @@ def decode_mean(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def encode_square(square: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 ≥ 0 → uint8 codes of the fourth root, and a scale for each GROUP.
+    """fp32 ≥ 0 → uint8 codes of the fourth root, and a scale per GROUP.
 
-    Rounded up or down by chance, so that a slow decay isn't rounded away; the chance is a function of (step, element).
-    What isn't zero never becomes zero: a mean over nothing would be a leap.
+    Stochastic rounding keeps a slow decay from being rounded away; the random numbers are a function of (step, element).
+    Nonzero values stay nonzero: dividing a mean by zero would be a huge update.
     """
     groups = _grouped(square).sqrt().sqrt_()
     scale = groups.amax(1)
@@ -220,7 +220,7 @@ def _grouped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _chance(number: int, step: int) -> torch.Tensor:
-    """Numbers in [0, 1), a hash of (element, step): the same on every device."""
+    """Pseudorandom numbers in [0, 1), a hash of (element, step): the same on every device."""
     mask = 0xFFFFFFFF
     h = (torch.arange(number) * 0x9E3779B1 + step * 0x85EBCA77) & mask
     h ^= h >> 16

@@ -1,8 +1,6 @@
-"""AdamW's update as one kernel, so that each state crosses memory once; small parameters share a launch.
+"""AdamW's update as one Triton kernel, which reads and writes each state once; small parameters share a launch. GPUs only.
 
-GPUs only; `adamw.py` is the text.
-
-The same arithmetic as `adamw.py`, by element in fp32; equal to it within float32 rounding (`tests/gpu`).
+The same arithmetic as `adamw.py`, per element in fp32; equal within float32 rounding (tests/gpu).
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -26,7 +24,7 @@ def update(
     step: int,
     size: int | None,
 ) -> None:
-    """One parameter's update in place. size: elements that share a scale where moments have 8 bits, else None."""
+    """Updates one parameter in place. size: Elements that share a scale in 8-bit moments; None for fp32 moments."""
     n = p.numel()
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     rest = state.get("rest", p)
@@ -46,14 +44,14 @@ def update(
 
 
 def update_many(
-    given: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+    parameters: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
     group: dict[str, Any],
     clip: float,
     step: int,
 ) -> None:
-    """Updates of (parameter, gradient, state) in place, moments in fp32: a launch for all that are of one dtype."""
+    """Updates (parameter, gradient, state) in place, with fp32 moments: one launch per dtype."""
     for dtype in (torch.bfloat16, torch.float32):
-        chosen = [(p, g.to(dtype).contiguous(), s) for p, g, s in given if p.dtype == dtype]
+        chosen = [(p, g.to(dtype).contiguous(), s) for p, g, s in parameters if p.dtype == dtype]
         if not chosen:
             continue
         device, blocks = chosen[0][0].device, [triton.cdiv(p.numel(), BLOCK) for p, _, _ in chosen]
@@ -71,7 +69,7 @@ def update_many(
 
 
 def _factors(group: dict[str, Any], step: int) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Numbers of a step, and what is compiled in."""
+    """The factors of a step, and the constants that are compiled in."""
     beta1, beta2 = group["betas"]
     rate = group["lr"] / (1 - beta1**step)
     keep = 1 - group["lr"] * group["weight_decay"]
@@ -81,7 +79,7 @@ def _factors(group: dict[str, Any], step: int) -> tuple[tuple[float, ...], dict[
 
 @triton.jit
 def _apply(p, rest, at, inside, mean, square, rate, keep, root, eps, SPLIT: tl.constexpr):
-    """The master's update; master in and out of (p, rest)."""
+    """Updates the master weight, which is read from and written to (p, rest)."""
     if SPLIT:
         high = tl.load(p + at, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32) << 16
         master = (high + tl.load(rest + at, mask=inside, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
