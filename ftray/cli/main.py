@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ftray.cli import cluster, data, evaluate, inspect, serve, train
+from ftray.cli import cluster, data, evaluate, inspect, publish, serve, train
 
 RUN, MODEL, DATA, CLUSTER = "Run", "Model", "Data", "Cluster"
 COMMANDS: dict[str, tuple[str, Any]] = {
@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, Any]] = {
     "evaluate human": (MODEL, evaluate.evaluate_human),
     "evaluate judge": (MODEL, evaluate.evaluate_judge),
     "export": (MODEL, train.export),
-    "publish": (MODEL, serve.publish),
+    "publish": (MODEL, publish.publish),
     "serve": (MODEL, serve.serve),
     "submit": (CLUSTER, cluster.submit),
     "status": (CLUSTER, cluster.job_status),

@@ -231,9 +231,7 @@ def export(
 ) -> int:
     """Write the adapter and the merged model; optionally quantized, as GGUF, or to the hub."""
     from ftray import storage
-    from ftray.model.export import check_push, find_converter
-    from ftray.model.quantize import check_quantize
-    from ftray.train.checkpoint.catalog import best_checkpoint
+    from ftray.model.export import check_push
 
     at_most_one(quantize=quantize, to=to, merged=merged)
     if merged and not push:
@@ -241,14 +239,7 @@ def export(
     if converter and to != "gguf":
         raise ConfigError("--converter is for --to gguf; add --to gguf, or remove --converter")
     run = open_target(target, overrides)
-    best_checkpoint(storage.absolute(run.directory), step)  # fails before anything is loaded
-    converter_path = find_converter(converter) if to == "gguf" else None
-    if run.method.type == "prompt-tuning" and (quantize or to or merged):
-        raise ConfigError(
-            "method.type prompt-tuning trains virtual tokens, which can't be merged; export without --quantize, --to and --merged"
-        )
-    if quantize:
-        check_quantize(quantize)
+    converter_path = _check_export(run, step, quantize, to, merged, converter)
     repository = check_push(push) if push else None
     with owned(run, console, with_ray=quantize is not None) as (run_dir, _):
         from ftray.report.model_card import described
@@ -269,6 +260,31 @@ def export(
     further = f"\nnext: ftray serve {target}" if is_served else ""
     console.say(f"done: {output}{further}" + (" (an adapter for PEFT)" if run.method.type == "prompt-tuning" else ""))
     return 0
+
+
+def _check_export(
+    run: config.RunConfig,
+    step: int | None,
+    quantize: str | None,
+    to: str | None,
+    merged: bool,
+    converter: str | None,
+) -> Path | None:
+    """Checks the options of `export` before anything is loaded; returns the converter for GGUF. Raises ConfigError."""
+    from ftray import storage
+    from ftray.model.export import find_converter
+    from ftray.model.quantize import check_quantize
+    from ftray.train.checkpoint.catalog import best_checkpoint
+
+    best_checkpoint(storage.absolute(run.directory), step)
+    path = find_converter(converter) if to == "gguf" else None
+    if run.method.type == "prompt-tuning" and (quantize or to or merged):
+        raise ConfigError(
+            "method.type prompt-tuning trains virtual tokens, which can't be merged; export without --quantize, --to and --merged"
+        )
+    if quantize:
+        check_quantize(quantize)
+    return path
 
 
 def _export_gguf(

@@ -270,7 +270,10 @@ def test_a_token_that_will_not_do_is_one_sentence(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(("--merged",), "--merged says what --push uploads"), (("--converter", "x.py"), "--converter is for --to gguf")],
+    [
+        (("--merged",), "--merged selects what --push uploads"),
+        (("--converter", "x.py"), "--converter is for --to gguf"),
+    ],
 )
 def test_an_option_without_the_one_that_it_is_for_is_refused(
     run_file: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]

@@ -426,7 +426,7 @@ def test_what_is_left_out_of_a_report_is_named(root: Path, ftray: Reader, name: 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])
 def test_a_run_whose_gates_can_not_be_read_is_not_published(root: Path, how: str) -> None:
-    from ftray.cli.serve import _check_gates
+    from ftray.cli.publish import _check_gates
 
     damage(root / "seen/evaluate/results.json", how)
     if how == "other keys":
