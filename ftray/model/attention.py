@@ -104,6 +104,19 @@ def varlen_attention(
         left = num_tokens if sliding_window is None else sliding_window
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return capped_attention(query, key, value, cu_seq_lens_q, scale, softcap, left), None
+    return _flash_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+
+
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """torch's kernel; arguments and result as in `varlen_attention`."""
     attend = _varlen_attn()
     assert attend is not None
     left = -1 if sliding_window is None else sliding_window - 1
@@ -116,8 +129,9 @@ def varlen_attention(
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # x[0] would copy in backward
-    out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
-    return out[None], None
+    out = attend(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    result: torch.Tensor = out[None]
+    return result
 
 
 def capped_attention(

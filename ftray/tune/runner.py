@@ -126,9 +126,10 @@ def winning_run(run: config.RunConfig, run_dir: str, winner: TrialRecord) -> con
 
 @dataclass
 class _RunningTrial:
-    """A trial that is training.
+    """A trial that is training; it subscribes to the trial's events.
 
     Attributes:
+        judge: Decides whether the trial continues after an eval. Its workers wait until it returns.
         caught: Contains a signal number once the trial has to stop.
         step: Newest step done.
         ended: The error that ended the trial.
@@ -136,14 +137,27 @@ class _RunningTrial:
 
     trial: TrialRecord
     run: config.RunConfig
+    judge: Callable[[_RunningTrial, EvalFinished], None]
     caught: list[int] = field(default_factory=list)
     step: int = 0
     ended: FtrayError | None = None
     thread: threading.Thread | None = None
 
+    def subscribe(self, bus: EventBus) -> None:
+        """Subscribes its handlers."""
+        bus.subscribe(TrainingStarted, self._started)
+        bus.subscribe(StepFinished, self._stepped)
+        bus.subscribe(EvalFinished, lambda event: self.judge(self, event))
+
+    def _started(self, event: TrainingStarted) -> None:
+        self.trial.num_steps = event.num_steps
+
+    def _stepped(self, event: StepFinished) -> None:
+        self.step = event.step + 1
+
 
 class _Sweep:
-    """A running sweep. Threads of trials call `judge`; the lock protects the state."""
+    """A running sweep. Threads of trials call `_judge_trial`; the lock protects the state."""
 
     def __init__(
         self,
@@ -274,7 +288,7 @@ class _Sweep:
         known = f" (resuming from the newest checkpoint; evaluated up to step {trial.step})" if trial.reports else ""
         with self._lock:
             self._console.say(f"{trial.name}: {as_words(trial.params)}{known}")
-        running = _RunningTrial(trial, run, step=trial.step)
+        running = _RunningTrial(trial, run, self._judge_trial, step=trial.step)
         running.thread = threading.Thread(target=self._train, args=(running, data), name=trial.name, daemon=True)
         self._running.append(running)
         running.thread.start()
@@ -282,36 +296,32 @@ class _Sweep:
     def _train(self, running: _RunningTrial, data: PreparedData | None) -> None:
         """Body of a trial's thread."""
         console = _TrialConsole(running.trial.name, self._console, self._lock)
-        follower = TrialHooks(_TrialSubscriber(self, running), running.caught, data, self._eval_table)
+        hooks = TrialHooks(running, running.caught, data, self._eval_table)
         try:
             subscribers = [self._follow(running.run)] if self._follow else []
             with storage.acquire_lease(storage.absolute(running.run.directory), warn=console.warn) as lease:
-                train(running.run, open_run(running.run), console, lease, follower, subscribers)
+                train(running.run, open_run(running.run), console, lease, hooks, subscribers)
         except FtrayError as err:
             running.ended = err
         except BaseException as err:  # noqa: BLE001 - otherwise the thread's error is lost
             running.ended = RunError(f"{type(err).__name__}: {' '.join(str(err).split())[:300]}")
 
-    def judge(self, running: _RunningTrial, event: EvalFinished) -> None:
-        """Decides whether a trial continues after an eval. Its workers wait until this returns."""
+    def _judge_trial(self, running: _RunningTrial, event: EvalFinished) -> None:
+        trial, step, loss = running.trial, event.step, event.eval_loss
         with self._lock:
-            self._judged(running, event.step, event.eval_loss)
-
-    def _judged(self, running: _RunningTrial, step: int, loss: float) -> None:
-        trial = running.trial
-        running.step = step
-        if trial.report_of(step) is not None:  # repeated after a restart from an earlier checkpoint
-            return
-        share = step / trial.num_steps
-        stop = self._judge.stops(trial.number, share, loss)
-        at = sum(len(t.reports) for t in self._state.trials)
-        trial.reports.append(EvalReport(at, step, share, loss, stop))
-        if stop:
-            trial.status = "stopped"
-            running.caught.append(signal.SIGINT)
-        self._save()
-        stopped = f"; stopped after {share:.0%} of its steps" if stop else ""
-        self._console.say(f"{trial.name}: eval loss {loss:.4f} at step {step}/{trial.num_steps}{stopped}")
+            running.step = step
+            if trial.report_of(step) is not None:  # repeated after a restart from an earlier checkpoint
+                return
+            share = step / trial.num_steps
+            stop = self._judge.stops(trial.number, share, loss)
+            at = sum(len(t.reports) for t in self._state.trials)
+            trial.reports.append(EvalReport(at, step, share, loss, stop))
+            if stop:
+                trial.status = "stopped"
+                running.caught.append(signal.SIGINT)
+            self._save()
+            stopped = f"; stopped after {share:.0%} of its steps" if stop else ""
+            self._console.say(f"{trial.name}: eval loss {loss:.4f} at step {step}/{trial.num_steps}{stopped}")
 
     def _reap(self) -> None:
         """Removes trials that have ended."""
@@ -364,25 +374,6 @@ class _Sweep:
                 if not self._unsaved:
                     self._console.warn(f"could not save the sweep's state ({err}); trying again")
                 self._unsaved = True
-
-
-class _TrialSubscriber:
-    """Tracks a trial's progress and asks the scheduler after each eval."""
-
-    def __init__(self, sweep: _Sweep, running: _RunningTrial) -> None:
-        self._sweep, self._running = sweep, running
-
-    def subscribe(self, bus: EventBus) -> None:
-        """Subscribes its handlers."""
-        bus.subscribe(TrainingStarted, self._started)
-        bus.subscribe(StepFinished, self._step)
-        bus.subscribe(EvalFinished, lambda event: self._sweep.judge(self._running, event))
-
-    def _started(self, event: TrainingStarted) -> None:
-        self._running.trial.num_steps = event.num_steps
-
-    def _step(self, event: StepFinished) -> None:
-        self._running.step = event.step + 1
 
 
 class _TrialConsole(Console):

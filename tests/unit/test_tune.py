@@ -147,7 +147,7 @@ NOT_BEGUN = {
     "tune.space.train.warmup={type: uniform, low: 0, high: 2}": "tune.space with",
     "tune.metric=bleu": "tune.metric",
     "data.eval=": "data.eval is missing",
-    "data.eval=[{path: nothing}]": "there is nothing in it",
+    "data.eval=[{path: nothing}]": "the file is empty",
     "evaluate.evry=3": "did you mean evaluate.every?",
     "tune.search=bayes": "must be one of random, optuna, grid",
 }
