@@ -1,7 +1,8 @@
-"""Who uses which adapter: an engine frees one that was taken away when the last request that holds it has ended.
+"""Counts the requests that use an adapter: an engine frees a removed adapter when its last request has ended.
 
-A request holds its adapter from the call that asked for it on, because the adapter may be taken away before the first token
-is read; so a request that is never read at all has to let go, too. Plain asyncio; knows no engine.
+A request holds its adapter from its first call on, because the adapter may be removed before the first token is read. A
+request
+that is never read has to release it too. Plain asyncio; knows no engine.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterReferences:
-    """Counts, by adapter. free: awaited once for each adapter that was retired, when nobody holds it any more."""
+    """Reference counts by adapter. free: awaited once per removed adapter, when no request uses it any more."""
 
     def __init__(self, free: Callable[[int], Awaitable[None]]) -> None:
         self._free = free
@@ -27,17 +28,17 @@ class AdapterReferences:
         self._freeing: set[asyncio.Future[None]] = set()
 
     def take(self, adapter: int) -> AdapterReference:
-        """One more request's. In the event loop that `free` belongs to."""
+        """A new reference. Call it in the event loop of `free`."""
         self._users[adapter] += 1
         return AdapterReference(self, adapter, asyncio.get_running_loop())
 
     async def retire(self, adapter: int) -> None:
-        """No request takes it any more: it is freed now, or after its last one."""
+        """Removes an adapter: it is freed now, or after its last request."""
         self._retired.add(adapter)
         await self._look(adapter)
 
     def num_held(self) -> int:
-        """Requests that hold an adapter."""
+        """Number of references."""
         return self._users.total()
 
     async def _let_go(self, adapter: int) -> None:
@@ -60,29 +61,31 @@ class AdapterReferences:
 
 
 class AdapterReference:
-    """One request's hold of an adapter."""
+    """One request's reference to an adapter."""
 
     def __init__(self, holds: AdapterReferences, adapter: int, loop: asyncio.AbstractEventLoop) -> None:
         self._holds, self._adapter, self._loop = holds, adapter, loop
         self._is_held = True
 
     async def end(self) -> None:
-        """May be called again, to no effect."""
+        """Releases the reference. Further calls have no effect."""
         if self._is_held:
             self._is_held = False
             await self._holds._let_go(self._adapter)
 
     def end_soon(self) -> None:
-        """The same from where nothing can be awaited, whatever the thread."""
+        """The same, for code that cannot await, in any thread."""
         if self._is_held:
             with suppress(RuntimeError):  # the loop is closed, and with it all that the hold was for
                 self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self.end()))
 
 
 class ReferencedChunks(AsyncIterator[OutputChunk]):
-    """What a request is answered with. It holds until its end, until `aclose`, or until nobody can read it any more.
+    """The chunks of a request. The reference lasts until their end, `aclose`, or until nobody can read them any more.
 
-    chunks: a generator that ends the hold itself, once it has begun.
+    Args:
+        chunks: A generator that releases the reference itself once it has begun.
+        hold: The reference.
     """
 
     def __init__(self, chunks: AsyncGenerator[OutputChunk, None], hold: AdapterReference) -> None:

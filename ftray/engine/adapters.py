@@ -1,7 +1,9 @@
-"""What a LoRA adapter directory says of itself, and whether it fits a base. Plain Python: no torch.
+"""Reads and checks LoRA adapter directories and the headers of safetensors files. Plain Python: no torch.
 
-Publishing asks before anything is written, serving again before anything is loaded. PEFT's format, safetensors only; of
-PEFT's many options those that ftray trains: plain LoRA, rsLoRA and DoRA over linear layers.
+Publishing checks an adapter before it writes, serving before it loads. The format is PEFT's, safetensors only, with those of
+PEFT's
+options that ftray trains: LoRA, rsLoRA and DoRA over linear layers. A header comes from the author of the file, so its length,
+names, shapes, types and offsets are all bounded.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ _NOT_SERVED = (
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What of adapter_config.json decides the answer. base, revision: what it was trained on."""
+    """The settings in adapter_config.json that affect the answer. base, revision: the model that it was trained on."""
 
     rank: int
     scaling: float
@@ -58,7 +60,7 @@ class AdapterSettings:
 
 
 def read_settings(text: bytes, where: str) -> AdapterSettings:
-    """Reads adapter_config.json. Raises ModelError naming the option that this version doesn't serve."""
+    """Reads adapter_config.json. Raises ModelError naming the option that this version cannot serve."""
     again = "write it again with `ftray export`"
     try:
         tree = strict_json.parse(text, max_bytes=MAX_CONFIG_BYTES, max_depth=16)
@@ -98,10 +100,10 @@ def read_settings(text: bytes, where: str) -> AdapterSettings:
 
 
 def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list[int]]]:
-    """Settings of an adapter directory and the shapes of its tensors, by name; reads no tensor.
+    """Settings of an adapter directory and the shapes of its tensors, by name. Reads no tensor.
 
     Raises:
-        ModelError: A file is missing, no regular file, too large or malformed; a tensor is not of 16 or 32 bits.
+        ModelError: A file is missing, not a regular file, too large or malformed, or a tensor does not have 16 or 32 bits.
     """
     where = str(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -120,7 +122,7 @@ def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list
 
 
 def adapter_shapes(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, list[int]]:
-    """Shapes of an adapter's tensors. Raises ModelError for a dtype that adapters don't have."""
+    """Shapes of an adapter's tensors. Raises ModelError for a dtype that adapters do not have."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ModelError(f"{where}: {name} is {tensor.dtype}, and adapters have {', '.join(_DTYPES)}; convert it")
@@ -130,7 +132,8 @@ def adapter_shapes(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, l
 def layers_of(settings: AdapterSettings, shapes: Mapping[str, list[int]], where: str) -> dict[str, dict[str, str]]:
     """Layer of the base → part (lora_A, lora_B, lora_magnitude_vector) → name of its tensor in the file.
 
-    Raises ModelError for a tensor that belongs to no LoRA layer, and for a layer that lacks a part.
+    Raises:
+        ModelError: A tensor belongs to no LoRA layer, or a layer lacks a part.
     """
     layers: dict[str, dict[str, str]] = {}
     for name in sorted(shapes):
@@ -152,10 +155,16 @@ def layers_of(settings: AdapterSettings, shapes: Mapping[str, list[int]], where:
 def check_adapter(
     settings: AdapterSettings, shapes: Mapping[str, list[int]], base_shapes: Mapping[str, list[int]], where: str
 ) -> dict[str, dict[str, str]]:
-    """`layers_of`, after each tensor's shape was compared with the base's layer and the rank.
+    """`layers_of`, after comparing each tensor's shape with the base's layer and the rank.
 
-    shapes: of the adapter's tensors. base_shapes: [out, in] of the base's weights, by name with `.weight`. Raises
-    ModelError naming the layer.
+    Args:
+        settings: The adapter's settings.
+        shapes: Shapes of the adapter's tensors.
+        base_shapes: [out, in] of the base's weights, by name with `.weight`.
+        where: The adapter's name in messages.
+
+    Raises:
+        ModelError: The adapter does not fit. The message names the layer.
     """
     layers = layers_of(settings, shapes, where)
     for layer, parts in layers.items():
@@ -209,16 +218,17 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
     """Reads and checks a header.
 
     Args:
-        header: The JSON behind the first 8 bytes.
-        data_bytes: Size of the file behind the header.
-        where: What messages call the file.
+        header: The JSON after the first 8 bytes.
+        data_bytes: Size of the file after the header.
+        where: The file's name in messages.
 
     Returns:
         The tensors by name.
 
     Raises:
-        ModelError: The header is not JSON, or a name, type, shape or offset is impossible; tensors overlap, leave gaps
-            or end beyond the file.
+        ModelError: The header is not JSON, or a name, type, shape or offset is impossible; tensors overlap, leave gaps or end
+            beyond
+            the file.
     """
     if data_bytes < 0:
         raise ModelError(f"{where} is no safetensors file: its header is longer than the file")

@@ -1,4 +1,4 @@
-"""The engine without a server: answers for a list of prompts, and an engine from a directory.
+"""Uses the engine without a server: answers for a list of prompts, and an engine from a directory.
 
 Knows nothing of HTTP, Ray or run files.
 """
@@ -31,10 +31,18 @@ def generate_all(
     max_num_seqs: int = 16,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Answers all prompts (ids); results in their order. `on_done` gets the number of answers so far.
+    """Answers all prompts (ids), in their order.
 
-    Leaves the model as it was: training mode, attention, and torch's random state, which continuous batching reseeds.
-    Call it outside of any event loop. Raises ContextLengthError before anything is computed, EngineError.
+    Restores the model's training mode and attention, and torch's random state, which continuous batching reseeds. Call it
+    outside of
+    an event loop.
+
+    Args:
+        on_done: Called with the number of answers so far.
+
+    Raises:
+        ContextLengthError: A prompt is too long; nothing has been computed yet.
+        EngineError: The engine died.
     """
     if not prompts:
         return []
@@ -110,11 +118,18 @@ def load_engine(
     adapters: bool = False,
     revision: str | None = None,
 ) -> TransformersEngine:
-    """An engine, to be started, for a directory of safetensors with config and tokenizer, or for a model of a hub.
+    """An engine, not started yet, for a directory of safetensors with config and tokenizer, or for a model of a hub.
 
-    dtype: `float32`, `bfloat16`, …; None: as stored. num_threads: torch's, for this process. adapters: whether it can
-    hold some. revision: of a hub's model. Uses the GPU where there is one. Raises ModelError naming what the directory
-    lacks.
+    Uses the GPU if there is one.
+
+    Args:
+        dtype: `float32`, `bfloat16`, …; None: as stored.
+        num_threads: Torch's threads in this process.
+        adapters: Whether adapters can be loaded.
+        revision: Of a hub's model.
+
+    Raises:
+        ModelError: The directory is not a model. The message names what is missing.
     """
     is_local = isinstance(model_dir, Path) or Path(model_dir).is_absolute() or Path(model_dir).is_dir()
     directory = Path(model_dir) if is_local else model_dir

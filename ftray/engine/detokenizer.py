@@ -1,7 +1,7 @@
-"""Token by token → text that can be shown at once. Knows nothing of models, engines or HTTP: `decode` is given.
+"""Turns tokens into text that can be shown at once. Knows no models, engines or HTTP; `decode` is passed in.
 
-Two things must not be shown early: a character whose bytes are spread over tokens, and the beginning of what may become
-a stop string.
+Two things must not be shown early: a character whose bytes are spread over tokens, and the beginning of a possible stop
+string.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ _HALF = "\ufffd"  # what decoders write for bytes that make no character (yet)
 
 
 class Detokenizer:
-    """The text of one answer, as it grows.
+    """The growing text of one answer.
 
-    decode: ids → text, special tokens left out and no spaces cleaned up. Text of all pushes and `finish` together is
-    `decode` of all ids, cut before the first stop string, and without a character that never became whole.
+    The texts of all pushes and `finish` together are `decode` of all ids, cut before the first stop string, without an
+    incomplete
+    character at the end.
+
+    Args:
+        decode: Ids → text, without special tokens and without cleaning up spaces.
+        stop: Stop strings.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -29,7 +34,7 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Text that became certain with this token; "" once stopped."""
+        """The text that became final with this token; "" after a stop string."""
         if self.stopped:
             return ""
         self._ids.append(token_id)
@@ -43,7 +48,7 @@ class Detokenizer:
         return self._release(text[len(before) :])
 
     def finish(self) -> str:
-        """The rest: what was held back, less a character that never became whole."""
+        """The rest of the text, without an incomplete character."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[: self._num_shown])
@@ -67,9 +72,10 @@ class Detokenizer:
 def read_tokens(
     stream: Detokenizer, new: Sequence[int], end_ids: Collection[int], *, is_last: bool
 ) -> tuple[str, int, FinishReason | None]:
-    """Text of an answer's next tokens, how many of them belong to it, and why it ended, if it did.
+    """The text of an answer's next tokens, the number of tokens that belong to it, and the reason if it ended.
 
-    It ends with an end token (no text, but one of its tokens), a stop string, or where `is_last` says that no more come.
+    It ends with an end token (a token of the answer, but without text), a stop string, or if `is_last` says that no more
+    tokens come.
     """
     text, taken = "", 0
     reason: FinishReason | None = "length" if is_last else None

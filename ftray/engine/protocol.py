@@ -1,6 +1,6 @@
-"""What every engine promises: prompt ids → chunks of text. The words that evaluation, serving and engines share.
+"""The protocol of all engines: prompt ids → chunks of text. Types that evaluation, serving and engines share.
 
-Knows nothing of HTTP, Ray, torch, transformers or chat templates; needs nothing but the standard library.
+Needs only the standard library: no HTTP, Ray, torch, transformers or chat templates.
 """
 
 from __future__ import annotations
@@ -17,28 +17,34 @@ MAX_LOGPROBS = 20
 
 
 class EngineError(RunError):
-    """The engine died, was stopped, or a request was aborted: nobody's input is to blame."""
+    """The engine died or was stopped, or a request was aborted. The input is not the cause."""
 
 
 class StuckError(EngineError):
-    """One answer can't go on as its request wants it; the engine and all others are well."""
+    """One answer cannot continue as requested. The engine and all other answers are unaffected."""
 
 
 class ContextLengthError(DataError):
-    """Prompt and requested tokens don't fit into the model's context."""
+    """Prompt and requested tokens do not fit into the model's context."""
 
 
 class SchemaError(DataError):
-    """Answers can't be held to this JSON schema."""
+    """Answers cannot be constrained to this JSON schema."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is answered. Raises DataError for values out of bounds.
+    """Parameters of one request.
 
-    temperature 0 is greedy (then top_p and seed have no effect). Without a seed every sampled answer is another; with
-    one it repeats as far as rounding allows, since a batch's other members may shift logits by a rounding error.
-    num_logprobs: likeliest tokens told with each token's own log probability; 0: only its own; None: none at all.
+    Attributes:
+        temperature: 0 is greedy; top_p and seed then have no effect.
+        seed: Without a seed every sampled answer differs. With one it repeats as far as rounding allows: other members of the
+            batch
+            may change logits by a rounding error.
+        num_logprobs: Number of likeliest tokens returned with each token's log probability. 0: only its own; None: none.
+
+    Raises:
+        DataError: A value is out of bounds.
     """
 
     max_tokens: int
@@ -64,9 +70,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """What the model thought of one token it generated: natural log probabilities before temperature and top_p.
+    """Natural log probabilities of one generated token, before temperature and top_p.
 
-    top: the likeliest tokens in its place, best first, as (token id, log probability).
+    Attributes:
+        top: The likeliest tokens at its position, best first, as (token id, log probability).
     """
 
     token_id: int
@@ -76,11 +83,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """What came since the last chunk. The last one has a finish_reason.
+    """The output since the last chunk. The last chunk has a finish_reason.
 
-    text: never half a character, never a part of a stop string, never the end token. token_ids: all that was generated,
-    the end token included; text may lag behind them, and comes whole by the last chunk. logprobs: one for each token,
-    where they were asked for.
+    Attributes:
+        text: Never half a character, part of a stop string or the end token.
+        token_ids: All generated tokens, including the end token. The text may lag behind, and is complete with the last chunk.
+        logprobs: One per token, if requested.
     """
 
     text: str
@@ -93,7 +101,7 @@ class OutputChunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer; token_ids as in Chunk. seconds: from its request to its end, beside the others of its batch."""
+    """A whole answer. token_ids: as in OutputChunk. seconds: from its request to its end, next to the others of its batch."""
 
     text: str
     token_ids: list[int]
@@ -102,11 +110,12 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One base model, and adapters where the engine can hold them.
+    """One base model, and adapters if the engine supports them.
 
-    All methods belong to one event loop. `generate` checks its arguments at once (DataError, ContextLengthError) and
-    queues nothing then; the iterator raises EngineError when the engine dies, never waits forever. Leaving the
-    iterator early (aclose, cancellation) frees the request's place, as `abort` does by name.
+    All methods belong to one event loop. `generate` checks its arguments at once (DataError, ContextLengthError) and then
+    queues
+    nothing. The iterator raises EngineError if the engine dies and never waits forever. Leaving the iterator early (aclose,
+    cancellation) frees the request's place, as does `abort`.
     """
 
     tokenizer: Any
@@ -117,10 +126,10 @@ class Engine(Protocol):
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
     ) -> AsyncIterator[OutputChunk]:
-        """adapter: one that is loaded (ModelError if it isn't); None: the base. Unloading it ends no request."""
+        """adapter: a loaded adapter (otherwise ModelError), or None for the base. Unloading it ends no request."""
 
     def check_schema(self, schema: str) -> None:
-        """Raises SchemaError for a JSON schema that answers can't be held to. May take a second; any thread."""
+        """Raises SchemaError for a JSON schema that answers cannot be constrained to. May take a second; any thread."""
 
     async def abort(self, request_id: str) -> None: ...
 
@@ -137,7 +146,7 @@ class Engine(Protocol):
 
 
 def check_prompt(prompt_ids: list[int], max_tokens: int, vocab_size: int, max_context: int) -> None:
-    """Raises DataError for a prompt that is empty or holds strange ids, ContextLengthError for one that is too long."""
+    """Raises DataError for an empty prompt or unknown ids, ContextLengthError for a prompt that is too long."""
     if not prompt_ids:
         raise DataError("the prompt is empty")
     if not all(0 <= token < vocab_size for token in prompt_ids):

@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on what stands beside a text: of which models, and up to where they don't."""
+"""Which models have RoPE frequencies that depend on the longest sequence in the batch, and from which length on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def steady_context(model_config: Any) -> int | None:
-    """Positions within which a text's frequencies are its own; None where they always are.
+    """Number of positions within which a text's RoPE frequencies do not depend on other texts; None: no limit.
 
-    Of `longrope` and `dynamic` scaling transformers takes those of the longest text of a batch or row for all of it.
+    With `longrope` and `dynamic` scaling, transformers uses the frequencies of the longest text for the whole batch.
     """
     text = model_config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}

@@ -1,7 +1,7 @@
-"""Which models one replica answers for, and which adapters it holds: the registry is what should be, this is what is.
+"""The models of a replica and its loaded adapters: the registry is the desired state, this is the actual state.
 
-Knows the engine protocol and the registry; nothing of HTTP or Ray. A name that a client sends is looked up here and
-nowhere else: it never becomes part of a path.
+Knows the engine protocol and the registry, but not HTTP or Ray. A client's model name is only looked up here; it never becomes
+part of a path.
 """
 
 from __future__ import annotations
@@ -25,22 +25,28 @@ from ftray.serve.openai import RequestError
 from ftray.serve.registry import Scan, scan
 from ftray.serve.registry_schema import PublishedAdapter, Rejected
 
-POLL_S = 1.0  # between two looks at the registry
-SURPRISED_S = 60.0  # how long an adapter whose loading failed unexpectedly is refused
+POLL_S = 1.0  # between two reads of the registry
+SURPRISED_S = 60.0  # how long an adapter is refused after an unexpected error
 _PATH = re.compile(r"(?<![\w.])(?:\w+:/)?/\S*?(?P<file>/adapter_\w+\.\w+)?(?=[\s,;:)'\"]|$)")
-MAX_LOGGED = 100  # lines of one look about entries that are not served; more are counted only
+MAX_LOGGED = 100  # rejected entries that are logged per read; others are counted only
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """What a replica is told to serve: a model alone, or a base with adapters.
+    """The models of a replica: a single model, or a base with adapters.
 
-    adapters: fixed ones, id → URI. registry: URI of what is published for this base, looked at again and again; base,
-    revision: what published adapters must have been trained on. max_adapters: held in memory at a time. lineages: of the
-    model or the fixed adapters, by id: what their runs' origin is known by. references: what these were trained on, in
-    figures, by id (`drift`). trusted_keys: public keys, one of which must have signed what is published; none: signatures
-    are not looked at. max_adapter_bytes: largest weights file of what is published.
+    Attributes:
+        model_id: Name of the model or base.
+        adapters: Fixed adapters, id → URI.
+        registry: URI of the base's published adapters, which is read regularly.
+        base: The base that published adapters must have been trained on.
+        revision: Its revision.
+        max_adapters: Adapters in memory.
+        lineages: Lineage ids of the model or fixed adapters, by id.
+        references: Statistics of their training data, by id (`drift`).
+        trusted_keys: Public keys, one of which must have signed a published adapter. Without keys, signatures are not checked.
+        max_adapter_bytes: Largest weights file of a published adapter.
     """
 
     model_id: str
@@ -56,10 +62,9 @@ class ServedModels:
 
 
 class AdapterCache:
-    """Model ids → adapters, loaded when they are first asked for, the least recently used one unloaded for another.
+    """Loads adapters on their first request, and unloads the least recently used one for another.
 
-    Unloading ends no request: the engine keeps what its running requests need. So beyond `max_adapters` there may be as
-    many as requests run.
+    Unloading ends no request: the engine keeps the adapters of its running requests, so there may be more than `max_adapters`.
     """
 
     def __init__(
@@ -68,40 +73,40 @@ class AdapterCache:
         self._engine, self._served, self._on_rejected = engine, served, on_rejected
         self._scan: Scan | None = None  # None: the registry was never read
         self._published: dict[str, PublishedAdapter] = {}
-        self._reported: frozenset[Rejected] = frozenset()  # what the last look found not fit to be served
-        self._trouble = ""  # why the last look failed
+        self._reported: frozenset[Rejected] = frozenset()  # rejected entries of the last read
+        self._trouble = ""  # error of the last read
         self._loaded: OrderedDict[str, None] = OrderedDict()  # keys of the engine's adapters, least recently used first
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._refused: dict[str, tuple[str, float]] = {}  # URI → why it can't be served, and until when
+        self._refused: dict[str, tuple[str, float]] = {}  # URI → reason of the refusal, and its end
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Reads the registry, and goes on doing so. A registry that can't be read keeps no replica from starting."""
+        """Reads the registry and keeps reading it. A registry that is down does not keep a replica from starting."""
         if self._served.registry is not None:
             await self._look()
             self._task = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
-        """Stops looking."""
+        """Stops reading the registry."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
 
     def model_ids(self) -> list[str]:
-        """All that may be asked for: the base or whole model, fixed adapters, published ones as `base:name`."""
+        """All model names: the base or model, fixed adapters, and published ones as `base:name`."""
         return [self._served.model_id, *self._served.adapters, *(self._public(name) for name in self._published)]
 
     def may_exist(self, model_id: str) -> bool:
-        """Whether a model that is not in `model_ids` may be published all the same: the registry could not be read yet."""
+        """Whether a model outside `model_ids` may be published, because the registry could not be read yet."""
         return self._served.registry is not None and self._scan is None and model_id.startswith(self._public(""))
 
     def lineage(self, model_id: str) -> str | None:
-        """Id of the lineage of the run that a model comes from, where it is known."""
+        """Lineage id of the run that a model comes from, if known."""
         return self._served.lineages.get(model_id) or self._meta_of(model_id).get("lineage")
 
     def reference(self, model_id: str) -> Mapping[str, Any] | None:
-        """Figures of a model's training data, where they are known."""
+        """Statistics of a model's training data, if known."""
         return self._served.references.get(model_id) or self._meta_of(model_id).get("reference")
 
     def _meta_of(self, model_id: str) -> Mapping[str, Any]:
@@ -115,8 +120,10 @@ class AdapterCache:
     async def prepare(self, model_id: str) -> str | None:
         """The engine's name of the adapter that answers for `model_id`, loaded; None for the base.
 
-        Use it before awaiting anything else: another request may push it out. Raises RequestError: 404 for an unknown
-        model, 503 when its adapter can't be had.
+        Use it before awaiting anything else: another request may unload it.
+
+        Raises:
+            RequestError: 404 for an unknown model. 503 if its adapter is not available now, or can never be served.
         """
         if model_id == self._served.model_id:
             return None
@@ -131,7 +138,7 @@ class AdapterCache:
                 task = self._loading[uri] = asyncio.create_task(self._load(uri, sums))
                 task.add_done_callback(lambda _: self._loading.pop(uri, None))
             try:
-                await asyncio.shield(task)  # others may wait for it, too
+                await asyncio.shield(task)  # others may wait for it too
             except FtrayError as err:
                 logger.error("adapter %s: %s", model_id, err)
                 raise self._refusal(model_id, uri) from None
@@ -158,9 +165,9 @@ class AdapterCache:
         except (ModelError, CheckpointError) as err:
             self._refused[uri] = (str(err), math.inf)  # a version never changes
             raise
-        except FtrayError:  # the store, or the engine: they may recover
+        except FtrayError:  # the store or the engine may recover
             raise
-        except Exception as err:  # whatever a library makes of foreign files is one adapter's fault, not the replica's
+        except Exception as err:  # any error of a library on foreign files concerns one adapter, not the replica
             reason = f"{uri} can't be loaded ({type(err).__name__}: {' '.join(str(err).split())[:200]})"
             self._refused[uri] = (reason, time.monotonic() + SURPRISED_S)
             raise ModelError(reason) from err
@@ -177,15 +184,15 @@ class AdapterCache:
             await self._look()
 
     async def _look(self) -> None:
-        """One look at the registry, which raises nothing: a store that is down changes nothing in what is served."""
+        """Reads the registry once. It raises nothing: if the store is down, the served models stay the same."""
         try:
             await self._reconcile()
             self._trouble = ""
         except Exception as err:
             known = isinstance(err, FtrayError)
             trouble = str(err) if known else type(err).__name__
-            if trouble != self._trouble:  # once, not each second
-                logger.warning("the registry can't be read: %s", printable(trouble), exc_info=not known)
+            if trouble != self._trouble:  # log it once, not every second
+                logger.warning("Could not read the registry: %s", printable(trouble), exc_info=not known)
             self._trouble = trouble
 
     async def _reconcile(self) -> None:
@@ -203,7 +210,7 @@ class AdapterCache:
         self._published = {name: one for name, one in found.adapters.items() if name not in misfits}
         wanted = {one.uri for one in self._published.values()} | set(self._served.adapters.values())
         self._refused = {uri: why for uri, why in self._refused.items() if uri in wanted}
-        for uri in [uri for uri in self._loaded if uri not in wanted]:  # taken away, or there is a newer version
+        for uri in [uri for uri in self._loaded if uri not in wanted]:  # removed, or replaced by a newer version
             del self._loaded[uri]
             await self._engine.unload_adapter(uri)
 
@@ -216,12 +223,12 @@ class AdapterCache:
         return Rejected(one.name, one.version, one.uri, "base", reason)
 
     def _report(self, rejected: frozenset[Rejected]) -> None:
-        """Counts and logs what is not served: once for each version and reason, not at each look."""
+        """Counts and logs rejected entries, once per version and reason."""
         new = sorted(rejected - self._reported, key=lambda one: one.uri)
         for one in new:
             self._on_rejected(one)
         for one in new[:MAX_LOGGED]:
             logger.warning("%s", printable(str(one)))
         if len(new) > MAX_LOGGED:
-            logger.warning("%s further entries of the registry are not served", len(new) - MAX_LOGGED)
+            logger.warning("%s more entries of the registry are not served", len(new) - MAX_LOGGED)
         self._reported = rejected

@@ -1,6 +1,6 @@
-"""How many replicas there should be where first texts must come in time: Serve's own rule, and a push beyond it.
+"""Autoscaling by time to first token: Serve's own policy, and more replicas while first tokens are late.
 
-Serve pickles this module whole into its controller, so it needs nothing of ftray. Knows no engine and no HTTP.
+Serve pickles this module into its controller, so it must not import ftray. Knows no engine and no HTTP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WINDOW_S = 30.0
 
 
 class TtftWindow:
-    """Seconds to first text of a replica's answers of the last half minute."""
+    """Times to first token of a replica's answers in the last half minute."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque(maxlen=1000)
@@ -24,16 +24,17 @@ class TtftWindow:
         self._seen.append((time.monotonic(), first_s))
 
     def median(self) -> float:
-        """0 when nothing was answered."""
+        """0 if there were no answers."""
         since = time.monotonic() - WINDOW_S
         return median([first_s for when, first_s in self._seen if when >= since] or [0.0])
 
 
 class TtftPolicy:
-    """Serve's rule (ongoing requests a replica), but more replicas while first texts come later than `target_s`.
+    """Serve's policy (ongoing requests per replica), with more replicas while first tokens take longer than `target_s`.
 
-    At most twice as many at a time, and none fewer before they come in half of it: a replica less makes all others slower.
-    Bounds and delays are applied by Serve.
+    It at most doubles the replicas at a time, and removes none before first tokens take less than half of the target, because
+    fewer
+    replicas make all others slower. Serve applies bounds and delays.
     """
 
     def __init__(self, target_s: float) -> None:

@@ -1,7 +1,8 @@
-"""What Ray Serve imports where a configuration file deploys the endpoint (a KubeRay RayService): app from run file.
+"""The application that Ray Serve imports if a config file deploys the endpoint (a KubeRay RayService).
 
-Knows the run file and the place of its exported model; nothing of clusters. Which model answers, its lineage, its drift's
-references and where feedback is kept are as with `ftray serve` and `serve.max_adapters: 0`.
+Knows the run file and the place of its exported model, but not clusters. Model, lineage, drift references and feedback are as
+with
+`ftray serve` and `serve.max_adapters: 0`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def build(args: dict[str, str]) -> serve.Application:
-    """The application of the run file `args["run"]`; keys come from FTRAY_API_KEY. Raises ConfigError without one."""
+    """The application of the run file `args["run"]`. Keys come from FTRAY_API_KEY. Raises ConfigError without one."""
     run = config.load_run(args["run"])
     run_dir = storage.absolute(run.directory)
     model_dir = storage.join(run_dir, "model")

@@ -1,7 +1,8 @@
-"""Whether requests still look like what a model was trained on: lengths and scripts of prompts, and empty answers.
+"""Detects whether requests differ from the training data: lengths and scripts of prompts, and empty answers.
 
-Plain Python over the last requests of each model; knows no index, no engine and no HTTP. What was trained on comes as the
-few figures that a run keeps in `data/reference.json`.
+Plain Python over the last requests of each model. Knows no index, engine or HTTP. The statistics of the training data come
+from
+the run's `data/reference.json`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 from ftray.chat.scripts import count_scripts
 
-LAST, LEAST = 1000, 100  # requests that are looked at, and from how many on something is said
-MAX_CHARS = 20_000  # of a prompt: a longer one's beginning tells its scripts
+LAST, LEAST = 1000, 100  # requests that are used, and the least number for a result
+MAX_CHARS = 20_000  # of a prompt whose scripts are counted
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,15 @@ class RequestSample:
 
 @dataclass(frozen=True)
 class DriftFigures:
-    """prompt_tokens: population stability index of prompts' lengths over the training set's deciles (0: the same; above
-    0.25 is usually called a shift). scripts: share of letters that would have to be of another script (0 to 1). empty:
-    share of answers without text; training has none. None: unknown."""
+    """Differences between requests and training data. None: unknown.
+
+    Attributes:
+        prompt_tokens: Population stability index of the prompts' lengths over the training set's deciles. 0: equal; above
+            0.25 is
+            usually called a shift.
+        scripts: Share of letters that would have to be in another script, 0 to 1.
+        empty: Share of answers without text; training data has none.
+    """
 
     prompt_tokens: float | None
     scripts: float | None
@@ -43,27 +50,27 @@ class DriftMonitor:
     """The last requests of each model."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, deque[RequestSample]] = {}
+        self._samples: dict[str, deque[RequestSample]] = {}
 
-    def add(self, model: str, seen: RequestSample) -> None:
-        self._seen.setdefault(model, deque(maxlen=LAST)).append(seen)
+    def add(self, model: str, sample: RequestSample) -> None:
+        self._samples.setdefault(model, deque(maxlen=LAST)).append(sample)
 
     def models(self) -> list[str]:
-        """Those that have answered often enough."""
-        return [model for model, seen in list(self._seen.items()) if len(seen) >= LEAST]
+        """Models with enough answers."""
+        return [model for model, samples in list(self._samples.items()) if len(samples) >= LEAST]
 
     def figures(self, model: str, reference: Mapping[str, Any] | None) -> DriftFigures:
-        """Of the last requests of one of `models`, against its training data where that is known."""
-        seen = list(self._seen[model])  # at once: others may be added from another thread
-        empty = sum(one.is_empty for one in seen) / len(seen)
+        """The drift of a model's last requests, compared with its training data if that is known."""
+        samples = list(self._samples[model])  # a copy: another thread may add samples
+        empty = sum(one.is_empty for one in samples) / len(samples)
         if not reference:
             return DriftFigures(None, None, empty)
         letters = Counter[str]()
-        for one in seen:
+        for one in samples:
             letters.update(one.scripts)
         deciles = reference.get("prompt_tokens") or []
         return DriftFigures(
-            _stability([one.num_prompt_tokens for one in seen], deciles) if len(deciles) == 9 else None,
+            _stability([one.num_prompt_tokens for one in samples], deciles) if len(deciles) == 9 else None,
             _distance(letters, reference.get("scripts") or {}) if letters.total() else None,
             empty,
         )
@@ -71,26 +78,26 @@ class DriftMonitor:
 
 def scripts_of(text: str) -> Mapping[str, int]:
     """Letters of a prompt by script."""
-    found: Counter[str] = Counter()
-    count_scripts(text[:MAX_CHARS], found)
-    return found
+    counts: Counter[str] = Counter()
+    count_scripts(text[:MAX_CHARS], counts)
+    return counts
 
 
 def _stability(lengths: list[int], deciles: list[int]) -> float:
-    """Sum of (p - q) ln(p / q) over the bins between distinct deciles; half a request is added to each bin."""
+    """Sum of (p - q) ln(p / q) over the bins between distinct deciles. Half a request is added to each bin."""
     edges = sorted(set(deciles))
     expected = [0.0] * (len(edges) + 1)
     for i in range(10):  # equal deciles share a bin
         expected[bisect_left(edges, deciles[i]) if i < 9 else len(edges)] += 0.1
     counts = Counter(bisect_left(edges, length) for length in lengths)
     total = len(lengths) + 0.5 * len(expected)
-    found = [(counts[i] + 0.5) / total for i in range(len(expected))]
-    wanted = [(q * len(lengths) + 0.5) / total for q in expected]
-    return sum((p - q) * math.log(p / q) for p, q in zip(found, wanted, strict=True))
+    observed = [(counts[i] + 0.5) / total for i in range(len(expected))]
+    reference = [(q * len(lengths) + 0.5) / total for q in expected]
+    return sum((p - q) * math.log(p / q) for p, q in zip(observed, reference, strict=True))
 
 
 def _distance(letters: Counter[str], shares: Mapping[str, float]) -> float:
-    """Total variation between two shares of scripts."""
+    """Total variation distance between two distributions of scripts."""
     total = letters.total()
     return 0.5 * sum(
         abs(letters[script] / total - shares.get(script, 0.0)) for script in letters.keys() | shares.keys()

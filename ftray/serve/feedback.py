@@ -1,8 +1,10 @@
-"""What users thought of answers, as records for the next training run: bounded for each API key. Knows storage, no HTTP.
+"""Stores users' feedback as records for the next training run, within limits per API key. Knows storage, but not HTTP.
 
-`<run>/feedback/up/` holds conversations worth learning (praised, or corrected), `down/` the others; each record is a line
-of JSON in the shape `messages`, so that `data.train: [{path: <run>/feedback/up}]` takes them as they are. A record names the
-key that left it by an id, so that all of one key's records can be found and removed.
+`<run>/feedback/up/` has conversations worth training on (praised or corrected), `down/` the others. Each record is a line of
+JSON
+in the format `messages`, so `data.train: [{path: <run>/feedback/up}]` reads them as they are. A record has the id of the key
+that
+left it, so all records of one key can be found and removed.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ _MAX_CALLERS = 10_000
 
 
 class FeedbackBox:
-    """Keeps opinions below one place, within bounds for each key.
+    """Stores feedback within limits per key.
 
     Args:
-        place: URI below which `feedback/` lies.
-        bounds: What each key may leave.
+        place: URI that contains `feedback/`.
+        bounds: The limits.
         clock: Seconds, for the quotas.
     """
 
@@ -39,23 +41,23 @@ class FeedbackBox:
 
     @property
     def max_bytes(self) -> int:
-        """Largest request."""
+        """Size of the largest request."""
         return self._bounds.max_bytes
 
     async def keep(self, opinion: FeedbackRequest, caller: str) -> str:
         """Writes one record and returns its URI.
 
         Args:
-            opinion: What the client sent.
-            caller: Its key, hashed; "" where the endpoint has no keys.
+            opinion: The client's request.
+            caller: Its hashed key; "" if the endpoint has no keys.
 
         Raises:
-            RequestError: 403 for another key's answer, 429 when the key's quota is used up.
-            StorageError: The record can't be written.
+            RequestError: 403 for another key's answer, 429 if the key's quota is used up.
+            StorageError: The record cannot be written.
         """
         if not is_answer_of(opinion.id, caller):
             raise RequestError(
-                403, "id is no answer to this API key; send the id of one", param="id", code="not_your_answer"
+                403, "id does not belong to an answer to this API key", param="id", code="not_your_answer"
             )
         folder, line = _record(opinion, caller)
         self._charge(caller, len(line))
@@ -75,9 +77,7 @@ class FeedbackBox:
         records, size = self._quotas[caller]
         for bucket, amount, what in ((records, 1, "records_per_day"), (size, num_bytes, "bytes_per_day")):
             if (wait_s := bucket.wait_s(min(amount, bucket.capacity), now)) > 0:
-                message = (
-                    f"this key's feedback is used up (serve.feedback.{what}: {bucket.capacity:.0f}); come again later"
-                )
+                message = f"this key's feedback is used up (serve.feedback.{what}: {bucket.capacity:.0f}); retry later"
                 raise RequestError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
         records.take(1)
         size.take(num_bytes)

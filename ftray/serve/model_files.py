@@ -1,4 +1,9 @@
-"""Where a replica finds its model and adapters: local directories, or committed in a bucket, fetched once into the cache."""
+"""Finds the files of models and adapters, and the metadata of their runs.
+
+Files are local, or committed in a bucket and downloaded into the cache once. The metadata is the lineage id and the
+statistics of
+the training data; missing metadata is left out.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +27,24 @@ from ftray.storage.model_directory import check_model_directory
 
 
 def is_hub_id(uri: str) -> bool:
-    """Whether `uri` is neither a local directory nor in a bucket: then it names a model of a hub."""
+    """Whether `uri` is neither a local directory nor in a bucket: then it is a model of a hub."""
     return not (storage.is_remote(uri) or uri.startswith(("/", ".", "~")) or Path(uri).is_dir())
 
 
 def check_model(uri: str) -> None:
-    """Raises ModelError if the directory, local or in a bucket, is no model. Downloads nothing, asks no hub."""
+    """Raises ModelError if the directory, local or in a bucket, is not a model. Downloads nothing and contacts no hub."""
     if is_hub_id(uri):
         return
     if not storage.is_remote(uri):
         check_model_directory(Path(uri))
     elif not storage.exists(storage.join(uri, "config.json")) or _committed(uri) is None:
-        raise ModelError(f"{uri} is no model: it has no config.json or was not committed; make one with `ftray export`")
+        raise ModelError(
+            f"{uri} is not a model: it has no config.json or was not committed; make one with `ftray export`"
+        )
 
 
 def local_model(uri: str) -> Path:
-    """Local directory of a model; one in a bucket is downloaded into the cache and verified. Raises as `check_model`."""
+    """Local directory of a model. A model in a bucket is downloaded into the cache and verified. Raises as `check_model`."""
     check_model(uri)
     if not storage.is_remote(uri):
         return Path(uri)
@@ -54,14 +61,15 @@ def local_adapter(uri: str, sums: Mapping[str, str] | None = None) -> Path:
     """Local directory of an adapter's two files.
 
     Args:
-        uri: The adapter's directory. Committed files are verified; those in a bucket are kept in the cache.
-        sums: Sha256 of each file, of an entry of the registry that was checked. Its files are always copied, and what is
-            verified is the copy: whoever may write to the registry can't change it afterwards.
+        uri: The adapter's directory. Committed files are verified; those in a bucket are stored in the cache.
+        sums: Sha256 of each file, from a checked entry of the registry. Its files are always copied and the copy is verified,
+            so
+            nobody with write access to the registry can change them afterwards.
 
     Raises:
-        ModelError: A file is missing, damaged or no regular file.
+        ModelError: A file is missing, damaged or not a regular file.
         CheckpointError: The manifest is damaged.
-        StorageError: The store can't be read.
+        StorageError: The store cannot be read.
     """
     if sums is not None:
         return _verified_copy(uri, sums)
@@ -119,7 +127,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _committed(uri: str) -> str | None:
-    """The committed directory that the model is, or lies in: `model/` of a run holds `merged/`."""
+    """The committed directory that is the model or contains it: `model/` of a run contains `merged/`."""
     parent = uri.rsplit("/", 1)[0]
     return next((u for u in (uri, parent) if storage.read_manifest(u) is not None), None)
 
@@ -130,12 +138,12 @@ logger = logging.getLogger(__name__)
 
 
 def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
-    """Ids of the lineages that exported models, id → URI of what was committed, came with."""
+    """Lineage ids of exported models. models: id → URI."""
     found = {}
     for name, uri in models.items():
         try:
             manifest = storage.read_manifest(uri)
-        except CheckpointError:  # told where it is loaded
+        except CheckpointError:  # reported when the model is loaded
             continue
         meta = {} if manifest is None else manifest.get("meta")
         lineage = meta.get("lineage") if isinstance(meta, dict) else None
@@ -145,7 +153,7 @@ def lineages_of(models: Mapping[str, str]) -> dict[str, str]:
 
 
 def reference_of(run_dir: str) -> dict[str, Any]:
-    """Figures of what a run was trained on, for drift; none where it kept none, or where they are damaged."""
+    """Statistics of a run's training data for drift detection; empty if they are missing or damaged."""
     uri = storage.join(run_dir, "data", "reference.json")  # data/prepare.py writes it
     if not storage.exists(uri):
         return {}

@@ -1,4 +1,4 @@
-"""OpenAI's words for answers: bodies, chunks of a stream, usage, log probabilities, lists of models.
+"""OpenAI's answer bodies: responses, chunks of a stream, usage, log probabilities, lists of models.
 
 Knows nothing of Ray, torch, transformers, web frameworks or engines.
 """
@@ -48,10 +48,7 @@ class ModelList(BaseModel):
 
 @dataclass(frozen=True)
 class ResponseFrame:
-    """The frame of one answer: what all of its chunks, or its whole body, have in common.
-
-    spell: token id → its text, for log probabilities.
-    """
+    """The fields that all chunks of an answer, or its whole body, share. spell: token id → text, for log probabilities."""
 
     chat: bool
     model: str
@@ -64,20 +61,20 @@ class ResponseFrame:
         return cls(chat, model, answer_id("chatcmpl" if chat else "cmpl", caller), int(time.time()), spell)
 
     def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        """Body of a plain response; choices as `choice` makes them."""
+        """Body of a plain response. choices: as `choice` makes them."""
         return {**self._frame("chat.completion"), "choices": choices, "usage": usage.model_dump()}
 
     def choice(
         self, index: int, text: str, finish_reason: FinishReason, logprobs: Sequence[TokenLogprob] | None
     ) -> dict[str, Any]:
-        """One of the answers of a plain response."""
+        """One answer of a plain response."""
         content: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         )
         return {"index": index, "finish_reason": finish_reason, "logprobs": self._logprobs(logprobs), **content}
 
     def first(self, index: int = 0) -> dict[str, Any] | None:
-        """A chat stream opens with the role; a completion's with text."""
+        """The first chunk of a chat stream has the role; a completion has none."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
 
     def delta(
@@ -91,7 +88,7 @@ class ResponseFrame:
         return self._chunk(index, content, finish_reason, logprobs)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk under `include_usage`: no choice in it."""
+        """The last chunk under `include_usage`, without choices."""
         return {**self._frame("chat.completion.chunk"), "choices": [], "usage": usage.model_dump()}
 
     def _chunk(
@@ -139,5 +136,5 @@ class ResponseFrame:
 
 
 def encode_event(value: Any) -> bytes:
-    """A server-sent event. JSON escapes line breaks, so one `data:` line holds it."""
+    """A server-sent event. JSON escapes line breaks, so it is one `data:` line."""
     return b"data: " + encode_json(value) + b"\n\n"

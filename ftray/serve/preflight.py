@@ -1,6 +1,6 @@
-"""Whether an endpoint's engine is there and holds what a run will make, told before anything is trained.
+"""Checks before training that the endpoint's engine is installed and can serve the run's result.
 
-Plain Python: torch and vLLM are not imported, nothing is loaded. What only a started engine knows is told by it.
+Plain Python: it imports neither torch nor vLLM and loads nothing. The engine itself reports what only a start can show.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ftray.errors import ConfigError
 
 
 def check_installed(serve_cfg: config.ServeConfig) -> None:
-    """Raises ConfigError when the engine is not installed here. For an endpoint that this machine is to start."""
+    """Raises ConfigError if the engine is not installed here. For an endpoint that this machine will start."""
     if serve_cfg.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "serve.engine is vllm, which is not installed here: pip install 'ftray[vllm]', or set serve.engine: transformers"
@@ -20,7 +20,7 @@ def check_installed(serve_cfg: config.ServeConfig) -> None:
 
 
 def check_holds(run: config.RunConfig) -> None:
-    """Raises ConfigError for a run whose adapter this engine can't serve, wherever it will be."""
+    """Raises ConfigError for a run whose adapter this engine cannot serve on any machine."""
     method, cfg = run.method, run.serve
     if cfg.engine != "vllm" or method.type not in ("lora", "qlora") or not cfg.max_adapters:
         return

@@ -1,8 +1,10 @@
-"""What stands before Serve's proxy: its own refusals and broken answers, told in OpenAI's shape.
+"""Middleware in Serve's proxy: turns its refusals and broken answers into OpenAI's shape.
 
-Serve refuses with text/plain, and where a replica dies it says nothing more. Here a refusal becomes OpenAI's error body,
-an answer that never began a 503, and a stream that broke off ends with an error event, without [DONE]. Serve takes this
-in by the environment, which has to be set where Ray's nodes start. Knows nothing of models or replicas.
+Serve refuses with text/plain, and is silent if a replica dies. Here a refusal becomes OpenAI's error body, an answer that
+never
+began becomes a 503, and a stream that breaks off ends with an error event, without [DONE]. Serve loads this through an
+environment
+variable, which must be set where Ray's nodes start. Knows nothing of models or replicas.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ SETTINGS = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
 }
 _TIMEOUT_HEADER = "x-request-timeout-seconds"
-_GONE = "the model went away while it answered; try again"
+_GONE = "the model became unavailable during the answer; try again"
 
 
 def announce() -> None:
-    """Makes a Ray that this process starts take it in. Variables that are set already stay."""
+    """Makes a Ray that this process starts load the middleware. Existing variables are kept."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls in each proxy, before it starts the HTTP server."""
+    """Called by Serve in each proxy, before the HTTP server starts."""
     uvicorn_with_bounded_headers()
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):  # gRPC would ask these for the way to replicas
         os.environ.pop(name, None)
@@ -60,7 +62,7 @@ class ProxyMiddleware:
 
 
 def _may_pass(name: bytes, value: bytes) -> bool:
-    """Whether Serve may see a header: it decodes some without a net, and one would let clients lift the time limit."""
+    """Whether Serve may see a header: it fails on undecodable ones, and one would let clients change the time limit."""
     try:
         value.decode()
         return name.decode().lower() != _TIMEOUT_HEADER
@@ -69,7 +71,7 @@ def _may_pass(name: bytes, value: bytes) -> bool:
 
 
 class _ProxiedResponse:
-    """One answer on its way: what of it is out already."""
+    """One answer in transit, and how much of it has been sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -91,7 +93,7 @@ class _ProxiedResponse:
         await self._send(message)
 
     async def end(self) -> None:
-        """Says what was left unsaid. Without effect where the client left."""
+        """Completes the answer if it is incomplete. No effect if the client left."""
         gone = RequestError(503, _GONE, code="engine_unavailable")
         if not self._is_out:
             await refuse(self._send, self._refusal or gone)
@@ -102,8 +104,8 @@ class _ProxiedResponse:
 def _refusal(status: int, retry_after: bytes | None) -> RequestError:
     if status in (429, 503):
         wait_s = float(retry_after) if retry_after is not None and retry_after.isdigit() else None
-        message = "too many requests wait already, or no replica is up; try again"
+        message = "too many requests are waiting, or no replica is ready; try again"
         return RequestError(status, message, code="overloaded", retry_after_s=wait_s)
     if status >= 500:
         return RequestError(503, _GONE, code="engine_unavailable")
-    return RequestError(status, {404: "nothing is served here"}.get(status, "this request can't be answered"))
+    return RequestError(status, {404: "nothing is served at this path"}.get(status, "this request cannot be answered"))

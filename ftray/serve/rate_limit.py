@@ -1,7 +1,8 @@
-"""How much each API key may ask: requests a minute, tokens a minute, tokens a day. Knows no HTTP and no clock of its own.
+"""Rate limits per API key: requests per minute, tokens per minute, tokens per day. Knows no HTTP.
 
-Counted by each replica for itself. What an answer costs is known at its end, so a budget may be overdrawn by the answers
-under way; the key then waits until it is made good.
+Each replica counts for itself. The cost of an answer is known at its end, so running answers may overdraw a budget; the key
+then
+waits until it is balanced.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MAX_CALLERS = 10_000
 
 @dataclass(frozen=True)
 class RateLimits:
-    """Of each key; None: no limit."""
+    """Limits of each key; None: no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -26,20 +27,20 @@ class RateLimits:
 
 
 class TokenBucket:
-    """Holds `capacity`, and gets it back over `period_s`. May be overdrawn."""
+    """Contains `capacity` and refills over `period_s`. May be overdrawn."""
 
     def __init__(self, capacity: float, period_s: float, now: float) -> None:
         self.capacity, self.per_s = capacity, capacity / period_s
         self.level, self._at = capacity, now
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until `amount` is there; 0: it is."""
+        """Seconds until `amount` is available, or 0."""
         self.level = min(self.capacity, self.level + (now - self._at) * self.per_s)
         self._at = now
         return max(0.0, (amount - self.level) / self.per_s)
 
     def take(self, amount: float) -> None:
-        """Takes, whether it is there or not."""
+        """Takes an amount, available or not."""
         self.level -= amount
 
 
@@ -51,17 +52,17 @@ class RateLimiter:
         self._callers: OrderedDict[str, dict[str, TokenBucket]] = OrderedDict()
 
     def admit(self, caller: str) -> None:
-        """Counts a request. Raises RequestError (429) that says when to come again."""
+        """Counts a request. Raises RequestError (429) with the time to wait."""
         buckets, now = self._buckets(caller), self._clock()
         waits = {name: bucket.wait_s(1, now) for name, bucket in buckets.items()}
         if waits and (longest := max(waits, key=lambda name: waits[name])) and waits[longest] > 0:
-            message = f"this key's {longest.replace('_', ' ')} are used up; come again later"
+            message = f"this key's {longest.replace('_', ' ')} are used up; retry later"
             raise RequestError(429, message, code="rate_limit_exceeded", retry_after_s=waits[longest])
         if "requests_per_minute" in buckets:
             buckets["requests_per_minute"].take(1)
 
     def charge(self, caller: str, num_tokens: int) -> None:
-        """Counts the tokens of an answer, its prompt included."""
+        """Counts the tokens of an answer and its prompt."""
         for name, bucket in self._buckets(caller).items():
             if name.startswith("tokens"):
                 bucket.take(num_tokens)

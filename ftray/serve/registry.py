@@ -1,7 +1,8 @@
-"""What may be served beside a base: `<storage>/published/<base>/<adapter>/<version>/`, committed and immutable.
+"""The published adapters of a base: `<storage>/published/<base>/<adapter>/<version>/`, committed and immutable.
 
-Knows storage and what an adapter directory says; nothing of engines, HTTP or training. Replicas read it, `ftray publish`
-writes it. A name of the registry is what was published under it; what a client asks for is only ever compared with those.
+Knows storage and adapter directories, but not engines, HTTP or training. Replicas read the registry, `ftray publish` writes
+it.
+A client's model name is only compared with names in the registry.
 """
 
 from __future__ import annotations
@@ -44,26 +45,26 @@ _VERSION = re.compile(r"(\d{4,9})-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at the registry found. adapters: the version of each that is served, by name. rejected: by URI."""
+    """The result of reading the registry. adapters: the served version of each adapter, by name. rejected: by URI."""
 
     adapters: Mapping[str, PublishedAdapter] = field(default_factory=dict)
     rejected: Mapping[str, Rejected] = field(default_factory=dict)
 
 
 def base_name(base: str) -> str:
-    """How clients call a base: the last part of a hub id, path or `embedded:` name, of plain characters."""
+    """A base's name for clients: the last part of a hub id, path or `embedded:` name, in plain characters."""
     last = re.split(r"[/:]", base.rstrip("/"))[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:63].strip("._-")
     return plain or "base"
 
 
 def registry_of(place: str, base: str) -> str:
-    """URI under which the adapters of a base lie. place: the `storage` of a run file."""
+    """URI of the adapters of a base. place: the `storage` of a run file."""
     return storage.join(storage.absolute(place), "published", base_name(base))
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises ConfigError for one that an adapter can't have."""
+    """Returns the name. Raises ConfigError if an adapter cannot have it."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} can't be an adapter's name: 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at "
@@ -73,7 +74,7 @@ def check_name(name: str) -> str:
 
 
 def list_published(registry: str, trusted: Collection[str] = ()) -> dict[str, PublishedAdapter]:
-    """The newest version of each adapter that can be served, by name. Raises StorageError."""
+    """The newest servable version of each adapter, by name. Raises StorageError."""
     return dict(scan(registry, trusted=trusted).adapters)
 
 
@@ -84,19 +85,19 @@ def scan(
     trusted: Collection[str] = (),
     max_adapter_bytes: int | None = None,
 ) -> Scan:
-    """Looks at every entry of a registry.
+    """Reads every entry of a registry.
 
     Args:
         registry: URI of the registry.
-        known: What an earlier look found; versions are immutable, so what it read is not read again.
-        trusted: Public keys, one of which must have signed an entry; none: signatures are not looked at.
+        known: Result of an earlier read. Versions are immutable, so known ones are not read again.
+        trusted: Public keys, one of which must have signed an entry. Without keys, signatures are not checked.
         max_adapter_bytes: Largest weights file of an entry; None: any.
 
     Returns:
-        The newest version of each adapter that can be served, and the newer ones that can't.
+        The newest servable version of each adapter, and the newer ones that are rejected.
 
     Raises:
-        StorageError: The registry itself can't be listed.
+        StorageError: The registry itself cannot be listed.
     """
     known = known or Scan()
     versions, rejected = _versions(registry)
@@ -136,7 +137,7 @@ def _read_one(
     trusted: Collection[str],
     max_adapter_bytes: int | None,
 ) -> PublishedAdapter | Rejected:
-    """As `read_entry`; an entry that the store doesn't hand out is passed over too, for a while: the others are served."""
+    """As `read_entry`. An entry that the store cannot read is skipped for a while; the others are served."""
     try:
         with storage.brief(5.0):
             return read_entry(name, version, manifest, uri, trusted, max_adapter_bytes)
@@ -150,7 +151,7 @@ def _age(found: tuple[str, storage.FileInfo]) -> tuple[int, str]:
 
 
 def _versions(registry: str) -> tuple[dict[str, list[tuple[str, storage.FileInfo]]], dict[str, Rejected]]:
-    """Versions with a manifest, by name; symbolic links in their place are rejected, foreign files passed over."""
+    """Versions with a manifest, by name. Symbolic links are rejected, foreign files ignored."""
     rejected: dict[str, Rejected] = {}
     found: Iterable[storage.FileInfo]
     if storage.is_remote(registry):
@@ -166,7 +167,7 @@ def _versions(registry: str) -> tuple[dict[str, list[tuple[str, storage.FileInfo
 
 
 def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.FileInfo]:
-    """`*/*/manifest.json`, and nothing behind a link: it could lead anywhere, also to a tree without end or to a pipe."""
+    """`*/*/manifest.json`, without following links, which could lead anywhere: to an endless tree or a pipe, for example."""
     for name in _entries(Path(registry)):
         for version in _entries(Path(name.path), name):
             links = [entry for entry in (name, version) if entry.is_symlink()]
@@ -186,7 +187,7 @@ def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.File
 
 
 def _entries(directory: Path, found: os.DirEntry[str] | None = None) -> list[os.DirEntry[str]]:
-    """What a directory holds; nothing for what is none. The registry itself may be behind a link, an adapter shows its."""
+    """The entries of a directory, or nothing. The registry itself may be a link; links of adapters are visible in the entries."""
     try:
         with os.scandir(directory) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -213,21 +214,21 @@ def publish(
 
     Args:
         registry: URI of the registry.
-        name: What clients call the adapter.
+        name: The adapter's name for clients.
         source: Committed directory with adapter_config.json and adapter_model.safetensors.
         base_weights: Directory whose safetensors have the base's names and shapes.
-        meta: base, revision, run, step; lineage and reference where they are known.
-        owner: Who publishes; kept in the entry.
+        meta: base, revision, run, step; lineage and reference if known.
+        owner: The publisher, stored in the entry.
         signer: Signs the entry.
-        take_over: Publish also where the name belongs to somebody else.
+        take_over: Publish even if the name belongs to somebody else.
 
     Returns:
-        The entry, and whether it is new: False if the newest version holds the same files.
+        The entry, and whether it is new: False if the newest version has the same files.
 
     Raises:
-        ConfigError: The name is impossible, or another owner's.
-        ModelError: The source is not an adapter, damaged, or of another base.
-        StorageError: The registry can't be read or written.
+        ConfigError: The name is impossible, or belongs to another owner.
+        ModelError: The source is not an adapter, is damaged, or was trained on another base.
+        StorageError: The registry cannot be read or written.
     """
     manifest = storage.read_manifest(source) or {"files": {}}
     check_name(name)
@@ -274,7 +275,7 @@ def _is_signed_by(entry: PublishedAdapter, signer: Signer) -> bool:
 
 
 def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> dict[str, str]:
-    """Copies an adapter's files and returns their sha256. Raises ModelError for one that its manifest doesn't know."""
+    """Copies an adapter's files and returns their sha256. Raises ModelError if one differs from the manifest."""
     sums = {}
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         storage.download_file(storage.join(source, file), Path(scratch, file))
@@ -286,7 +287,7 @@ def _copy_verified(source: str, manifest: Mapping[str, Any], scratch: str) -> di
 
 
 def _check_owner(name: str, newest: PublishedAdapter, owner: str | None, signer: Signer | None) -> None:
-    """Raises ConfigError where a name belongs to somebody else. An entry without owner and signature is anybody's."""
+    """Raises ConfigError if a name belongs to somebody else. An entry without owner and signature belongs to nobody."""
     theirs, key = newest.meta.get("owner"), newest.meta.get("signature", {}).get("key")
     if key is not None and (signer is None or signer.public_key != key):
         raise ConfigError(
@@ -303,13 +304,13 @@ def _check_owner(name: str, newest: PublishedAdapter, owner: str | None, signer:
 def remove(
     registry: str, name: str, *, owner: str | None = None, signer: Signer | None = None, take_over: bool = False
 ) -> int:
-    """Takes an adapter away, all of its versions.
+    """Removes all versions of an adapter.
 
     Returns:
-        How many versions there were.
+        The number of versions.
 
     Raises:
-        ConfigError: There is none of that name, or it is another owner's and `take_over` is False.
+        ConfigError: There is no adapter of that name, or it belongs to another owner and `take_over` is False.
     """
     check_name(name)
     place = storage.join(registry, name)

@@ -1,7 +1,6 @@
-"""One entry of the registry, `<name>/<version>/manifest.json`: read with bounds, checked against a strict schema.
+"""One entry of the registry, `<name>/<version>/manifest.json`: read with bounds and checked against a strict schema.
 
-Whoever may write to the registry writes these files. A wrong one is rejected alone, with a reason, and every other entry
-is served as before.
+Everybody with write access to the registry writes these files. A wrong entry is rejected with a reason; all others are served.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Reference(_StrictModel):
-    """Figures of a training set: nine deciles of the prompts' lengths in tokens, each script's share of the letters."""
+    """Statistics of a training set: nine deciles of the prompts' lengths in tokens, and each script's share of the letters."""
 
     prompt_tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=9)] = []
     scripts: Annotated[dict[Annotated[str, StringConstraints(max_length=64)], _Share], Field(max_length=256)] = {}
 
 
 class Meta(_StrictModel):
-    """What an entry says of its adapter. Unknown fields, of a later version, are passed over."""
+    """An entry's description of its adapter. Unknown fields of later versions are ignored."""
 
     base: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     revision: _Text | None = None
@@ -68,7 +67,7 @@ class _Manifest(_StrictModel):
 
 @dataclass(frozen=True)
 class PublishedAdapter:
-    """One version of an adapter. meta: as its manifest tells, checked. sha256: of each of its files, by name."""
+    """One version of an adapter. meta: from its manifest, checked. sha256: of each file, by name."""
 
     name: str
     version: str
@@ -79,8 +78,12 @@ class PublishedAdapter:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A version that is not served. etag: of its manifest; when that changes it is read again. retry_s: so is it then, by
-    the monotonic clock, where the store didn't hand it out."""
+    """A version that is not served.
+
+    Attributes:
+        etag: Of its manifest. The entry is read again when it changes.
+        retry_s: Monotonic time at which an unreadable entry is read again.
+    """
 
     name: str
     version: str
@@ -183,7 +186,7 @@ def _check_files(manifest: _Manifest, max_adapter_bytes: int | None) -> None:
 
 
 def content_of(sums: Mapping[str, str]) -> str:
-    """The part of a version's name that its files decide."""
+    """The part of a version's name that depends on its files."""
     digest = hashlib.sha256()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update(bytes.fromhex(sums[file]))
@@ -191,7 +194,7 @@ def content_of(sums: Mapping[str, str]) -> str:
 
 
 def first_error(err: ValidationError) -> str:
-    """The first error of a schema as half a sentence: `meta.step: input should be …`."""
+    """The first error of a schema as a clause: `is malformed at meta.step: input should be …`."""
     first = err.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(str(part)[:40] for part in first["loc"])
     return f"is malformed at {re.sub(r'[^ -~]', '?', where)}: {first['msg'][:1].lower()}{first['msg'][1:200]}"

@@ -1,4 +1,4 @@
-"""One request to a fresh endpoint, so that a run ends with proof that its model answers over HTTP."""
+"""Sends one request to a fresh endpoint, so a run ends with proof that its model answers over HTTP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 300.0
 
 
 def known_answer(run_dir: str, step: int) -> str | None:
-    """The answer that the endpoint gave for this checkpoint, if it was asked already."""
+    """The endpoint's stored answer for this checkpoint, if there is one."""
     uri = storage.join(storage.absolute(run_dir), "evaluate", "endpoint.json")
     try:
         known = storage.find_object(uri) or {}
@@ -28,7 +28,7 @@ def known_answer(run_dir: str, step: int) -> str | None:
 def try_endpoint(
     run: config.RunConfig, run_dir: str, model_dir: str, step: int, question: str, console: Console
 ) -> str:
-    """Starts the endpoint on a free loopback port, asks one chat completion, stops it; keeps and returns the answer."""
+    """Starts the endpoint on a free loopback port, requests one chat completion, stops it; stores and returns the answer."""
     console.say("\nserve: starting the endpoint for one request")
     alone = {"host": "127.0.0.1", "port": 0, "ab": {}, "canary": None}
     endpoint = start_endpoint(model_dir, ServedModels(run.name), run.serve.model_copy(update=alone), warn=console.warn)

@@ -397,7 +397,7 @@ def test_a_key_that_can_not_sign_is_a_sentence(tmp_path: Path) -> None:
     "key", ["", "ed25519:", "ed25519:AAAA", "x" * 44, "ed25519:" + "!" * 44, "-----BEGIN PUBLIC KEY"]
 )
 def test_a_trusted_key_that_is_none_is_refused_in_the_run_file(key: str) -> None:
-    with pytest.raises(ValueError, match="is no public key"):
+    with pytest.raises(ValueError, match="is not a public key"):
         ServeConfig.model_validate({"trusted_keys": [key]})
 
 

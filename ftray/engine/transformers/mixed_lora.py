@@ -1,8 +1,8 @@
 """Many LoRA adapters over one base, mixed in one batch: each token is adapted by its own request's adapter.
 
-Knows adapter directories and torch; nothing of scheduling, HTTP or registries. PEFT chooses an adapter by row of a batch,
-but continuous batching packs all requests into one row; so here a hook behind each linear layer adds B(A(x)) · scaling to
-the tokens of the requests that asked for it, as PEFT computes it, and leaves all others as the base made them.
+Knows adapter directories and torch, but not scheduling, HTTP or registries. PEFT selects an adapter per row of a batch, but
+continuous batching packs all requests into one row. So a hook on each linear layer adds B(A(x)) · scaling to the tokens of the
+requests that use the adapter, as PEFT computes it, and leaves all other tokens unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from ftray.errors import ModelError
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """One layer's share. a: [rank, in], b: [out, rank]; growth: DoRA's magnitude over the adapted weight's norm, [out]."""
+    """One layer's weights.
+
+    Attributes:
+        a: [rank, in].
+        b: [out, rank].
+        growth: DoRA's magnitude divided by the norm of the adapted weight, [out].
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -31,7 +37,7 @@ class AdapterWeights:
 
 
 class LoadedAdapter:
-    """A loaded adapter. Requests under way keep it alive after it was unloaded."""
+    """A loaded adapter. Running requests keep it alive after it was unloaded."""
 
     def __init__(self, name: str, scaling: float, layers: dict[str, AdapterWeights]) -> None:
         self.name, self.scaling, self.layers = name, scaling, layers
@@ -41,7 +47,7 @@ class LoadedAdapter:
 
 
 class MixedLora:
-    """Adapters of one model, and which tokens of the next batch each of them has. Without hooks until `attach`."""
+    """The adapters of one model, and the tokens of the next batch that each of them adapts. Without hooks until `attach`."""
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings()
@@ -56,7 +62,7 @@ class MixedLora:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Puts a hook behind each linear layer."""
+        """Adds a hook to each linear layer."""
         for name, module in self._layers.items():
 
             def hook(module: Any, args: Any, output: Any, name: str = name) -> Any:
@@ -65,7 +71,7 @@ class MixedLora:
             self._handles.append(module.register_forward_hook(hook))
 
     def detach(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -74,19 +80,20 @@ class MixedLora:
         return name in self._loaded
 
     def names(self) -> list[str]:
-        """Names of the adapters that requests may ask for."""
+        """Names of the loaded adapters."""
         return list(self._loaded)
 
     def find(self, name: str) -> LoadedAdapter:
-        """Raises ModelError for one that is not loaded."""
+        """The adapter of this name. Raises ModelError if it is not loaded."""
         if name not in self._loaded:
             raise ModelError(f"the adapter {name} is not loaded")
         return self._loaded[name]
 
     def load(self, name: str, directory: Path) -> None:
-        """Reads an adapter directory, checked against the base before a tensor is read. Any thread.
+        """Reads an adapter directory. It is checked against the base before a tensor is read. Any thread.
 
-        Raises ModelError naming what doesn't fit.
+        Raises:
+            ModelError: It does not fit the base.
         """
         try:
             settings, shapes = read_adapter_files(directory)
@@ -102,11 +109,11 @@ class MixedLora:
         self._loaded[name] = LoadedAdapter(name, settings.scaling, layers)
 
     def unload(self, name: str) -> None:
-        """Takes an adapter away from new requests; unknown names are ignored."""
+        """Removes an adapter for new requests. Unknown names are ignored."""
         self._loaded.pop(name, None)
 
     def route(self, requests: Iterable[tuple[LoadedAdapter | None, int]], device: torch.device) -> None:
-        """Says whose the tokens of the next batch are: adapter and number of tokens of each request, in their order."""
+        """Assigns the tokens of the next batch to adapters. requests: adapter and number of tokens of each, in their order."""
         ranges: dict[int, tuple[LoadedAdapter, list[range]]] = {}
         start = 0
         for adapter, length in requests:
@@ -149,7 +156,7 @@ class MixedLora:
 
 
 def _rows(ranges: list[range], device: torch.device) -> slice | torch.Tensor:
-    """A slice where the tokens lie side by side, which costs no copy, else their indices."""
+    """A slice if the tokens are adjacent, which needs no copy, otherwise their indices."""
     first, last = ranges[0], ranges[-1]
     if last.stop - first.start == sum(map(len, ranges)):
         return slice(first.start, last.stop)

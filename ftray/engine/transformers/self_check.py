@@ -1,7 +1,8 @@
-"""Whether a model answers in a batch with a paged cache as it does alone: tried whenever an engine starts.
+"""Checks at every start that a model answers the same in a batch with a paged cache as alone.
 
-transformers' continuous batching takes any causal model, also ones whose attention knows nothing of its cache or masks; these
-answer wrongly, and some mix the tokens of other requests in, without a word.
+transformers' continuous batching accepts any causal model, including ones whose attention ignores its cache or masks. They
+answer
+wrongly, and some mix in the tokens of other requests, without an error.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ftray.engine.transformers.softcap import caps_scores
 from ftray.errors import ModelError
 
 PROMPT, COMPANY, NUM_TOKENS, NUM_TOP = 24, 17, 3, 5
-LEAST = 2 * NUM_TOKENS  # a context in which there is something to try
-MOST, HALF_MOST = 0.02, 0.5  # difference of log probabilities, in fp32 and in 16 bits or fewer
+LEAST = 2 * NUM_TOKENS  # the smallest context for the check
+MOST, HALF_MOST = 0.02, 0.5  # largest difference of log probabilities, in fp32 and in lower precision
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class ReferenceAnswer:
 
 
 def answer_alone(model: Any, max_context: int) -> ReferenceAnswer:
-    """Without a cache or anybody else. max_context: tokens of a prompt with its answer."""
+    """The answer without a cache or other requests. max_context: tokens of the prompt and its answer."""
     length = min(PROMPT, max_context - NUM_TOKENS)
     if not caps_scores(model.config):
         return _answer(model, length)
     usual = attention_of(model.config)
-    model.set_attn_implementation("eager")  # sdpa leaves the cap out
+    model.set_attn_implementation("eager")  # sdpa ignores the cap
     try:
         return _answer(model, length)
     finally:
@@ -57,18 +58,18 @@ def _answer(model: Any, length: int) -> ReferenceAnswer:
 
 
 async def check_answers(engine: Engine, alone: ReferenceAnswer, model: Any) -> None:
-    """Raises ModelError where an engine, to which another request was given besides, thinks otherwise."""
+    """Raises ModelError if the engine's answer differs while another request is running."""
     params = SamplingParams(NUM_TOKENS, num_logprobs=NUM_TOP)
     company = alone.prompt[:COMPANY][::-1]
-    told, _ = await asyncio.gather(
+    tokens, _ = await asyncio.gather(
         _ask(engine, "trial", alone.prompt, params), _ask(engine, "company", company, params)
     )
     worst = 0.0
-    for place, token in enumerate(told):
+    for place, token in enumerate(tokens):
         for token_id, logprob in ((token.token_id, token.logprob), *token.top):
             worst = max(worst, abs(logprob - float(alone.logprobs[place, token_id])))
         if token.token_id != alone.token_ids[place]:
-            break  # what follows answers another text
+            break  # the rest continues another text
     if worst > (MOST if model.dtype == torch.float32 else HALF_MOST):
         raise ModelError(
             f"models of type {model.config.model_type} can't be answered for many at a time: beside another request a token's "
@@ -77,7 +78,7 @@ async def check_answers(engine: Engine, alone: ReferenceAnswer, model: Any) -> N
 
 
 async def _ask(engine: Engine, name: str, prompt: list[int], params: SamplingParams) -> list[TokenLogprob]:
-    found: list[TokenLogprob] = []
+    logprobs: list[TokenLogprob] = []
     async for chunk in engine.generate(name, prompt, params):
-        found += chunk.logprobs
-    return found
+        logprobs += chunk.logprobs
+    return logprobs

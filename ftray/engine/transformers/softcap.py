@@ -1,6 +1,6 @@
-"""Attention over a paged cache for models that cap their scores (Gemma 2), which all of transformers' leave uncapped.
+"""Attention over a paged cache for models that soft-cap their scores (Gemma 2); transformers' paged attentions ignore the cap.
 
-It takes the place of transformers' `paged|eager`, to which calls without a cap go on. Knows kernels only.
+It replaces transformers' `paged|eager`, which still handles calls without a cap.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ PAGED = "paged|eager"  # the one name besides sdpa and flash attention that cont
 
 
 def caps_scores(model_config: Any) -> bool:
-    """Whether a model's attention scores are capped."""
+    """Whether a model's attention scores are soft-capped."""
     return getattr(model_config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def use_capped() -> None:
-    """Makes PAGED cap where a model asks for it, in this process."""
+    """Registers the capping attention as PAGED in this process."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PAGED, paged_attention)
@@ -34,9 +34,17 @@ def paged_attention(
     softcap: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As transformers' own: query [1, heads, tokens, dim], keys and values from and into `cache`, additive mask.
+    """Attention with the signature of transformers' own.
 
-    softcap: scores s become softcap · tanh(s / softcap), before the mask. Returns [1, tokens, heads, dim].
+    Args:
+        query: [1, heads, tokens, dim].
+        key: [1, heads, tokens, dim], added to `cache`.
+        value: As key.
+        attention_mask: Additive.
+        softcap: Scores s become softcap · tanh(s / softcap), before the mask.
+
+    Returns:
+        [1, tokens, heads, dim].
     """
     if softcap is None:
         from transformers.integrations.eager_paged import eager_paged_attention_forward
