@@ -241,7 +241,9 @@ def test_no_error_ends_the_poll_or_keeps_a_replica_from_starting(
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(work())
-    assert 1 <= len([r for r in caplog.records if "Could not read the registry" in r.message]) <= 2  # of each outage, once
+    assert (
+        1 <= len([r for r in caplog.records if "Could not read the registry" in r.message]) <= 2
+    )  # of each outage, once
 
 
 def test_an_engine_that_fails_to_unload_does_not_end_the_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
