@@ -145,15 +145,9 @@ class _RunningTrial:
 
     def subscribe(self, bus: EventBus) -> None:
         """Subscribes its handlers."""
-        bus.subscribe(TrainingStarted, self._started)
-        bus.subscribe(StepFinished, self._stepped)
+        bus.subscribe(TrainingStarted, lambda event: setattr(self.trial, "num_steps", event.num_steps))
+        bus.subscribe(StepFinished, lambda event: setattr(self, "step", event.step + 1))
         bus.subscribe(EvalFinished, lambda event: self.judge(self, event))
-
-    def _started(self, event: TrainingStarted) -> None:
-        self.trial.num_steps = event.num_steps
-
-    def _stepped(self, event: StepFinished) -> None:
-        self.step = event.step + 1
 
 
 class _Sweep:
