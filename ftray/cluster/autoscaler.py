@@ -1,4 +1,4 @@
-"""Asks a cluster that starts machines for those that a run needs, and waits for them. Needs a joined Ray."""
+"""Requests the machines of a run from Ray's autoscaler, and waits for them. Needs a joined Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POLL_S = 5.0
 
 
 def bundles_of(run: config.RunConfig) -> list[dict[str, float]]:
-    """What each of the run's fewest workers needs, as Ray's autoscaler is asked for it."""
+    """The resource bundles of the run's minimum number of workers."""
     needs = {"CPU": run.scale.cpus_per_worker}
     if run.scale.accelerator is not None:
         needs |= {"GPU": 1.0, f"accelerator_type:{run.scale.accelerator}": 0.001}
@@ -20,9 +20,9 @@ def bundles_of(run: config.RunConfig) -> list[dict[str, float]]:
 
 
 def wait_for_nodes(run: config.RunConfig, has_room: Callable[[], bool]) -> None:
-    """Returns when `has_room` says so; until then machines are asked for. Raises Preempted after `scale.wait_s`.
+    """Requests machines until `has_room` returns True. Raises Preempted after `scale.wait_s`.
 
-    The wish is withdrawn at the end: the run's own workers hold the machines from then on, and idle ones go.
+    The request is withdrawn at the end, because the run's own workers then keep the machines.
     """
     from ray.autoscaler.sdk import request_resources
 
@@ -34,8 +34,8 @@ def wait_for_nodes(run: config.RunConfig, has_room: Callable[[], bool]) -> None:
         while not has_room():
             if time.monotonic() > deadline:
                 raise Preempted(
-                    f"no machines for {run.world_sizes[-1]} workers within {run.scale.wait_s:g} s (scale.wait_s): ask AWS "
-                    "for the quota, or try another zone; submit again to wait on"
+                    f"no machines for {run.world_sizes[-1]} workers within {run.scale.wait_s:g} s (scale.wait_s): request "
+                    "a higher quota, or try another zone; submit again to keep waiting"
                 )
             time.sleep(min(POLL_S, max(0.1, run.scale.wait_s)))
     finally:

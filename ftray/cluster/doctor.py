@@ -1,6 +1,6 @@
-"""Whether the machines of a cluster are well enough to train: facts from each of them, and verdicts with remedies.
+"""Health checks of a cluster's machines, with verdicts and remedies.
 
-`examine` looks at the machine that it runs on; `judge` is pure. Between them, one Ray task a node. Starts nothing.
+`examine` collects facts of its machine, as one Ray task per node; `judge` is a pure function of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Verdict = Literal["ok", "warn", "bad"]
 
 @dataclass(frozen=True)
 class HealthCheck:
-    """One check: its verdict, what was seen, and what to do where that is not well."""
+    """One check with its verdict, the observed fact, and the remedy."""
 
     check: str
     verdict: Verdict
@@ -48,9 +48,13 @@ class HealthCheck:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What one machine says of itself. skew_s: its clock less the driver's; store_skew_s: less the store's.
+    """Facts about one machine.
 
-    resources: what Ray counts there; without Ray, {}. error: why nothing was seen.
+    Attributes:
+        skew_s: Its clock minus the driver's, in seconds.
+        store_skew_s: Its clock minus the store's.
+        resources: Its Ray resources; empty without Ray.
+        error: Why the machine could not be examined.
     """
 
     host: str
@@ -70,7 +74,7 @@ class NodeFacts:
 
 
 def examine(place: str | None, size_bytes: int = PROBE_BYTES) -> NodeFacts:
-    """Looks at this machine. place: a directory or s3:// prefix that is written to, read from and left clean."""
+    """Examines this machine. place: a directory or s3:// prefix for a temporary test file."""
     gpus, driver = _gpus()
     facts = NodeFacts(
         host=socket.gethostname(),
@@ -91,7 +95,7 @@ def examine(place: str | None, size_bytes: int = PROBE_BYTES) -> NodeFacts:
 
 
 def _measure(uri: str, size_bytes: int) -> dict[str, Any]:
-    """Speeds of writing and reading one file, in MB/s, and the store's clock. Raises StorageError."""
+    """Write and read speed of one file in MB/s, and the store's clock skew. Raises StorageError."""
     body = os.urandom(size_bytes)
     try:
         began = time.monotonic()
@@ -100,7 +104,7 @@ def _measure(uri: str, size_bytes: int) -> dict[str, Any]:
         same = storage.read_bytes(uri) == body
         read = time.monotonic()
         if not same:
-            raise StorageError(f"{uri} gave other bytes than were written")
+            raise StorageError(f"{uri} returned other bytes than were written")
         skew = _store_skew(uri) if storage.is_remote(uri) else None
     finally:
         storage.delete(uri)
@@ -145,7 +149,7 @@ def _free_gib(path: Path) -> float:
 
 
 def examine_cluster(place: str | None) -> list[NodeFacts]:
-    """Facts of every live node of the Ray that this process has joined. What a node can't tell is its `error`."""
+    """Facts of every live node of the joined Ray cluster."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -173,7 +177,7 @@ def _now() -> float:
 
 
 def _skew(clock: Any) -> float:
-    """Seconds that a node's clock is ahead of this one, within half of the quickest answer's time."""
+    """Seconds that a node's clock is ahead of this one, with an error of half the shortest round trip."""
     import ray
 
     best, skew_s = NODE_S, 0.0
@@ -187,7 +191,7 @@ def _skew(clock: Any) -> float:
 
 
 def judge(nodes: list[NodeFacts], run: config.RunConfig | None = None) -> list[HealthCheck]:
-    """Verdicts over all machines, one for each check. run: whose needs are looked at besides."""
+    """One verdict per check over all machines. run: its resource needs are checked too."""
     lost = [node for node in nodes if node.error]
     well = [node for node in nodes if not node.error]
     checks = (_packages, _gpu_kinds, _storage, _clock, _disk, _shm)
@@ -200,9 +204,9 @@ def judge(nodes: list[NodeFacts], run: config.RunConfig | None = None) -> list[H
 def _nodes(nodes: list[NodeFacts], lost: list[NodeFacts]) -> HealthCheck:
     if lost:
         return HealthCheck(
-            "nodes", "bad", f"{lost[0].host}: {lost[0].error}", "install the same image there, or take the node away"
+            "nodes", "bad", f"{lost[0].host}: {lost[0].error}", "install the same image there, or remove the node"
         )
-    return HealthCheck("nodes", "ok", f"{len(nodes)} answer")
+    return HealthCheck("nodes", "ok", f"{len(nodes)} reachable")
 
 
 def _packages(nodes: list[NodeFacts]) -> HealthCheck:
@@ -214,7 +218,7 @@ def _packages(nodes: list[NodeFacts]) -> HealthCheck:
             told = ", ".join(
                 f"{version} on {' '.join(sorted(set(hosts))[:3])}" for version, hosts in sorted(at.items())
             )
-            return HealthCheck("versions", "bad", f"{name} is {told}", "give all nodes one image")
+            return HealthCheck("versions", "bad", f"{name} is {told}", "use the same image on all nodes")
     one = nodes[0].versions if nodes else {}
     return HealthCheck(
         "versions", "ok", ", ".join(f"{name} {one.get(name)}" for name in ("python", "ftray", "ray", "torch"))
@@ -230,28 +234,28 @@ def _gpu_kinds(nodes: list[NodeFacts]) -> HealthCheck:
     told = ", ".join(f"{number} × {name}" for name, number in sorted(counts.items())) or "none"
     if unseen := [n for n in nodes if n.resources and n.resources.get("GPU", 0) < len(n.gpus)]:
         node = unseen[0]
-        fact = f"{node.host} has {len(node.gpus)} and gives Ray {node.resources.get('GPU', 0):g}"
+        fact = f"{node.host} has {len(node.gpus)} but Ray has only {node.resources.get('GPU', 0):g}"
         return HealthCheck("gpus", "warn", fact, "start Ray there without --num-gpus")
     if len(counts) > 1:
-        return HealthCheck("gpus", "warn", told, "a run is as slow as its slowest GPU: set scale.accelerator")
+        return HealthCheck("gpus", "warn", told, "the slowest GPU sets the pace of a run: set scale.accelerator")
     if len(drivers) > 1:
-        return HealthCheck("gpus", "warn", f"{told}, drivers {', '.join(sorted(drivers))}", "give all nodes one driver")
+        return HealthCheck(
+            "gpus", "warn", f"{told}, drivers {', '.join(sorted(drivers))}", "use one driver on all nodes"
+        )
     return HealthCheck("gpus", "ok", f"{told}{f', driver {drivers.pop()}' if drivers else ''}")
 
 
 def _storage(nodes: list[NodeFacts]) -> HealthCheck:
     if failed := [node for node in nodes if node.storage_error]:
         node = failed[0]
-        return HealthCheck("storage", "bad", f"{node.host}: {node.storage_error}", "give the nodes a role that may")
+        return HealthCheck("storage", "bad", f"{node.host}: {node.storage_error}", "give the nodes a role with access")
     measured = [node for node in nodes if node.write_mb_s is not None and node.read_mb_s is not None]
     if not measured:
-        return HealthCheck("storage", "ok", "not asked for (give a run file, or --storage)")
+        return HealthCheck("storage", "ok", "not checked (use a run file, or --storage)")
     write, read = min(n.write_mb_s or 0 for n in measured), min(n.read_mb_s or 0 for n in measured)
-    told = f"written at {write:.0f} MB/s, read at {read:.0f} MB/s{' by the slowest' if len(measured) > 1 else ''}"
+    told = f"write {write:.0f} MB/s, read {read:.0f} MB/s{' on the slowest node' if len(measured) > 1 else ''}"
     if min(write, read) < SLOW_MB_S:
-        return HealthCheck(
-            "storage", "warn", told, "put the bucket into the nodes' region, and an S3 gateway endpoint there"
-        )
+        return HealthCheck("storage", "warn", told, "use a bucket in the nodes' region, with an S3 gateway endpoint")
     return HealthCheck("storage", "ok", told)
 
 
@@ -262,7 +266,7 @@ def _clock(nodes: list[NodeFacts]) -> HealthCheck:
         return HealthCheck("clock", "ok", f"within {SKEW_WARN_S:g} s")
     verdict: Verdict = "bad" if worst >= SKEW_BAD_S else "warn"
     return HealthCheck(
-        "clock", verdict, f"{host} is {worst:.0f} s off", "run chrony there: S3 refuses signatures of other times"
+        "clock", verdict, f"{host} is {worst:.0f} s off", "run chrony there: S3 rejects signatures with a wrong time"
     )
 
 
@@ -294,7 +298,7 @@ def _least(
 ) -> HealthCheck:
     least = min(nodes, key=of, default=None)
     if least is None:
-        return HealthCheck(check, "ok", "no node was seen")
+        return HealthCheck(check, "ok", "no node was examined")
     told = f"{least.host} has {of(least):.1f} GiB {what}"
     if of(least) >= warn:
         return HealthCheck(check, "ok", told)
@@ -302,7 +306,7 @@ def _least(
 
 
 def _room(run: config.RunConfig, nodes: list[NodeFacts]) -> HealthCheck:
-    """Whether the run's fewest workers find their GPUs and CPUs, as `ftray train` will ask."""
+    """Whether the cluster can place the minimum number of workers, as `ftray train` requires."""
     kind, fewest = run.scale.accelerator, run.world_sizes[-1]
     those = [
         n for n in nodes if kind is None or f"accelerator_type:{kind}" in n.resources or (not n.resources and n.gpus)
@@ -320,7 +324,7 @@ def _room(run: config.RunConfig, nodes: list[NodeFacts]) -> HealthCheck:
 
 
 def has_room(run: config.RunConfig) -> bool:
-    """Whether the joined cluster holds the run's fewest workers now."""
+    """Whether the joined cluster can place the run's minimum number of workers now."""
     import ray
 
     nodes = [
@@ -330,7 +334,7 @@ def has_room(run: config.RunConfig) -> bool:
 
 
 def lines_of(findings: list[HealthCheck]) -> list[str]:
-    """Findings for people, one line each, remedies below."""
+    """Checks as lines, with remedies below."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.verdict:<5}{finding.check:<10}{finding.fact}")
@@ -340,10 +344,10 @@ def lines_of(findings: list[HealthCheck]) -> list[str]:
 
 
 def worst_of(findings: list[HealthCheck]) -> HealthCheck | None:
-    """The first that is bad."""
+    """The first bad check."""
     return next((finding for finding in findings if finding.verdict == "bad"), None)
 
 
 def place_of(run: config.RunConfig | None, given: str | None) -> str | None:
-    """Where bandwidth is measured: what was given, or the run's storage."""
+    """The place whose bandwidth is measured: the option, or the run's storage."""
     return given or (run.storage if run is not None else None)

@@ -1,7 +1,7 @@
-"""Runs as jobs of a Ray cluster, over its job server: submitted once, followed, asked for, stopped.
+"""Runs as jobs of a Ray cluster: submit, follow, list, stop.
 
-The cluster is looked at from inside, by a job that runs `ftray doctor`. Nothing secret travels with a job: keys are the
-cluster's own.
+Before a run, a job with `ftray doctor` checks the cluster from inside. No secret travels with a job; the cluster has its own
+credentials.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from ftray.cluster.uri_check import local_extras
 from ftray.console import Console, duration
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError
 
-MOST_MB = 8.0  # of files that travel with a job
-CHECK_S = 300.0  # for the job that looks at the cluster
-SILENT_S = 60.0  # a job server that doesn't answer for so long is gone
+MOST_MB = 8.0  # of files uploaded with a job
+CHECK_S = 300.0  # for the job that checks the cluster
+SILENT_S = 60.0  # without an answer for this long, the job server counts as gone
 POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """How a run is submitted. verb: what it does; look: at the cluster first; start_nodes: wait until a cluster that
-    starts machines has them; wait: for the end."""
+    """How a run is submitted.
+
+    Attributes:
+        verb: The command that the job executes.
+        look: Check the cluster first.
+        start_nodes: Wait until the autoscaler has started the machines.
+        wait: Follow the job to its end.
+    """
 
     verb: str = "run"
     look: bool = True
@@ -42,36 +48,45 @@ class SubmitOptions:
     wait: bool = True
 
 
-def submit(run: config.RunConfig, stem: str, manner: SubmitOptions, jobs: JobClient, console: Console) -> int:
+def submit(run: config.RunConfig, stem: str, options: SubmitOptions, jobs: JobClient, console: Console) -> int:
     """Submits a run, or follows its live job; returns the exit code of the job's command.
 
-    stem: of the run file's name. Raises ConfigError for a run or a cluster that can't carry it, Interrupted when
-    following is broken off, Preempted when the cluster goes away.
+    Args:
+        run: The run.
+        stem: Name of the run file without its suffix.
+        options: Options.
+        jobs: The cluster's job server.
+        console: For messages and the job's log.
+
+    Raises:
+        ConfigError: The run can't be submitted, or the cluster failed the check.
+        Interrupted: Ctrl-C; the job continues.
+        Preempted: The cluster went away.
     """
     _check_version(jobs)
-    metadata = {"run": run.name, "config_hash": run.config_hash, "verb": manner.verb}
+    metadata = {"run": run.name, "config_hash": run.config_hash, "verb": options.verb}
     job = next((job for job in reversed(jobs.of(run.name)) if job.status in LIVE), None)
     if job is not None:
-        if (job.metadata.get("config_hash"), job.metadata.get("verb")) != (run.config_hash, manner.verb):
+        if (job.metadata.get("config_hash"), job.metadata.get("verb")) != (run.config_hash, options.verb):
             raise ConfigError(
-                f"the job {job.submission_id} of this run is live with other settings; let it end, or: "
+                f"the job {job.submission_id} of this run is live with other settings; wait for its end, or run: "
                 f"ftray stop {job.submission_id} --address {jobs.address}"
             )
         job_id = job.submission_id
         console.say(f"the job {job_id} is live; following it")
     else:
         with packed(run, stem) as directory:
-            if manner.look or manner.start_nodes:
-                _look(jobs, run, stem, manner, directory, console)
+            if options.look or options.start_nodes:
+                _look(jobs, run, stem, options, directory, console)
             job_id = next_id(run.name, [job.submission_id for job in jobs.of(run.name)])
-            jobs.start(job_id, f"ftray {manner.verb} {stem}.yaml", directory, metadata)
+            jobs.start(job_id, f"ftray {options.verb} {stem}.yaml", directory, metadata)
         console.say(f"submitted {job_id} to {jobs.address}  (config hash {run.config_hash})")
-    return follow(jobs, job_id, console) if manner.wait else 0
+    return follow(jobs, job_id, console) if options.wait else 0
 
 
 @contextmanager
 def packed(run: config.RunConfig, stem: str) -> Iterator[Path]:
-    """A directory with the run file, overrides applied, and the local files that it names. Raises ConfigError."""
+    """A directory with the run file, overrides applied, and its local files. Raises ConfigError."""
     extras = local_extras(run)
     files = [file for extra in extras for file in _files_of(extra)]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
@@ -79,7 +94,7 @@ def packed(run: config.RunConfig, stem: str) -> Iterator[Path]:
         largest = sorted(files, key=lambda file: -file.stat().st_size)[:3]
         names = ", ".join(f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in largest)
         raise ConfigError(
-            f"{megabytes:.1f} MB of local files would travel with the job, {MOST_MB:g} MB may: {names}; put them in a bucket"
+            f"{megabytes:.1f} MB of local files are above the limit of {MOST_MB:g} MB per job: {names}; put them in a bucket"
         )
     with tempfile.TemporaryDirectory(prefix="ftray-submit-") as temporary:
         directory = Path(temporary)
@@ -97,7 +112,7 @@ def _files_of(extra: str) -> list[Path]:
     path = Path(extra)
     found = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else Path().glob(extra))
     if not found:
-        raise ConfigError(f"{extra} does not exist here; correct the path, or give s3://…")
+        raise ConfigError(f"{extra} does not exist here; correct the path, or use s3://…")
     return [file for file in found if file.is_file()]
 
 
@@ -106,17 +121,17 @@ def _check_version(jobs: JobClient) -> None:
 
     if jobs.ray_version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ConfigError(
-            f"the cluster at {jobs.address} runs Ray {jobs.ray_version}, here is {ray.__version__}; install the cluster's here"
+            f"the cluster at {jobs.address} runs Ray {jobs.ray_version}, this machine has {ray.__version__}; install the same version"
         )
 
 
 def _look(
-    jobs: JobClient, run: config.RunConfig, stem: str, manner: SubmitOptions, directory: Path, console: Console
+    jobs: JobClient, run: config.RunConfig, stem: str, options: SubmitOptions, directory: Path, console: Console
 ) -> None:
-    """Looks at the cluster from inside: versions, GPUs, storage. Raises ConfigError for what a run can't live with."""
+    """Checks versions, GPUs and storage from inside the cluster. Raises ConfigError for a bad check."""
     job_id = f"{run.name}-check-{int(time.time() * 1000):x}"
     metadata = {"run": run.name, "config_hash": run.config_hash, "verb": "doctor"}
-    wait = " --wait-for-nodes" if manner.start_nodes else ""
+    wait = " --wait-for-nodes" if options.start_nodes else ""
     if wait:
         console.say(f"waiting up to {duration(run.scale.wait_s)} (scale.wait_s) for machines …")
     jobs.start(job_id, f"ftray doctor {stem}.yaml --json{wait}", directory, metadata)
@@ -125,16 +140,16 @@ def _look(
     while (info := jobs.info(job_id)).status in LIVE:
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"the cluster didn't start the job {job_id} within {duration(patience_s)}; look at its dashboard"
+                f"the cluster did not start the job {job_id} within {duration(patience_s)}; see its dashboard"
             )
         time.sleep(POLL_S)
     with jobs.told():
         text = jobs.client.get_job_logs(job_id)
     found = [json.loads(line) for line in text.splitlines() if line.startswith('{"check": ')]
     if not found:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), info.message or "it said nothing")
+        last = next((line for line in reversed(text.splitlines()) if line.strip()), info.message or "no output")
         raise ConfigError(
-            f"`ftray doctor` can't run on the cluster at {jobs.address} ({short(last)}); install ftray there, as here"
+            f"`ftray doctor` can't run on the cluster at {jobs.address} ({short(last)}); install the same ftray there"
         )
     for finding in found:
         if finding["verdict"] == "bad":
@@ -155,23 +170,21 @@ def follow(jobs: JobClient, job_id: str, console: Console) -> int:
         asyncio.run(_tail(jobs, job_id, console))
     except KeyboardInterrupt:
         raise Interrupted(
-            f"not following {job_id} any more; it goes on. The same command follows it again; to end it: "
+            f"stopped following {job_id}, which continues. The same command follows it again; to stop it: "
             f"ftray stop {job_id} --address {jobs.address}"
         ) from None
     return exit_code(jobs.info(job_id), job_id)
 
 
 async def _tail(jobs: JobClient, job_id: str, console: Console) -> None:
-    """Prints the log as it grows. A connection that breaks is opened again, and what was shown isn't shown twice."""
+    """Prints the log as it grows. Reconnects after a lost connection, without repeating lines."""
     shown, line, heard_s = 0, "", time.monotonic()
     while True:
         seen = 0
         try:
             pieces = jobs.client.tail_job_logs(job_id)
             while True:
-                piece = await asyncio.wait_for(
-                    anext(pieces), SILENT_S
-                )  # a link that broke without a word is opened anew
+                piece = await asyncio.wait_for(anext(pieces), SILENT_S)  # a silent connection is reopened
                 heard_s = time.monotonic()
                 new = piece[max(0, shown - seen) :]
                 seen += len(piece)
@@ -195,10 +208,10 @@ async def _tail(jobs: JobClient, job_id: str, console: Console) -> None:
         console.say(line)
 
 
-def rows_of(found: list[Any]) -> list[dict[str, Any]]:
-    """Jobs as plain values, for people and programs."""
+def rows_of(listed: list[Any]) -> list[dict[str, Any]]:
+    """Jobs as plain values."""
     rows = []
-    for job in found:
+    for job in listed:
         end = (job.end_time or time.time() * 1000) if job.start_time else 0
         rows.append(
             {
@@ -245,7 +258,7 @@ def stop(jobs: JobClient, name: str, console: Console) -> int:
     """Stops a job: it commits a checkpoint and ends."""
     job = jobs.find(name)
     if job.status not in LIVE:
-        console.say(f"the job {job.submission_id} is over already ({job.status})")
+        console.say(f"the job {job.submission_id} has already ended ({job.status})")
         return 0
     with jobs.told():
         jobs.client.stop_job(job.submission_id)
@@ -253,7 +266,7 @@ def stop(jobs: JobClient, name: str, console: Console) -> int:
     deadline = time.monotonic() + STOP_S + SILENT_S
     while jobs.info(job.submission_id).status in LIVE:
         if time.monotonic() > deadline:
-            raise RunError(f"the job {job.submission_id} doesn't end; look at the dashboard of {jobs.address}")
+            raise RunError(f"the job {job.submission_id} does not end; see the dashboard of {jobs.address}")
         time.sleep(POLL_S)
-    console.say(f"stopped; the same submit continues the run {job.metadata['run']}")
+    console.say(f"stopped; the same `ftray submit` continues the run {job.metadata['run']}")
     return 0

@@ -113,7 +113,7 @@ def test_a_stopped_run_commits_a_checkpoint_and_goes_on_when_it_is_submitted_aga
     site.ftray("submit", *arguments, "--no-wait")
     wait_for(lambda: "train: step" in site.ftray("logs", "stopped"), "the first step")
     said = site.ftray("stop", "stopped")
-    assert "stopped; the same submit continues the run stopped" in said
+    assert "stopped; the same `ftray submit` continues the run stopped" in said
     assert site.jobs("stopped") == [("stopped-1", "STOPPED", None)]
     said = site.ftray("submit", *arguments)
     assert "submitted stopped-2" in said

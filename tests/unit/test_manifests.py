@@ -221,13 +221,13 @@ def test_workers_are_spread_evenly_over_as_few_machines_as_hold_them(
             "scale.accelerator TPU: no known machine has one; known are A100, H100, H200, L40S, A10G",
         ),
         ([], "p5.48xlarge", "--machine p5.48xlarge has 8 × H100, scale.accelerator is A100; correct one of them"),
-        (["storage=runs"], None, "storage runs: pods share no disk; give a bucket: storage=s3://bucket/prefix"),
+        (["storage=runs"], None, "storage runs: pods share no disk; use a bucket: storage=s3://bucket/prefix"),
         (
             ["data.train.0.path=data/"],
             None,
-            "data.train.0.path data/: pods share no disk; copy it to a bucket and give s3://…",
+            "data.train.0.path data/: pods share no disk; copy it to a bucket and use s3://…",
         ),
-        (["model.base=./model"], None, "model.base ./model: pods share no disk; give a hub id (org/name)"),
+        (["model.base=./model"], None, "model.base ./model: pods share no disk; use a hub id (org/name)"),
     ],
 )
 def test_what_no_machine_or_pod_can_carry_is_refused_with_the_numbers(

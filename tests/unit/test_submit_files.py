@@ -70,7 +70,7 @@ def test_a_local_file_that_can_not_travel_is_named(here: Path, path: str) -> Non
 def test_a_directory_of_this_machine_is_no_storage_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["submit", str(ROOT / "jobs/quickstart.yaml"), "--address", "http://127.0.0.1:9"]
     assert main.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("ftray: storage runs is a directory of this machine; on a cluster give")
+    assert capsys.readouterr().err.startswith("ftray: storage runs is a directory of this machine; on a cluster use")
 
 
 def test_a_cluster_that_is_not_there_is_one_line(
