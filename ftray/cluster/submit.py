@@ -121,7 +121,7 @@ def _check_version(jobs: JobClient) -> None:
 
     if jobs.ray_version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ConfigError(
-            f"the cluster at {jobs.address} runs Ray {jobs.ray_version}, this machine has {ray.__version__}; install the same version"
+            f"the cluster at {jobs.address} runs Ray {jobs.ray_version}, here is {ray.__version__}; install the same version"
         )
 
 

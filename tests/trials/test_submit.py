@@ -79,7 +79,7 @@ def site(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_a_run_is_submitted_once_followed_to_its_end_and_complete_after_that(site: Site) -> None:
     arguments = [str(site.run_file), "--verb", "train"]
     said = site.ftray("submit", *arguments, "--no-wait")
-    assert "the cluster: nodes 3 answer; gpus none; storage written at" in said
+    assert "the cluster: nodes 3 reachable; gpus none; storage write" in said
     assert f"submitted tiny-1 to {site.cluster.address}  (config hash " in said
     said = site.ftray("submit", *arguments, "train.seed=3", code=2)
     assert "ftray: the job tiny-1 of this run is live with other settings" in said

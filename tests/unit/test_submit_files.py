@@ -55,7 +55,7 @@ def test_what_travels_is_the_run_file_and_the_files_that_it_names(here: Path) ->
 
 def test_much_is_refused_with_the_names_of_the_largest(here: Path) -> None:
     (here / "data" / "big.jsonl").write_bytes(bytes(9_000_000))
-    with pytest.raises(ConfigError, match=r"^9\.0 MB of local files would .*: data/big\.jsonl \(9\.0 MB\), .*bucket$"):  # noqa: SIM117
+    with pytest.raises(ConfigError, match=r"^9\.0 MB of local files .*: data/big\.jsonl \(9\.0 MB\), .*bucket$"):  # noqa: SIM117
         with packed(config.parse_run(RUN, "r"), "mine"):
             pass
 
