@@ -1,7 +1,7 @@
-"""Every error that ftray raises on purpose, as a tree. Knows nothing of any other room.
+"""Every error that ftray raises on purpose.
 
-    FtrayError                what the user reads is the message; the exit code is the class's
-    ├── InputError            2: the user's input is wrong, nothing was started
+    FtrayError                the message is for the user; each class has an exit code
+    ├── InputError            2: wrong input, nothing was started
     │   ├── ConfigError          the run file or an override
     │   ├── DataError            a source, a record, a split
     │   ├── ModelError           a model directory or an adapter
@@ -13,18 +13,18 @@
     ├── Preempted             75: the machine is going away; run again to continue
     └── Interrupted           130: Ctrl-C; run again to continue
 
-A message names the key or file, the value, and the remedy, in one sentence or two.
+A message names the key or file, the value, and the remedy, in one or two sentences.
 """
 
 
 class FtrayError(Exception):
-    """Base of all errors meant for the user; printed without a traceback."""
+    """Base of all errors for the user; printed without a traceback."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.message = message  # Ray Data writes advice of its own into `args` on the way
+        self.message = message  # Ray Data adds its own advice to `args`
 
     def __str__(self) -> str:
         return self.message
@@ -85,10 +85,10 @@ class Interrupted(FtrayError):
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error at the bottom of what Ray raised, which wraps it in several layers. An FtrayError ends the search."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
+    """The original error inside Ray's wrapper exceptions. Stops at the first FtrayError."""
+    visited: set[int] = set()
+    while id(error) not in visited:
+        visited.add(id(error))
         below = getattr(error, "cause", None) or error.__cause__
         if not isinstance(below, BaseException) or (
             isinstance(error, FtrayError) and type(error).__module__.startswith("ftray.")

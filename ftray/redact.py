@@ -1,5 +1,5 @@
-"""Keys and passwords out of texts that are kept or shown: in addresses, by their well-known shapes, and what the environment
-holds under names such as …_KEY or …_TOKEN, whatever it looks like.
+"""Removes passwords and keys from text: in URLs, by well-known formats, and the values of environment variables named like …_KEY
+or …_TOKEN.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ _NAMES = re.compile(
 )
 _NO_SECRETS = re.compile(r"^(?:OLDPWD|PWD|(?:.*_)?(?:MAX|NUM|MIN)_[A-Z_]*TOKENS?.*|TOKENIZERS_.*)$", re.IGNORECASE)
 _NAMED_KEY = re.compile(_NAMED, re.IGNORECASE)
-_SHORTEST = 8  # characters: what is shorter may be any word
-_CERTAIN = 16  # characters of a value that nobody writes by chance
+_SHORTEST = 8  # characters; shorter values may be ordinary words
+_CERTAIN = 16  # characters; a value this long does not occur by chance
 
 
 def redacted(text: str) -> str:
-    """The text with … in place of what opens something."""
+    """Returns the text with … in place of passwords and keys."""
     for value in _of_environment():
         for form in {value, *_html_forms(value), repr(value)[1:-1], json.dumps(value)[1:-1]}:
             text = text.replace(form, "…")
@@ -109,30 +109,30 @@ def _html_forms(value: str) -> set[str]:
 
 
 def without_shapes(text: str) -> str:
-    """As `redacted`, by shape alone: the same on any machine."""
+    """As `redacted`, but by format alone, independent of the environment."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
 
 
 def holds_secret(text: str) -> bool:
-    """Whether there is one in it, by its shape, or one of the environment's that is no common word."""
+    """Whether the text contains a secret, by format or from the environment (except common words)."""
     return without_shapes(text) != text or any(len(v) >= _CERTAIN and v in text for v in _of_environment())
 
 
 def _of_environment() -> list[str]:
-    """Values of variables that are named like secrets, the longest first; of several in one, each too."""
-    found = set()
+    """Values of environment variables named like secrets, longest first; also the parts of lists."""
+    values = set()
     for name, value in os.environ.items():
         if _NAMES.search(name) and not _NO_SECRETS.match(name):
-            found |= {value.strip(), *re.split(r"[,\s]+", value)}
+            values |= {value.strip(), *re.split(r"[,\s]+", value)}
     return sorted(
-        (v for v in found if len(v) >= _SHORTEST and not re.fullmatch(r"[a-z]{1,12}", v)), key=len, reverse=True
+        (v for v in values if len(v) >= _SHORTEST and not re.fullmatch(r"[a-z]{1,12}", v)), key=len, reverse=True
     )
 
 
 def redacted_tree(tree: Any) -> Any:
-    """The same in each text of what JSON can say; a text under a key such as `password` or `api_key` goes whole."""
+    """Redacts every text of a JSON tree; text under a key such as `password` or `api_key` is removed completely."""
     if isinstance(tree, str):
         return redacted(tree)
     if isinstance(tree, dict):

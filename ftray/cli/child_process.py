@@ -1,12 +1,9 @@
-"""A command that starts a Ray of its own runs in a child process, so that the command outlives that Ray.
+"""Runs a command that starts a local Ray in a child process, so that the command outlives that Ray.
 
-Ray's C++ code ends the process that drives it, without a word, a minute after its GCS is lost and some seconds after its
-raylet is. A small parent process stays in front: it passes signals on, watches Ray's two processes, and says what
-happened when one of them dies, or starts the command once more. The child has a session of its own, so that Ctrl-C and a
-closed terminal reach Ray's processes only through the child. Everything that the child leaves behind when it dies becomes
-a child of the parent (Linux' "subreaper"), which ends exactly these processes.
-
-Knows processes and signals; nothing of Ray beyond the two process ids that the child reports.
+Ray's C++ code silently ends its driver process a minute after the GCS is lost, and seconds after the raylet is lost. A small
+parent process forwards signals, watches both Ray processes, and reports their death or restarts the command. The child has
+its own session, so Ctrl-C and a closed terminal reach Ray's processes only through the child. Processes that a dead child
+leaves behind become children of the parent (Linux' "subreaper"), which ends exactly these.
 """
 
 from __future__ import annotations
@@ -26,18 +23,22 @@ from typing import Any
 
 from ftray.signals import termination_signals
 
-PID = "FTRAY_COMMAND_PID"  # in the child's environment: the process that the user sees, and sends signals to
+PID = "FTRAY_COMMAND_PID"  # in the child's environment: the pid of the parent, which users see and signal
 LOOK_S = 0.3
-SETTLE_S = 1.0  # a Ray that is shut down on purpose says so in this time
+SETTLE_S = 1.0  # a planned shutdown of Ray is reported within this time
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-_report_fd = -1  # in the child: where it reports to its parent
+_report_fd = -1  # in the child: the pipe to its parent
 
 
 @dataclass
 class ChildResult:
-    """How a child ended. code: as a shell shows it. signal: that ended it, or 0. finished: it came to its own end.
+    """How a child ended.
 
-    lost: which of Ray's processes died under it, in words, "" if none did.
+    Attributes:
+        code: Exit code, as in a shell.
+        signal: The signal that killed it, or 0.
+        finished: It ended by itself.
+        lost: The Ray process that died, in words, or "".
     """
 
     code: int
@@ -47,7 +48,7 @@ class ChildResult:
 
 
 def report(**what: Any) -> None:
-    """Tells the parent, if there is one: `ray`, the processes that Ray can't do without, by name; `end`, the exit code."""
+    """Sends facts to the parent, if any: `ray`, pids of essential Ray processes by name; `end`, the exit code."""
     if _report_fd >= 0:
         with suppress(OSError):
             os.write(_report_fd, json.dumps(what).encode() + b"\n")
@@ -71,7 +72,7 @@ def run_in_child(
         if ended.lost:
             if restarts > 0:
                 restarts -= 1
-                warn(f"{ended.lost}; starting Ray anew and going on from what is committed")
+                warn(f"{ended.lost}; restarting Ray, and continuing from the last commit")
                 continue
             fail(f"{ended.lost}, and the command ended with it; {again}")
             return 1
@@ -120,7 +121,7 @@ class _Child:
         try:
             missing_s = 0.0
             while self.ended is None:
-                self._hear(LOOK_S)
+                self._read_reports(LOOK_S)
                 self._reap()
                 if self.ended is not None:
                     break
@@ -128,7 +129,7 @@ class _Child:
                 missing_s = (missing_s or time.monotonic()) if dead else 0.0
                 if missing_s and time.monotonic() - missing_s > SETTLE_S:
                     return ChildResult(1, lost=f"Ray's {dead[0]} (pid {self.essential[dead[0]]}) died")
-            self._hear(0.0)
+            self._read_reports(0.0)
             return self._judged(self.ended)
         finally:
             os.close(self._reader)
@@ -142,7 +143,7 @@ class _Child:
             ended.lost = "Ray ended the process that drove it, after it lost its GCS or raylet"
         return ended
 
-    def _hear(self, within_s: float) -> None:
+    def _read_reports(self, within_s: float) -> None:
         """Reads what the child reports."""
         while self._reader >= 0 and select.select([self._reader], [], [], within_s)[0]:
             within_s = 0.0
@@ -152,12 +153,12 @@ class _Child:
                 return
             *lines, self._unread = (self._unread + data).split(b"\n")
             for line in lines:
-                told = json.loads(line)
-                self.essential = told.get("ray", self.essential)
-                self.code = told.get("end", self.code)
+                message = json.loads(line)
+                self.essential = message.get("ray", self.essential)
+                self.code = message.get("end", self.code)
 
     def _reap(self) -> None:
-        """Takes notice of children that ended: the command's own, and orphans of it."""
+        """Reaps ended children: the command and its orphans."""
         with suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -194,21 +195,21 @@ def _be_child(work: Callable[[], int], parent: int, writer: int) -> None:
 
 
 def descendants() -> list[int]:
-    """Process ids of everything that this process started, and what these started."""
+    """Process ids of all descendants."""
     parents: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal() and (fields := _stat(int(entry.name))):
             parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, heads = list[int](), [os.getpid()]
+    pids, heads = list[int](), [os.getpid()]
     while heads:
         below = parents.get(heads.pop(), [])
-        found += below
+        pids += below
         heads += below
-    return found
+    return pids
 
 
 def end_descendants(within_s: float = 10.0) -> None:
-    """SIGKILL for everything that this process started; returns when it is gone."""
+    """Kills all descendants, and returns when they are gone."""
     end_s = time.monotonic() + within_s
     while (left := descendants()) and time.monotonic() < end_s:
         for pid in left:
@@ -220,13 +221,13 @@ def end_descendants(within_s: float = 10.0) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not reaped does not."""
+    """Whether a process runs; zombies do not."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX"
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent and more of a process; [] if there is none."""
+    """State, parent and other fields of a process; [] if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -239,7 +240,7 @@ def _kill(pid: int, number: int) -> None:
 
 
 def _die_of(number: int) -> None:
-    """Ends this process by the signal that ended its child, so that a shell sees the same."""
+    """Ends this process by the same signal as its child, for the shell to see."""
     if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.flush()

@@ -1,7 +1,4 @@
-"""Surroundings of one command: libraries' output in a log file, and a Ray, started here or joined.
-
-Knows nothing of runs beyond a name and a number of CPUs.
-"""
+"""The session of one command: library output goes to a log file, and Ray is started or joined."""
 
 from __future__ import annotations
 
@@ -23,20 +20,20 @@ from ftray.network import check_listening, is_listening
 from ftray.signals import signal_handler, termination_signals
 
 START_TRIES = 3
-ESSENTIAL = ("gcs_server", "raylet")  # Ray's processes without which its driver can't go on
-_told: tuple[Console, str] | None = None  # the console of this command, and where libraries' output goes
+ESSENTIAL = ("gcs_server", "raylet")  # a driver can't continue without these Ray processes
+_told: tuple[Console, str] | None = None  # the console of this command, and the log file of libraries
 
 
 @contextmanager
 def quiet(name: str, console: Console) -> Iterator[None]:
-    """What Ray, its processes and the libraries print goes to a log file, which the console names."""
+    """Redirects the output of Ray and other libraries to a log file, and prints its path."""
     log = storage.cache_directory() / "logs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     global _told
     console.run, _told = name, (console, str(log))
-    console.say(f"what Ray and other libraries print goes to {log}")
+    console.say(f"output of Ray and other libraries: {log}")
     with console.quiet_natives(log):
         yield
 
@@ -56,10 +53,14 @@ def signals_later() -> Iterator[None]:
 
 @contextmanager
 def ray_session(num_cpus: float) -> Iterator[None]:
-    """Ray for one command: the cluster of RAY_ADDRESS, or one of its own on this machine.
+    """Ray for one command: the cluster of RAY_ADDRESS, or a local one.
 
-    num_cpus: what workers reserve; a Ray of its own has one more, so that data is never starved. Raises ConfigError
-    when the cluster can't be reached, RunError when it goes away meanwhile, or when one of its own does not start.
+    Args:
+        num_cpus: CPUs that workers reserve. A local Ray gets one more for data processing.
+
+    Raises:
+        ConfigError: The cluster can't be reached.
+        RunError: The cluster went away, or the local Ray did not start.
     """
     import ray
 
@@ -67,8 +68,8 @@ def ray_session(num_cpus: float) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in termination_signals()}
     if address and address.startswith("ray://"):
         raise ConfigError(
-            f"RAY_ADDRESS {address}: ftray runs on the cluster itself, not through Ray's client; use ray job submit, or give "
-            "host:port of the head from one of the cluster's machines"
+            f"RAY_ADDRESS {address}: ftray does not support Ray Client; use ftray submit, or host:port of "
+            "the head from one of the cluster's machines"
         )
     if address and address != "local":
         try:
@@ -85,22 +86,22 @@ def ray_session(num_cpus: float) -> Iterator[None]:
         report(ray={p.name(): p.pid for p in psutil.Process().children() if p.name() in ESSENTIAL})
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)  # Ray's own would end the process with another code
+            signal.signal(number, handler)  # Ray's handlers would end the process with another exit code
     head = ray.get_runtime_context().gcs_address
     try:
         yield
     except Exception as err:
         if isinstance(innermost(err), FtrayError) or is_listening(head):
             raise
-        # Whatever Ray made of it: a lost actor, a failed call, a time-out.
+        # Ray may report it as a lost actor, a failed call or a timeout.
         raise RunError(f"the Ray cluster's head is gone ({head}); run the same command again to continue") from None
     finally:
-        report(ray={})  # from here on they end on purpose
+        report(ray={})  # a planned shutdown from here on
         ray.shutdown()
 
 
 def _start_local(num_cpus: int) -> None:
-    """A Ray of this command's own. On a busy machine its start may time out: it is tried again. Raises RunError."""
+    """Starts a local Ray. Retries, because the start may time out on a busy machine. Raises RunError."""
     import ray
 
     before = {process.pid for process in psutil.Process().children()}
@@ -114,29 +115,29 @@ def _start_local(num_cpus: int) -> None:
                 logging_level="warning",
             )
             return
-        except FtrayError:  # a signal that came meanwhile
+        except FtrayError:  # raised by a signal handler
             raise
-        except Exception as err:  # noqa: BLE001 - Ray raises plain exceptions when its start times out
+        except Exception as err:  # noqa: BLE001 - Ray raises plain exceptions on timeouts
             reason = " ".join(str(err).split())[:200] or type(err).__name__
         _end_half_started(before)
         log = _told[1] if _told else ""
         if attempt == START_TRIES:
             where = f"; see {log} and {ray_logs()}" if log else f"; see {ray_logs()}"
             raise RunError(
-                f"Ray did not start in {START_TRIES} tries ({reason}){where}. When the machine has CPU, memory and disk to "
-                "spare, run the same command again to continue"
+                f"Ray did not start in {START_TRIES} tries ({reason}){where}. Make sure that the machine has free CPU, "
+                "memory and disk, then run the same command again to continue"
             )
         if _told:
             _told[0].warn(f"Ray did not start ({reason}); trying again ({attempt + 1} of {START_TRIES})")
 
 
 def ray_logs() -> str:
-    """Where the newest Ray of this machine keeps its logs."""
+    """The log directory of the newest Ray on this machine."""
     return str(Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "session_latest", "logs"))
 
 
 def _end_half_started(before: set[int]) -> None:
-    """Ends what a start of Ray that failed left behind: children of this process that were not there before."""
+    """Ends processes of a failed Ray start: children of this process that are not in `before`."""
     import ray
 
     with suppress(Exception):

@@ -50,7 +50,7 @@ def assert_says_how_to_continue(text: str) -> None:
 
 def test_ctrl_c_before_the_first_step_stops_without_a_mess(place: Place, checkpoints: Path) -> None:
     command = place.start("train", "run.yaml", terminal=True)
-    command.wait_for("what Ray and other libraries print goes to")
+    command.wait_for("output of Ray and other libraries:")
     command.press_ctrl_c()
     ended = command.wait()
     assert ended.code == 130, ended.out

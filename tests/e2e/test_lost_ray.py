@@ -53,7 +53,7 @@ def test_a_run_whose_ray_dies_starts_it_anew_once_and_goes_on(run: Place, name: 
     lost.kill()
     ended = command.wait()
     assert ended.code == 0, ended.out + ended.err
-    assert f"warning: Ray's {name} (pid {lost.pid}) died; starting Ray anew and going on" in ended.out
+    assert f"warning: Ray's {name} (pid {lost.pid}) died; restarting Ray, and continuing" in ended.out
     assert "train: continuing at step " in ended.out
     assert_whole(run, f"lost-{name}")
     assert run.left_over() == []

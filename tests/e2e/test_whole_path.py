@@ -71,7 +71,7 @@ def test_what_it_prints_is_plain_lines_and_the_libraries_go_to_a_named_file(
 ) -> None:
     assert ended.err == ""
     assert [line for line in ended.out.splitlines() if NOISE.search(line)] == []
-    log = Path(ended.line("what Ray and other libraries print goes to ").split()[-1])
+    log = Path(ended.line("output of Ray and other libraries: ").split()[-1])
     assert log.is_relative_to(place.cache)
     assert log.stat().st_size > 0
     assert "data.train: 100 records" in ended.out

@@ -68,7 +68,7 @@ def test_a_raylet_that_dies_is_said_and_the_command_starts_once_more() -> None:
     with process("main(lambda: start_ray() or time.sleep(600) or 0)") as child:
         first = [int(word) for word in line(child).split()[1:]]
         os.kill(first[0], signal.SIGKILL)
-        assert line(child).startswith(f"warning: Ray's raylet (pid {first[0]}) died; starting Ray anew")
+        assert line(child).startswith(f"warning: Ray's raylet (pid {first[0]}) died; restarting Ray")
         assert is_gone(first[1]), "what the dead Ray left behind"
         second = [int(word) for word in line(child).split()[1:]]
         os.kill(second[0], signal.SIGKILL)
