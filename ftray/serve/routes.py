@@ -105,6 +105,10 @@ def build_api(
             await adapters.stop()
             await engine.stop()
 
+    return AuthMiddleware(_starlette(api, lifespan, keeps_feedback=box is not None), key_hashes)
+
+
+def _starlette(api: _Routes, lifespan: Callable[[Starlette], Any], *, keeps_feedback: bool) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -114,7 +118,7 @@ def build_api(
             Route("/v1/feedback", api.feedback, methods=["POST"]),
             Route("/health", api.health, methods=["GET"]),
             Route("/metrics", api.metrics, methods=["GET"]),
-            *page_routes(keeps_feedback=box is not None),
+            *page_routes(keeps_feedback=keeps_feedback),
         ],
         exception_handlers={
             RequestError: on_request_error,
@@ -124,7 +128,7 @@ def build_api(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirect would not have OpenAI's error body
-    return AuthMiddleware(app, key_hashes)
+    return app
 
 
 async def _beside(text: str, work: Callable[..., Any], *args: Any) -> Any:
