@@ -159,7 +159,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was_and_a_failed_trial_is_only_to
     state = state_of(run)
     state.data_hash, state.trials[0].status = "other", "running"
     save_state(state, f"{run.directory}/tune")
-    with pytest.raises(DataError, match=r"the data changed .* since the sweep in .* began"):
+    with pytest.raises(DataError, match=r"the data changed .* since the sweep in .* started"):
         run_sweep(run)
 
 
