@@ -77,7 +77,13 @@ def test_the_readme_has_commands_that_are_run() -> None:
     assert {"check", "train", "evaluate", "export"} <= set(re.findall(r"ftray (\w+)", typed))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}-{block.language}" for i, block in enumerate(BLOCKS)])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{number}-{block.language}", marks=[pytest.mark.long] if block.words else [])
+        for number, block in enumerate(BLOCKS)
+    ],
+)
 def test_a_block_works(block: Block, readers_place: Place) -> None:
     if block.language == "python":
         run_python(block, readers_place)
