@@ -1,6 +1,6 @@
-"""What each model is to be scored on: held-out records, questions, the general set, pairs, and the base's examples.
+"""The evaluation plan: which examples, questions, pairs and few-shot prompts each model is scored on.
 
-Reads data and writes prompts by the chat template. Knows no models, metrics or results.
+Also checks the inputs of an evaluation before Ray starts: the JSON schema, the general set, pairs and libraries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ftray.evaluate.score import ScoreTask
 from ftray.model.load import load_tokenizer, resolve_base, tokenizer_hash
 
 EMBEDDED = "embedded:general"
-LIBRARIES = {  # metric → the module that it needs, the extra that brings it
+LIBRARIES = {  # metric → (required module, extra that installs it)
     "bertscore": ("bert_score", "bertscore"),
     "bleu": ("sacrebleu", "evaluate"),
     "chrf": ("sacrebleu", "evaluate"),
@@ -36,7 +36,7 @@ LIBRARIES = {  # metric → the module that it needs, the extra that brings it
 
 
 def check_inputs(run: config.RunConfig) -> None:
-    """Raises ConfigError or DataError, in one sentence, for what `ftray evaluate` would stumble over later."""
+    """Checks the inputs of `ftray evaluate` in advance. Raises ConfigError or DataError."""
     check_eval_split(run.data)
     read_schema(run.evaluate)
     read_pairs(run.evaluate)
@@ -55,12 +55,12 @@ def check_inputs(run: config.RunConfig) -> None:
     encoder = run.evaluate.bertscore_model
     if encoder is not None and not (Path(encoder).expanduser() / "config.json").exists():
         raise ConfigError(
-            f"evaluate.bertscore_model {encoder} is no model directory (it has no config.json); correct the path"
+            f"evaluate.bertscore_model {encoder} is not a model directory (it has no config.json); correct the path"
         )
 
 
 def general_path(section: config.EvaluateConfig) -> str:
-    """Where the general set is; what is embedded comes with the package."""
+    """Path of the general set. The embedded one is part of the package."""
     return str(Path(__file__).with_name("general.jsonl")) if section.general == EMBEDDED else section.general
 
 
@@ -79,7 +79,7 @@ def read_schema(section: config.EvaluateConfig) -> Any:
         validator_for(schema).check_schema(schema)
     except SchemaError as err:
         raise ConfigError(
-            f"evaluate.json_schema {section.json_schema} is no JSON schema: {err.message}; correct it"
+            f"evaluate.json_schema {section.json_schema} is not a JSON schema: {err.message}; correct it"
         ) from None
     except (ValueError, RecursionError) as err:
         raise ConfigError(f"evaluate.json_schema {section.json_schema} is not JSON: {err}; correct it") from None
@@ -87,7 +87,7 @@ def read_schema(section: config.EvaluateConfig) -> Any:
 
 
 def read_pairs(section: config.EvaluateConfig) -> list[tuple[str, str]]:
-    """Pairs of prompts that differ in one attribute. Raises ConfigError naming the line that is none."""
+    """Reads pairs of prompts that differ in one attribute. Raises ConfigError naming the malformed line."""
     if section.pairs is None:
         return []
     uri = storage.absolute(section.pairs)
@@ -106,36 +106,42 @@ def read_pairs(section: config.EvaluateConfig) -> list[tuple[str, str]]:
             )
         pairs.append((a, b))
     if not pairs:
-        raise ConfigError(f"evaluate.pairs {section.pairs} holds no pair; add one, or leave the key out")
+        raise ConfigError(f"evaluate.pairs {section.pairs} contains no pair; add one, or remove the key")
     return pairs
 
 
-NO_ANSWERS = {"loss", "general"}  # metrics that need none
+NO_ANSWERS = {"loss", "general"}  # metrics that need no generated answers
 MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """What is scored. asked: the samples that models answer, by their place among `samples`; works: of each model.
+    """What is scored.
 
-    few_shot_of: places of the samples that the few-shot base is scored on. labels: of the metric `classes`.
+    Attributes:
+        samples: Examples of the eval set.
+        questions: Indices of the samples that the models answer.
+        pairs: Pairs of prompts that differ in one attribute.
+        tasks: Work of each model, by model name.
+        few_shot_of: Indices of the samples that the few-shot base is scored on.
+        labels: Labels of the metric `classes`.
     """
 
     samples: list[EvalExample]
-    asked: list[int]
+    questions: list[int]
     pairs: list[tuple[str, str]]
-    works: dict[str, ScoreTask]
+    tasks: dict[str, ScoreTask]
     few_shot_of: list[int]
     labels: list[str]
 
     @property
     def references(self) -> list[str]:
         """Reference answers of the questions."""
-        return [turns_of(self.samples[i])[-1].content for i in self.asked]
+        return [turns_of(self.samples[i])[-1].content for i in self.questions]
 
 
 def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
-    """Reads the held-out records and says what each model is to be scored on. Needs a started Ray."""
+    """Reads the eval set and plans the work of each model. Needs a started Ray."""
     section = run.evaluate
     load = partial(load_tokenizer, run.model)
     tokenizer = load()
@@ -147,37 +153,43 @@ def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
     check_index(index, stream, "eval", run.data.max_bad_records, data_dir)
     samples = read_samples(index, replace(stream, slices=section.slices), section.num_examples)
     if section.slices is not None and not any(sample.slice for sample in samples):
-        raise DataError(f"evaluate.slices: no held-out record has the column {section.slices}; correct it")
-    asked = [i for i, sample in enumerate(samples) if sample.is_question] if set(section.metrics) - NO_ANSWERS else []
-    labels = _labels(run, [samples[i] for i in asked]) if "classes" in section.metrics else []
-    asked, pairs = asked[: section.num_generations], read_pairs(section)
-    asides = [chat.encode_prompt([Message("user", text)]) for pair in pairs for text in pair]
+        raise DataError(f"evaluate.slices: no record of the eval set has the column {section.slices}; correct it")
+    questions = (
+        [i for i, sample in enumerate(samples) if sample.is_question] if set(section.metrics) - NO_ANSWERS else []
+    )
+    labels = _labels(run, [samples[i] for i in questions]) if "classes" in section.metrics else []
+    questions, pairs = questions[: section.num_generations], read_pairs(section)
+    pair_prompts = [chat.encode_prompt([Message("user", text)]) for pair in pairs for text in pair]
     general = (
         read_set(general_path(section), "evaluate.general", chat, run.data.max_seq_len)
         if ("general" in section.metrics)
         else []
     )
-    prompts = [chat.encode_prompt(turns_of(samples[i])[:-1]) for i in asked]
-    whole = ScoreTask([s.documents for s in samples], [g.documents for g in general], prompts + asides)
-    works, few_shot_of = {"base": whole, "tuned": whole}, []
+    prompts = [chat.encode_prompt(turns_of(samples[i])[:-1]) for i in questions]
+    whole = ScoreTask([s.documents for s in samples], [g.documents for g in general], prompts + pair_prompts)
+    tasks, few_shot_of = {"base": whole, "tuned": whole}, []
     if section.few_shot:
         train_index = build_index(train_stream, chunk_bytes, data_dir, identity)
         shots = pick_shots(train_index, train_stream, section.few_shot, [s for s in samples if s.is_question])
         few_shot_of = [i for i, s in enumerate(samples) if s.messages is not None]
-        works = {"base": whole, "few_shot": _few_shot(run, chat, samples, few_shot_of, asked, shots), "tuned": whole}
-    return EvalPlan(samples, asked, pairs, works, few_shot_of, labels)
+        tasks = {
+            "base": whole,
+            "few_shot": _few_shot(run, chat, samples, few_shot_of, questions, shots),
+            "tuned": whole,
+        }
+    return EvalPlan(samples, questions, pairs, tasks, few_shot_of, labels)
 
 
 def _labels(run: config.RunConfig, questions: Sequence[EvalExample]) -> list[str]:
-    """The labels of `data.labels`, or else all held-out answers."""
+    """The labels of `data.labels`, or all reference answers if it is not set."""
     if run.data.labels is not None:
         return [label.strip() for label in run.data.labels]
-    found = sorted({turns_of(q)[-1].content.strip() for q in questions})
-    if len(found) > MAX_LABELS:
+    labels = sorted({turns_of(q)[-1].content.strip() for q in questions})
+    if len(labels) > MAX_LABELS:
         raise DataError(
-            f"evaluate.metrics has classes, but the held-out answers are {len(found)} different texts; give data.labels"
+            f"evaluate.metrics has classes, but the eval set has {len(labels)} different answers; set data.labels"
         )
-    return found
+    return labels
 
 
 def _few_shot(
@@ -185,10 +197,10 @@ def _few_shot(
     chat: ChatFormat,
     samples: Sequence[EvalExample],
     places: Sequence[int],
-    asked: Sequence[int],
+    questions: Sequence[int],
     shots: Sequence[Sequence[Message]],
 ) -> ScoreTask:
-    """Conversations with the shots as earlier turns, behind what the system says; nothing of the shots is scored."""
+    """Conversations with the shots as earlier turns, after the system message. The shots are not scored."""
     from transformers import AutoConfig
 
     def longer(messages: list[Message]) -> list[Message]:
@@ -196,7 +208,7 @@ def _few_shot(
         return [*head, *(turn for shot in shots for turn in shot), *messages[len(head) :]]
 
     examples = [chat.encode_example(longer(turns_of(samples[i]))).documents() for i in places]
-    prompts = [chat.encode_prompt(longer(turns_of(samples[i])[:-1])) for i in asked]
+    prompts = [chat.encode_prompt(longer(turns_of(samples[i])[:-1])) for i in questions]
     longest = max(
         [len(ids) for documents in examples for ids, _ in documents]
         + [len(ids) + run.evaluate.max_new_tokens for ids in prompts],
@@ -214,6 +226,6 @@ def _few_shot(
 
 
 def turns_of(sample: EvalExample) -> list[Message]:
-    """The turns of a sample that is a conversation."""
+    """Turns of a conversation."""
     assert sample.messages is not None
     return sample.messages

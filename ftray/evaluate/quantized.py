@@ -1,8 +1,7 @@
-"""From a run's exported model to `<run>/quantized/<kind>/`: fewer bits, and what they cost on the held-out data.
+"""Quantizes a run's exported model into `<run>/quantized/<kind>/` and measures the eval loss before and after.
 
-The losses before and after are taken from the two directories as they lie there, over the same records, by the same code
-as `ftray evaluate`'s. One Ray task does the work, on a GPU where the cluster has one. Knows runs, models, the held-out
-records; nothing of cards.
+Both losses are measured on the written files with the code of `ftray evaluate`. One Ray task does the work, on a GPU if the
+cluster has one.
 """
 
 from __future__ import annotations
@@ -34,55 +33,70 @@ Describe = Callable[[CheckpointRef, bool, QuantizationResult], Mapping[str, byte
 def export_quantized(
     run: config.RunConfig, run_dir: str, kind: str, console: Console, describe: Describe, step: int | None = None
 ) -> str:
-    """Writes the exported model's quantized form unless it is there already; returns its URI. Needs a started Ray.
+    """Writes the quantized model unless it exists already. Needs a started Ray.
 
-    describe: files that tell where the model comes from, by name. step: of the checkpoint; the best if left out.
+    Args:
+        run: The run.
+        run_dir: Directory of the run.
+        kind: nf4, int8 or fp8.
+        console: Output for the user.
+        describe: Makes the files that describe the model's origin, by name.
+        step: Step of the checkpoint; None selects the best one.
+
+    Returns:
+        URI of the quantized model.
     """
-    found = best_checkpoint(run_dir, step)
+    checkpoint = best_checkpoint(run_dir, step)
     target = storage.join(run_dir, "quantized", kind)
     known = None if storage.verify_directory(target) else storage.read_manifest(target)
-    if known is not None and known["meta"].get("step") == found.step:
-        console.say(f"step {found.step} in {kind} is there already: {target}")
+    if known is not None and known["meta"].get("step") == checkpoint.step:
+        console.say(f"step {checkpoint.step} is already quantized to {kind}: {target}")
         console.say(str(QuantizationResult(**known["meta"]["quantized"])))
         return target
-    examples = _heldout(run, run_dir)
-    console.say(f"quantize: writing step {found.step} in {kind} to {target}")
+    examples = _eval_examples(run, run_dir)
+    console.say(f"quantize: writing step {checkpoint.step} as {kind} to {target}")
     num_gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     task = ray.remote(_quantize).options(num_cpus=run.scale.cpus_per_worker, num_gpus=num_gpus, max_retries=0)
-    done = ray.get(task.remote(run, found, whole_weights(run, run_dir), target, kind, examples, describe))
+    done = ray.get(task.remote(run, checkpoint, whole_weights(run, run_dir), target, kind, examples, describe))
     console.say(str(done))
     return target
 
 
-def _heldout(run: config.RunConfig, run_dir: str) -> list[list[Document]]:
-    """The held-out records that `ftray evaluate` takes the loss over."""
+def _eval_examples(run: config.RunConfig, run_dir: str) -> list[list[Document]]:
+    """The examples that `ftray evaluate` computes the loss over."""
     if run.data.eval is None:
         return []
     only_loss = run.evaluate.model_copy(update={"metrics": ["loss"], "few_shot": 0, "slices": None, "pairs": None})
-    there = run.model_copy(update={"model": absolute_base(run.model), "evaluate": only_loss})
-    return make_plan(there, run_dir).works["tuned"].examples
+    remote_run = run.model_copy(update={"model": absolute_base(run.model), "evaluate": only_loss})
+    return make_plan(remote_run, run_dir).tasks["tuned"].examples
 
 
 def _quantize(
     run: config.RunConfig,
-    found: CheckpointRef,
+    checkpoint: CheckpointRef,
     source: str,
     target: str,
     kind: str,
     examples: Sequence[Sequence[Document]],
     describe: Describe,
 ) -> QuantizationResult:
-    """The whole of it, in one process, since a directory of one machine is not seen from another."""
+    """Runs in one process, because other machines do not see its local directory."""
     torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
     with tempfile.TemporaryDirectory(prefix="ftray-") as scratch:
         before, after = fetch_part(source, Path(scratch)), Path(scratch, "after")
         done = quantize_scored(
             before, after, kind, run.train.precision, examples, run.data.max_seq_len, run.micro_batch_size
         )
-        for name, text in describe(found, True, done).items():
+        for name, text in describe(checkpoint, True, done).items():
             (after / name).write_bytes(text)
         storage.delete_tree(target)
-        meta = {"step": found.step, "run": run.name, "base": run.model.base, **found.meta, "quantized": asdict(done)}
+        meta = {
+            "step": checkpoint.step,
+            "run": run.name,
+            "base": run.model.base,
+            **checkpoint.meta,
+            "quantized": asdict(done),
+        }
         if not storage.commit_directory(after, target, meta):
             raise RunError(f"{target} was written by another process; run the command again")
     return done
@@ -97,7 +111,7 @@ def quantize_scored(
     max_seq_len: int,
     rows_at_once: int,
 ) -> QuantizationResult:
-    """Quantizes the model of one local directory into another and takes the loss of both over the examples."""
+    """Quantizes a model from one local directory to another and measures the loss of both."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
     def costs(directory: Path) -> tuple[float | None, int]:

@@ -1,4 +1,4 @@
-"""What a comparison looks like on a terminal: lines. Knows results, nothing of how they were made."""
+"""Formats a comparison as lines of text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ftray.config import FIGURES
 from ftray.evaluate.results import Comparison, GateResult
 from ftray.evaluate.stats import Difference
 
-PERCENT = ("loss", "perplexity", "general_loss")  # whose change is told as a share
+PERCENT = ("loss", "perplexity", "general_loss")  # their change is shown in percent
 NUM_GROUPS, NUM_CLASSES = 20, 5  # lines at most
 
 
 def report(comparison: Comparison, speed: dict[str, Any]) -> list[str]:
-    """Lines of the whole report, but for the answers."""
+    """Lines of the whole report, without the answers."""
     lines = [*table(comparison), *[f"verdict: {sentence}" for sentence in comparison.verdict]]
     return lines + details(comparison, speed) + gate_lines(comparison.gates)
 
@@ -32,10 +32,10 @@ def table(comparison: Comparison) -> list[str]:
 
 
 def counted(comparison: Comparison) -> str:
-    """What the figures are over."""
+    """The number of tokens and answers behind the metrics."""
     base = comparison.base
-    over = f"{base.num_trained_tokens} supervised held-out tokens"
-    rest = f", the rest over {base.num_answers} answers" if base.num_answers else ""
+    over = f"{base.num_trained_tokens} tokens of the eval set"
+    rest = f", other metrics over {base.num_answers} answers" if base.num_answers else ""
     return f"(loss over {over}{rest}; intervals by paired bootstrap)"
 
 
@@ -77,17 +77,17 @@ def _slices(slices: dict[str, Any] | None) -> list[str]:
     apart = [
         f"{FIGURES[n].title} {slices['spread'][n]['base']:.3f} → {slices['spread'][n]['tuned']:.3f}" for n in names
     ]
-    return [*lines, f"  between the best and the worst group: {' · '.join(apart)}"]
+    return [*lines, f"  difference between the best and the worst group: {' · '.join(apart)}"]
 
 
 def _classes(classes: dict[str, Any] | None) -> list[str]:
-    """The labels that the tuned model gets least right, and what it takes for what most often."""
+    """Labels with the lowest F1 of the tuned model, and its most frequent confusions."""
     if classes is None:
         return []
     found = classes["tuned"]
     rows = [(label, row) for label, row in found["per_class"].items() if row["num"]]
     rows = sorted(rows, key=lambda item: (item[1]["f1"], item[0]))[:NUM_CLASSES]
-    lines = ["", f"labels that the tuned model gets least right, of {len(found['per_class'])}"]
+    lines = ["", f"labels with the lowest F1 of the tuned model, of {len(found['per_class'])}"]
     lines += [
         f"  {_cut(label, 32):<32} F1 {r['f1']:.2f}   precision {r['precision']:.2f}   recall {r['recall']:.2f}   of {r['num']}"
         for label, r in rows
@@ -100,20 +100,20 @@ def _classes(classes: dict[str, Any] | None) -> list[str]:
         if i != j and number
     ]
     for number, wanted, given in sorted(wrong, key=lambda w: (-w[0], w[1:]))[:NUM_CLASSES]:
-        lines.append(f"  {number} × {_cut(wanted, 32)} taken for {_cut(given, 32)}")
+        lines.append(f"  {number} × {_cut(wanted, 32)} classified as {_cut(given, 32)}")
     return lines
 
 
 def _pairs(pairs: dict[str, Any] | None) -> list[str]:
     if pairs is None:
         return []
-    told = [
-        f"{name} answers {100 * pairs[name]['same']:.0f}% alike (ROUGE-L {pairs[name]['rouge_l']:.3f})"
+    shares = [
+        f"{name} gives the same answer to {100 * pairs[name]['same']:.0f}% (ROUGE-L {pairs[name]['rouge_l']:.3f})"
         for name in ("base", "tuned")
     ]
     return [
         "",
-        f"{pairs['num']} pairs of prompts that differ in one attribute: {', '.join(told)}; see evaluate/pairs.jsonl",
+        f"{pairs['num']} pairs of prompts that differ in one attribute: {', '.join(shares)}; see evaluate/pairs.jsonl",
     ]
 
 
@@ -131,12 +131,12 @@ def _speed(speed: dict[str, Any]) -> list[str]:
 
 
 def gate_lines(gates: list[GateResult]) -> list[str]:
-    """A line for each limit of a gate."""
+    """One line per limit of a gate."""
     return [f"gate: {gate}: {'passed' if gate.passed else 'MISSED'}" for gate in gates]
 
 
 def side_by_side(generations: list[dict[str, Any]]) -> list[str]:
-    """Lines that show the models' answers under each question."""
+    """Lines that show the models' answers to each question."""
     lines = []
     for g in generations:
         lines += ["", f"question   {_cut(g['question'])}", f"reference  {_cut(g['reference'])}"]

@@ -1,4 +1,4 @@
-"""What `evaluate/results.json` holds, and how it is read and written. No models, no Ray: serving and reports read it."""
+"""Reads and writes evaluate/results.json and generations.jsonl. Needs neither models nor Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ftray.evaluate.stats import Difference
 
 @dataclass(frozen=True)
 class Generation:
-    """A held-out question, its reference answer, and what base and tuned model answered. slice: "" where there is none."""
+    """A question of the eval set with the reference answer and the answers of base and tuned model.
+
+    Attributes:
+        slice: Value of the slice column, or an empty string.
+    """
 
     question: str
     reference: str
@@ -24,24 +28,26 @@ class Generation:
 
 
 def read_generations(run_dir: str) -> list[Generation]:
-    """All answers of a run, in the order of their questions.
+    """All answers of a run, in the order of the questions.
 
-    Raises ConfigError when there are none yet, StorageError.
+    Raises:
+        ConfigError: There are no answers yet, or the file is damaged.
+        StorageError: Storage does not answer.
     """
     uri = storage.join(run_dir, "evaluate", "generations.jsonl")
     remedy = "run `ftray evaluate` first, with a metric that needs answers (rouge or format)"
     try:
         lines = [storage.parse_object(line) for line in storage.read_bytes(uri).splitlines() if line.strip()]
-        found = [_generation(line) for line in lines]
+        generations = [_generation(line) for line in lines]
     except storage.MissingFile:
         raise ConfigError(f"{uri} is missing, so there are no answers to compare; {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
             f"{uri} is damaged; delete it together with results.json, then run `ftray evaluate`"
         ) from None
-    if not found:
+    if not generations:
         raise ConfigError(f"{uri} is empty, so there are no answers to compare; {remedy}")
-    return found
+    return generations
 
 
 def _generation(line: dict[str, Any]) -> Generation:
@@ -72,20 +78,20 @@ _SETTINGS = {
 
 
 _LIMITS = {
-    "min_gain": ("gained", "wanted is at least"),
-    "max_rise": ("rose by", "allowed is at most"),
-    "max_drop": ("fell by", "allowed is at most"),
-    "min": ("is", "wanted is at least"),
-    "max": ("is", "allowed is at most"),
+    "min_gain": ("gained", "but needs at least"),
+    "max_rise": ("rose by", "but may rise by at most"),
+    "max_drop": ("fell by", "but may fall by at most"),
+    "min": ("is", "but must be at least"),
+    "max": ("is", "but must be at most"),
 }
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model's figures (see `config.FIGURES`), None for what wasn't asked for.
+    """Metrics of one model (see `config.FIGURES`); None if a metric is not configured.
 
-    Loss, perplexity and token accuracy are over num_trained_tokens tokens of num_examples held-out records; loss in nats.
-    The rest is over num_answers answers, general_loss over the general set.
+    Loss (in nats), perplexity and token accuracy are over num_trained_tokens tokens of num_examples examples of the eval set.
+    general_loss is over the general set, and all other metrics are over num_answers answers.
     """
 
     num_trained_tokens: int
@@ -109,14 +115,14 @@ class ModelScores:
     general_loss: float | None = None
 
     def figure(self, name: str) -> float | None:
-        """A figure by its name."""
+        """A metric by its name."""
         value: float | None = getattr(self, name)
         return value
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One limit of a gate. found: what is compared with it: a gain, rise, drop, or the figure; None: not computed."""
+    """The result of one limit of a gate. found: the gain, rise, drop or value; None if the metric was not computed."""
 
     figure: str
     limit: str
@@ -133,10 +139,12 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base and tuned model side by side, and the base with examples in its prompt where that was asked for.
+    """The comparison of tuned model, base, and optionally the base with few-shot prompts.
 
-    differences: "tuned - base", "few_shot - base", "tuned - few_shot" → figure → difference. slices: the column, its
-    groups and how far they are apart. classes: of each model, the table of its labels.
+    Attributes:
+        differences: "tuned - base", "few_shot - base", "tuned - few_shot" → metric → difference.
+        slices: The column, its groups and the spread between them.
+        classes: Table of labels of each model.
     """
 
     step: int
@@ -159,37 +167,37 @@ class Comparison:
 
     @property
     def missed(self) -> list[GateResult]:
-        """The limits that the tuned model misses."""
+        """The limits that the tuned model does not meet."""
         return [gate for gate in self.gates if not gate.passed]
 
     def check_gates(self) -> None:
-        """Raises GateError, whose exit code says that the model is not to be published, if it misses a limit."""
+        """Raises GateError (exit code 3: do not publish) if the model does not meet a limit."""
         if self.missed:
             raise GateError(
-                f"the gates refuse this model, which is kept but not to be published: {'; '.join(map(str, self.missed))}; "
-                "train it otherwise, or change evaluate.gates"
+                f"the gates reject this model: {'; '.join(map(str, self.missed))}. The model is kept, but do not publish "
+                "it; train it differently, or change evaluate.gates"
             )
 
 
 def settings_of(run: config.RunConfig) -> dict[str, Any]:
-    """What the figures depend on besides the run's identity."""
+    """The settings that affect the results, besides the run's identity."""
     return run.evaluate.model_dump(mode="json", include=_SETTINGS)
 
 
 def read_results(run_dir: str, warn: Callable[[str], None] | None = None) -> Comparison | None:
-    """The last comparison of a run, if there is one that this version can read. warn: told of one that can't be."""
+    """The last comparison of a run; None if there is none. `warn` receives a message if it cannot be read."""
     uri = storage.join(run_dir, "evaluate", "results.json")
     try:
         tree = storage.find_object(uri)
         return None if tree is None else storage.parse_as(Comparison, tree)
     except (storage.DamagedFile, ValueError) as err:  # damaged, or another version's
         if warn is not None:
-            warn(f"{uri} can't be read ({err}); ftray evaluate makes it anew")
+            warn(f"cannot read {uri} ({err}); run ftray evaluate to write it again")
         return None
 
 
 def known_results(run: config.RunConfig, run_dir: str, step: int) -> Comparison | None:
-    """The comparison of this checkpoint by these settings, if there is one; its gates are the run file's as it is now."""
+    """The comparison of this checkpoint with these settings and the current gates, if it exists."""
     known = read_results(run_dir)
     if known is None or (known.step, known.settings) != (step, settings_of(run)):
         return None
@@ -203,12 +211,12 @@ def write_results(comparison: Comparison, run_dir: str) -> None:
 
 
 def with_gates(comparison: Comparison, gates: Mapping[str, config.Gate]) -> Comparison:
-    """The comparison, judged by these gates."""
+    """The comparison with the results of these gates."""
     return replace(comparison, gates=judge(gates, comparison.base, comparison.tuned))
 
 
 def judge(gates: Mapping[str, config.Gate], base: ModelScores, tuned: ModelScores) -> list[GateResult]:
-    """Each limit of each gate, in their order. What wasn't computed, or is no number, misses its limit."""
+    """Checks each limit of each gate, in order. A metric that is missing or not a number does not meet its limit."""
     return [
         _judge(name, limit, wanted, base.figure(name), tuned.figure(name))
         for name, gate in gates.items()
@@ -226,6 +234,6 @@ def _judge(name: str, limit: str, wanted: float, base: float | None, tuned: floa
         "min": tuned,
         "max": tuned,
     }[limit]
-    slack = 1e-9  # 0.3 - 0.1 is a little less than 0.2
+    slack = 1e-9  # 0.3 - 0.1 is less than 0.2
     passed = found >= wanted - slack if limit in ("min_gain", "min") else found <= wanted + slack
     return GateResult(name, limit, wanted, found, passed)

@@ -1,7 +1,6 @@
-"""Base and tuned model side by side on the held-out data: what records cost them, and what they answer to some.
+"""Compares the tuned model with its base on the eval set: losses of all examples, and generated answers to some.
 
-Each model is scored by Ray tasks of its own, so that all run at once where there is room. Knows runs, checkpoints, the
-held-out records and the tasks; nothing of metrics, serving or how a report looks.
+Separate Ray tasks score each model, so they run at the same time if the cluster has resources for that.
 """
 
 from __future__ import annotations
@@ -27,112 +26,122 @@ from ftray.train.checkpoint.catalog import CheckpointRef
 from ftray.train.driver_channel import DriverChannel
 
 POLL_S = 0.5
-# What files that hold other values than their writer wrote raise.
+# Errors that a damaged file can raise.
 UNREADABLE = (storage.DamagedFile, storage.MissingFile, LookupError, ValueError, TypeError, AttributeError)
-MIN_SHARE = 32  # examples for which it is worth loading the model once more
+MIN_SHARE = 32  # a task with fewer examples is not worth loading the model again
 
 
 def compare(run: config.RunConfig, run_dir: str, console: Console, step: int | None = None) -> tuple[Comparison, str]:
-    """Scores base and tuned model, writes evaluate/results.json and evaluate/generations.jsonl, prints both.
+    """Scores base and tuned model, writes the files in evaluate/, and prints the comparison. Needs a started Ray.
 
-    Returns the comparison and a held-out question to try the endpoint with. Nothing is computed again while checkpoint
-    and settings are the same; gates are judged again. step: of the checkpoint; the best if left out.
+    Results are reused while checkpoint and settings are the same. Gates are always checked again.
 
-    Needs a started Ray. Raises ConfigError without held-out data or without a checkpoint.
+    Args:
+        run: The run.
+        run_dir: Directory of the run.
+        console: Output for the user.
+        step: Step of the checkpoint; None selects the best one.
+
+    Returns:
+        The comparison, and a question from the eval set to try the endpoint with.
+
+    Raises:
+        ConfigError: The run has no eval set or no checkpoint.
     """
-    found = check_evaluation(run, run_dir, step)
+    checkpoint = check_evaluation(run, run_dir, step)
     directory = storage.join(run_dir, "evaluate")
-    known = known_results(run, run_dir, found.step)
+    known = known_results(run, run_dir, checkpoint.step)
     if known is not None:
         try:
-            shown, question = _shown(run, run_dir, known)
-            console.say(f"evaluation of step {found.step} is there already: {directory}")
-            write_results(known, run_dir)  # gates may be others
+            lines, question = _render(run, run_dir, known)
+            console.say(f"step {checkpoint.step} is already evaluated: {directory}")
+            write_results(known, run_dir)  # the gates may have changed
         except UNREADABLE as err:
-            console.warn(f"files in {directory} are damaged or missing ({err}); evaluating anew")
+            console.warn(f"files in {directory} are damaged or missing ({err}); evaluating again")
             known = None
     if known is None:
-        known = _compare(run, run_dir, found, console)
-        shown, question = _shown(run, run_dir, known)
-    for line in shown:
+        known = _compare(run, run_dir, checkpoint, console)
+        lines, question = _render(run, run_dir, known)
+    for line in lines:
         console.say(line)
     return known, question
 
 
-def _shown(run: config.RunConfig, run_dir: str, known: Comparison) -> tuple[list[str], str]:
-    """The lines that tell of a comparison, and a held-out question, out of the files beside results.json."""
+def _render(run: config.RunConfig, run_dir: str, known: Comparison) -> tuple[list[str], str]:
+    """Lines that show a comparison, and a question of the eval set, from the files in evaluate/."""
     directory = storage.join(run_dir, "evaluate")
-    lines = storage.read_bytes(storage.join(directory, "generations.jsonl")).splitlines()
-    generations = [storage.parse_object(line) for line in lines]
+    data = storage.read_bytes(storage.join(directory, "generations.jsonl"))
+    generations = [storage.parse_object(line) for line in data.splitlines()]
     speed = storage.read_object(storage.join(directory, "speed.json"))
-    said = [*report(known, speed), *side_by_side(generations[: run.evaluate.num_shown])]
-    return said, str(generations[0]["question"]) if generations else "Hello"
+    lines = [*report(known, speed), *side_by_side(generations[: run.evaluate.num_shown])]
+    return lines, str(generations[0]["question"]) if generations else "Hello"
 
 
-def _compare(run: config.RunConfig, run_dir: str, found: CheckpointRef, console: Console) -> Comparison:
-    there = run.model_copy(update={"model": absolute_base(run.model)})
-    plan = make_plan(there, run_dir)
-    _say_plan(run, plan, found, console)
-    scored = _score_all(there, found, plan.works, console)
-    num_asked = len(plan.asked)
-    schema, answers = read_schema(run.evaluate), {name: s.answers[:num_asked] for name, s in scored.items()}
+def _compare(run: config.RunConfig, run_dir: str, checkpoint: CheckpointRef, console: Console) -> Comparison:
+    remote_run = run.model_copy(update={"model": absolute_base(run.model)})
+    plan = make_plan(remote_run, run_dir)
+    _print_plan(run, plan, checkpoint, console)
+    scored = _score_all(remote_run, checkpoint, plan.tasks, console)
+    num_questions = len(plan.questions)
+    schema, answers = read_schema(run.evaluate), {name: s.answers[:num_questions] for name, s in scored.items()}
     models = {
         name: summary.costs_of(s.tokens, s.general)
         | summary.answers_of(run.evaluate, answers[name], plan.references, plan.labels, schema)
         for name, s in scored.items()
     }
-    comparison = _assemble(run, found, plan, scored, models, answers)
+    comparison = _assemble(run, checkpoint, plan, scored, models, answers)
     _write(run_dir, run, plan, scored, models, comparison)
     return comparison
 
 
-def _say_plan(run: config.RunConfig, plan: EvalPlan, found: CheckpointRef, console: Console) -> None:
-    num_trained_tokens = sum(int(np.asarray(m)[1:].sum()) for e in plan.works["base"].examples for _, m in e)
-    names = "base, few-shot base" if "few_shot" in plan.works else "base"
+def _print_plan(run: config.RunConfig, plan: EvalPlan, checkpoint: CheckpointRef, console: Console) -> None:
+    num_trained_tokens = sum(int(np.asarray(m)[1:].sum()) for e in plan.tasks["base"].examples for _, m in e)
+    names = "base, few-shot base" if "few_shot" in plan.tasks else "base"
     console.say(
-        f"evaluate: {num_trained_tokens} held-out tokens and {len(plan.asked)} answers, {names} and step {found.step}"
+        f"evaluate: {num_trained_tokens} tokens of the eval set and {len(plan.questions)} answers, {names} and step "
+        f"{checkpoint.step}"
     )
-    if not plan.asked and set(run.evaluate.metrics) - NO_ANSWERS:
-        console.warn("no held-out record is a conversation that ends with an answer, so that only losses are compared")
+    if not plan.questions and set(run.evaluate.metrics) - NO_ANSWERS:
+        console.warn("the eval set has no conversation that ends with an answer, so only losses are compared")
 
 
 def _score_all(
-    run: config.RunConfig, found: CheckpointRef, works: Mapping[str, ScoreTask], console: Console
+    run: config.RunConfig, checkpoint: CheckpointRef, tasks: Mapping[str, ScoreTask], console: Console
 ) -> dict[str, ScoreResult]:
-    """Each model's work in as many tasks as there is room and work for."""
-    monitor = ray.remote(DriverChannel).options(num_cpus=0).remote()
+    """Splits the task of each model into shares that fit the cluster, and merges the results."""
+    channel = ray.remote(DriverChannel).options(num_cpus=0).remote()
     resources = ray.cluster_resources()
     num_gpus = 1.0 if resources.get("GPU", 0) else 0.0
-    room = resources["GPU"] if num_gpus else resources["CPU"] // run.scale.cpus_per_worker
+    slots = resources["GPU"] if num_gpus else resources["CPU"] // run.scale.cpus_per_worker
     remote = ray.remote(score).options(num_cpus=run.scale.cpus_per_worker, num_gpus=num_gpus)
-    weights = {name: work.weight(run.evaluate.max_new_tokens) for name, work in works.items()}
+    weights = {name: task.weight(run.evaluate.max_new_tokens) for name, task in tasks.items()}
     pieces = max(
-        int(room), 2 * len(works)
-    )  # with little room more than fit at once, so that nothing waits for one of them
-    tasks = {}
-    for name in sorted(works, key=lambda name: -weights[name]):
-        num = _num_shares(works[name], round(pieces * weights[name] / max(1, sum(weights.values()))))
-        tasks[name] = [
-            remote.remote(run, found if name == "tuned" else None, works[name].share(i, num), monitor)
+        int(slots), 2 * len(tasks)
+    )  # on a small cluster more than run at once, so that no task is the last for long
+    shares = {}
+    for name in sorted(tasks, key=lambda name: -weights[name]):
+        num = _num_shares(tasks[name], round(pieces * weights[name] / max(1, sum(weights.values()))))
+        shares[name] = [
+            remote.remote(run, checkpoint if name == "tuned" else None, tasks[name].share(i, num), channel)
             for i in range(num)
         ]
-    waiting, done = [task for each in tasks.values() for task in each], 0
-    with console.progress("evaluate: answer", sum(len(work.prompts) for work in works.values())) as bar:
+    waiting, done = [share for each in shares.values() for share in each], 0
+    with console.progress("evaluate: answer", sum(len(task.prompts) for task in tasks.values())) as bar:
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            if num_new := len(ray.get(monitor.drain.remote())):
+            if num_new := len(ray.get(channel.drain.remote())):
                 done += num_new
                 bar.update(done)
-    return {name: merge(ray.get(each), works[name]) for name, each in tasks.items()}
+    return {name: merge(ray.get(each), tasks[name]) for name, each in shares.items()}
 
 
-def _num_shares(work: ScoreTask, most: int) -> int:
-    return max(1, min(most, max(len(work.examples), len(work.prompts)) // MIN_SHARE))
+def _num_shares(task: ScoreTask, most: int) -> int:
+    return max(1, min(most, max(len(task.examples), len(task.prompts)) // MIN_SHARE))
 
 
 def _assemble(
     run: config.RunConfig,
-    found: CheckpointRef,
+    checkpoint: CheckpointRef,
     plan: EvalPlan,
     scored: Mapping[str, ScoreResult],
     models: Mapping[str, Mapping[str, Statistic]],
@@ -141,22 +150,22 @@ def _assemble(
     scores = {name: summary.scores_of(models[name], scored[name].tokens) for name in models}
     differences = {"tuned - base": summary.differences_of(models["tuned"], models["base"])}
     if "few_shot" in models:
-        every = range(len(plan.asked))
+        every = range(len(plan.questions))
         base, tuned = (summary.pick(models[name], plan.few_shot_of, every) for name in ("base", "tuned"))
         differences["few_shot - base"] = summary.differences_of(models["few_shot"], base)
         differences["tuned - few_shot"] = summary.differences_of(tuned, models["few_shot"])
     slices = classes = pairs = None
     if run.evaluate.slices is not None:
         groups = [sample.slice for sample in plan.samples]
-        slices = summary.slices_of(run.evaluate.slices, groups, plan.asked, models)
-    if plan.labels and plan.asked:
-        classes = {name: metrics.class_table(said, plan.references, plan.labels) for name, said in answers.items()}
+        slices = summary.slices_of(run.evaluate.slices, groups, plan.questions, models)
+    if plan.labels and plan.questions:
+        classes = {name: metrics.class_table(texts, plan.references, plan.labels) for name, texts in answers.items()}
     if plan.pairs:
-        said = {name: scored[name].answers[len(plan.asked) :] for name in ("base", "tuned")}
-        pairs = summary.pairs_of(plan.pairs, said)
+        pair_answers = {name: scored[name].answers[len(plan.questions) :] for name in ("base", "tuned")}
+        pairs = summary.pairs_of(plan.pairs, pair_answers)
     verdict = summary.verdict_of(differences)
     comparison = Comparison(
-        found.step,
+        checkpoint.step,
         run.config_hash,
         settings_of(run),
         scores["base"],
@@ -180,21 +189,21 @@ def _write(
     models: Mapping[str, Mapping[str, Statistic]],
     comparison: Comparison,
 ) -> None:
-    """All files of evaluate/; results.json last, since its presence says that all is there."""
+    """Writes all files of evaluate/. results.json is last: it marks the others as complete."""
 
     def write(name: str, lines: Sequence[Any]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         storage.write_bytes(storage.join(run_dir, "evaluate", name), text.encode(), private=True)
 
     write("examples.jsonl", [_example_line(i, plan, scored) for i in range(len(plan.samples))])
-    write("generations.jsonl", [_generation_line(k, plan, scored, models) for k in range(len(plan.asked))])
+    write("generations.jsonl", [_generation_line(k, plan, scored, models) for k in range(len(plan.questions))])
     if plan.pairs:
-        at = len(plan.asked)
-        said = {name: scored[name].answers[at:] for name in ("base", "tuned")}
+        at = len(plan.questions)
+        answers = {name: scored[name].answers[at:] for name in ("base", "tuned")}
         write(
             "pairs.jsonl",
             [
-                {"a": a, "b": b, **{name: {"a": s[2 * n], "b": s[2 * n + 1]} for name, s in said.items()}}
+                {"a": a, "b": b, **{name: {"a": s[2 * n], "b": s[2 * n + 1]} for name, s in answers.items()}}
                 for n, (a, b) in enumerate(plan.pairs)
             ],
         )
@@ -218,14 +227,14 @@ def _example_line(i: int, plan: EvalPlan, scored: Mapping[str, ScoreResult]) -> 
 def _generation_line(
     k: int, plan: EvalPlan, scored: Mapping[str, ScoreResult], models: Mapping[str, Mapping[str, Statistic]]
 ) -> dict[str, Any]:
-    sample = plan.samples[plan.asked[k]]
+    sample = plan.samples[plan.questions[k]]
     scores = {
         name: {
             figure: statistic.scores[k]
-            for figure, statistic in found.items()
+            for figure, statistic in figures.items()
             if statistic.scores is not None and figure not in summary.COSTS and figure != "general_loss"
         }
-        for name, found in models.items()
+        for name, figures in models.items()
     }
     return {
         "id": sample.id,
@@ -238,10 +247,10 @@ def _generation_line(
 
 
 def _speed(scored: ScoreResult, price_per_hour: float | None) -> dict[str, Any]:
-    """How fast a model answered. Latency is an answer's, among the others that were computed beside it."""
+    """Generation speed of a model. Latency is that of an answer in a batch with others."""
     num_tokens = sum(scored.num_tokens)
     half, most = np.percentile(scored.seconds, (50, 95))
-    found = {
+    speed = {
         "num_answers": len(scored.answers),
         "num_tokens": num_tokens,
         "busy_s": scored.busy_s,
@@ -250,5 +259,5 @@ def _speed(scored: ScoreResult, price_per_hour: float | None) -> dict[str, Any]:
         "latency_p95_s": float(most),
     }
     if price_per_hour is not None:
-        found["cost_per_1000_tokens"] = price_per_hour * scored.busy_s / 3600 / num_tokens * 1000
-    return found
+        speed["cost_per_1000_tokens"] = price_per_hour * scored.busy_s / 3600 / num_tokens * 1000
+    return speed

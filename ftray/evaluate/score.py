@@ -1,7 +1,4 @@
-"""One model over its share of the work: what each record costs it, and what it answers. Runs in a Ray task.
-
-Knows models, packed rows and the engine; nothing of metrics, intervals or files.
-"""
+"""Scores one model on a share of the work: losses of examples, and generated answers. Runs in a Ray task."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from ftray.train.objectives.sft import Sft
 
 
 @torch.no_grad()
-def generate_virtual(
+def generate_prompt_tuned(
     model: Any,
     tokenizer: Any,
     prompts: list[list[int]],
@@ -41,7 +38,7 @@ def generate_virtual(
     *,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """As `engine.offline.generate_all`, greedily. model: a PeftModel of prompt tuning, in eval mode."""
+    """Greedy `engine.batch.generate_all` for a PEFT prompt-tuning model in eval mode."""
     causal = model.get_base_model()
     virtual = model.get_prompt(batch_size=1)
     stops = find_stop_tokens(causal, tokenizer)
@@ -90,7 +87,7 @@ class ScoreTask:
     prompts: list[list[int]] = field(default_factory=list)
 
     def share(self, part: int, num_parts: int) -> ScoreTask:
-        """Every num_parts-th by length, so that shares take equally long."""
+        """Every num_parts-th item by length, so that all shares take equally long."""
         return ScoreTask(
             [self.examples[i] for i in _dealt([_size(e) for e in self.examples], part, num_parts)],
             [self.general[i] for i in _dealt([_size(e) for e in self.general], part, num_parts)],
@@ -98,16 +95,22 @@ class ScoreTask:
         )
 
     def weight(self, num_new: int) -> int:
-        """Tokens that go through the model when each prompt is answered with num_new."""
+        """Tokens that the model processes if each answer has num_new tokens."""
         read = sum(map(_size, self.examples)) + sum(map(_size, self.general)) + sum(map(len, self.prompts))
         return read + num_new * len(self.prompts)
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What came of it. tokens, general: [examples, 3]: summed loss, targets that had the highest logit, supervised tokens.
+    """The result of a task.
 
-    busy_s: seconds in which answers were generated, over all tasks.
+    Attributes:
+        tokens: [examples, 3]: summed loss in nats, tokens with the highest logit, trained tokens.
+        general: The same for the general set.
+        answers: Generated texts.
+        num_tokens: Tokens of each answer.
+        seconds: Latency of each answer.
+        busy_s: Seconds of generation, over all tasks.
     """
 
     tokens: Floats
@@ -119,7 +122,7 @@ class ScoreResult:
 
 
 def merge(parts: Sequence[ScoreResult], work: ScoreTask) -> ScoreResult:
-    """The whole from what came of its shares."""
+    """Merges the results of all shares into the order of the whole task."""
 
     def places(sizes: list[int]) -> list[int]:
         order = [i for part in range(len(parts)) for i in _dealt(sizes, part, len(parts))]
@@ -146,23 +149,23 @@ def _size(documents: list[Document]) -> int:
 
 
 def _dealt(sizes: list[int], part: int, num_parts: int) -> list[int]:
-    """Places of a share, longest first."""
+    """Indices of a share, longest first."""
     return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))[part::num_parts]
 
 
-def score(run: config.RunConfig, found: CheckpointRef | None, work: ScoreTask, channel: Any) -> ScoreResult:
-    """Scores and answers of one model: the base (found: None), or a checkpoint of it."""
+def score(run: config.RunConfig, checkpoint: CheckpointRef | None, work: ScoreTask, channel: Any) -> ScoreResult:
+    """Losses and answers of one model: the base (checkpoint is None) or a checkpoint."""
     torch.set_num_threads(max(1, int(run.scale.cpus_per_worker)))
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     precision = run.train.precision
-    if found is None:
+    if checkpoint is None:
         model: Any = load_base(run.model, dtype_of(precision), quantize=run.method.type == "qlora")
     else:
-        model = load_tuned(run, found, precision)
+        model = load_tuned(run, checkpoint, precision)
     model = model.to(device).eval()
     tokenizer = load_tokenizer(run.model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    is_prompted = found is not None and run.method.type == "prompt-tuning"
+    is_prompted = checkpoint is not None and run.method.type == "prompt-tuning"
     summed = ObjectiveModel(model, PromptTuning() if is_prompted else Sft()).eval()
     size = run.micro_batch_size
     tokens, general = (
@@ -188,7 +191,7 @@ def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_tokens: in
         channel.record.remote(PhaseStarted("answered"))
 
     if hasattr(model, "prompt_encoder"):
-        return generate_virtual(model, tokenizer, prompts, params, on_done=on_done)
+        return generate_prompt_tuned(model, tokenizer, prompts, params, on_done=on_done)
     num_seqs = 64 if model.device.type == "cuda" else 16
     return generate_all(model, tokenizer, prompts, params, max_num_seqs=num_seqs, on_done=on_done)
 
@@ -201,7 +204,10 @@ def score_documents(
     pad_id: int,
     device: torch.device,
 ) -> Floats:
-    """[records, 3]: each record's summed loss, hits and supervised tokens, from packed rows (longer ones if they must)."""
+    """Returns [records, 3]: summed loss, hits and trained tokens of each record, computed on packed sequences.
+
+    The sequences are longer than max_seq_len if a record is.
+    """
     objective = model.objective
     assert isinstance(objective, Sft)
     documents = [(owner, document) for owner, record in enumerate(records) for document in record]

@@ -1,4 +1,4 @@
-"""How sure a share or a mean is. Pure functions of numbers."""
+"""Confidence intervals of means and differences. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's figure less another's on the same examples, with its 95% interval. num: of the examples.
+    """The difference of a metric between two models on the same examples, with its 95% interval.
 
-    ratio, ratio_low, ratio_high: the same as a share of the other's figure, or None where that is 0.
+    Attributes:
+        num: Number of examples.
+        ratio, ratio_low, ratio_high: The difference relative to the other model's metric; None if that is 0.
     """
 
     difference: float
@@ -31,14 +33,16 @@ class Difference:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def difference(new: Statistic, old: Statistic) -> Difference:
-    """`new` less `old`: percentile interval of the paired bootstrap (Efron 1979; Koehn 2004).
+    """The difference `new` − `old` with the percentile interval of the paired bootstrap.
 
-    Each resample takes the same examples of both. The same numbers give the same interval.
+    Each resample takes the same examples of both models. The resamples are deterministic.
+
+    Source: Efron 1979; Koehn 2004.
     """
     num = len(old.sums)
     pairs = [(new.value(w @ new.sums), old.value(w @ old.sums)) for w in resamples(num, NUM_RESAMPLES)]
@@ -60,7 +64,7 @@ BLOCK = 20_000_000  # weights in memory at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A value between the ends of its 95% interval, over `num` independent samples."""
+    """A value with its 95% confidence interval, over `num` independent samples."""
 
     value: float
     low: float
@@ -74,8 +78,8 @@ class Interval:
 def wilson(scores: Sequence[float]) -> Interval:
     """Wilson's score interval (1927) of a mean of scores from 0 to 1.
 
-    For scores of 0 and 1 it is the usual one. For others (ties count one half, several raters are averaged) it is wider
-    than need be: among all scores of one mean, 0 and 1 vary most.
+    For other scores than 0 and 1 (ties count one half, several raters are averaged) the interval is conservative: for a given
+    mean, scores of 0 and 1 have the largest variance.
     """
     n = len(scores)
     mean = math.fsum(scores) / n
@@ -85,15 +89,15 @@ def wilson(scores: Sequence[float]) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The percentile bootstrap's interval (Efron 1979) of a mean; of paired differences: the paired bootstrap."""
-    given = np.asarray(values, np.float64)
-    means = [weights @ given / len(given) for weights in resamples(len(given), 10_000, seed)]
+    """Percentile bootstrap interval (Efron 1979) of a mean. For paired differences it is the paired bootstrap."""
+    sample = np.asarray(values, np.float64)
+    means = [weights @ sample / len(sample) for weights in resamples(len(sample), 10_000, seed)]
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
-    return Interval(float(given.mean()), float(low), float(high), len(given))
+    return Interval(float(sample.mean()), float(low), float(high), len(sample))
 
 
 def resamples(num: int, number: int, seed: int = 0) -> Iterator[npt.NDArray[np.float64]]:
-    """How often each of `num` examples is in each of `number` resamples: blocks of [resamples, examples]."""
+    """Counts of each of `num` examples in each of `number` resamples, as blocks of [resamples, examples]."""
     rng, left = np.random.default_rng(seed), number
     while left:
         size = min(left, max(1, BLOCK // num))

@@ -1,4 +1,4 @@
-"""From what models cost and answered to figures, differences, groups and a verdict. Pure; no models, no Ray, no files."""
+"""Metrics, differences, slices and the verdict of an evaluation. Pure functions; no models, Ray or files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ftray.evaluate.metrics import Floats, Statistic
 from ftray.evaluate.results import ModelScores
 from ftray.evaluate.stats import Difference, difference
 
-COSTS = {"loss", "perplexity", "token_accuracy"}  # figures over examples; the others are over answers
+COSTS = {"loss", "perplexity", "token_accuracy"}  # metrics over examples; the others are over answers
 MODELS = {"base": "base", "few_shot": "few-shot base", "tuned": "tuned model"}
 
 
 def costs_of(tokens: Floats, general: Floats) -> dict[str, Statistic]:
-    """Figures of what records cost a model. tokens, general: as in `score.Scored`."""
-    found = metrics.loss_figures(*tokens.T)
+    """Loss metrics of a model. tokens, general: see `score.ScoreResult`."""
+    figures = metrics.loss_figures(*tokens.T)
     if len(general):
-        found["general_loss"] = metrics.loss_figures(*general.T)["loss"]
-    return found
+        figures["general_loss"] = metrics.loss_figures(*general.T)["loss"]
+    return figures
 
 
 def answers_of(
@@ -33,7 +33,7 @@ def answers_of(
     labels: Sequence[str],
     schema: Any,
 ) -> dict[str, Statistic]:
-    """Figures of a model's answers, as far as `metrics` asks for them."""
+    """The configured metrics of a model's answers."""
     wanted = section.metrics
     found: dict[str, Statistic] = {}
     if not answers:
@@ -60,7 +60,7 @@ def answers_of(
 
 
 def scores_of(figures: Mapping[str, Statistic], tokens: Floats) -> ModelScores:
-    """The figures over all examples and answers."""
+    """Metrics over all examples and answers."""
     num_answers = max(
         (len(s.sums) for name, s in figures.items() if FIGURES[name].of not in ("loss", "general")), default=0
     )
@@ -71,7 +71,7 @@ def scores_of(figures: Mapping[str, Statistic], tokens: Floats) -> ModelScores:
 
 
 def differences_of(new: Mapping[str, Statistic], old: Mapping[str, Statistic]) -> dict[str, Difference]:
-    """One model's figures less another's, in the order of FIGURES, where both have them over the same examples."""
+    """Differences of two models' metrics over the same examples, in the order of FIGURES."""
     return {
         name: difference(new[name], old[name])
         for name in FIGURES
@@ -80,7 +80,7 @@ def differences_of(new: Mapping[str, Statistic], old: Mapping[str, Statistic]) -
 
 
 def pick(figures: Mapping[str, Statistic], examples: Sequence[int], answers: Sequence[int]) -> dict[str, Statistic]:
-    """The same figures over some of the examples and some of the answers; without the general set."""
+    """The metrics over a subset of examples and answers, without the general set."""
     found = {}
     for name, statistic in figures.items():
         places = np.asarray(examples if name in COSTS else answers, np.int64)
@@ -96,9 +96,13 @@ def slices_of(
     answered: Sequence[int],
     models: Mapping[str, Mapping[str, Statistic]],
 ) -> dict[str, Any]:
-    """Every figure for each group, tuned less base there, and for each model how far the best and worst group are apart.
+    """Metrics and differences of each group, and the spread between the best and the worst group.
 
-    groups: of each example; answered: the example that each answer belongs to.
+    Args:
+        column: Name of the column.
+        groups: Group of each example.
+        answered: Index of the example of each answer.
+        models: Metrics of each model.
     """
     table: dict[str, Any] = {}
     for group in sorted({g or "" for g in groups}):
@@ -125,34 +129,36 @@ def slices_of(
 
 
 def pairs_of(pairs: Sequence[tuple[str, str]], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Of each model: the share of pairs that it answers alike, word for word, and their mean ROUGE-L to each other.
+    """Share of pairs that each model answers identically, and the mean ROUGE-L between the two answers.
 
-    answers: of each model, to a, b, a, b, …
+    Args:
+        pairs: Pairs of prompts (a, b).
+        answers: Answers of each model to a, b, a, b, …
     """
     found: dict[str, Any] = {"num": len(pairs)}
-    for name, said in answers.items():
-        first, second = list(said[0::2]), list(said[1::2])
+    for name, texts in answers.items():
+        first, second = list(texts[0::2]), list(texts[1::2])
         alike = metrics.rouge(second, first)["rouge_l"]
         found[name] = {"same": metrics.exact_match(first, second).over(), "rouge_l": alike.over()}
     return found
 
 
 def verdict_of(differences: Mapping[str, Mapping[str, Difference]]) -> list[str]:
-    """A sentence for each pair of models: what is better, what is worse, what can't be told."""
-    return [_verdict(pair, found) for pair, found in differences.items() if found]
+    """One sentence per pair of models: the metrics that are better, worse, or not significantly different."""
+    return [_verdict(pair, of_pair) for pair, of_pair in differences.items() if of_pair]
 
 
-def _verdict(pair: str, found: Mapping[str, Difference]) -> str:
+def _verdict(pair: str, differences: Mapping[str, Difference]) -> str:
     new, _, old = pair.partition(" - ")
     sides: dict[str, list[str]] = {"better": [], "worse": [], "unsure": []}
-    for name, d in found.items():
+    for name, d in differences.items():
         if name == "perplexity":
-            continue  # says the same as the loss
+            continue  # a function of the loss
         side = (
             "unsure" if not d.is_sure else "better" if (d.difference > 0) == FIGURES[name].higher_is_better else "worse"
         )
         sides[side].append(FIGURES[name].title)
     parts = [f"{side} by {', '.join(names)}" for side, names in sides.items() if names and side != "unsure"]
     text = f"the {MODELS[new]} is {'; '.join(parts)}" if parts else f"the {MODELS[new]} is neither better nor worse"
-    unsure = f"; no difference that 95% intervals can tell by {', '.join(sides['unsure'])}" if sides["unsure"] else ""
+    unsure = f"; no statistically significant difference in {', '.join(sides['unsure'])}" if sides["unsure"] else ""
     return f"{text} than the {MODELS[old]}{unsure}"

@@ -80,7 +80,7 @@ def test_what_it_prints_is_plain_lines_and_the_libraries_go_to_a_named_file(
 
 def test_base_and_tuned_stand_side_by_side_in_figures_and_answers(ended: Ended, run_dir: Path) -> None:
     results = json.loads((run_dir / "evaluate/results.json").read_text())
-    for name, key in (("held-out loss", "loss"), ("perplexity", "perplexity"), ("ROUGE-L", "rouge_l")):
+    for name, key in (("eval loss", "loss"), ("perplexity", "perplexity"), ("ROUGE-L", "rouge_l")):
         figures = [results[which][key] for which in ("base", "tuned")]
         assert ended.line(name).removeprefix(name).split()[:2] == [f"{figure:.4f}" for figure in figures]
     assert results["tuned"]["loss"] < results["base"]["loss"]
@@ -184,7 +184,7 @@ def test_a_complete_run_that_its_gates_refuse_ends_with_3_and_keeps_its_model(pl
     refused = place.ftray("run", "run.yaml", "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}")
     assert refused.code == 3
     assert refused.err.startswith(
-        "ftray: the gates refuse this model, which is kept but not to be published: loss gained "
+        "ftray: the gates reject this model: loss gained "
     )
     assert "wanted is at least 99 (min_gain); perplexity is " in refused.err
     assert refused.err.count("\n") == 1

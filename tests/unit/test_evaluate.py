@@ -239,9 +239,9 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
     assert summary.verdict_of({"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}) == [
         (
             "the tuned model is better by eval loss, BLEU; worse by general loss than the base; "
-            "no difference that 95% intervals can tell by ROUGE-L"
+            "no statistically significant difference in ROUGE-L"
         ),
-        "the few-shot base is neither better nor worse than the base; no difference that 95% intervals can tell by chrF",
+        "the few-shot base is neither better nor worse than the base; no statistically significant difference in chrF",
     ]
 
 
@@ -318,9 +318,7 @@ def test_the_exit_code_of_a_model_that_its_gates_refuse_is_3(
     capfd.readouterr()
     assert main.main(["evaluate", str(run_dir), "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}"]) == 3
     said = capfd.readouterr()
-    assert said.err.startswith(
-        "ftray: the gates refuse this model, which is kept but not to be published: loss gained "
-    )
+    assert said.err.startswith("ftray: the gates reject this model: loss gained ")
     assert said.err.count("\n") == 1
     assert said.out.count(": MISSED") == 2
     known = read_results(str(run_dir))
@@ -337,16 +335,16 @@ def test_the_report_says_all_of_it_in_lines(tmp_path: Path) -> None:
     text = "\n".join(report(found, speed))
     base, tuned = found.base, found.tuned
     for line in (
-        f"held-out loss   {base.loss:>10.4f}{tuned.loss:>10.4f}    -50.0%   -50.0% to -50.0%",
+        f"eval loss       {base.loss:>10.4f}{tuned.loss:>10.4f}    -50.0%   -50.0% to -50.0%",
         f"accuracy        {base.accuracy:>10.4f}{tuned.accuracy:>10.4f}    +0.250",
-        "(loss over 8 supervised held-out tokens, the rest over 4 answers; intervals by paired bootstrap)",
-        "verdict: the tuned model is better by held-out loss than the base",
+        "(loss over 8 tokens of the eval set, other metrics over 4 answers; intervals by paired bootstrap)",
+        "verdict: the tuned model is better by eval loss than the base",
         "by kind (base → tuned)",
-        "labels that the tuned model gets least right, of 3",
-        "  1 × red taken for blue",
+        "labels with the lowest F1 of the tuned model, of 3",
+        "  1 × red classified as blue",
         "speed: base 80 tokens/s, an answer in 0.25 s (95% within 0.50 s), 0.0125 per 1,000 tokens",
         f"gate: {found.gates[0]}: MISSED",
     ):
         assert line in text
-    assert str(found.gates[0]).startswith("macro_f1 gained 0.15, wanted is at least 0.5")
+    assert str(found.gates[0]).startswith("macro_f1 gained 0.15, but needs at least 0.5")
     assert {f.title for f in FIGURES.values() if f.of == "classes"} == {"accuracy", "macro F1"}

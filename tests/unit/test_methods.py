@@ -14,7 +14,7 @@ from ftray import config
 from ftray.data.packing import pack_examples
 from ftray.engine.protocol import SamplingParams
 from ftray.errors import ConfigError
-from ftray.evaluate.score import generate_virtual
+from ftray.evaluate.score import generate_prompt_tuned
 from ftray.model.export import write_adapter, write_whole
 from ftray.model.lora import (
     add_adapters,
@@ -167,7 +167,7 @@ def test_answers_are_those_of_greedy_decoding_behind_the_virtual_tokens(prompted
     prompts = [tokenizer(text)["input_ids"] for text in ("Ada meets a cow.", "hello")]
     settings = prompted.get_base_model().generation_config
     settings.repetition_penalty, settings.no_repeat_ngram_size = 9.0, 1  # the base answers without them, by the engine
-    answers = generate_virtual(prompted, tokenizer, prompts, SamplingParams(max_tokens=8), on_done=done.append)
+    answers = generate_prompt_tuned(prompted, tokenizer, prompts, SamplingParams(max_tokens=8), on_done=done.append)
     assert prompted.get_base_model().generation_config is settings
     assert done == [1, 2]
     for prompt, answer in zip(prompts, answers, strict=True):
