@@ -183,10 +183,8 @@ def test_a_complete_run_that_its_gates_refuse_ends_with_3_and_keeps_its_model(pl
     assert (passed.code, passed.err) == (0, "")
     refused = place.ftray("run", "run.yaml", "evaluate.gates={loss: {min_gain: 99}, perplexity: {max: 1}}")
     assert refused.code == 3
-    assert refused.err.startswith(
-        "ftray: the gates reject this model: loss gained "
-    )
-    assert "wanted is at least 99 (min_gain); perplexity is " in refused.err
+    assert refused.err.startswith("ftray: the gates reject this model: loss gained ")
+    assert "but needs at least 99 (min_gain); perplexity is " in refused.err
     assert refused.err.count("\n") == 1
     assert "the run 'tiny' is complete" in refused.out
     assert "serve it" not in refused.out

@@ -239,7 +239,7 @@ def test_known_figures_are_not_computed_again_and_gates_are_judged_anew(good: Tr
     gates = {"loss": config.Gate(min_gain=0.01), "general_loss": config.Gate(max_rise=-0.0, min=0.0)}
     run = good.run.model_copy(update={"evaluate": good.run.evaluate.model_copy(update={"gates": gates})})
     again, text = good.compare(run)
-    assert "is there already" in text
+    assert "is already evaluated" in text
     assert Path(good.run.directory, "evaluate/examples.jsonl").stat().st_mtime_ns == stamp
     assert [(g.figure, g.limit) for g in again.gates] == [
         ("loss", "min_gain"),
@@ -304,5 +304,5 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
     assert [parts[part].data.library_name for part in ("", "merged")] == ["peft", "transformers"]
     assert main.main(["export", good.run.directory, "--quantize", "nf4"]) == 0
     said = capfd.readouterr().out
-    assert f"step {good.comparison.step} in nf4 is there already" in said
+    assert f"step {good.comparison.step} is already quantized to nf4" in said
     assert sentence in said
