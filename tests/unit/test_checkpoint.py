@@ -119,9 +119,15 @@ def test_the_host_buffer_is_kept_and_what_it_holds_does_not_change_with_the_weig
 
 WRONG: dict[str, list[dict[str, list[Any]]]] = {
     "is empty": [{"weights.a": ["F32", [0, 3], 0, 0]}],
-    "has 2 of 4 elements": [{"weights.a": ["F32", [4], 0, 2]}, {"weights.a": ["F32", [4], 3, 1]}],  # a hole
-    "has 4 of 6 elements": [{"weights.a": ["F32", [6], 0, 4]}, {"weights.a": ["F32", [6], 2, 4]}],  # an overlap
-    "has 0 of 4 elements": [{"weights.a": ["F32", [4], 2, 2]}],  # a rank is missing
+    "has only 2 of 4 contiguous elements": [
+        {"weights.a": ["F32", [4], 0, 2]},
+        {"weights.a": ["F32", [4], 3, 1]},
+    ],  # a hole
+    "has only 4 of 6 contiguous elements": [
+        {"weights.a": ["F32", [6], 0, 4]},
+        {"weights.a": ["F32", [6], 2, 4]},
+    ],  # an overlap
+    "has only 0 of 4 contiguous elements": [{"weights.a": ["F32", [4], 2, 2]}],  # a rank is missing
     "there are no weights": [{"exp_avg.a": ["F32", [4], 0, 4]}],
 }
 

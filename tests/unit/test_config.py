@@ -554,7 +554,7 @@ def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["check", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
-    told = "deepspeed.overrides.zero_optimization.stage is decided by deepspeed.zero_stage; set that instead"
+    told = "deepspeed.overrides.zero_optimization.stage is set by deepspeed.zero_stage; change that instead"
     assert capsys.readouterr().err == f"ftray: {told}\n"
 
 

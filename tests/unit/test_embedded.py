@@ -125,7 +125,7 @@ def test_the_real_data_is_good_and_of_the_size_that_the_quickstart_needs() -> No
 
 
 def test_an_unknown_embedded_model_names_the_known_one(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"embedded:gpt5 is no embedded model; use {embedded_model.NAME}"):
+    with pytest.raises(ModelError, match=rf"embedded:gpt5 is not an embedded model; use {embedded_model.NAME}"):
         resolve_base(ModelConfig(base="embedded:gpt5"))
 
 

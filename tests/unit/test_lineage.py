@@ -233,7 +233,7 @@ def test_reproducing_asks_for_the_same_environment_unless_told_otherwise(
     check_before(run, run_dir, True, Console())
     assert "warning: the environment differs from the run's: torch is 9.9" in capsys.readouterr().out
     changed = config.parse_run({**run.model_dump(mode="json"), "train": {"seed": 1}}, "x")
-    refused(changed, run_dir, ConfigError, "leave overrides out", other=True)
+    refused(changed, run_dir, ConfigError, "takes no overrides", other=True)
     old, old_dir = write_run(tmp_path / "old", [line(0, 1.0, 0)])
     refused(old, str(old_dir), ConfigError, "has no lineage")
 

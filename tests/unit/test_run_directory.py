@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -229,7 +230,7 @@ def test_a_number_that_changed_in_a_segment_is_noticed(root: Path) -> None:
     file.write_text(file.read_text().replace('"loss": 2.8', '"loss": 9.8'))
     warnings: list[str] = []
     assert [each["loss"] for each in read_metrics(str(run_dir), warn=warnings.append)][2] == 2.8
-    assert "its sha256 is another" in warnings[0]
+    assert "its checksum differs" in warnings[0]
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])
@@ -314,7 +315,7 @@ def test_where_all_manifests_are_damaged_nobody_is_told_to_train_first(root: Pat
         assert ftray(verb, str(run_dir)) == 1
         assert f"{LATEST}/manifest.json" in ftray.text
         assert "train first" not in ftray.text
-    with pytest.raises(CheckpointError, match=r"are damaged \(3\); restore one"):
+    with pytest.raises(CheckpointError, match=r"are damaged; restore one"):
         find_newest(str(run_dir), lambda _: None)
     before = (run_dir / "run.json").read_bytes()
     with pytest.raises(ConfigError, match="started with other settings"):
@@ -346,7 +347,7 @@ def test_a_damaged_state_is_refused_by_name_and_training_goes_on_before_it(root:
 
     damage(root / LATEST / name, how)
     found = best_checkpoint(str(root / "seen"))
-    with pytest.raises(CheckpointError, match=rf"{name} .*--step N"):
+    with pytest.raises(CheckpointError, match=rf"{name} .*--step"):
         load_checkpoint(found)
     warnings: list[str] = []
     newest = find_newest(str(root / "seen"), warnings.append)
@@ -402,15 +403,15 @@ def test_what_pages_are_made_of_may_be_damaged(root: Path, ftray: Reader, names:
 @pytest.mark.parametrize("name", ["evaluate/generations.jsonl", "evaluate/speed.json"])
 def test_a_damaged_evaluation_is_not_shown_but_made_anew(root: Path, name: str, how: str) -> None:
     from ftray.evaluate.results import read_results
-    from ftray.evaluate.run import UNREADABLE, _shown
+    from ftray.evaluate.run import UNREADABLE, _render
 
     run, run_dir = run_of(root), str(root / "seen")
     known = read_results(run_dir)
     assert known is not None
-    assert _shown(run, run_dir, known)[1].startswith("question 0")
+    assert _render(run, run_dir, known)[1].startswith("question 0")
     damage(root / "seen" / name, how)
     with pytest.raises(UNREADABLE):
-        _shown(run, run_dir, known)
+        _render(run, run_dir, known)
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])
@@ -421,7 +422,7 @@ def test_what_is_left_out_of_a_report_is_named(root: Path, ftray: Reader, name: 
     file = root / "seen" / name
     damage(file, how)
     assert ftray("report", str(root / "seen")) == 0
-    assert f"warning: {file}" in ftray.text
+    assert re.search(rf"warning: (cannot read )?{re.escape(str(file))}", ftray.text)
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "missing"])

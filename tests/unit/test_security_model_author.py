@@ -349,5 +349,5 @@ def test_any_bytes_in_a_file_of_a_model_give_a_result_or_one_sentence(model: Pat
 
 def test_a_tokenizer_that_would_lose_all_text_is_refused(model: Path) -> None:
     spoil(model, "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []})
-    with pytest.raises(ModelError, match="has no token for letters and digits"):
+    with pytest.raises(ModelError, match="has no tokens for letters and digits"):
         load.check_base(ModelConfig(base=str(model)))
