@@ -102,7 +102,7 @@ def find(directory: Path, columns: Record, model: Path) -> tuple[list[Any], floa
     begin = time.monotonic()
     index = build_index(stream, CHUNK_BYTES, str(directory / "index"), "trial")
     found = read_findings(index, str(directory / "index"))
-    return [f for f in found if f.rule in ("duplicate", "near_duplicate", "overlap")], time.monotonic() - begin
+    return [f for f in found if f.rule in ("duplicate", "near_duplicate", "contamination")], time.monotonic() - begin
 
 
 def likeness(one: Record, other: Record) -> float:
@@ -138,7 +138,7 @@ def trial(directory: Path, name: str, work: Path, model: Path) -> None:
         rules.setdefault(at(finding), set()).add(finding.rule)
     total, hit = Counter(kinds), Counter[str]()
     for kind, place in zip(kinds, places, strict=True):
-        wanted = {"overlap"} if kind.startswith("leaked") else {"duplicate", "near_duplicate"}
+        wanted = {"contamination"} if kind.startswith("leaked") else {"duplicate", "near_duplicate"}
         hit[kind] += bool(wanted & rules.get(("planted.jsonl", place), set()))
     for group in ("near", "leaked"):
         of = [kind for kind in total if kind.startswith(group)]

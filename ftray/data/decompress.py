@@ -1,7 +1,7 @@
-"""Compressed files and long records of strangers, within bounds: read piece by piece, never whole.
+"""Streams untrusted compressed files and long records within limits.
 
-A few megabytes of gzip can stand for gigabytes. So a file may expand by a factor, and one record has a largest size;
-beyond them the file is refused by name.
+A few megabytes of gzip can expand to gigabytes. The expansion ratio of a file and the size of a record are therefore limited.
+A file beyond the limits is rejected by name.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any
 
 from ftray.errors import DataError
 
-MAX_RATIO = 200  # JSON lines of real data shrink by 3 to 20, of one template repeated by 100
-FREE_BYTES = 1 << 23  # what a file may expand to whatever its size
+MAX_RATIO = 200  # JSON lines of real data compress by 3 to 20, repetitions of one template by 100
+FREE_BYTES = 1 << 23  # every file may expand to this size
 MAX_RECORD_BYTES = 1 << 24  # four million tokens of English
 PIECE_BYTES = 1 << 18
-ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may stand for 128 KiB: 4 KiB of them for 128 MiB
+ZSTD_PIECE_BYTES = 1 << 12  # a block of four bytes may expand to 128 KiB, so 4 KiB of them to 128 MiB
 ZSTD_WINDOW_BYTES = 1 << 27
-MAX_COLUMNS = 1024  # of a CSV file: a row of two bytes gets a value for each
+MAX_COLUMNS = 1024  # of a CSV file: even a row of two bytes gets a value per column
 BLANKS = " \t\r\n"
 
 
 def expanded(uri: str, source: Any) -> Iterator[bytes]:
-    """The content of a file in pieces, decompressed by its suffix.
+    """Yields the content of a file in pieces, decompressed by its suffix.
 
-    What has come out is compared with what has gone in, so that a file that expands too far ends early: most do within
-    the first FREE_BYTES, which are held back until then, before any record is worked on.
+    The output size is compared with the input size, so that a file that expands too far is rejected early. The first FREE_BYTES
+    are held back, so that most such files are rejected before any record is processed.
 
     Args:
         uri: The file, for its suffix (`.gz`, `.zst`) and for messages.
         source: The file, open for reading bytes.
 
     Raises:
-        DataError: It is damaged, or expands too far.
+        DataError: The file is damaged or expands too far.
     """
     total, held_back = 0, []
     for piece in _pieces(uri, source):
@@ -70,7 +70,7 @@ def _pieces(uri: str, source: Any) -> Iterator[bytes]:
         while piece := reader.read(PIECE_BYTES):
             yield piece
     except (gzip.BadGzipFile, EOFError, zlib.error) as err:
-        raise DataError(f"{uri} is not a whole gzip file ({err}); write it anew") from None
+        raise DataError(f"{uri} is not a whole gzip file ({err}); write it again") from None
 
 
 def _unzstd(uri: str, source: Any) -> Iterator[bytes]:
@@ -79,7 +79,7 @@ def _unzstd(uri: str, source: Any) -> Iterator[bytes]:
     frame = None
     try:
         while data := source.read(ZSTD_PIECE_BYTES):
-            while data:  # a file may hold several frames one after the other
+            while data:  # a file may contain several frames
                 if frame is None:
                     frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
                 yield frame.decompress(data)
@@ -88,14 +88,14 @@ def _unzstd(uri: str, source: Any) -> Iterator[bytes]:
         if frame is not None:
             raise zstandard.ZstdError("it ends in the middle of a frame")
     except zstandard.ZstdError as err:
-        raise DataError(f"{uri} is not a whole zstd file ({err}); write it anew") from None
+        raise DataError(f"{uri} is not a whole zstd file ({err}); write it again") from None
 
 
 def lines(uri: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The lines of a file without their ends; a byte order mark is left out.
+    """Yields the lines of a file without line ends and byte order mark.
 
     Raises:
-        DataError: A line is larger than a record may be.
+        DataError: A line is larger than MAX_RECORD_BYTES.
     """
     rest, number, is_first = b"", 0, True
     for piece in pieces:
@@ -120,21 +120,19 @@ def check_record(uri: str, size_bytes: int, where: str) -> None:
 
 
 def check_columns(uri: str, names: Sequence[str], limit: int) -> None:
-    """Raises DataError for more columns than the limit, and for two of one name."""
+    """Raises DataError for more columns than the limit, and for duplicate columns."""
     if len(names) > limit:
-        raise DataError(
-            f"{uri} has {len(names)} columns, and at most {limit} are read; remove those that are not needed"
-        )
+        raise DataError(f"{uri} has {len(names)} columns; the limit is {limit}. Remove columns that are not needed")
     if twice := sorted(name for name, number in Counter(names).items() if number > 1):
         raise DataError(f"{uri} has the column {twice[0]!r} twice; rename one of them")
 
 
 class _Text(io.TextIOBase):
-    """Decoded pieces as something that the csv module reads line by line, with line ends as they are."""
+    """Decoded pieces as an iterable of lines for the csv module, with line ends unchanged."""
 
     def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
         self._uri, self._lines = uri, lines(uri, pieces)
-        self.row_bytes = 0  # of the row that is being read; its fields may hold line ends
+        self.row_bytes = 0  # of the current row; its fields may contain line ends
 
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         before = 0
@@ -149,10 +147,10 @@ class _Text(io.TextIOBase):
 
 
 def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
-    """Rows of a CSV file by its header; fields beyond the header lie under the key None.
+    """Yields the rows of a CSV file as dictionaries; fields beyond the header have the key None.
 
     Raises:
-        DataError: It is not UTF-8 or not CSV, has a column twice, or a field that is too large.
+        DataError: The file is not UTF-8 or not CSV, has a duplicate column, or a field that is too large.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)  # csv's own limit is 128 KB a field
     try:
@@ -165,14 +163,14 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
             yield dict(row)
             text.row_bytes = 0
     except csv.Error as err:
-        raise DataError(f"{uri} is not CSV ({err}); write it anew") from None
+        raise DataError(f"{uri} is not CSV ({err}); write it again") from None
 
 
 def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
-    """The items of a JSON array, one after the other.
+    """Yields the items of a JSON array.
 
     Raises:
-        DataError: It is not UTF-8, not JSON or no array, or an item is too large.
+        DataError: The file is not UTF-8 or not a JSON array, or an item is too large.
     """
     window = _Window(uri, pieces)
     try:
@@ -186,12 +184,12 @@ def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
         else:
             while True:
                 yield window.item()
-                sign = window.next_character()
+                separator = window.next_character()
                 window.skip(1)
-                if sign == "]":
+                if separator == "]":
                     break
-                if sign != ",":
-                    raise ValueError("Expecting ',' delimiter" if sign else "it ends in the middle")
+                if separator != ",":
+                    raise ValueError("Expecting ',' delimiter" if separator else "the text is truncated")
         if window.next_character():
             raise ValueError("Extra data")
     except (ValueError, RecursionError) as err:
@@ -202,7 +200,7 @@ def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
 
 
 class _Window:
-    """The part of a JSON text that is being looked at."""
+    """The part of a JSON text that is being parsed."""
 
     def __init__(self, uri: str, pieces: Iterator[bytes]) -> None:
         import codecs
@@ -220,11 +218,11 @@ class _Window:
         self._text += self._decode(piece or b"", self._ended)
 
     def skip(self, number: int) -> None:
-        """Passes over characters."""
+        """Skips characters."""
         self._at += number
 
     def next_character(self) -> str:
-        """The next one that is not blank, which stays; "" at the end."""
+        """Returns the next character that is not blank, without consuming it; "" at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in BLANKS:
                 self._at += 1
@@ -235,12 +233,12 @@ class _Window:
             self._more()
 
     def item(self) -> Any:
-        """The value that begins here. It is parsed anew when as much text again has come, until it is whole."""
+        """Parses the next value. If it is incomplete, the window doubles and parsing starts again."""
         self.next_character()
         while True:
             try:
                 value, end = self._parse(self._text, self._at)
-                if end < len(self._text) or self._ended:  # else a number may go on in the next piece
+                if end < len(self._text) or self._ended:  # otherwise a number may continue in the next piece
                     check_record(self._uri, end - self._at, "an item")
                     self._at = end
                     return value

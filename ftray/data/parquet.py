@@ -1,8 +1,8 @@
-"""Parquet files of strangers: row groups and their records, within bounds that keep a hostile file harmless.
+"""Reads untrusted Parquet files by row group, within limits that make a hostile file harmless.
 
 A Parquet file can name Arrow extension types, and a type that is registered in this process may run code when its
-values are read (`ray.data.arrow_pickled_object` unpickles them). So only types on a short list are read. A small file
-can also hold billions of values, or pages that expand a thousandfold, so both are bounded before anything is decoded.
+values are read (`ray.data.arrow_pickled_object` unpickles them). Only types on a short list are therefore read. A small file
+can also contain billions of values, or pages that expand a thousandfold, so both are limited before anything is decoded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ EXTENSION_KEY = b"ARROW:extension:name"
 MAX_COLUMNS = 10_000
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
-FREE_BYTES = 1 << 28  # what a row group may expand to whatever its size
-VALUE_BYTES = 64  # what a value costs as a Python object, at least
-FREE_VALUES = 100_000  # a file may have so many rows, and values in a column, whatever its size
+FREE_BYTES = 1 << 28  # every row group may expand to this size
+VALUE_BYTES = 64  # minimum size of a value as a Python object
+FREE_VALUES = 100_000  # every file may have this many rows, and values in a column
 VALUES_PER_BYTE = 8
 EXPANDING_CODECS = ("GZIP", "ZSTD", "BROTLI")  # the others expand by 255 at most
 
@@ -33,8 +33,8 @@ class ParquetShard:
     """An open Parquet file.
 
     Raises:
-        DataError: the file is damaged, has an extension type that is not harmless, a column twice, or more values than a
-            file of its size can hold in earnest.
+        DataError: The file is damaged, has a forbidden extension type, a duplicate column, or more values than a file of its
+            size plausibly contains.
     """
 
     def __init__(self, uri: str) -> None:
@@ -57,7 +57,7 @@ class ParquetShard:
         return self._uri
 
     def edges(self, chunk_bytes: int) -> list[int]:
-        """Where chunks of about `chunk_bytes` begin, in row groups, with the end."""
+        """The row groups at which chunks of about `chunk_bytes` start, and the end."""
         edges, size = [0], 0
         for group in range(self.metadata.num_row_groups):
             size += self.metadata.row_group(group).total_byte_size
@@ -67,10 +67,10 @@ class ParquetShard:
         return edges
 
     def read(self, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number in the file and value of each record of the row groups [start, end), a few in memory at a time.
+        """Yields (number in the file, value) of each record of the row groups [start, end), with few in memory at a time.
 
         Raises:
-            DataError: the file is damaged, or a record or a page is too large.
+            DataError: The file is damaged, or a record or a page is too large.
         """
         number = sum(self.metadata.row_group(g).num_rows for g in range(start))
         for group in range(start, end):
@@ -103,7 +103,7 @@ class ParquetShard:
             yield value
 
     def _check_pages(self, group: int) -> None:
-        """Adds up what the pages of a row group expand to, as their headers say, which is what pyarrow would allocate."""
+        """Limits the expanded size of a row group's pages by their headers, which is the size that pyarrow would allocate."""
         columns = [self.metadata.row_group(group).column(c) for c in range(self.metadata.num_columns)]
         packed = [column for column in columns if column.compression in EXPANDING_CODECS]
         if not packed:
@@ -114,19 +114,19 @@ class ParquetShard:
         if expanded > FREE_BYTES and expanded > MAX_RATIO * compressed:
             raise DataError(
                 f"{self._uri}: row group {group} expands from {compressed} to {expanded} bytes, more than {MAX_RATIO}-fold; "
-                "write the file anew without such padding"
+                "write the file again without such padding"
             )
 
 
 def check_schema(schema: Any, uri: str) -> None:
-    """Refuses extension types that are not on the list of harmless ones, at any depth, and columns of one name.
+    """Rejects extension types outside HARMLESS_TYPES, at any depth, and duplicate columns.
 
     Args:
         schema: A pyarrow schema from a file.
         uri: The file, for the message.
 
     Raises:
-        DataError: There is such a type, or such a column.
+        DataError: The schema has such a type or column.
     """
     import pyarrow as pa
 
@@ -137,7 +137,7 @@ def check_schema(schema: Any, uri: str) -> None:
             item = waiting.pop()
             dtype = item
             if isinstance(item, pa.Field):
-                # A type that is not registered in this process comes as its storage, with its name beside it.
+                # An unregistered type arrives as its storage type, with its name in the metadata.
                 _check_extension((item.metadata or {}).get(EXTENSION_KEY), column.name, uri)
                 dtype = item.type
             if isinstance(dtype, pa.BaseExtensionType):
@@ -159,8 +159,10 @@ def _check_extension(name: bytes | None, column: str, uri: str) -> None:
 
 
 def decoded_bytes(values: Any) -> int:
-    """About how many bytes a record batch or an array takes as Python objects; text that a dictionary repeats counts
-    as often as it occurs."""
+    """The approximate size in bytes of a record batch or array as Python objects.
+
+    Text in a dictionary counts as often as it occurs.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -186,7 +188,7 @@ def decoded_bytes(values: Any) -> int:
 
 
 def _text_columns(metadata: Any) -> list[str]:
-    """Columns of text and bytes. They are read as dictionaries: a text that is there once and used often stays one."""
+    """Columns of text and bytes. They are read as dictionaries, so that repeated text is stored once."""
     schema = metadata.schema
     columns = [schema.column(i) for i in range(metadata.num_columns)]
     return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
@@ -199,13 +201,13 @@ def _check_counts(metadata: Any, size: int, uri: str) -> None:
     values = [sum(group.column(c).num_values for group in groups) for c in range(metadata.num_columns)]
     if max([rows, *values]) > limit or rows > FREE_VALUES + size or min([0, rows, *values]) < 0:
         raise DataError(
-            f"{uri} holds {rows} records, {max([0, *values])} values in one column, in {size} bytes, which can't be training "
-            "data; remove its empty or repeated records"
+            f"{uri} holds {rows} records, {max([0, *values])} values in one column, in {size} bytes; this "
+            "cannot be training data. Remove its empty or repeated records"
         )
 
 
 class StoredFile(io.RawIOBase):
-    """A file, local or in a store, whose ranges are read on demand."""
+    """A local or stored file that reads ranges on demand."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._at = uri, 0
@@ -243,7 +245,7 @@ def _opened(source: Any) -> Iterator[Any]:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns what pyarrow raises for a damaged or hostile file into a DataError."""
+    """Converts pyarrow's errors for a damaged or hostile file to DataError."""
     import pyarrow as pa
 
     try:
@@ -259,19 +261,19 @@ def explained(uri: str) -> Iterator[None]:
         MemoryError,
     ) as err:
         if isinstance(err, OSError) and err.errno is not None:
-            raise  # the disk's trouble, not the file's: it may pass
+            raise  # a problem of the disk, not of the file, and perhaps temporary
         first = (str(err).splitlines() or ["damaged"])[0][:200]
         raise DataError(f"{uri} is not a whole parquet file ({first}); write it anew") from None
 
 
-HEADER_BYTES = 256  # read at first; the sizes are in its beginning, statistics may make it longer
+HEADER_BYTES = 256  # first read; the sizes are at the start, but statistics can make a header longer
 MAX_HEADER_BYTES = 1 << 20
 MAX_DEPTH = 8
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 
 
 def page_sizes(file: Any, column: Any) -> Iterator[tuple[int, int]]:
-    """(expanded, compressed) size in bytes of each page of a column chunk.
+    """Yields the (expanded, compressed) size in bytes of each page of a column chunk.
 
     Args:
         file: The Parquet file, open for reading bytes.
@@ -307,13 +309,13 @@ def _header(file: Any, at: int) -> tuple[dict[int, Any], int]:
 
 
 class _Reader:
-    """Thrift's compact protocol, as far as page headers use it. Raises IndexError where the bytes end."""
+    """Reads Thrift's compact protocol, as far as page headers use it. Raises IndexError at the end of the bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     def struct_and_length(self) -> tuple[dict[int, Any], int]:
-        """The fields of a struct by their numbers, and the bytes that it takes."""
+        """The fields of a struct by number, and the struct's size in bytes."""
         return self._struct(0), self._at
 
     def _byte(self) -> int:

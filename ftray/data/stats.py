@@ -47,8 +47,8 @@ class SplitStats:
         scripts: Share of letters per Unicode script.
         styles: Share of answers per style.
         bad: Bad records by rule.
-        found: Records that a check found, by rule.
-        left: Those of the found records that are still in the sequences.
+        found: Records with a finding, by rule.
+        left: Records with a finding that are still in the sequences, by rule.
     """
 
     name: str
@@ -165,9 +165,12 @@ def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int)
             f"the lengths have a long tail: the median is {train.percentile(50)} tokens, the 99th percentile "
             f"{train.percentile(99)}; check the longest records"
         )
-    for rule, remedy in (("conflict", "correct one of each"), ("overlap", "set data.clean.contamination to drop")):
+    for rule, remedy in (
+        ("conflict", "correct one of each"),
+        ("contamination", "set data.clean.contamination to drop"),
+    ):
         if number := train.left.get(rule, 0):
-            warnings.append(f"{number} records {_WORDS[rule]}; {remedy}")
+            warnings.append(f"{number} records {_DESCRIPTIONS[rule]}; {remedy}")
     copies = train.left.get("duplicate", 0) + train.left.get("near_duplicate", 0)
     if copies > 0.01 * train.num_records:
         warnings.append(
@@ -180,10 +183,10 @@ def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int)
     return warnings
 
 
-_WORDS = {
+_DESCRIPTIONS = {
     "duplicate": "repeat an earlier record",
     "near_duplicate": "nearly repeat an earlier record",
-    "overlap": "overlap with the eval set",
+    "contamination": "overlap with the eval set",
     "conflict": "have the same input as another record, but another answer",
     "short_answer": "have a very short answer",
     "repeated_lines": "have mostly repeated lines",
@@ -226,7 +229,7 @@ def facts(part: SplitStats) -> list[tuple[str, str]]:
     trained = part.num_trained_tokens / max(1, part.num_tokens)
     pairs = [
         ("records", f"{part.num_records:,}"),
-        ("tokens", f"{part.num_tokens:,}, of which {part.num_trained_tokens:,} ({trained:.1%}) are trained on"),
+        ("tokens", f"{part.num_tokens:,}; trained on: {part.num_trained_tokens:,} ({trained:.1%})"),
         ("sequences", f"{part.num_sequences:,}, {part.fill:.1%} full"),
         (
             "lengths",
@@ -240,14 +243,14 @@ def facts(part: SplitStats) -> list[tuple[str, str]]:
     if part.labels is not None:
         shown = ", ".join(f"{label} {number}" for label, number in list(part.labels.items())[:12])
         pairs.append(("labels", f"{len(part.labels)}: {shown}{', …' if len(part.labels) > 12 else ''}"))
-    pairs += [("found", f"{n} {_WORDS[rule]}{_of_these(part, rule)}") for rule, n in part.found.items()]
+    pairs += [("found", f"{n} {_DESCRIPTIONS[rule]}{_removed(part, rule)}") for rule, n in part.found.items()]
     pairs += [("quarantined", f"{number} {rule}") for rule, number in part.bad.items()]
     return pairs
 
 
-def _of_these(part: SplitStats, rule: str) -> str:
-    gone = part.found[rule] - part.left.get(rule, 0)
-    return f" ({gone} removed)" if gone else ""
+def _removed(part: SplitStats, rule: str) -> str:
+    removed = part.found[rule] - part.left.get(rule, 0)
+    return f" ({removed} removed)" if removed else ""
 
 
 def _bars(part: SplitStats) -> list[tuple[int, int, int, str]]:

@@ -1,8 +1,8 @@
 """Verifies packed sequences on a sample before training, and traces the order in which ranks receive them.
 
-A sequence is read back: its ids are decoded and compared with the conversation as the template renders it in one piece, without
-the shortcuts that make the ids (segments, shapes, batches, packing, shifted labels). So ids and mask are right for this
-tokenizer, this template and this data, or the run ends here. The trace uses the coordinator and loaders of training, with ranks
+The ids of a sequence are decoded and compared with the conversation as the template renders it in one piece, without
+the optimizations of the data pipeline (segments, shapes, batches, packing, shifted labels). If ids or mask are wrong for this
+tokenizer, template and data, the run ends here. The trace uses the coordinator and loaders of training, with ranks
 that only record their batches.
 """
 
@@ -35,11 +35,11 @@ class _Mismatch(Exception):
     """A packed sequence does not match its record."""
 
 
-def verify_sample(stream: DatasetSpec, index: Index, what: str, number: int = NUM_EXAMPLES) -> int:
+def verify_sample(stream: DatasetSpec, index: Index, split: str, number: int = NUM_EXAMPLES) -> int:
     """Verifies the first `number` examples of each source.
 
-    Nothing of an example may be cut. It must have trained tokens, which decode to the text that the template renders for its
-    answers after the generation prompt, up to and including the end token, and which contain the answer's text.
+    An example must be complete. Its trained tokens must decode to the text that the template renders for its answers after the
+    generation prompt, up to and including the end token. This text must contain the answer.
 
     Returns:
         The number of examples.
@@ -57,31 +57,33 @@ def verify_sample(stream: DatasetSpec, index: Index, what: str, number: int = NU
                 break
             items = read_examples(facts.chunk, fast, stream.rules(source))
             examples = list(islice((e for e in items if isinstance(e, Example)), left))
-            _verify_examples(chat, examples, stream, facts.chunk.uri, what)
+            _verify_examples(chat, examples, stream, facts.chunk.uri, split)
             left -= len(examples)
         num_verified += number - left
     return num_verified
 
 
-def _verify_examples(chat: ChatFormat, examples: Sequence[Example], stream: DatasetSpec, uri: str, what: str) -> None:
+def _verify_examples(chat: ChatFormat, examples: Sequence[Example], stream: DatasetSpec, uri: str, split: str) -> None:
     """Packs the examples of one shard and verifies the sequences. Raises DataError naming the record."""
-    said = [alone for example in examples for alone in by_document(example)]
+    expected = [document for example in examples for document in by_document(example)]
     documents = [document for example in examples for document in example.encoded.documents()]
-    seen: set[int] = set()
+    verified: set[int] = set()
     for sequence in pack_examples(documents, stream.max_seq_len, 0, stream.packing):
         for place, ids, mask in read_back(sequence):
-            seen.add(place)
+            verified.add(place)
             try:
-                verify_example(chat, said[place], ids, mask)
+                verify_example(chat, expected[place], ids, mask)
             except _Mismatch as err:
-                line = line_number(uri, said[place].position)
-                where = f"line {line}" if line else f"record {said[place].position}"
+                line = line_number(uri, expected[place].position)
+                where = f"line {line}" if line else f"record {expected[place].position}"
                 raise DataError(
-                    f"data.{what}: {uri}, {where}: {err}. This record cannot be trained on exactly with this tokenizer and "
+                    f"data.{split}: {uri}, {where}: {err}. This record cannot be trained on exactly with this tokenizer and "
                     "chat template; correct the record or the template, or use another base"
                 ) from None
-    if len(seen) != len(said):
-        raise DataError(f"data.{what}: packing lost {len(said) - len(seen)} of {len(said)} documents of {uri}")
+    if lost := len(expected) - len(verified):
+        raise DataError(
+            f"data.{split}: packing lost {lost} of {len(expected)} documents of {uri}; this is a bug in packing"
+        )
 
 
 def by_document(example: Example) -> list[Example]:
@@ -105,18 +107,18 @@ def read_back(sequence: PackedSequence) -> list[tuple[int, list[int], list[bool]
     Returns:
         (index, ids, loss mask) of each document.
     """
-    found, at = [], 0
+    documents, at = [], 0
     for place, length in zip(sequence.documents, sequence.lengths, strict=True):
         ids = [int(i) for i in sequence.input_ids[at : at + length]]
         labels = [int(i) for i in sequence.labels[at : at + length]]
         if labels[-1] != IGNORE_INDEX:
             raise DataError("the last token of a document predicts the next document: a bug in packing")
         mask = [False] + [label != IGNORE_INDEX for label in labels[:-1]]
-        if any(learned and labels[i - 1] != ids[i] for i, learned in enumerate(mask)):
+        if any(trained and labels[i - 1] != ids[i] for i, trained in enumerate(mask)):
             raise DataError("the labels of a sequence are not its tokens: a bug in packing")
-        found.append((place, ids, mask))
+        documents.append((place, ids, mask))
         at += length
-    return found
+    return documents
 
 
 def verify_example(chat: ChatFormat, example: Example, ids: Sequence[int], mask: Sequence[bool]) -> None:
@@ -137,16 +139,16 @@ def verify_example(chat: ChatFormat, example: Example, ids: Sequence[int], mask:
     if len(runs) != len(expected):
         raise _Mismatch(f"it has {len(expected)} answers to train on, but the mask selects {len(runs)} spans")
     for (start, end), (i, wanted) in zip(runs, expected, strict=True):
-        said = _known(chat, chat.decode(ids[start:end], before=ids[:start]), wanted)
+        trained = _known(chat, chat.decode(ids[start:end], before=ids[:start]), wanted)
         if ids[end - 1] not in chat.stop_token_ids:
-            raise _Mismatch(f"the trained tokens of turn {i} do not end with an end token: {_end(said)}")
-        if chat.uses_marks:  # the template's own marks may name less
-            if _writable(chat, said) not in _writable(chat, wanted):
-                raise _Mismatch(f"the trained tokens of turn {i} are not part of its answer: {_end(said)}")
+            raise _Mismatch(f"the trained tokens of turn {i} do not end with an end token: {_end(trained)}")
+        if chat.uses_marks:  # the template's own marks may select less
+            if _writable(chat, trained) not in _writable(chat, wanted):
+                raise _Mismatch(f"the trained tokens of turn {i} are not part of its answer: {_end(trained)}")
             continue
-        _compare(chat, f"the trained part of turn {i}", said, wanted, spaces=True)
-        if _writable(chat, messages[i].content) not in _writable(chat, said):
-            raise _Mismatch(f"the template changes the answer of turn {i} to {_end(said)}")
+        _compare(chat, f"the trained part of turn {i}", trained, wanted, spaces=True)
+        if _writable(chat, messages[i].content) not in _writable(chat, trained):
+            raise _Mismatch(f"the template changes the answer of turn {i} to {_end(trained)}")
 
 
 def answer_text(chat: ChatFormat, messages: Sequence[Message], i: int) -> str:
@@ -165,20 +167,24 @@ def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _compare(chat: ChatFormat, what: str, found: str, wanted: str, spaces: bool = False) -> None:
+def _compare(chat: ChatFormat, part: str, decoded: str, wanted: str, spaces: bool = False) -> None:
     """spaces: compare white space too. Some tokenizers add some beside special tokens, so whole sequences ignore it."""
-    found = _known(chat, found, wanted)
-    if found == wanted or _writable(chat, found, spaces) == _writable(chat, wanted, spaces):
+    decoded = _known(chat, decoded, wanted)
+    if decoded == wanted or _writable(chat, decoded, spaces) == _writable(chat, wanted, spaces):
         return
-    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(decoded, wanted, strict=False)) if a != b), min(len(decoded), len(wanted))
+    )
     raise _Mismatch(
-        f"{what} is {found[max(0, at - 20) : at + 30]!r} but the template renders {wanted[max(0, at - 20) : at + 30]!r}"
+        f"{part} is {decoded[max(0, at - 20) : at + 30]!r} but the template renders {wanted[max(0, at - 20) : at + 30]!r}"
     )
 
 
-def _known(chat: ChatFormat, found: str, wanted: str) -> str:
+def _known(chat: ChatFormat, decoded: str, wanted: str) -> str:
     """A decoded text without the placeholders of characters that the vocabulary lacks."""
-    return found if not chat.unknown_token or chat.unknown_token in wanted else found.replace(chat.unknown_token, "")
+    if not chat.unknown_token or chat.unknown_token in wanted:
+        return decoded
+    return decoded.replace(chat.unknown_token, "")
 
 
 def _writable(chat: ChatFormat, text: str, spaces: bool = False) -> str:

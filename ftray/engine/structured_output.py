@@ -1,6 +1,6 @@
-"""Answers that keep to a JSON schema: which tokens may come next. Knows a tokenizer and llguidance; no model, no batch.
+"""Structured output: masks tokens that would violate a JSON schema. Uses a tokenizer and llguidance; no model, no batch.
 
-JSON comes without whitespace between its parts, in both engines: a model can't then fill its answer with blanks.
+Both engines generate JSON without whitespace between its parts, so that a model cannot fill its answer with blanks.
 """
 
 from __future__ import annotations
@@ -20,18 +20,27 @@ _NUM_KEPT = 32  # compiled schemas
 
 
 class SchemaCompiler:
-    """Schemas over one tokenizer. end_ids: tokens that may end an answer. Any thread may use it."""
+    """Compiles schemas for one tokenizer. Thread-safe.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        vocab_size: Size of the model's vocabulary.
+        end_ids: Tokens that may end an answer.
+    """
 
     def __init__(self, tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> None:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, end_ids
         self._lock = threading.Lock()
-        self._made: Any = None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their start, the latest last
+        self._llg_tokenizer: Any = None
+        self._compiled: OrderedDict[str, Any] = (
+            OrderedDict()
+        )  # matchers in their initial state, most recently used last
 
     def guide(self, schema: str) -> SchemaGuide:
-        """For one answer. The first one costs a second, one of a schema seen lately next to nothing.
+        """A guide for one answer. The first one takes a second; recently used schemas are cached.
 
-        Raises SchemaError for a schema that can't be kept to.
+        Raises:
+            SchemaError: The schema is invalid or cannot be satisfied.
         """
         from llguidance import LLMatcher
 
@@ -42,9 +51,9 @@ class SchemaCompiler:
         try:
             json.loads(schema)
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
-            if not (error := LLMatcher.validate_grammar(grammar, self._of_tokenizer())):
-                matcher = LLMatcher(self._of_tokenizer(), grammar)
-                (trial := matcher.deep_copy()).compute_bitmask()  # some give up at their first token only
+            if not (error := LLMatcher.validate_grammar(grammar, self._load_tokenizer())):
+                matcher = LLMatcher(self._load_tokenizer(), grammar)
+                (trial := matcher.deep_copy()).compute_bitmask()  # some schemas fail only at their first token
                 if not (error := _first_line(trial.get_error() if trial.is_error() else "")):
                     with self._lock:
                         self._compiled[schema] = matcher
@@ -53,39 +62,47 @@ class SchemaCompiler:
                     return SchemaGuide(matcher.deep_copy(), self._end_ids)
         except (ValueError, TypeError, RecursionError) as err:
             error = str(err)
-        raise SchemaError(f"the JSON schema can't be kept to: {' '.join(error.split())[:200]}")
+        raise SchemaError(f"the JSON schema cannot be satisfied: {' '.join(error.split())[:200]}")
 
-    def _of_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> Any:
         with self._lock:
-            if self._made is None:
+            if self._llg_tokenizer is None:
                 from llguidance.hf import from_tokenizer
 
                 n_vocab = max(self._vocab_size, len(self._tokenizer))
-                self._made = from_tokenizer(self._tokenizer, n_vocab, list(self._end_ids) or None)
-            return self._made
+                self._llg_tokenizer = from_tokenizer(self._tokenizer, n_vocab, list(self._end_ids) or None)
+            return self._llg_tokenizer
 
 
 def _first_line(error: str) -> str:
-    """The rest is a dump of the answer and the schema, which are a client's."""
+    """Drops the rest, a dump of the client's answer and schema."""
     return error.strip().split("\n", 1)[0][:200]
 
 
 class SchemaGuide:
-    """How far one answer is in its schema. error: why it can't be followed any further; the answer then has to end."""
+    """The state of one answer in its schema.
+
+    Attributes:
+        error: The reason why the schema cannot be followed any further; the answer must then end.
+    """
 
     def __init__(self, matcher: Any, end_ids: tuple[int, ...]) -> None:
         self._matcher, self._end_ids = matcher, end_ids
-        self._num_seen: int | None = None  # tokens of prompt and answer that it knows
+        self._num_consumed: int | None = None  # tokens of prompt and answer
         self.error: str | None = None
 
     def mask(self, logits: torch.Tensor, token_ids: list[int]) -> None:
-        """Sets logits [vocab] of tokens that can't come next to -inf. token_ids: of prompt and answer so far.
+        """Sets the logits of tokens that would violate the schema to -inf.
 
-        Raises nothing, or one request would end the engine: where the matcher gives up, only end tokens are left.
+        Never raises, because an error of one request would end the engine. If the matcher fails, only end tokens are allowed.
+
+        Args:
+            logits: float [vocab], changed in place.
+            token_ids: Prompt and answer so far.
         """
-        if self._num_seen is None:
-            self._num_seen = len(token_ids)
-        new, self._num_seen = token_ids[self._num_seen :], len(token_ids)
+        if self._num_consumed is None:
+            self._num_consumed = len(token_ids)
+        new, self._num_consumed = token_ids[self._num_consumed :], len(token_ids)
         keep = torch.zeros(logits.shape[-1], dtype=torch.bool)
         try:
             if not self._matcher.consume_tokens(new):

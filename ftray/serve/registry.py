@@ -1,7 +1,6 @@
 """The published adapters of a base: `<storage>/published/<base>/<adapter>/<version>/`, committed and immutable.
 
-Knows storage and adapter directories, but not engines, HTTP or training. Replicas read the registry, `ftray publish` writes
-it.
+Knows storage and adapter directories, but not engines, HTTP or training. `ftray publish` writes the registry, replicas read it.
 A client's model name is only compared with names in the registry.
 """
 
@@ -37,8 +36,8 @@ from ftray.serve.signing import Signer
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 MAX_NAMES = 10_000  # adapters of one base
-MAX_VERSIONS_TRIED = 100  # of one adapter, from the newest, until one can be served
-UNREADABLE_S = 30.0  # between two tries of an entry that the store doesn't hand out
+MAX_VERSIONS_TRIED = 100  # of one adapter, from the newest to the first servable one
+UNREADABLE_S = 30.0  # between two reads of an entry that the store does not return
 _MAX_NUMBER = 999_999_999
 _VERSION = re.compile(r"(\d{4,9})-[0-9a-f]{12}")
 
@@ -67,7 +66,7 @@ def check_name(name: str) -> str:
     """Returns the name. Raises ConfigError if an adapter cannot have it."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} can't be an adapter's name: 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at "
+            f"{name!r} cannot be an adapter's name. A name has 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at "
             "both ends; choose another with --name"
         )
     return name
@@ -102,21 +101,21 @@ def scan(
     known = known or Scan()
     versions, rejected = _versions(registry)
     adapters: dict[str, PublishedAdapter] = {}
-    for name, found in sorted(versions.items())[:MAX_NAMES]:
+    for name, entries in sorted(versions.items())[:MAX_NAMES]:
         before = known.adapters.get(name)
-        for version, manifest in sorted(found, key=_age, reverse=True)[:MAX_VERSIONS_TRIED]:
+        for version, manifest in sorted(entries, key=_age, reverse=True)[:MAX_VERSIONS_TRIED]:
             uri = storage.join(registry, name, version)
             if before is not None and before.uri == uri:
                 adapters[name] = before
                 break
             one: PublishedAdapter | Rejected
-            bad = known.rejected.get(uri)
+            rejection = known.rejected.get(uri)
             if (
-                bad is not None
-                and bad.etag == manifest.etag
-                and not (bad.is_transient and time.monotonic() >= bad.retry_s)
+                rejection is not None
+                and rejection.etag == manifest.etag
+                and not (rejection.is_transient and time.monotonic() >= rejection.retry_s)
             ):
-                one = bad
+                one = rejection
             else:
                 one = _read_one(name, version, manifest, uri, trusted, max_adapter_bytes)
             if isinstance(one, PublishedAdapter):
@@ -124,7 +123,7 @@ def scan(
                 break
             rejected[uri] = one
     if len(versions) > MAX_NAMES:
-        reason = f"the registry holds {len(versions)} adapters, and the first {MAX_NAMES} by name are served"
+        reason = f"the registry holds {len(versions)} adapters; only the first {MAX_NAMES} by name are served"
         rejected[registry] = Rejected("", "", registry, "limit", reason)
     return Scan(adapters, rejected)
 
@@ -143,23 +142,23 @@ def _read_one(
             return read_entry(name, version, manifest, uri, trusted, max_adapter_bytes)
     except StorageError as err:
         retry_s = time.monotonic() + UNREADABLE_S
-        return Rejected(name, version, uri, "unreadable", f"it can't be read now: {err}", manifest.etag, retry_s)
+        return Rejected(name, version, uri, "unreadable", f"it could not be read: {err}", manifest.etag, retry_s)
 
 
-def _age(found: tuple[str, storage.FileInfo]) -> tuple[int, str]:
-    return int(found[0].split("-")[0]), found[0]
+def _age(version: tuple[str, storage.FileInfo]) -> tuple[int, str]:
+    return int(version[0].split("-")[0]), version[0]
 
 
 def _versions(registry: str) -> tuple[dict[str, list[tuple[str, storage.FileInfo]]], dict[str, Rejected]]:
     """Versions with a manifest, by name. Symbolic links are rejected, foreign files ignored."""
     rejected: dict[str, Rejected] = {}
-    found: Iterable[storage.FileInfo]
+    manifests: Iterable[storage.FileInfo]
     if storage.is_remote(registry):
-        found = storage.list_files(registry, suffix=f"/{storage.MANIFEST}")
+        manifests = storage.list_files(registry, suffix=f"/{storage.MANIFEST}")
     else:
-        found = _walk(registry, rejected)
+        manifests = _walk(registry, rejected)
     versions: dict[str, list[tuple[str, storage.FileInfo]]] = {}
-    for file in found:
+    for file in manifests:
         parts = file.path.split("/")
         if len(parts) == 3 and NAME.fullmatch(parts[0]) and _VERSION.fullmatch(parts[1]):
             versions.setdefault(parts[0], []).append((parts[1], file))
@@ -167,7 +166,7 @@ def _versions(registry: str) -> tuple[dict[str, list[tuple[str, storage.FileInfo
 
 
 def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.FileInfo]:
-    """`*/*/manifest.json`, without following links, which could lead anywhere: to an endless tree or a pipe, for example."""
+    """Yields `*/*/manifest.json` without following links, which could lead to an endless tree or a pipe, for example."""
     for name in _entries(Path(registry)):
         for version in _entries(Path(name.path), name):
             links = [entry for entry in (name, version) if entry.is_symlink()]
@@ -178,7 +177,7 @@ def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.File
                 continue
             uri = version.path
             if links or not stat.S_ISREG(status.st_mode):
-                reason = f"{links[0].path if links else path} is a symbolic link or no regular file"
+                reason = f"{links[0].path if links else path} is a symbolic link or not a regular file"
                 rejected[uri] = Rejected(name.name, version.name, uri, "link", reason)
                 continue
             etag = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
@@ -186,7 +185,7 @@ def _walk(registry: str, rejected: dict[str, Rejected]) -> Iterable[storage.File
             yield storage.FileInfo(str(path), relative, status.st_size, etag)
 
 
-def _entries(directory: Path, found: os.DirEntry[str] | None = None) -> list[os.DirEntry[str]]:
+def _entries(directory: Path, adapter: os.DirEntry[str] | None = None) -> list[os.DirEntry[str]]:
     """The entries of a directory, or nothing. The registry itself may be a link; links of adapters are visible in the entries."""
     try:
         with os.scandir(directory) as entries:
@@ -194,9 +193,9 @@ def _entries(directory: Path, found: os.DirEntry[str] | None = None) -> list[os.
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as err:
-        if found is not None:  # one adapter's directory is closed to us: the others are served
+        if adapter is not None:  # one adapter's directory is not readable: the others are served
             return []
-        raise StorageError(f"{directory} can't be read: {err.strerror}; check its owner and mode") from err
+        raise StorageError(f"{directory} cannot be read: {err.strerror}; check its owner and mode") from err
 
 
 def publish(
@@ -226,7 +225,7 @@ def publish(
         The entry, and whether it is new: False if the newest version has the same files.
 
     Raises:
-        ConfigError: The name is impossible, or belongs to another owner.
+        ConfigError: The name is invalid, or belongs to another owner.
         ModelError: The source is not an adapter, is damaged, or was trained on another base.
         StorageError: The registry cannot be read or written.
     """
@@ -248,16 +247,16 @@ def publish(
             and (signer is None or _is_signed_by(newest, signer))
         ):
             return newest, False
-        # Its contents are in its name: two who publish at once write two versions, or the same bytes.
+        # The name contains a hash of the files: concurrent publishers write two versions, or the same bytes.
         version = f"{number:04d}-{content}"
         uri = storage.join(registry, name, version)
-        whole = {**meta, "rank": settings.rank, "published_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        whole |= {} if owner is None else {"owner": owner}
+        metadata = {**meta, "rank": settings.rank, "published_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        metadata |= {} if owner is None else {"owner": owner}
         if signer is not None:
             files = {f: {"size": Path(scratch, f).stat().st_size, "sha256": sum_} for f, sum_ in sums.items()}
-            whole["signature"] = signer.sign(name, version, files, whole)
-        created = storage.commit_directory(scratch, uri, whole)
-    return PublishedAdapter(name, version, uri, whole, sums), created
+            metadata["signature"] = signer.sign(name, version, files, metadata)
+        created = storage.commit_directory(scratch, uri, metadata)
+    return PublishedAdapter(name, version, uri, metadata, sums), created
 
 
 def _next_number(registry: str, name: str) -> int:
@@ -291,12 +290,12 @@ def _check_owner(name: str, newest: PublishedAdapter, owner: str | None, signer:
     theirs, key = newest.meta.get("owner"), newest.meta.get("signature", {}).get("key")
     if key is not None and (signer is None or signer.public_key != key):
         raise ConfigError(
-            f"{name} is published and signed with the key {key}; sign with that key (--sign), choose another --name, or "
+            f"{name} is signed with the key {key}; sign with that key (--sign), choose another --name, or "
             "take the name over with --take-over"
         )
     if theirs is not None and theirs != owner:
         raise ConfigError(
-            f"{name} is published by {theirs!r}, and you are {owner!r}; choose another --name, give --owner if that is "
+            f"{name} is published by {theirs!r}, and you are {owner!r}; choose another --name, set --owner if that is "
             "you, or take the name over with --take-over"
         )
 
@@ -314,13 +313,13 @@ def remove(
     """
     check_name(name)
     place = storage.join(registry, name)
-    found, rejected = _versions(registry)
-    number = len(found.get(name, [])) + sum(one.name == name for one in rejected.values())
+    versions, rejected = _versions(registry)
+    number = len(versions.get(name, [])) + sum(one.name == name for one in rejected.values())
     if not number:
-        there = ", ".join(list_published(registry)) or "none"
-        raise ConfigError(f"no adapter {name} is published under {registry}; there are: {there}")
+        published = ", ".join(list_published(registry)) or "none"
+        raise ConfigError(f"no adapter {name} is published under {registry}; published adapters: {published}")
     if not storage.is_remote(place) and Path(place).is_symlink():
-        raise ConfigError(f"{place} is a symbolic link, and what it leads to is not ours to delete; remove the link")
+        raise ConfigError(f"{place} is a symbolic link, and ftray does not delete its target; remove the link yourself")
     newest = list_published(registry).get(name)
     if newest is not None and not take_over:
         _check_owner(name, newest, owner, signer)
@@ -329,7 +328,7 @@ def remove(
 
 
 def _tensors(uri: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header. Raises ModelError for another kind of file, StorageError."""
+    """The tensors of a safetensors file, from its header. Raises ModelError if it is another kind of file."""
     length = header_length(storage.read_range(uri, 0, 8), uri)
     return read_header(storage.read_range(uri, 8, 8 + length), storage.size_and_etag(uri)[0] - 8 - length, uri)
 

@@ -308,7 +308,7 @@ class _Routes:
         if stats.first_s is not None:
             self._metrics.first_token.labels(model_id).observe(stats.first_s)
             self._first_times.add(stats.first_s)
-            self._router.see_first(model_id, stats.first_s)
+            self._router.record_first_text(model_id, stats.first_s)
 
     def _end(self, model_id: str, caller: str, stats: RequestStats) -> None:
         self._metrics.running.dec()

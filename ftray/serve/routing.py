@@ -1,8 +1,8 @@
-"""Which model answers a request for `default`, and when a canary is taken out again.
+"""A/B tests and canaries: selects the model for a request for `default`, and returns a failing canary.
 
-Plain Python over figures it is told; knows storage for what all replicas must agree on, nothing of HTTP, engines or Ray.
-A canary's return is one file, written by whichever replica saw the reason; the others find it there, and so does the next
-start of the endpoint, until `ab` or `canary` change.
+Plain Python on recorded times and failures, with storage for decisions that all replicas share; no HTTP, engines or Ray. The
+return of a canary is one file, written by the first replica that detects a reason. The other replicas read it, and so does the
+next start of the endpoint, until `ab` or `canary` change.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from ftray import config, storage
 from ftray.errors import StorageError
 
 ALIAS = "default"
-MIN_ANSWERS, LAST_ANSWERS = 20, 200  # MIN_ANSWERS: of times
-LAST_OTHERS, MIN_OTHERS = 1000, 50  # answers of each other model that the canary's failures are held against
+MIN_ANSWERS, LAST_ANSWERS = 20, 200  # MIN_ANSWERS: minimum number of times to compare
+LAST_OTHERS, MIN_OTHERS = 1000, 50  # answers of each other model to compare the canary's failures with
 MIN_FAILED, CHANCE = 3, 0.01
 POLL_S = 2.0
 logger = logging.getLogger(__name__)
 
 
 def pick(weights: Mapping[str, float], user: str | None) -> str:
-    """A model by its share; the same one for the same user and shares. Raises ValueError if no share is above 0."""
+    """Draws a model by its share; always the same one for the same user and shares. Raises ValueError if no share is above 0."""
     total = sum(weights.values())
     if not total > 0:
         raise ValueError("no share above 0")
@@ -48,13 +48,19 @@ def pick(weights: Mapping[str, float], user: str | None) -> str:
 
 
 class Router:
-    """Shares, what the models' last answers were like, and whether the canary was returned."""
+    """Selects models by their shares, and stops the canary when its answers are worse.
+
+    Args:
+        weights: Share of each model; empty if there is no model `default`.
+        canary: The canary and its limits.
+        place: The run directory, where replicas share the decision.
+    """
 
     def __init__(
         self, weights: Mapping[str, float], canary: config.CanaryConfig | None = None, place: str | None = None
     ) -> None:
         self._weights, self._canary, self._place = dict(weights), canary, place
-        self._failed: dict[str, deque[tuple[int, bool]]] = {}  # with its number among all answers
+        self._failed: dict[str, deque[tuple[int, bool]]] = {}  # (number among all answers, whether it failed)
         self._number = 0
         self._first: dict[str, deque[float]] = {}
         self.event: dict[str, Any] | None = None
@@ -65,9 +71,9 @@ class Router:
         """Whether there is a model `default`."""
         return bool(self._weights)
 
-    def choose(self, user: str | None, there: Collection[str]) -> str | None:
-        """The model for one request, out of those that are there; None when none has a share."""
-        weights = {model: weight for model, weight in self._weights.items() if model in there}
+    def choose(self, user: str | None, available: Collection[str]) -> str | None:
+        """The model for one request, out of the available ones; None if none of them has a share."""
+        weights = {model: weight for model, weight in self._weights.items() if model in available}
         if self.event is not None and self._canary is not None:
             weights.pop(self._canary.model, None)
         try:
@@ -75,14 +81,14 @@ class Router:
         except ValueError:
             return None
 
-    def see_first(self, model: str, first_s: float) -> None:
-        """An answer's first text came, so many seconds after its request."""
+    def record_first_text(self, model: str, first_s: float) -> None:
+        """Records an answer's time to first text in seconds."""
         if self._canary is not None and model in self._weights:
             self._first.setdefault(model, deque(maxlen=LAST_ANSWERS)).append(first_s)
             self._judge()
 
     def record(self, model: str, *, failed: bool) -> None:
-        """How an answer ended."""
+        """Records the end of an answer."""
         if self._canary is not None and model in self._weights:
             most = LAST_ANSWERS if model == self._canary.model else LAST_OTHERS
             self._number += 1
@@ -96,7 +102,7 @@ class Router:
                 "event": "canary_returned",
                 "model": self._canary.model,
                 "share": self._weights[self._canary.model],
-                "why": reason,
+                "reason": reason,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             logger.warning("the canary %s gets no more requests: %s", self._canary.model, reason)
@@ -122,18 +128,18 @@ class Router:
         ):
             bound = f"max_error_rate {self._canary.max_error_rate:g}"
             return (
-                f"{sum(failed)} of its last {len(failed)} answers failed ({rate:.1%}; {bound}), of the others' "
-                f"{sum(others_failed)} of {len(others_failed)}"
+                f"{sum(failed)} of its last {len(failed)} answers failed ({rate:.1%}; {bound}); other "
+                f"models: {sum(others_failed)} of {len(others_failed)}"
             )
         own = self._first.get(name, ())
         others = [s for model, times in self._first.items() if model != name for s in times]
         if min(len(own), len(others)) >= MIN_ANSWERS and median(own) > self._canary.max_latency_ratio * median(others):
             bound = f"max_latency_ratio {self._canary.max_latency_ratio:g}"
-            return f"its median time to first text is {median(own):.3f} s, the others' {median(others):.3f} s ({bound})"
+            return f"its median time to first text is {median(own):.3f} s, that of the other models {median(others):.3f} s ({bound})"
         return None
 
     def _all_fail(self, name: str) -> bool:
-        """Whether the others fail half as often, or more, since the first failure that is held against a model."""
+        """Whether the others fail at least half as often since the canary's first counted failure."""
         since = next(number for number, one in self._failed[name] if one)
         own = [one for number, one in self._failed[name] if number >= since]
         others = [
@@ -142,29 +148,29 @@ class Router:
         return bool(others) and sum(others) / len(others) >= sum(own) / len(own) / 2
 
     async def start(self) -> None:
-        """Looks for an event of another replica or of before, and goes on doing so."""
+        """Reads an earlier decision or one of another replica, and starts polling for it."""
         if self._canary is not None and self._place is not None:
-            await self._agree()
+            await self._sync()
             self._task = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
-        """Stops looking; an event that was not written yet is."""
+        """Stops polling, and writes a decision that is not written yet."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
-            await self._agree()
+            await self._sync()
 
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            await self._agree()
+            await self._sync()
 
-    async def _agree(self) -> None:
+    async def _sync(self) -> None:
         try:
             self.event = await asyncio.to_thread(self._exchange, self.event) or self.event
         except (StorageError, ValueError) as err:
-            logger.error("the canary's event can't be kept: %s", err)
+            logger.error("could not write or read the canary's event: %s", err)
 
     def _exchange(self, mine: dict[str, Any] | None) -> dict[str, Any] | None:
         uri = event_uri(self._place or "", self._weights, self._canary)
@@ -174,11 +180,16 @@ class Router:
 
 
 def exceeds(failed: int, total: int, others_failed: int, others_total: int) -> bool:
-    """Whether so many failures are more than chance, had the model the others' rate: MIN_FAILED at least, of a probability
-    below CHANCE.
+    """Whether a model fails significantly more often than the others.
 
-    The others' rate is not known, but seen: what follows from it is beta-binomial, with half a failure in 50 answers as what
-    is believed before their first.
+    This takes at least MIN_FAILED failures, and a probability below CHANCE for so many at the others' rate. The others' rate is
+    estimated from their answers, so the distribution is beta-binomial, with a prior of half a failure in 50 answers.
+
+    Args:
+        failed: Failed answers of the model.
+        total: All answers of the model.
+        others_failed: Failed answers of the other models.
+        others_total: All answers of the other models.
     """
     if failed < MIN_FAILED or (others_total and others_failed / others_total >= failed / total):
         return False
@@ -195,6 +206,6 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def event_uri(place: str, weights: Mapping[str, float], canary: config.CanaryConfig | None) -> str:
-    """Where the return of this canary, under these shares, is told."""
+    """URI of the event file for this canary with these shares."""
     settings = json.dumps([sorted(weights.items()), canary and canary.model_dump()])
     return storage.join(place, "serve", "events", f"canary-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json")

@@ -1,7 +1,7 @@
 """Signatures of published adapters: Ed25519, a key per organization.
 
-What is signed is the name, the version and the manifest with the sha256 of every file, so that a signed entry can be
-neither changed nor offered under another name or version. Knows no registry.
+A signature covers the name, the version and the manifest with the sha256 of every file, so that a signed entry can be
+neither changed nor offered under another name or version. Does not know the registry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Signer:
         path: A PEM file with an Ed25519 private key without password, as `openssl genpkey -algorithm ed25519` writes it.
 
     Raises:
-        ConfigError: The file can't be read, other users can read it, or it holds another kind of key.
+        ConfigError: The file is unreadable, other users can read it, or it contains another kind of key.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,22 +38,22 @@ class Signer:
         try:
             mode = Path(path).stat().st_mode
             if not stat.S_ISREG(mode):
-                raise ConfigError(f"--sign {path} is no file; give a PEM file with an Ed25519 private key")
+                raise ConfigError(f"--sign {path} is not a file; use a PEM file with an Ed25519 private key")
             with Path(path).open("rb") as file:
                 text = file.read(_MAX_KEY_FILE_BYTES)
         except OSError as err:
-            raise ConfigError(f"--sign {path} can't be read ({err.strerror}); correct the path") from None
+            raise ConfigError(f"--sign {path} cannot be read ({err.strerror}); correct the path") from None
         if mode & 0o077:
             raise ConfigError(f"--sign {path} can be read by other users; run: chmod 600 {path}")
         try:
             key = load_pem_private_key(text, password=None)
         except (ValueError, TypeError, NotImplementedError):
             key = None
-        except Exception as err:  # noqa: BLE001 - cryptography's UnsupportedAlgorithm has no base but Exception
-            raise ConfigError(f"--sign {path} can't be used ({type(err).__name__}); make an Ed25519 key") from None
+        except Exception as err:  # noqa: BLE001 - cryptography's UnsupportedAlgorithm derives from Exception
+            raise ConfigError(f"--sign {path} cannot be used ({type(err).__name__}); create an Ed25519 key") from None
         if not isinstance(key, Ed25519PrivateKey):
             raise ConfigError(
-                f"--sign {path} holds no Ed25519 private key without a password; make one: "
+                f"--sign {path} is not an Ed25519 private key without a password; create one: "
                 f"openssl genpkey -algorithm ed25519 -out {path}"
             )
         self._key = key
@@ -69,13 +69,13 @@ class Signer:
 def wrong_signature(
     name: str, version: str, files: Mapping[str, Any], meta: Mapping[str, Any], trusted: Collection[str]
 ) -> str | None:
-    """Why an entry's signature is not accepted; None: a trusted key signed exactly this entry."""
+    """The reason to reject an entry's signature, or None if a trusted key signed exactly this entry."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     signature = meta.get("signature")
     if signature is None:
-        return "it is not signed, and serve.trusted_keys asks for a signature"
+        return "it is not signed, but serve.trusted_keys requires a signature"
     if not isinstance(signature, Mapping) or not all(isinstance(signature.get(k), str) for k in ("key", "value")):
         return "its signature is malformed"
     if signature["key"] not in trusted:
@@ -85,7 +85,7 @@ def wrong_signature(
         public = Ed25519PublicKey.from_public_bytes(_decode(signature["key"].removeprefix(PREFIX)))
         public.verify(value, _payload(name, version, files, meta))
     except (InvalidSignature, ValueError):
-        return "its signature does not fit its contents, name and version"
+        return "its signature does not match its content, name and version"
     return None
 
 

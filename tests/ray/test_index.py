@@ -116,9 +116,11 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for n in range(5):
         asked = heldout[n]["prompt"]
         text = asked if n < 2 else f"Before all that, a few other words. {asked} And after it some more of them."
-        copies.append(("overlap", {"prompt": text, "completion": heldout[n]["completion"]}))
+        copies.append(("contamination", {"prompt": text, "completion": heldout[n]["completion"]}))
     marked = [("", record) for record in clean] + copies
-    places: dict[str, set[tuple[str, int]]] = {rule: set() for rule in ("", "duplicate", "near_duplicate", "overlap")}
+    places: dict[str, set[tuple[str, int]]] = {
+        rule: set() for rule in ("", "duplicate", "near_duplicate", "contamination")
+    }
     for shard in range(4):
         part = marked[shard * 30 : shard * 30 + 30]
         for (rule, _), place in zip(part, write(root / f"train/s{shard}.jsonl", [r for _, r in part]), strict=True):
@@ -140,7 +142,9 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
     data = data_of(planted["train"], eval=[{"path": str(planted["eval"])}])
     index, heldout = indexed(model, tmp_path, data)
     places = planted["places"]
-    assert rules_found(index, tmp_path) == {rule: places[rule] for rule in ("duplicate", "near_duplicate", "overlap")}
+    assert rules_found(index, tmp_path) == {
+        rule: places[rule] for rule in ("duplicate", "near_duplicate", "contamination")
+    }
     assert index.found == {rule: (len(places[rule]),) * 2 for rule in index.found}
     assert not any(f.dropped for f in read_findings(index, str(tmp_path)))
     assert index.total("num_records") == 120
@@ -150,7 +154,7 @@ def test_planted_copies_and_leaks_are_found_and_nothing_else(
     assert {rule: Path(str(uri)).name for rule, uri in named.items()} == {
         "duplicate": "s0.jsonl",
         "near_duplicate": "s0.jsonl",
-        "overlap": "e.jsonl",
+        "contamination": "e.jsonl",
     }
     off = data.model_copy(
         update={"clean": config.CleanConfig(duplicates="off", near_duplicates="off", contamination="off")}
@@ -191,10 +195,10 @@ def test_drop_takes_out_exactly_these_records_and_the_steps_follow(
     check_index(dropping, stream, "train", 0, str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "quarantine/train.jsonl").read_text().splitlines()]
     assert len(lines) == 19
-    assert {line["rule"] for line in lines} == {"duplicate", "near_duplicate", "overlap"}
+    assert {line["rule"] for line in lines} == {"duplicate", "near_duplicate", "contamination"}
     assert all(Path(line["uri"]).exists() and line["line"] and line["excerpt"] and line["fix"] for line in lines)
-    assert all("s0.jsonl" in line["detail"] for line in lines if line["rule"] != "overlap")
-    assert all("e.jsonl" in line["detail"] for line in lines if line["rule"] == "overlap")
+    assert all("s0.jsonl" in line["detail"] for line in lines if line["rule"] != "contamination")
+    assert all("e.jsonl" in line["detail"] for line in lines if line["rule"] == "contamination")
 
 
 def test_only_a_new_shard_is_read(model: Path, tmp_path: Path, seen: list[str]) -> None:
@@ -332,8 +336,8 @@ def test_the_statistics_tell_all_of_it_without_reading_again(
     assert (train.num_records, heldout.num_records) == (114, 30)
     assert len(train.lengths) == 114
     assert int(train.lengths.sum()) == train.num_tokens == data.index.total("num_tokens")
-    assert train.found == {"near_duplicate": 8, "duplicate": 6, "overlap": 5}
-    assert train.left == {"near_duplicate": 8, "overlap": 5}
+    assert train.found == {"near_duplicate": 8, "duplicate": 6, "contamination": 5}
+    assert train.left == {"near_duplicate": 8, "contamination": 5}
     assert train.num_sequences == data.index.total("num_sequences")
     packed = [row for facts in data.index.facts for row in pack_chunk(facts.chunk, data.plan.stream).sequences]
     assert data.plan.most_documents == data.index.most_documents == max(len(row.lengths) for row in packed) > 1

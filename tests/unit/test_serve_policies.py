@@ -235,7 +235,7 @@ def test_a_canary_goes_on_errors_and_only_then() -> None:
         router.record("b", failed=i % 20 == 0)
     assert router.event is not None
     why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\), of the others' 0 of \d+"
-    found = re.fullmatch(why, router.event["why"])
+    found = re.fullmatch(why, router.event["reason"])
     assert found is not None
     assert (6, 2.5) < (int(found[1]), float(found[2])) < (11, 5.1)
     assert {router.choose(str(i), ["a", "b"]) for i in range(100)} == {"a"}
@@ -298,7 +298,7 @@ def test_one_or_two_failures_among_few_answers_are_no_reason(num_others: int) ->
     for _ in range(3):  # what is broken goes at once, without twenty users' errors
         router.record("b", failed=True)
     assert router.event is not None
-    assert router.event["why"].startswith("3 of its last 7")
+    assert router.event["reason"].startswith("3 of its last 7")
 
 
 def test_the_bound_is_the_tail_of_a_beta_binomial() -> None:
@@ -314,13 +314,15 @@ def test_the_bound_is_the_tail_of_a_beta_binomial() -> None:
 def test_a_canary_goes_when_it_is_slow() -> None:
     router = Router({"a": 0.5, "b": 0.5}, canary(max_latency_ratio=1.5))
     for _ in range(30):
-        router.see_first("a", 0.1)
-        router.see_first("b", 0.14)
+        router.record_first_text("a", 0.1)
+        router.record_first_text("b", 0.14)
     assert router.event is None
     for _ in range(60):
-        router.see_first("b", 0.2)
+        router.record_first_text("b", 0.2)
     assert router.event is not None
-    assert router.event["why"].startswith("its median time to first text is 0.170 s, the others' 0.100 s")
+    assert router.event["reason"].startswith(
+        "its median time to first text is 0.170 s, that of the other models 0.100 s"
+    )
 
 
 def test_replicas_agree_on_a_return_and_other_shares_begin_anew(tmp_path: Path) -> None:
@@ -379,7 +381,7 @@ def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_pat
             assert 'ftray_tokens_total{kind="completion",model="small:old"} 297.0' in figures
             assert "ftray_answers_running 0.0" in figures
         (event,) = storage.list_files(str(tmp_path / "serve/events"))
-        assert "3 of its last 3 answers failed" in json.loads(storage.read_bytes(event.uri))["why"]
+        assert "3 of its last 3 answers failed" in json.loads(storage.read_bytes(event.uri))["reason"]
 
     asyncio.run(work())
 
@@ -406,7 +408,7 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(t
             for _ in range(300):
                 await call(app, "/v1/completions", {"model": "default", "prompt": "x"})
         (event,) = storage.list_files(str(tmp_path / "serve/events"))
-        assert "max_error_rate 0.02" in json.loads(storage.read_bytes(event.uri))["why"]
+        assert "max_error_rate 0.02" in json.loads(storage.read_bytes(event.uri))["reason"]
 
     asyncio.run(work())
     assert 60 <= engine.num_asked <= 100

@@ -65,7 +65,7 @@ class PaperEngine:
 
     def check_schema(self, schema: str) -> None:
         if "not" in json.loads(schema):
-            raise SchemaError("the JSON schema can't be kept to")
+            raise SchemaError("the JSON schema cannot be satisfied")
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None

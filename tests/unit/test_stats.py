@@ -59,7 +59,7 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"styles": {"begin with a capital": 0.9}}, "the style of answers is inconsistent: 90% begin with a capital"),
     ({"styles": {"begin with a capital": 0.1}}, "the style of answers is inconsistent: 10% begin with a capital"),
     ({"lengths": TAIL}, "the lengths have a long tail: the median is 10 tokens, the 99th percentile 500"),
-    ({"found": {"overlap": 3}, "left": {"overlap": 3}}, "3 records overlap with the eval set"),
+    ({"found": {"contamination": 3}, "left": {"contamination": 3}}, "3 records overlap with the eval set"),
     ({"left": {"conflict": 2}}, "2 records have the same input as another record, but another answer"),
     ({"left": {"duplicate": 6, "near_duplicate": 5}}, "11 records (1.1%) are duplicates or near-duplicates"),
 ]
@@ -73,7 +73,7 @@ def test_what_is_unsound_is_told_once_with_a_remedy(changes: dict[str, Any], wor
 
 
 def test_what_was_taken_out_is_no_warning() -> None:
-    assert warn(part(found={"overlap": 9, "duplicate": 99}), part(name="eval"), 8) == []
+    assert warn(part(found={"contamination": 9, "duplicate": 99}), part(name="eval"), 8) == []
 
 
 def test_held_out_data_that_is_missing_or_small_is_told() -> None:

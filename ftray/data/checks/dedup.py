@@ -1,9 +1,9 @@
-"""Which records say the same, or nearly the same: keys, MinHash signatures, and pairs found among millions of them.
+"""Duplicates and near-duplicates: record keys, MinHash signatures, and the search for pairs among millions of records.
 
-Two records are duplicates when their turns are equal but for white space. They are near-duplicates when the sets of
-their five-character sequences (letters and digits, casing folded, system turns left out) are alike by SIMILARITY
-(Jaccard), estimated from MinHash signatures (Broder 1997; datasketch). What most records have in common, a template or
-an instruction, says nothing of likeness and is left out of the estimate. Knows conversations and arrays only.
+Two records are duplicates if their turns are equal except for white space. They are near-duplicates if the Jaccard similarity
+of their five-character shingles (letters and digits, case-folded, without system turns) is at least SIMILARITY, estimated from
+MinHash signatures (Broder 1997; datasketch). Text that most records share, such as a template or an instruction, is left out of
+the estimate. Works on conversations and arrays only.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ftray.chat import Message
 
 SHINGLE = 5  # characters
 NUM_PERM = 128  # slots of a signature, 16 bits each: 256 bytes a record
-BAND = 4  # slots that must be equal for two records to be compared: 64 bits, one number
+BAND = 4  # two records are compared if a band of this many slots is equal: 64 bits, one number
 SIMILARITY = 0.7
-KEPT = 8  # records that one is known to be like: the earliest
+KEPT = 8  # similar records that are remembered per record: the earliest
 ROUNDS = 6  # leaders tried in a group of records that share a band
 PIECE = 4096  # shingles hashed, or pairs compared, at once
-MIN_SLOTS = 12  # own slots that a judgement needs
-COMMON_SHARE, COMMON_RECORDS = 0.1, 20  # a slot's value is common above both: a template's, not the record's
+MIN_SLOTS = 12  # slots that a comparison needs besides common ones
+COMMON_SHARE, COMMON_RECORDS = 0.1, 20  # a slot value in more records than both limits belongs to a template
 
 Keys = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint16]
@@ -38,7 +38,13 @@ Signatures = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class RecordKeys:
-    """64-bit hashes of a record's whole conversation, of all before its last answer (0: nothing), of that answer."""
+    """64-bit hashes of a record.
+
+    Attributes:
+        whole: Of the whole conversation.
+        prompt: Of the turns before the last answer; 0 if there are none.
+        answer: Of the last answer.
+    """
 
     whole: int
     prompt: int
@@ -46,7 +52,7 @@ class RecordKeys:
 
 
 class DuplicatePair(NamedTuple):
-    """A record that repeats an earlier one. Places of both; similarity 1.0 for equal ones."""
+    """A record that repeats an earlier one, by the indexes of both. The similarity of equal records is 1.0."""
 
     place: int
     of: int
@@ -55,7 +61,7 @@ class DuplicatePair(NamedTuple):
 
 @dataclass(frozen=True)
 class DuplicatePairs:
-    """Many `Pair`s, by place: int64, int64, float64 [pairs]."""
+    """Many `DuplicatePair`s, sorted by `places`: int64, int64, float64 [pairs]."""
 
     places: npt.NDArray[np.int64]
     of: npt.NDArray[np.int64]
@@ -68,13 +74,13 @@ class DuplicatePairs:
         return map(DuplicatePair, self.places.tolist(), self.of.tolist(), self.similarity.tolist())
 
     def runs(self) -> list[tuple[int, int]]:
-        """[from, to) of each place's pairs, where the pairs are sorted."""
+        """[start, end) of the pairs of each record."""
         cuts = np.flatnonzero(np.r_[True, self.places[1:] != self.places[:-1], True]) if len(self) else np.zeros(1, int)
         return list(pairwise(cuts.tolist()))
 
     @classmethod
     def joined(cls, parts: Sequence[DuplicatePairs]) -> DuplicatePairs:
-        """Each different (place, of) once, sorted; of each place those with the KEPT earliest others."""
+        """The sorted distinct pairs; for each record those with the KEPT earliest other records."""
         places, of, similarity = (
             np.concatenate(arrays) for arrays in zip(*((p.places, p.of, p.similarity) for p in parts), strict=True)
         )
@@ -94,7 +100,7 @@ NO_PAIRS = DuplicatePairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros
 
 
 def record_keys(turns: Sequence[Message]) -> RecordKeys:
-    """Keys of a conversation (plain text: one assistant turn)."""
+    """The keys of a conversation. Plain text is one assistant turn."""
     parts = [f"{turn.role}\x1f{' '.join(turn.content.split())}" for turn in turns]
     last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
     prompt = _hash("\x1e".join(parts[:last])) if last else 0
@@ -106,13 +112,13 @@ def _hash(text: str) -> int:
 
 
 def spoken_text(turns: Sequence[Message]) -> str:
-    """What near-duplicates are compared by: words of all but system turns, casing folded, without punctuation."""
+    """The text for the comparison of near-duplicates: case-folded words without punctuation and system turns."""
     raw = " ".join(turn.content for turn in turns if turn.role != "system").casefold()
     return " ".join(re.findall(r"[^\W_]+", raw)) or " ".join(raw.split())
 
 
 def signature(text: str) -> Signatures:
-    """MinHash of the text's shingles: uint16 [NUM_PERM], the low bits of datasketch's 32."""
+    """The MinHash of the text's shingles: uint16 [NUM_PERM], the low 16 bits of datasketch's 32."""
     from datasketch import MinHash
 
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
@@ -140,7 +146,7 @@ def _permutations() -> Any:
 
 
 def find_equal(keys: Keys) -> DuplicatePairs:
-    """Records whose key an earlier record has; `of` is the first that has it."""
+    """Finds records with the key of an earlier record. `of` is the first record with that key."""
     if not len(keys):
         return NO_PAIRS
     order = np.argsort(keys, kind="stable")
@@ -152,14 +158,19 @@ def find_equal(keys: Keys) -> DuplicatePairs:
 
 
 def join_signatures(parts: Sequence[Signatures], wanted: npt.NDArray[np.bool_] | None = None) -> Signatures:
-    """Signatures of consecutive records as one array on disk, mapped: gigabytes of them take no memory.
+    """Joins signatures in one memory-mapped file, so that gigabytes of them take no memory.
 
-    wanted: bool [records], those that are taken; all without it.
+    Args:
+        parts: Signatures of consecutive records.
+        wanted: bool [records], the records to include. Default: all.
+
+    Returns:
+        uint16 [records, NUM_PERM].
     """
     total = int(wanted.sum()) if wanted is not None else sum(map(len, parts))
     if not total:
         return np.zeros((0, NUM_PERM), np.uint16)
-    with tempfile.TemporaryFile() as file:  # gone with the last mapping
+    with tempfile.TemporaryFile() as file:  # deleted with the last mapping
         joined: Signatures = np.memmap(file, np.uint16, "w+", shape=(total, NUM_PERM))
     at = read = 0
     for part in parts:
@@ -170,19 +181,26 @@ def join_signatures(parts: Sequence[Signatures], wanted: npt.NDArray[np.bool_] |
 
 
 def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> DuplicatePairs:
-    """Records that are nearly an earlier one that stays.
+    """Finds near-duplicates of an earlier record that is kept.
 
-    signatures: uint16 [records, NUM_PERM], duplicates left out. Memory: 24 bytes a record, and for each pair; time: a sort
-    for each band. Deterministic; the one kept is always the earlier.
+    Memory: 24 bytes per record and per pair. Time: one sort per band. The result is deterministic; the earlier record of a pair
+    is always kept.
+
+    Args:
+        signatures: uint16 [records, NUM_PERM], without duplicates.
+        similarity: The minimum Jaccard similarity.
+
+    Returns:
+        One pair per near-duplicate.
     """
     common = _common(signatures)
     pairs = NO_PAIRS
     for keys, own in _bands(signatures, common):
         places = np.flatnonzero(own)
-        order = places[np.argsort(keys[places], kind="stable")]  # groups of records that share the band, in their order
+        order = places[np.argsort(keys[places], kind="stable")]  # groups of records that share the band, in order
         starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(order) else np.zeros(0, bool)
         leader = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
-        known = pairs.places * len(signatures) + pairs.of  # in an earlier band: not compared again
+        known = pairs.places * len(signatures) + pairs.of  # found in an earlier band: not compared again
         alike = [pairs]
         for step in range(ROUNDS):
             later = np.flatnonzero(leader + step < np.arange(len(order)))
@@ -201,9 +219,15 @@ def find_near(signatures: Signatures, similarity: float = SIMILARITY) -> Duplica
 
 
 def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> DuplicatePairs:
-    """Training records that are nearly a held-out one; places are counted among their own kind.
+    """Finds training records that are near-duplicates of an eval record.
 
-    both: uint16 [records, NUM_PERM], the `num` held-out ones in front.
+    Args:
+        both: uint16 [records, NUM_PERM], the eval records first.
+        num: The number of eval records.
+        similarity: The minimum Jaccard similarity.
+
+    Returns:
+        Pairs of a training index and an eval index, each counted from 0 within its own set.
     """
     common = _common(both)
     pairs = NO_PAIRS
@@ -216,8 +240,8 @@ def find_near_to(both: Signatures, num: int, similarity: float = SIMILARITY) -> 
         alike = [pairs]
         for step in range(ROUNDS):
             some = np.flatnonzero(lo + step < hi)
-            found = _alike(both, places[some] + num, order[lo[some] + step], common, similarity)
-            alike += [DuplicatePairs(part.places - num, part.of, part.similarity) for part in found]
+            near = _alike(both, places[some] + num, order[lo[some] + step], common, similarity)
+            alike += [DuplicatePairs(part.places - num, part.of, part.similarity) for part in near]
         pairs = DuplicatePairs.joined(alike)
     return _rounded(pairs, [lo + np.argmax(pairs.similarity[lo:hi]) for lo, hi in pairs.runs()])
 
@@ -228,14 +252,14 @@ def _rounded(pairs: DuplicatePairs, wanted: Any) -> DuplicatePairs:
 
 
 def _common(signatures: Signatures) -> npt.NDArray[np.bool_]:
-    """bool [65536, NUM_PERM]: values of a slot that more than COMMON_SHARE of the records have."""
+    """bool [65536, NUM_PERM]: whether more than COMMON_SHARE of the records have this value in this slot."""
     limit = max(COMMON_RECORDS, COMMON_SHARE * len(signatures))
     counts = [np.bincount(signatures[:, slot], minlength=1 << 16) > limit for slot in range(NUM_PERM)]
     return np.stack(counts, axis=1)
 
 
 def _bands(signatures: Signatures, common: npt.NDArray[np.bool_]) -> Iterator[tuple[Keys, npt.NDArray[np.bool_]]]:
-    """For each band: a key of each record, and whether it has a slot of its own in it."""
+    """For each band: the key of each record, and whether the band has a slot without a common value."""
     for at in range(0, NUM_PERM, BAND):
         part = np.ascontiguousarray(signatures[:, at : at + BAND])
         own = np.zeros(len(part), bool)
@@ -251,19 +275,19 @@ def _alike(
     common: npt.NDArray[np.bool_],
     similarity: float,
 ) -> list[DuplicatePairs]:
-    """Those of the pairs (places[i], of[i]) that are alike, compared PIECE by PIECE."""
-    found = []
+    """The pairs (places[i], of[i]) that are similar, compared PIECE at a time."""
+    similar = []
     for lo in range(0, len(places), PIECE):
         rows, leads = places[lo : lo + PIECE], of[lo : lo + PIECE]
         values = _compare(signatures[rows], signatures[leads], common)
         near = values >= similarity
         if near.any():
-            found.append(DuplicatePairs(rows[near], leads[near], values[near]))
-    return found
+            similar.append(DuplicatePairs(rows[near], leads[near], values[near]))
+    return similar
 
 
 def _compare(a: Signatures, b: Signatures, common: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Share of equal slots, of those that don't hold the same common value; 0 where too few are left."""
+    """The share of equal slots, without slots that share a common value; 0 if too few slots remain."""
     equal = a == b
     slots = np.arange(NUM_PERM)
     template = equal & common[b, slots]

@@ -20,7 +20,7 @@ from ftray.data.checks.labels import find_conflicts, pick_substitutes
 from ftray.data.record_table import QUALITY, RecordTable
 from ftray.data.sources import Chunk
 
-RULES = ("duplicate", "near_duplicate", "overlap", *QUALITY, "conflict")
+RULES = ("duplicate", "near_duplicate", "contamination", *QUALITY, "conflict")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DataFinding:
     """A training record that a check found.
 
     Attributes:
-        rule: duplicate, near_duplicate, overlap, conflict, or a quality rule.
+        rule: duplicate, near_duplicate, contamination, conflict, or a quality rule.
         uri: The record's shard.
         position: The record's position in it.
         of_uri: The shard of the record that it repeats, overlaps with or contradicts.
@@ -53,7 +53,7 @@ class DataFinding:
             return f"repeats {other}"
         if self.rule == "near_duplicate":
             return f"nearly repeats {other} (similarity {self.similarity})"
-        if self.rule == "overlap":
+        if self.rule == "contamination":
             return f"overlaps with the eval record {other} (share {self.similarity})"
         if self.rule == "conflict":
             return f"has the same input as {other}, but another answer"
@@ -117,7 +117,7 @@ class CheckResult:
         of, similarity = int(pairs.of[i]), float(pairs.similarity[i])
         if of < 0:
             return DataFinding(rule, chunk.uri, position, None, None, None, dropped)
-        others = self._eval if rule == "overlap" and self._eval is not None else self._train
+        others = self._eval if rule == "contamination" and self._eval is not None else self._train
         other, of_position = others.where(of)
         known = None if np.isnan(similarity) else similarity
         return DataFinding(rule, chunk.uri, position, other.uri, of_position, known, dropped)
@@ -143,7 +143,7 @@ def find_all(train: RecordTable, eval_set: RecordTable | None, clean: config.Cle
             "near_duplicate", clean.near_duplicates, DuplicatePairs(own[near.places], own[near.of], near.similarity)
         )
     if clean.contamination != "off" and eval_set is not None:
-        result.note("overlap", clean.contamination, _overlaps(train, eval_set))
+        result.note("contamination", clean.contamination, _contaminated(train, eval_set))
     if clean.quality != "off":
         flags = train.column("flags")
         for rule, bit in QUALITY.items():
@@ -159,8 +159,8 @@ def _without_others(places: npt.NDArray[np.int64]) -> DuplicatePairs:
     return DuplicatePairs(places, np.full(len(places), -1), np.full(len(places), np.nan))
 
 
-def _overlaps(train: RecordTable, eval_set: RecordTable) -> DuplicatePairs:
-    """Training records with the eval record that each overlaps with: equal inputs, then shared n-grams, then near-duplicates."""
+def _contaminated(train: RecordTable, eval_set: RecordTable) -> DuplicatePairs:
+    """Training records with the eval record that each contains: equal inputs, then shared n-grams, then near-duplicates."""
     prompts = eval_set.column("prompt")
     order = np.argsort(prompts, kind="stable")
     own = train.column("prompt")

@@ -43,14 +43,14 @@ class LabelConflict:
 def find_conflicts(prompts: Keys, answers: Keys) -> list[LabelConflict]:
     """Inputs with more than one answer, in the order of their first record. A prompt of 0 means that there is no input."""
     order = np.argsort(prompts, kind="stable")
-    keys, found = prompts[order], answers[order]
+    keys, sorted_answers = prompts[order], answers[order]
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
     ends = np.r_[starts[1:], len(keys)][: len(starts)]
     conflicts = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         if end - start < 2 or keys[start] == 0:
             continue
-        differ = np.flatnonzero(found[start:end] != found[start])
+        differ = np.flatnonzero(sorted_answers[start:end] != sorted_answers[start])
         if len(differ):
             conflicts.append(LabelConflict(int(order[start]), int(order[start + differ[0]]), end - start))
     return sorted(conflicts, key=lambda c: c.first)
@@ -65,12 +65,12 @@ def count_labels(answers: Mapping[str | None, int], allowed: Sequence[str] | Non
 
 
 def pick_substitutes(
-    strata: npt.NDArray[np.int64], digests: Keys, is_held_out: npt.NDArray[np.bool_], fraction: float
+    strata: npt.NDArray[np.int64], digests: Keys, in_eval: npt.NDArray[np.bool_], fraction: float
 ) -> list[int]:
     """Training records that move to the eval set so that every class that is large enough has an eval record.
 
-    The records come in the order of sources, paths and positions. If a class has shown 1 / fraction different records and its
-    hashes have selected none of them, the record that completes this number moves, and later every record that equals it. A
+    The records come in the order of sources, paths and positions. If a class has had 1 / fraction distinct records and
+    their hashes selected none of them, the last of these moves, and so does every later record that equals it. A
     decision depends on a record and on those before it: data that is appended never moves a record, and data that is inserted
     in front moves at most one record per class. (No rule that looks at the set alone can promise an eval record without moving
     any: it would have to select all but 1 / fraction records.)
@@ -78,23 +78,23 @@ def pick_substitutes(
     Args:
         strata: int64 [records], the class of each record.
         digests: uint64 [records], the hash of each record.
-        is_held_out: bool [records], whether its hash puts a record into the eval set.
+        in_eval: bool [records], whether its hash puts a record into the eval set.
         fraction: data.eval.fraction.
 
     Returns:
         The places of the records.
     """
     needed = -(-1 // fraction) if fraction else 0
-    seen: dict[int, set[int]] = {}
-    done: dict[int, int | None] = {}  # the substitute's digest, or None where the hashes did it
+    digests_of: dict[int, set[int]] = {}  # of classes without an eval record
+    done: dict[int, int | None] = {}  # the substitute's digest, or None if a hash selected an eval record
     places = []
-    records = zip(map(int, strata), map(int, digests), is_held_out, strict=True)  # one at a time: there may be millions
+    records = zip(map(int, strata), map(int, digests), in_eval, strict=True)  # one at a time: there may be millions
     for place, (stratum, digest, held) in enumerate(records):
         if stratum in done:
             if done[stratum] == digest and not held:
                 places.append(place)
             continue
-        known = seen.setdefault(stratum, set())
+        known = digests_of.setdefault(stratum, set())
         if held:
             done[stratum] = None
         else:
@@ -103,5 +103,5 @@ def pick_substitutes(
                 done[stratum] = digest
                 places.append(place)
         if stratum in done:
-            del seen[stratum]
+            del digests_of[stratum]
     return places

@@ -1,11 +1,10 @@
-"""The engine for GPUs: vLLM's AsyncLLM inside our replica, behind the same protocol as the embedded one.
+"""The vLLM engine: vLLM's AsyncLLM inside a replica, with the same protocol as the transformers engine.
 
-Knows nothing of HTTP, Ray, run files or templates. vLLM computes and schedules; text, stop strings and the checks of
-prompts and adapters are the embedded engine's, so that both answer alike. vLLM's own server is not used: its routes, its
-tokenization and its names for adapters stay out. Tensor parallelism, quantized weights (as the model's config.json tells)
-and its prefix cache are vLLM's own.
+Knows no HTTP, Ray, run files or templates. vLLM computes and schedules. Text, stop strings and the checks of prompts and
+adapters are shared with the transformers engine, so that both answer alike. vLLM's own server, with its routes, tokenization and
+adapter names, is not used. Tensor parallelism, quantized weights (by the model's config.json) and the prefix cache are vLLM's.
 
-Needs `pip install ftray[vllm]`; CPU builds of vLLM do, too.
+Needs `pip install ftray[vllm]`; CPU builds of vLLM work, too.
 """
 
 from __future__ import annotations
@@ -31,14 +30,24 @@ from ftray.engine.transformers.engine import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
 from ftray.storage.model_directory import check_model_directory
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a hub's model
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model on the hub
 
 
 class VllmEngine:
-    """An `Engine` for one model directory (or a hub's model), to be started.
+    """An `Engine` for one model directory or hub model. Call `start` before use.
 
-    max_adapters: LoRA adapters that share a batch; 0: none can be loaded. tensor_parallel: GPUs. dtype as `load_engine`.
-    Raises ModelError when the directory is no model, or vLLM is not installed.
+    Args:
+        model_dir: The model directory, or a hub id.
+        name: The model's name for clients.
+        dtype: As in `load_engine`.
+        max_num_seqs: Requests per batch.
+        max_context: Maximum tokens of prompt and answer.
+        max_adapters: LoRA adapters per batch; 0: none can be loaded.
+        tensor_parallel: Number of GPUs.
+        revision: The hub revision.
+
+    Raises:
+        ModelError: The directory is not a model, or vLLM is not installed.
     """
 
     def __init__(
@@ -54,7 +63,7 @@ class VllmEngine:
         revision: str | None = None,
     ) -> None:
         self._directory = _local(model_dir, revision)  # checks the files before vLLM reads them
-        _quieten()
+        _configure_vllm()
         self.name, self._dtype, self.max_num_seqs = name, dtype, max_num_seqs
         self._max_adapters, self._tensor_parallel = max_adapters, tensor_parallel
         try:
@@ -63,7 +72,7 @@ class VllmEngine:
             own = _generation_eos(self._directory)
         except (OSError, ValueError, KeyError) as err:
             reason = " ".join(str(err).split())[:300]
-            raise ModelError(f"{model_dir} can't be loaded: {reason}; write it again with `ftray export`") from err
+            raise ModelError(f"{model_dir} cannot be loaded: {reason}; write it again with `ftray export`") from err
         longest = getattr(config, "max_position_embeddings", None) or MAX_CONTEXT
         self.max_context = min(max_context or MAX_CONTEXT, int(longest))
         self.stop_token_ids = stop_tokens(self.tokenizer, own)
@@ -77,9 +86,9 @@ class VllmEngine:
         self._running: dict[str, str] = {}  # request id → vLLM's
 
     async def start(self) -> None:
-        """Loads weights and makes the cache, in processes of vLLM's own. Raises EngineError when that fails."""
+        """Loads weights and allocates the cache, in vLLM's own processes. Raises EngineError if that fails."""
         if self._llm is not None:
-            raise EngineError("the engine is started already")
+            raise EngineError("the engine is already started")
         from vllm import AsyncEngineArgs
         from vllm.config import StructuredOutputsConfig
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -87,7 +96,7 @@ class VllmEngine:
         on_gpu = torch.cuda.is_available()
         lora: dict[str, Any] = {}
         if self._max_adapters:
-            # Beyond those in a batch it keeps what running requests need: their files may be gone meanwhile.
+            # Also keep the adapters of running requests: their files may have been deleted.
             most = self._max_adapters + self.max_num_seqs
             lora = {
                 "enable_lora": True,
@@ -105,7 +114,7 @@ class VllmEngine:
             tensor_parallel_size=self._tensor_parallel,
             enforce_eager=not on_gpu,
             enable_prefix_caching=True,
-            generation_config="vllm",  # no sampling defaults of the model's own behind the client's back
+            generation_config="vllm",  # do not apply the model's own sampling defaults
             trust_remote_code=False,
             disable_log_stats=True,
             structured_outputs_config=StructuredOutputsConfig(backend="guidance", disable_any_whitespace=True),
@@ -114,7 +123,7 @@ class VllmEngine:
         try:
             self._llm = await asyncio.to_thread(self._build, AsyncLLM, args)
         except Exception as err:
-            raise EngineError(f"vLLM can't start: {' '.join(str(err).split())[:300]}") from err
+            raise EngineError(f"vLLM could not start: {' '.join(str(err).split())[:300]}") from err
 
     @staticmethod
     def _build(kind: Any, args: Any) -> Any:
@@ -128,22 +137,24 @@ class VllmEngine:
         if adapter is not None and adapter not in self._loaded:
             raise ModelError(f"the adapter {adapter} is not loaded")
         if request_id in self._running:
-            raise DataError(f"request {request_id} is being answered already")
+            raise DataError(f"request {request_id} is already running")
         check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
         if params.json_schema is not None:
             self.check_schema(params.json_schema)
-        theirs, lora = _params(params, self.stop_token_ids), self._loaded.get(adapter or "")
+        vllm_params, lora = _params(params, self.stop_token_ids), self._loaded.get(adapter or "")
         if lora is None:
-            return self._generate(request_id, prompt_ids, params, theirs)
-        hold = self._holds.take(lora.lora_int_id)  # at once: it may be unloaded before the first token is asked for
-        return ReferencedChunks(self._generate(request_id, prompt_ids, params, theirs, lora, hold), hold)
+            return self._generate(request_id, prompt_ids, params, vllm_params)
+        hold = self._holds.take(
+            lora.lora_int_id
+        )  # now: the adapter may be unloaded before the first token is requested
+        return ReferencedChunks(self._generate(request_id, prompt_ids, params, vllm_params, lora, hold), hold)
 
     async def _generate(
         self,
         request_id: str,
         prompt_ids: list[int],
         params: SamplingParams,
-        theirs: Any,
+        vllm_params: Any,
         lora: Any = None,
         hold: AdapterReference | None = None,
     ) -> AsyncGenerator[OutputChunk, None]:
@@ -151,7 +162,7 @@ class VllmEngine:
         stream, num_generated = Detokenizer(self._decode, params.stop), 0
         try:
             prompt = {"prompt_token_ids": prompt_ids}
-            outputs = self._llm.generate(prompt, theirs, internal, lora_request=lora)
+            outputs = self._llm.generate(prompt, vllm_params, internal, lora_request=lora)
             async with aclosing(outputs):  # leaving it aborts the request
                 async for output in outputs:
                     (one,) = output.outputs
@@ -162,14 +173,14 @@ class VllmEngine:
                         stream, new, self.stop_token_ids, is_last=one.finish_reason is not None
                     )
                     num_generated += taken
-                    told = _logprobs(new[:taken], one.logprobs, params.num_logprobs)
-                    yield OutputChunk(text, new[:taken], reason, len(prompt_ids), num_generated, told)
+                    logprobs = _logprobs(new[:taken], one.logprobs, params.num_logprobs)
+                    yield OutputChunk(text, new[:taken], reason, len(prompt_ids), num_generated, logprobs)
                     if reason:
                         break
         except (EngineError, GeneratorExit, asyncio.CancelledError):
             raise
         except Exception as err:
-            raise EngineError(f"vLLM failed: {type(err).__name__}") from err  # its text may hold a client's
+            raise EngineError(f"vLLM failed: {type(err).__name__}") from err  # its message may contain a client's text
         finally:
             self._running.pop(request_id, None)
             if hold is not None:
@@ -180,12 +191,12 @@ class VllmEngine:
         self._schemas.guide(schema)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; whoever iterates gets EngineError. Unknown ids are ignored."""
+        """Aborts a request; its iterator raises EngineError. Unknown ids are ignored."""
         if (internal := self._running.get(request_id)) is not None:
             await self._llm.abort(internal)
 
     async def load_adapter(self, name: str, directory: str) -> None:
-        """Loads a directory in PEFT's format under a name, beside what runs. Raises ModelError if it doesn't fit."""
+        """Loads an adapter directory in PEFT's format while requests run. Raises ModelError if it does not fit the model."""
         if not self._max_adapters:
             raise ModelError(f"this engine serves one model, without adapters; merge {name} with `ftray export`")
         from vllm.lora.request import LoRARequest
@@ -196,12 +207,12 @@ class VllmEngine:
             await self._llm.add_lora(request)
         except Exception as err:
             self.health()
-            raise ModelError(f"{directory} can't be loaded: {' '.join(str(err).split())[:300]}") from err
+            raise ModelError(f"{directory} cannot be loaded: {' '.join(str(err).split())[:300]}") from err
         await self.unload_adapter(name)
         self._loaded[name] = request
 
     async def unload_adapter(self, name: str) -> None:
-        """Takes an adapter away from new requests; those that run with it end as they would have."""
+        """Unloads an adapter for new requests. Running requests keep it until they finish."""
         request = self._loaded.pop(name, None)
         if request is not None:
             await self._holds.retire(request.lora_int_id)
@@ -211,18 +222,18 @@ class VllmEngine:
             await self._llm.remove_lora(lora_id)
 
     def list_models(self) -> list[str]:
-        """The base, then the adapters that are loaded."""
+        """The base, then the loaded adapters."""
         return [self.name, *self._loaded]
 
     def health(self) -> None:
-        """Raises EngineError unless vLLM's processes live."""
+        """Raises EngineError unless vLLM's processes are alive."""
         if self._llm is None:
             raise EngineError("the engine is not running; start it first")
         if self._llm.errored:
-            raise EngineError("vLLM's engine died; its log says why")
+            raise EngineError("vLLM's engine died; see its log")
 
     async def stop(self) -> None:
-        """Ends vLLM's processes; what runs gets EngineError. May be called twice."""
+        """Stops vLLM's processes; running requests raise EngineError. May be called twice."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
@@ -230,7 +241,7 @@ class VllmEngine:
         await asyncio.to_thread(llm.shutdown)
 
     def _check_adapter(self, directory: Path) -> None:
-        """As the embedded engine does, and what vLLM in particular can't hold."""
+        """Checks an adapter like the transformers engine, and for features that vLLM does not support."""
         where = str(directory)
         try:
             settings, shapes = read_adapter_files(directory)
@@ -240,16 +251,16 @@ class VllmEngine:
                 else:
                     check_adapter(settings, shapes, self._base_shapes(), where)
                 if not all(torch.isfinite(file.get_tensor(name)).all() for name in shapes):
-                    raise ModelError(f"{where} holds weights that are not finite; publish an earlier checkpoint")
+                    raise ModelError(f"{where} has weights that are not finite; publish an earlier checkpoint")
         except (OSError, SafetensorError) as err:
-            raise ModelError(f"{where} can't be read as an adapter ({err}); publish it again") from None
+            raise ModelError(f"{where} cannot be read as an adapter ({err}); publish it again") from None
         if settings.use_dora:
             raise ModelError(
-                f"{where} uses DoRA, which vLLM doesn't serve; use serve.engine: transformers, or merge it"
+                f"{where} uses DoRA, which vLLM does not support; set serve.engine: transformers, or merge it"
             )
         if settings.rank > VLLM_MAX_RANK:
             raise ModelError(
-                f"{where} has rank {settings.rank}; with serve.engine: vllm it is at most {VLLM_MAX_RANK}; use transformers"
+                f"{where} has rank {settings.rank}; the limit of serve.engine: vllm is {VLLM_MAX_RANK}; set serve.engine: transformers"
             )
 
     def _base_shapes(self) -> dict[str, list[int]]:
@@ -264,11 +275,11 @@ class VllmEngine:
 
 
 def _params(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> Any:
-    """vLLM's words for ours."""
+    """Converts sampling parameters to vLLM's."""
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-    from vllm.sampling_params import SamplingParams as Theirs
+    from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
-    return Theirs(
+    return VllmSamplingParams(
         max_tokens=params.max_tokens,
         temperature=params.temperature,
         top_p=params.top_p,
@@ -281,19 +292,19 @@ def _params(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> Any:
     )
 
 
-def _logprobs(tokens: list[int], told: Any, num_top: int | None) -> tuple[TokenLogprob, ...]:
-    """told: for each token, its own and the likeliest tokens' log probabilities, before temperature and top_p."""
-    if num_top is None or told is None:
+def _logprobs(tokens: list[int], logprobs: Any, num_top: int | None) -> tuple[TokenLogprob, ...]:
+    """logprobs: for each token, log probabilities by token id, before temperature and top_p."""
+    if num_top is None or logprobs is None:
         return ()
-    found = []
-    for token, by_id in zip(tokens, told, strict=False):
+    converted = []
+    for token, by_id in zip(tokens, logprobs, strict=False):
         best = sorted(((other, float(one.logprob)) for other, one in by_id.items()), key=lambda pair: -pair[1])
-        found.append(TokenLogprob(token, float(by_id[token].logprob), tuple(best[:num_top])))
-    return tuple(found)
+        converted.append(TokenLogprob(token, float(by_id[token].logprob), tuple(best[:num_top])))
+    return tuple(converted)
 
 
 def _local(model_dir: str | Path, revision: str | None) -> Path:
-    """The directory itself; a hub's model is fetched."""
+    """The model directory; a hub model is downloaded."""
     if isinstance(model_dir, Path) or Path(model_dir).is_absolute() or Path(model_dir).is_dir():
         check_model_directory(Path(model_dir))
         return Path(model_dir)
@@ -302,7 +313,9 @@ def _local(model_dir: str | Path, revision: str | None) -> Path:
     try:
         directory = Path(snapshot_download(model_dir, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError) as err:
-        raise ModelError(f"{model_dir} can't be had from the hub: {' '.join(str(err).split())[:200]}") from None
+        raise ModelError(
+            f"{model_dir} could not be downloaded from the hub: {' '.join(str(err).split())[:200]}"
+        ) from None
     check_model_directory(directory)
     return directory
 
@@ -313,15 +326,15 @@ def _generation_eos(directory: Path) -> Any:
     return GenerationConfig.from_pretrained(directory).eos_token_id
 
 
-def _quieten() -> None:
-    """vLLM reads these where it is imported. What is set already stays."""
-    usual = {
+def _configure_vllm() -> None:
+    """Sets defaults for variables that vLLM reads at import. Existing values are kept."""
+    defaults = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",  # its INFO lines tell requests
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, where there is no GPU; it would take half of the machine
+        "VLLM_LOGGING_LEVEL": "WARNING",  # its INFO lines contain requests
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, without a GPU; the default is half of the machine's memory
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    for key, value in usual.items():
+    for key, value in defaults.items():
         os.environ.setdefault(key, value)
     try:
         import vllm  # noqa: F401
