@@ -242,7 +242,7 @@ def _canary_watch(run: config.RunConfig, console: Console) -> Callable[[], None]
         try:
             if storage.exists(uri):
                 event, is_reported = storage.read_object(uri), True
-                console.say(f"the canary {event.get('model')} gets no more requests: {event.get('why')}  ({uri})")
+                console.say(f"the canary {event.get('model')} gets no more requests: {event.get('reason')}  ({uri})")
         except StorageError:
             return
 

@@ -263,7 +263,7 @@ def explained(uri: str) -> Iterator[None]:
         if isinstance(err, OSError) and err.errno is not None:
             raise  # a problem of the disk, not of the file, and perhaps temporary
         first = (str(err).splitlines() or ["damaged"])[0][:200]
-        raise DataError(f"{uri} is not a whole parquet file ({first}); write it anew") from None
+        raise DataError(f"{uri} is not a whole parquet file ({first}); write it again") from None
 
 
 HEADER_BYTES = 256  # first read; the sizes are at the start, but statistics can make a header longer

@@ -1,7 +1,7 @@
-"""Scores of answers. Pure functions of texts; the libraries' own implementations where there is one.
+"""Metrics of answers: pure functions of texts, with the libraries' own implementations where they exist.
 
-Whatever a figure is, a mean over answers or one number over the whole corpus, it follows from numbers that are summed
-over examples (`Statistic`). So one bootstrap serves all of them.
+Every metric, whether a mean over answers or one number over the corpus, is computed from sums over examples (`Statistic`), so
+that one bootstrap works for all of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ import numpy.typing as npt
 from ftray.compat.metrics import corpus_statistics, limit_tokens, score_of
 
 Floats = npt.NDArray[np.float64]
-OTHER = "(other)"  # an answer that is none of the labels
+OTHER = "(other)"  # an answer that is not a label
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A figure over examples. sums: [examples, k]; value: their sums [..., k] → the figure [...].
+    """A metric over examples.
 
-    scores: what each example has by itself, or None where that says nothing (macro F1).
+    Attributes:
+        sums: float64 [examples, k], the numbers of each example that are summed.
+        value: Computes the metric [...] from sums [..., k].
+        scores: The score of each example, or None if it is not meaningful (macro F1).
     """
 
     sums: Floats
@@ -38,28 +41,34 @@ class Statistic:
     scores: list[float] | None = None
 
     def over(self, places: npt.NDArray[np.int64] | slice = slice(None)) -> float:
-        """The figure over some of the examples, or all."""
+        """The metric over some or all examples."""
         return float(self.value(self.sums[places].sum(axis=0)))
 
 
 def _ratio(sums: Floats) -> Floats:
-    with np.errstate(invalid="ignore", divide="ignore"):  # no example: not a number
+    with np.errstate(invalid="ignore", divide="ignore"):  # nan without examples
         return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def _exp_ratio(sums: Floats) -> Floats:
-    with np.errstate(over="ignore"):  # infinite where it overflows
+    with np.errstate(over="ignore"):  # infinity on overflow
         return np.asarray(np.exp(_ratio(sums)))
 
 
 def mean_of(scores: Sequence[float]) -> Statistic:
-    """A figure that is the mean of a score that each example has."""
-    given = np.asarray(scores, np.float64)
-    return Statistic(np.stack([given, np.ones_like(given)], axis=-1), _ratio, given.tolist())
+    """The mean of a score per example."""
+    values = np.asarray(scores, np.float64)
+    return Statistic(np.stack([values, np.ones_like(values)], axis=-1), _ratio, values.tolist())
 
 
 def loss_figures(losses: Floats, hits: Floats, counts: Floats) -> dict[str, Statistic]:
-    """Loss, perplexity and token accuracy over all supervised tokens. Each: [examples]: sums over an example's tokens."""
+    """Loss, perplexity and token accuracy over all trained tokens.
+
+    Args:
+        losses: float64 [examples], summed cross-entropy in nats.
+        hits: float64 [examples], correctly predicted tokens.
+        counts: float64 [examples], trained tokens.
+    """
     loss, accuracy = np.stack([losses, counts], axis=-1), np.stack([hits, counts], axis=-1)
     return {
         "loss": Statistic(loss, _ratio, _ratio(loss).tolist()),
@@ -74,8 +83,8 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, Statis
 
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     scorer = RougeScorer(list(names.values()), use_stemmer=True)
-    found = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
-    return {name: mean_of([float(f[key].fmeasure) for f in found]) for name, key in names.items()}
+    results = [scorer.score(r, a) for a, r in zip(answers, references, strict=True)]
+    return {name: mean_of([float(r[key].fmeasure) for r in results]) for name, key in names.items()}
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> Statistic:
@@ -88,7 +97,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> Statistic:
 
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> Statistic:
-    """chrF2 over the corpus (Popović 2015) with sacrebleu's defaults; 0 to 100. scores: of each answer by itself."""
+    """chrF2 over the corpus (Popović 2015) with sacrebleu's defaults; 0 to 100. scores: sentence chrF."""
     from sacrebleu.metrics import CHRF
 
     metric = CHRF()
@@ -97,50 +106,58 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> Statistic:
 
 
 def _of_sacrebleu(metric: Any, answers: Sequence[str], references: Sequence[str], scores: list[float]) -> Statistic:
-    """By the two functions that sacrebleu's own bootstrap is made of."""
+    """Uses the two functions of sacrebleu's own bootstrap."""
     sums = np.asarray(corpus_statistics(metric, answers, references), np.float64)
 
     def value(sums: Floats) -> Floats:
         rows = sums.reshape(-1, sums.shape[-1])
-        found = [score_of(metric, row.tolist()) for row in rows]
-        return np.asarray(found, np.float64).reshape(sums.shape[:-1])
+        values = [score_of(metric, row.tolist()) for row in rows]
+        return np.asarray(values, np.float64).reshape(sums.shape[:-1])
 
     return Statistic(sums, value, scores)
 
 
 def bertscore(answers: Sequence[str], references: Sequence[str], model: str) -> Statistic:
-    """BERTScore F1 (Zhang et al. 2020) by the last layer of an encoder, without idf; an empty answer has 0.
+    """BERTScore F1 (Zhang et al. 2020) by the last layer of an encoder, without idf. Empty answers score 0.
 
-    model: its directory. As bert-score computes it, which needs the extra `bertscore`.
+    Needs the extra `bertscore`.
+
+    Args:
+        answers: Answers.
+        references: A reference for each answer.
+        model: Directory of the encoder.
     """
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
-    found = np.zeros(len(answers))
-    said = [i for i, a in enumerate(answers) if a.strip() and references[i].strip()]
-    if said:
-        known = AutoConfig.from_pretrained(model, local_files_only=True)
-        scorer = BERTScorer(model_type=model, num_layers=known.num_hidden_layers)
-        limit_tokens(scorer, known.max_position_embeddings)
-        _, _, f1 = scorer.score([answers[i] for i in said], [references[i] for i in said])
-        found[said] = f1.numpy()
-    return mean_of(found.tolist())
+    scores = np.zeros(len(answers))
+    nonempty = [i for i, a in enumerate(answers) if a.strip() and references[i].strip()]
+    if nonempty:
+        encoder = AutoConfig.from_pretrained(model, local_files_only=True)
+        scorer = BERTScorer(model_type=model, num_layers=encoder.num_hidden_layers)
+        limit_tokens(scorer, encoder.max_position_embeddings)
+        _, _, f1 = scorer.score([answers[i] for i in nonempty], [references[i] for i in nonempty])
+        scores[nonempty] = f1.numpy()
+    return mean_of(scores.tolist())
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> Statistic:
-    """1 for each answer that is the reference, but for space around it."""
+    """1 for each answer that equals its reference, ignoring surrounding whitespace."""
     return mean_of([float(a.strip() == r.strip()) for a, r in zip(answers, references, strict=True)])
 
 
 def extracted_match(answers: Sequence[str], references: Sequence[str], pattern: str) -> Statistic:
-    """1 where the pattern finds the same in answer and reference; see `extract`. A reference without it counts whole."""
+    """1 for each answer with the same match of the pattern as its reference (see `extract`).
+
+    If the reference has no match, the whole reference is compared.
+    """
     pairs = [(extract(a, pattern), extract(r, pattern)) for a, r in zip(answers, references, strict=True)]
-    wanted = [_plain_result(r) if found is None else found for r, (_, found) in zip(references, pairs, strict=True)]
-    return mean_of([float(given is not None and given == w) for (given, _), w in zip(pairs, wanted, strict=True)])
+    wanted = [_plain_result(r) if match is None else match for r, (_, match) in zip(references, pairs, strict=True)]
+    return mean_of([float(match is not None and match == w) for (match, _), w in zip(pairs, wanted, strict=True)])
 
 
 def extract(text: str, pattern: str) -> str | None:
-    """What the pattern's first group (or all of it) finds first; a number without commas, currency and a final dot."""
+    """The pattern's first match (its first group, if any). Numbers lose commas, currency signs and a final period."""
     match = re.search(pattern, text)
     if match is None:
         return None
@@ -148,7 +165,7 @@ def extract(text: str, pattern: str) -> str | None:
 
 
 def _plain_result(text: str) -> str:
-    """A text, or where it is a number, the number in one spelling: `$1,200.0.` is 1200."""
+    """A stripped text. Numbers are normalized: `$1,200.0.` becomes `1200`."""
     plain = text.strip()
     number = re.fullmatch(r"([-+]?)[$€£]?([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)\.?%?", plain)
     if number is None:
@@ -165,7 +182,7 @@ def format_score(answers: Sequence[str], pattern: str) -> Statistic:
 
 
 def json_valid(answers: Sequence[str], schema: Any = None) -> Statistic:
-    """1 for each answer that is JSON and keeps to the schema (by jsonschema; None: any JSON), else 0."""
+    """1 for each answer that is JSON and valid under the schema (by jsonschema; None: any JSON), else 0."""
     from jsonschema.validators import validator_for
 
     validator = validator_for(schema)(schema) if schema is not None else None
@@ -181,12 +198,15 @@ def json_valid(answers: Sequence[str], schema: Any = None) -> Statistic:
 
 
 def read_label(answer: str, labels: Sequence[str]) -> str:
-    """The label that an answer is, but for case, space and punctuation around it where labels differ in more; else OTHER."""
+    """The label that an answer equals, or OTHER.
+
+    Case and surrounding whitespace and punctuation are ignored, unless two labels differ only in these.
+    """
     for plain in (str.strip, _ended, _bare):
         forms = Counter(plain(label) for label in dict.fromkeys(labels))
-        found = {plain(label): label for label in labels if forms[plain(label)] == 1 and plain(label)}
-        if plain(answer) in found:
-            return found[plain(answer)]
+        by_form = {plain(label): label for label in labels if forms[plain(label)] == 1 and plain(label)}
+        if plain(answer) in by_form:
+            return by_form[plain(answer)]
     return OTHER
 
 
@@ -202,10 +222,10 @@ def classify(answers: Sequence[str], references: Sequence[str], labels: Sequence
     """Accuracy, and F1 averaged over the labels that occur in references or answers; as scikit-learn computes them."""
     place = {label: i for i, label in enumerate([*labels, OTHER])}
     wanted = np.array([place[read_label(r, labels)] for r in references], np.int64)
-    given = np.array([place[read_label(a, labels)] for a in answers], np.int64)
-    hits = (wanted == given) & (wanted < len(labels))
-    columns = np.eye(len(place))[:, : len(labels)]  # OTHER has no column: it is no class
-    sums = np.concatenate([columns[wanted] * hits[:, None], columns[wanted], columns[given]], axis=1)
+    predicted = np.array([place[read_label(a, labels)] for a in answers], np.int64)
+    hits = (wanted == predicted) & (wanted < len(labels))
+    columns = np.eye(len(place))[:, : len(labels)]  # OTHER is not a class and has no column
+    sums = np.concatenate([columns[wanted] * hits[:, None], columns[wanted], columns[predicted]], axis=1)
     return {
         "accuracy": mean_of(hits.astype(np.float64).tolist()),
         "macro_f1": Statistic(sums, partial(_macro_f1, num_labels=len(labels))),
@@ -213,27 +233,27 @@ def classify(answers: Sequence[str], references: Sequence[str], labels: Sequence
 
 
 def _macro_f1(sums: Floats, num_labels: int) -> Floats:
-    right, wanted, given = (sums[..., i * num_labels : (i + 1) * num_labels] for i in range(3))
-    there = wanted + given > 0
-    f1 = np.divide(2 * right, wanted + given, out=np.zeros_like(right), where=there)
-    return np.asarray(f1.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1))
+    right, wanted, predicted = (sums[..., i * num_labels : (i + 1) * num_labels] for i in range(3))
+    occurs = wanted + predicted > 0
+    f1 = np.divide(2 * right, wanted + predicted, out=np.zeros_like(right), where=occurs)
+    return np.asarray(f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
 
 
 def class_table(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """Precision, recall, F1 and number of each label, and the confusion matrix (rows: references), by scikit-learn."""
+    """Precision, recall, F1 and count of each label, and the confusion matrix (rows: references), by scikit-learn."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    wanted, given = ([read_label(text, labels) for text in texts] for texts in (references, answers))
+    wanted, predicted = ([read_label(text, labels) for text in texts] for texts in (references, answers))
     names = ("precision", "recall", "f1", "num")
-    found = precision_recall_fscore_support(wanted, given, labels=list(labels), zero_division=0)
+    columns = precision_recall_fscore_support(wanted, predicted, labels=list(labels), zero_division=0)
     rows = {
         label: dict(zip(names, values, strict=True))
-        for label, *values in zip(labels, *(f.tolist() for f in found), strict=True)
+        for label, *values in zip(labels, *(f.tolist() for f in columns), strict=True)
     }
-    matrix = confusion_matrix(wanted, given, labels=[*labels, OTHER])
+    matrix = confusion_matrix(wanted, predicted, labels=[*labels, OTHER])
     return {"labels": [*labels, OTHER], "per_class": rows, "confusion": matrix.tolist()}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss), or infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf

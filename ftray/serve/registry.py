@@ -66,8 +66,8 @@ def check_name(name: str) -> str:
     """Returns the name. Raises ConfigError if an adapter cannot have it."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot be an adapter's name. A name has 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at "
-            "both ends; choose another with --name"
+            f"{name!r} cannot be an adapter's name. A name has 1 to 63 letters, digits, '.', '_' or '-', with a letter or "
+            "digit at both ends; choose another with --name"
         )
     return name
 

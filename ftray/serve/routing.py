@@ -135,7 +135,8 @@ class Router:
         others = [s for model, times in self._first.items() if model != name for s in times]
         if min(len(own), len(others)) >= MIN_ANSWERS and median(own) > self._canary.max_latency_ratio * median(others):
             bound = f"max_latency_ratio {self._canary.max_latency_ratio:g}"
-            return f"its median time to first text is {median(own):.3f} s, that of the other models {median(others):.3f} s ({bound})"
+            others_s = median(others)
+            return f"its median time to first text is {median(own):.3f} s, that of the other models {others_s:.3f} s ({bound})"
         return None
 
     def _all_fail(self, name: str) -> bool:

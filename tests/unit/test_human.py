@@ -211,11 +211,11 @@ def test_a_run_in_a_bucket_keeps_its_sheet_and_its_answers_there(s3: S3Server, t
     [
         ("ann", 6, Rating(), "sample 6 is not on the sheet; it has samples 1 to 5"),
         ("ann", 0, Rating(), "sample 0 is not on the sheet"),
-        ("ann", 1, Rating(a={"wit": 3}), "'wit' is no criterion of the sheet: accuracy, "),
-        ("", 1, Rating(), "a rater's name has 1 to 40 characters"),
-        (" ann", 1, Rating(), "a rater's name"),
-        ("a\nb", 1, Rating(), "a rater's name"),
-        ("x" * 41, 1, Rating(), "a rater's name"),
+        ("ann", 1, Rating(a={"wit": 3}), "'wit' is not a criterion of the sheet; its criteria: accuracy, "),
+        ("", 1, Rating(), "is not a valid name for a rater; use 1 to 40 characters"),
+        (" ann", 1, Rating(), "is not a valid name"),
+        ("a\nb", 1, Rating(), "is not a valid name"),
+        ("x" * 41, 1, Rating(), "is not a valid name"),
     ],
 )
 def test_what_the_sheet_does_not_have_is_not_kept(
@@ -295,7 +295,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with serving(app, "t", "127.0.0.1", 0) as address:
         port = int(address.split(":")[2].split("/")[0])
         with (
-            pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port} can't be listened on"),
+            pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port} is not available"),
             serving(app, "t", "127.0.0.1", port),
         ):
             pass
@@ -367,7 +367,7 @@ WRONG = [
     ({"A style": "3.5"}, "A style is '3.5'"),
     ({"sample": "99", "preferred": "a"}, "sample '99' is not on the sheet; it has samples 1 to 3"),
     ({"sample": "1", "preferred": "a"}, "ann has answered sample 1 in an earlier row; remove one"),
-    ({"sheet": "0123", "preferred": "a"}, "is of sheet '0123', and this run's is "),
+    ({"sheet": "0123", "preferred": "a"}, "belongs to sheet '0123', but this run's sheet is "),
 ]
 
 
@@ -387,7 +387,7 @@ def test_a_wrong_cell_is_named_with_its_row(change: dict[str, str], words: str) 
 
 def test_a_csv_without_names_answers_or_columns_is_refused() -> None:
     sheet, _ = sheet_of(samples=3)
-    with pytest.raises(ConfigError, match="nobody's name is in the column 'rater'"):
+    with pytest.raises(ConfigError, match="the column 'rater' is empty"):
         from_csv(filled(to_csv(sheet), lambda row: row.update(preferred="a")), sheet, "f.csv")
     with pytest.raises(ConfigError, match=r"f\.csv has no filled row"):
         from_csv(to_csv(sheet), sheet, "f.csv")
@@ -416,7 +416,7 @@ def test_csv_out_and_in_ends_in_results(tmp_path: Path) -> None:
     assert results["criteria"]["style"]["change"]["value"] == 1
     assert "the tuned model is preferred" in said.getvalue()
     (tmp_path / "out.csv").write_bytes(b"my work")
-    with pytest.raises(ConfigError, match="is there already, and may hold answers; give another name"):
+    with pytest.raises(ConfigError, match="already exists and may contain answers; use another name"):
         human(run, HumanEvalOptions(csv=str(tmp_path / "out.csv")), Console(said))
     assert (tmp_path / "out.csv").read_bytes() == b"my work"
     (tmp_path / "r/evaluate/human/results.json").unlink()
@@ -539,9 +539,9 @@ def test_results_count_what_was_said_by_hand_made_numbers() -> None:
     means = {1: 0.75, 2: 1.0, 3: 0.0}
     for name in set(where.values()):
         assert found.slices[name] == wilson([means[n] for n in means if where[n] == name])
-    assert verdict(found) == "neither is preferred beyond what chance would give"
-    assert any(line.startswith("so far ") for line in as_text(found))
-    assert as_text(results_of(sheet, key, {}))[-1] == "nobody has said yet which answer is better"
+    assert verdict(found) == "the difference is not significant"
+    assert any(line.startswith("so far: ") for line in as_text(found))
+    assert as_text(results_of(sheet, key, {}))[-1] == "there are no ratings yet"
 
 
 def test_agreement_is_on_what_raters_saw_so_that_a_clear_winner_is_no_disagreement() -> None:

@@ -76,7 +76,7 @@ def test_a_complete_run_is_published_once_and_taken_away(
     assert (code, said) == (0, "base:polite is no longer published (1 version removed)\n")
     code, said = typed(capsys, "publish", run_file, "--remove")
     assert code == 2
-    assert "there are: other" in said
+    assert "published adapters: other" in said
 
 
 def test_gates_decide(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +95,7 @@ def test_gates_decide(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        (("--name", "../x"), ("can't be an adapter's name",)),
+        (("--name", "../x"), ("cannot be an adapter's name",)),
         (("method.type=full",), ("method.type full", "use lora")),
         (("name=nowhere",), ("'nowhere' is not fully trained", "ftray train run.yaml")),
     ],

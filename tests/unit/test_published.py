@@ -108,7 +108,7 @@ def test_names_that_could_be_paths_are_refused(tmp_path: Path, name: str) -> Non
     source = write_model(tmp_path / "m", "x")
     registry = registry_of(str(tmp_path), "org/small")
     for work in (lambda: publish(registry, name, source, f"{source}/merged", META), lambda: remove(registry, name)):
-        with pytest.raises(ConfigError, match="can't be an adapter's name"):
+        with pytest.raises(ConfigError, match="cannot be an adapter's name"):
             work()
     assert not (tmp_path / "published").exists()
 

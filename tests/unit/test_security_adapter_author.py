@@ -379,17 +379,17 @@ def test_a_key_that_can_not_sign_is_a_sentence(tmp_path: Path) -> None:
     good.chmod(0o644)
     with pytest.raises(ConfigError, match=r"can be read by other users; run: chmod 600"):
         Signer(str(good))
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         Signer(str(tmp_path / "nowhere.pem"))
     for text in (b"", b"no PEM", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):
         wrong = tmp_path / "wrong.pem"
         wrong.touch(mode=0o600)
         wrong.write_bytes(text)
-        with pytest.raises(ConfigError, match="no Ed25519 private key"):
+        with pytest.raises(ConfigError, match="is not an Ed25519 private key"):
             Signer(str(wrong))
-    with pytest.raises(ConfigError, match="no Ed25519 private key"):
+    with pytest.raises(ConfigError, match="is not an Ed25519 private key"):
         Signer(str(make_key(tmp_path / "ec.pem", "ec")))
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         Signer(str(tmp_path))
 
 

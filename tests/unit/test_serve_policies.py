@@ -234,7 +234,7 @@ def test_a_canary_goes_on_errors_and_only_then() -> None:
     for i in range(200):
         router.record("b", failed=i % 20 == 0)
     assert router.event is not None
-    why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\), of the others' 0 of \d+"
+    why = r"(\d+) of its last 200 answers failed \((\d\.\d)%; max_error_rate 0\.02\); other models: 0 of \d+"
     found = re.fullmatch(why, router.event["reason"])
     assert found is not None
     assert (6, 2.5) < (int(found[1]), float(found[2])) < (11, 5.1)

@@ -260,7 +260,7 @@ class VllmEngine:
             )
         if settings.rank > VLLM_MAX_RANK:
             raise ModelError(
-                f"{where} has rank {settings.rank}; the limit of serve.engine: vllm is {VLLM_MAX_RANK}; set serve.engine: transformers"
+                f"{where} has rank {settings.rank}; serve.engine: vllm allows at most {VLLM_MAX_RANK}; use transformers"
             )
 
     def _base_shapes(self) -> dict[str, list[int]]:

@@ -1,6 +1,6 @@
-"""What raters said, kept as they say it: a file for each rater, written anew with every answer.
+"""The ratings: one file per rater, rewritten with every answer, and CSV sheets.
 
-Knows samples by their number and sides by their letter; neither the page nor whose side is whose.
+Knows samples by number and sides by letter, but neither the page nor the key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ftray.errors import ConfigError
 from ftray.evaluate.human.sheet import Sheet
 
 SIDES = ("a", "b")
-_FORMULA = frozenset("=+-@\t\r\n|%")  # a spreadsheet may compute what begins so, or after blanks
+_FORMULA = frozenset("=+-@\t\r\n|%")  # a spreadsheet may run a cell that starts with one of these, also after blanks
 _PREFERRED = {"a": "a", "b": "b", "same": "same", "tie": "same", "=": "same"}
 
 
@@ -30,7 +30,7 @@ def _score_columns(sheet: Sheet) -> dict[str, tuple[str, str]]:
 
 
 def to_csv(sheet: Sheet) -> bytes:
-    """The blinded sheet to be filled in, a row for each sample; in UTF-8 with the mark by which spreadsheets know it."""
+    """The blinded sheet as CSV with one row per sample; UTF-8 with a byte order mark, for spreadsheets."""
     out = io.StringIO()
     writer = csv.writer(out)
     scores = _score_columns(sheet)
@@ -42,9 +42,9 @@ def to_csv(sheet: Sheet) -> bytes:
 
 
 def _as_text(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula.
+    """A cell that no spreadsheet runs as a formula.
 
-    Blanks and invisible characters before a sign are looked through, and wide forms (＝ ＋ － ＠) taken for their plain ones.
+    Leading blanks and invisible characters are ignored, and full-width forms (＝ ＋ － ＠) count as their plain characters.
     """
     first = next((c for c in text if not (c.isspace() or unicodedata.category(c) in ("Cc", "Cf", "Zs"))), "")
     plain = unicodedata.normalize("NFKC", first)[:1]
@@ -52,10 +52,16 @@ def _as_text(text: str) -> str:
 
 
 def from_csv(data: bytes, sheet: Sheet, origin: str) -> dict[str, dict[int, Rating]]:
-    """Answers by rater and sample out of filled rows. `rater` may be given in the first row alone; it holds downwards.
+    """Reads a filled CSV sheet.
 
-    Columns may be in any order, split by comma, semicolon or tab; rows without an answer are passed over. Raises
-    ConfigError naming the line, the value and the remedy.
+    An empty `rater` repeats the name of the row above. Columns may be in any order, separated by comma, semicolon or tab. Rows
+    without an answer are skipped.
+
+    Returns:
+        Answers by rater and sample.
+
+    Raises:
+        ConfigError: A value is invalid. The message names the row and the remedy.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -66,7 +72,7 @@ def from_csv(data: bytes, sheet: Sheet, origin: str) -> dict[str, dict[int, Rati
     scores = _score_columns(sheet)
     if missing := {"sheet", "sample", "rater", "preferred", *scores} - set(reader.fieldnames or ()):
         raise ConfigError(f"{origin} lacks the column '{min(missing)}'; fill in the file that --csv writes")
-    found: dict[str, dict[int, Rating]] = {}
+    answers: dict[str, dict[int, Rating]] = {}
     rater = ""
     for row in reader:
         where, rater = f"{origin}, row {reader.line_num}", (row["rater"] or "").strip() or rater
@@ -75,20 +81,20 @@ def from_csv(data: bytes, sheet: Sheet, origin: str) -> dict[str, dict[int, Rati
             continue
         number = _number(row, sheet, where)
         if not rater:
-            raise ConfigError(f"{where}: nobody's name is in the column 'rater'; write it into the first row")
+            raise ConfigError(f"{where}: the column 'rater' is empty; write your name into the first row")
         check_name(rater)
-        if number in found.setdefault(rater, {}):
+        if number in answers.setdefault(rater, {}):
             raise ConfigError(f"{where}: {rater} has answered sample {number} in an earlier row; remove one")
-        found[rater][number] = answer
-    if not found:
+        answers[rater][number] = answer
+    if not answers:
         raise ConfigError(f"{origin} has no filled row; write A, B or same into the column 'preferred'")
-    return found
+    return answers
 
 
 def _number(row: dict[str, str], sheet: Sheet, where: str) -> int:
     if (row["sheet"] or "").strip() != sheet.id:
         raise ConfigError(
-            f"{where}: is of sheet '{row['sheet']}', and this run's is {sheet.id}; fill in that one (--csv)"
+            f"{where}: the row belongs to sheet '{row['sheet']}', but this run's sheet is {sheet.id}; fill in that one (--csv)"
         )
     text = (row["sample"] or "").strip()
     if not text.isdecimal() or not 1 <= int(text) <= len(sheet.samples):
@@ -97,16 +103,16 @@ def _number(row: dict[str, str], sheet: Sheet, where: str) -> int:
 
 
 def _answer(row: dict[str, str], scores: dict[str, tuple[str, str]], where: str) -> Rating:
-    said = (row["preferred"] or "").strip()
-    if said and said.lower() not in _PREFERRED:
-        raise ConfigError(f"{where}: preferred is '{said}'; write A, B or same")
+    preferred = (row["preferred"] or "").strip()
+    if preferred and preferred.lower() not in _PREFERRED:
+        raise ConfigError(f"{where}: preferred is '{preferred}'; write A, B or same")
     sides: dict[str, dict[str, int]] = {"a": {}, "b": {}}
     for column, (side, name) in scores.items():
         if text := (row[column] or "").strip():
             if text not in {"1", "2", "3", "4", "5"}:
                 raise ConfigError(f"{where}: {column} is '{text}'; write an integer from 1 to 5")
             sides[side][name] = int(text)
-    return Rating.model_validate({"preferred": _PREFERRED.get(said.lower()), **sides})
+    return Rating.model_validate({"preferred": _PREFERRED.get(preferred.lower()), **sides})
 
 
 MAX_NAME_CHARS = 40
@@ -114,7 +120,7 @@ Score = Annotated[int, Field(ge=1, le=5, strict=True)]
 
 
 class Rating(BaseModel):
-    """One rater's answer to one sample: the preferred side, and scores of each side by criterion. All may be missing."""
+    """One rater's answer to one sample: the preferred side, and scores of each side by criterion. All are optional."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,7 +130,7 @@ class Rating(BaseModel):
 
 
 class RatingStore:
-    """All answers to one sheet, by rater and sample (from 1), in storage and here. Safe to use from several threads."""
+    """All answers to one sheet, by rater and sample (from 1), in storage and in memory. Thread-safe."""
 
     def __init__(self, directory: str, sheet: Sheet) -> None:
         self._folder, self._sheet = storage.join(directory, "answers"), sheet
@@ -133,7 +139,7 @@ class RatingStore:
         for info in storage.list_files(self._folder, ".json"):
             try:
                 tree = storage.read_object(info.uri)
-                found = {int(n): Rating.model_validate(answer) for n, answer in tree["answers"].items()}
+                answers = {int(n): Rating.model_validate(answer) for n, answer in tree["answers"].items()}
                 rater = tree["rater"]
             except (
                 storage.DamagedFile,
@@ -145,17 +151,18 @@ class RatingStore:
                 raise ConfigError(f"{info.uri} is damaged; restore it, or delete it with its rater's answers") from None
             if tree.get("sheet") != sheet.id:
                 raise ConfigError(f"{info.uri} holds answers to another sheet; move it away")
-            self.by_rater[rater] = found
+            self.by_rater[rater] = answers
 
     def of(self, rater: str) -> dict[int, Rating]:
-        """What a rater has said so far."""
+        """A rater's answers so far."""
         with self._lock:
             return dict(self.by_rater.get(rater, {}))
 
     def save(self, rater: str, answers: dict[int, Rating]) -> None:
-        """Keeps these answers, in place of the rater's earlier ones to the same samples; returns when they are stored.
+        """Stores answers. They replace the rater's earlier answers to the same samples.
 
-        Raises ConfigError for a name, a sample or a criterion that the sheet doesn't have.
+        Raises:
+            ConfigError: The name is invalid, or the sheet lacks the sample or criterion.
         """
         check_name(rater)
         for number, answer in answers.items():
@@ -164,7 +171,9 @@ class RatingStore:
                     f"sample {number} is not on the sheet; it has samples 1 to {len(self._sheet.samples)}"
                 )
             if unknown := [name for name in (*answer.a, *answer.b) if name not in self._sheet.criteria]:
-                raise ConfigError(f"'{unknown[0]}' is no criterion of the sheet: {', '.join(self._sheet.criteria)}")
+                raise ConfigError(
+                    f"'{unknown[0]}' is not a criterion of the sheet; its criteria: {', '.join(self._sheet.criteria)}"
+                )
         with self._lock:
             merged = {**self.by_rater.get(rater, {}), **answers}
             tree = {
@@ -178,16 +187,18 @@ class RatingStore:
 
 
 def check_name(rater: str) -> None:
-    """Raises ConfigError for a name that is empty, too long, or not of one line."""
+    """Raises ConfigError for a name that is empty, too long, or longer than one line."""
     if not rater.strip() or rater != rater.strip() or len(rater) > MAX_NAME_CHARS or not rater.isprintable():
-        raise ConfigError(f"a rater's name has 1 to {MAX_NAME_CHARS} characters on one line; {rater[:60]!r} doesn't")
+        raise ConfigError(
+            f"{rater[:60]!r} is not a valid name for a rater; use 1 to {MAX_NAME_CHARS} characters on one line"
+        )
 
 
 def parse_answer(text: str | bytes) -> Rating:
-    """An answer out of JSON. Raises ConfigError."""
+    """Parses an answer from JSON. Raises ConfigError."""
     try:
         return Rating.model_validate_json(text)
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"an answer can't be read: {where}: {first['msg']}") from None
+        raise ConfigError(f"invalid answer: {where}: {first['msg']}") from None

@@ -1,6 +1,6 @@
-"""What the ratings come to: win rate, scores, agreement. Pure functions of sheet, key and answers.
+"""Results of the ratings: win rate, scores, agreement. Pure functions of sheet, key and answers.
 
-The sample is what is drawn at random, so every interval is over samples: several raters of one sample are averaged.
+Samples are drawn at random, so every interval is over samples. Several ratings of a sample are averaged.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Level = Literal["nominal", "ordinal", "interval", "ratio"]
 
 
 def alpha(values: ArrayLike, level: Level = "ordinal") -> float | None:
-    """Krippendorff's alpha: 1 is full agreement, 0 what chance would give, below 0 systematic disagreement.
+    """Krippendorff's alpha: 1 is full agreement, 0 chance level, below 0 systematic disagreement.
 
     alpha = 1 - D_o / D_e, the observed over the expected disagreement, both sums over the coincidence matrix.
 
     Args:
-        values: [raters, units] numbers; nan where a rater said nothing of a unit. Units with one value are left out, since
-            nothing can be paired.
+        values: [raters, units] numbers; nan if a rater did not rate a unit. Units with one value are left out, because they
+            form no pair.
         level: How values differ: `nominal` (the same or not), `ordinal` (ranks between them), `interval` (their
             difference), `ratio` (their difference over their sum; for values from 0 on).
 
     Returns:
-        alpha, or None where it is not defined: no pair of values, or all values the same.
+        alpha, or None if it is undefined: no pair of values, or all values the same.
     """
     data = np.asarray(values, np.float64)
     if data.ndim != 2:
@@ -55,14 +55,14 @@ def _coincidences(data: NDArray[np.float64], labels: NDArray[np.float64]) -> NDA
     counts = (data[:, :, None] == labels).sum(axis=0).astype(np.float64)  # [units, labels]
     weights = 1 / (counts.sum(axis=1) - 1)
     pairs = np.einsum("u,uc,uk->ck", weights, counts, counts)
-    return pairs - np.diag(weights @ counts)  # a value makes no pair with itself
+    return pairs - np.diag(weights @ counts)  # a value forms no pair with itself
 
 
 def _differences(labels: NDArray[np.float64], totals: NDArray[np.float64], level: Level) -> NDArray[np.float64]:
-    """The squared difference of each two labels."""
+    """The squared difference of each pair of labels."""
     if level == "nominal":
         return 1.0 - np.eye(len(labels))
-    if level == "ordinal":  # values between two ranks, of which each end counts half
+    if level == "ordinal":  # values between two ranks; each end counts half
         middle = np.cumsum(totals) - totals / 2
         return np.subtract.outer(middle, middle) ** 2
     apart = np.subtract.outer(labels, labels)
@@ -78,7 +78,14 @@ _ORDER = {"a": 0.0, "same": 1.0, "b": 2.0}
 
 @dataclass(frozen=True)
 class Criterion:
-    """Mean scores from 1 to 5; change: tuned less base, on samples where both were scored. agreement: of raters."""
+    """Mean scores from 1 to 5.
+
+    Attributes:
+        base: Mean of the base.
+        tuned: Mean of the tuned model.
+        change: Tuned minus base, on samples with scores of both.
+        agreement: Krippendorff's alpha between raters.
+    """
 
     base: float
     tuned: float
@@ -88,10 +95,13 @@ class Criterion:
 
 @dataclass(frozen=True)
 class HumanResults:
-    """What evaluate/human/results.json holds. win_rate: tuned over base, a tie counts one half.
+    """The content of evaluate/human/results.json.
 
-    agreement: Krippendorff's alpha on which side is preferred, over the samples that several raters answered; None
-    where there are none, or where all said the same of all, which leaves nothing to agree on.
+    Attributes:
+        win_rate: Tuned over base; a tie counts one half.
+        agreement: Krippendorff's alpha on the preferred side, over samples with several raters; None if there are none, or if
+            all ratings are the same.
+        num_shared: Samples with several raters.
     """
 
     sheet: str
@@ -108,36 +118,36 @@ class HumanResults:
 
 
 def results_of(sheet: Sheet, key: SheetKey, answers: ByRater) -> HumanResults:
-    """Counts and measures everything that was said so far."""
+    """Computes the results of all ratings so far."""
     numbers = range(1, len(sheet.samples) + 1)
-    said: dict[int, list[float]] = {n: [] for n in numbers}
-    for given in answers.values():
-        for n, answer in given.items():
+    scores_of: dict[int, list[float]] = {n: [] for n in numbers}
+    for ratings in answers.values():
+        for n, answer in ratings.items():
             if answer.preferred is not None:
-                said[n].append(0.5 if answer.preferred == "same" else float(answer.preferred == key.tuned[n - 1]))
-    all_said = [score for scores in said.values() for score in scores]
-    means = {n: fmean(scores) for n, scores in said.items() if scores}
+                scores_of[n].append(0.5 if answer.preferred == "same" else float(answer.preferred == key.tuned[n - 1]))
+    all_scores = [score for scores in scores_of.values() for score in scores]
+    means = {n: fmean(scores) for n, scores in scores_of.items() if scores}
     names = sorted({name for name in key.slices if name})
     slices = {name: [means[n] for n in means if key.slices[n - 1] == name] for name in names}
     return HumanResults(
         sheet=sheet.id,
         num_samples=len(sheet.samples),
-        raters={r: sum(a.preferred is not None for a in given.values()) for r, given in sorted(answers.items())},
-        wins=all_said.count(1.0),
-        ties=all_said.count(0.5),
-        losses=all_said.count(0.0),
+        raters={r: sum(a.preferred is not None for a in ratings.values()) for r, ratings in sorted(answers.items())},
+        wins=all_scores.count(1.0),
+        ties=all_scores.count(0.5),
+        losses=all_scores.count(0.0),
         win_rate=wilson(list(means.values())) if means else None,
         slices={name: wilson(scores) for name, scores in slices.items() if scores},
         criteria={name: c for name in sheet.criteria if (c := _criterion(name, key, answers)) is not None},
         agreement=alpha(_matrix(answers, numbers, lambda a: (_ORDER.get(a.preferred or ""),))),
-        num_shared=sum(len(scores) > 1 for scores in said.values()),
+        num_shared=sum(len(scores) > 1 for scores in scores_of.values()),
     )
 
 
 def _criterion(name: str, key: SheetKey, answers: ByRater) -> Criterion | None:
     pairs: dict[int, list[tuple[int, int]]] = {}  # (base, tuned) of each rater who scored both
-    for given in answers.values():
-        for n, answer in given.items():
+    for ratings in answers.values():
+        for n, answer in ratings.items():
             if name in answer.a and name in answer.b:
                 both = (answer.b[name], answer.a[name]) if key.tuned[n - 1] == "a" else (answer.a[name], answer.b[name])
                 pairs.setdefault(n, []).append(both)
@@ -153,29 +163,29 @@ def _criterion(name: str, key: SheetKey, answers: ByRater) -> Criterion | None:
 def _matrix(
     answers: ByRater, numbers: Sequence[int], values: Callable[[Rating], tuple[float | None, ...]]
 ) -> list[list[float]]:
-    """A row for each rater, with each sample's values side by side; what was not said is nan."""
+    """A row for each rater, with each sample's values side by side; missing values are nan."""
     rows = []
-    for given in answers.values():
-        row = [value for n in numbers for value in values(given.get(n, Rating()))]
+    for ratings in answers.values():
+        row = [value for n in numbers for value in values(ratings.get(n, Rating()))]
         rows.append([np.nan if value is None else float(value) for value in row])
     return rows
 
 
 def verdict(results: HumanResults) -> str:
-    """The win rate in words."""
+    """The verdict on the win rate."""
     if results.win_rate is None:
-        return "nobody has said yet which answer is better"
+        return "there are no ratings yet"
     if results.win_rate.low > 0.5:
         return "the tuned model is preferred"
     if results.win_rate.high < 0.5:
         return "the base is preferred"
-    return "neither is preferred beyond what chance would give"
+    return "the difference is not significant"
 
 
 def as_text(results: HumanResults) -> list[str]:
     """Lines of the table."""
-    said = ", ".join(f"{name} {number}" for name, number in results.raters.items()) or "none"
-    lines = ["", f"human evaluation of {results.num_samples} samples; answers: {said}"]
+    counts = ", ".join(f"{name} {number}" for name, number in results.raters.items()) or "none"
+    lines = ["", f"human evaluation of {results.num_samples} samples; answers: {counts}"]
     if (rate := results.win_rate) is None:
         return [*lines, verdict(results)]
     lines.append(
@@ -197,9 +207,11 @@ def as_text(results: HumanResults) -> list[str]:
         )
     lines.append("")
     if len(results.raters) > 1:
-        told = f"agreement on the better answer: {_known(results.agreement)} over {results.num_shared} shared samples"
-        lines.append(f"{told} (Krippendorff's alpha)")
-    return [*lines, f"so far {verdict(results)}" if _is_partial(results) else verdict(results)]
+        agreement = (
+            f"agreement on the better answer: {_known(results.agreement)} over {results.num_shared} shared samples"
+        )
+        lines.append(f"{agreement} (Krippendorff's alpha)")
+    return [*lines, f"so far: {verdict(results)}" if _is_partial(results) else verdict(results)]
 
 
 def _is_partial(results: HumanResults) -> bool:

@@ -1,7 +1,7 @@
-"""The page over HTTP, on this machine unless asked otherwise. Knows the sheet and answers; has never seen the key's sides.
+"""Serves the rating page over HTTP, by default on this machine only. Gets the sheet and answers, never the sides of the key.
 
-Everything is below an address that holds the sheet's token: who doesn't know it, another user of the machine or a page
-in the same browser, can neither read nor answer.
+All paths start with the sheet's token. Without it, other users of the machine and other pages in the same browser can neither
+read nor answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ from ftray.signals import stop_event
 
 @dataclass(frozen=True)
 class HumanEvalOptions:
-    """What was typed: write the sheet as CSV, read a filled one, only show results; else the page at host and port."""
+    """Options of the command.
+
+    Attributes:
+        csv: Write the sheet to this CSV file.
+        filled: Import this filled CSV file.
+        results: Only print the results.
+        host: Address of the page.
+        port: Port of the page; 0: a free one.
+    """
 
     csv: str | None = None
     filled: str | None = None
@@ -43,73 +51,76 @@ class HumanEvalOptions:
     port: int = 8100
 
 
-def human(run: config.RunConfig, asked: HumanEvalOptions, console: Console) -> None:
-    """Has people compare the answers of a run, blinded; prints and writes evaluate/human/results.json.
+def human(run: config.RunConfig, options: HumanEvalOptions, console: Console) -> None:
+    """Lets people compare a run's answers, blinded; prints the results and writes evaluate/human/results.json.
 
-    Raises ConfigError (no answers to compare, another sheet, a CSV that can't be read), RunHeldError, StorageError.
+    Raises:
+        ConfigError: There are no answers, ratings of another sheet, or an invalid CSV file.
+        RunHeldError: Another process serves or imports ratings of this run.
+        StorageError: The run cannot be read or written.
     """
     run_dir = storage.absolute(run.directory)
     directory = directory_of(run_dir)
-    if asked.results:
-        _tell(run_dir, *_known_sheet(run_dir), console)
+    if options.results:
+        _report(run_dir, *_known_sheet(run_dir), console)
         return
-    if asked.csv is not None:
-        _write_csv(open_sheet(run_dir, run.evaluate.human)[0], storage.absolute(asked.csv), console)
+    if options.csv is not None:
+        _write_csv(open_sheet(run_dir, run.evaluate.human)[0], storage.absolute(options.csv), console)
         return
     with storage.acquire_lease(directory):  # two processes would overwrite each other's answers
-        if asked.filled is not None:
+        if options.filled is not None:
             sheet, key = _known_sheet(run_dir)
-            _read_csv(sheet, directory, asked.filled, console)
+            _read_csv(sheet, directory, options.filled, console)
         else:
             sheet, key = open_sheet(run_dir, run.evaluate.human)
-            _serve(run, sheet, key, directory, asked, console)
-        _tell(run_dir, sheet, key, console)
+            _serve(run, sheet, key, directory, options, console)
+        _report(run_dir, sheet, key, console)
 
 
 def _known_sheet(run_dir: str) -> tuple[Sheet, SheetKey]:
-    if (there := read_sheet(run_dir)) is None:
+    if (sheet := read_sheet(run_dir)) is None:
         raise ConfigError(f"{directory_of(run_dir)} has no sheet yet; run `ftray evaluate human` on it first")
-    return there
+    return sheet
 
 
 def _write_csv(sheet: Sheet, uri: str, console: Console) -> None:
     data = to_csv(sheet)
     if not storage.create_bytes(uri, data, private=True) and storage.read_bytes(uri) != data:
-        raise ConfigError(f"{uri} is there already, and may hold answers; give another name")
+        raise ConfigError(f"{uri} already exists and may contain answers; use another name")
     console.say(
         f"wrote {len(sheet.samples)} samples to {uri}: fill in rater, preferred (A, B or same) and scores (1 to 5), "
-        "then give it to --import"
+        "then import it with --import"
     )
 
 
 def _read_csv(sheet: Sheet, directory: str, file: str, console: Console) -> None:
-    found = from_csv(storage.read_bytes(storage.absolute(file)), sheet, file)
+    by_rater = from_csv(storage.read_bytes(storage.absolute(file)), sheet, file)
     answers = RatingStore(directory, sheet)
-    for rater, given in found.items():
-        answers.save(rater, given)
-        console.say(f"{len(given)} answers by {rater}")
+    for rater, ratings in by_rater.items():
+        answers.save(rater, ratings)
+        console.say(f"{len(ratings)} answers by {rater}")
 
 
 def _serve(
-    run: config.RunConfig, sheet: Sheet, key: SheetKey, directory: str, asked: HumanEvalOptions, console: Console
+    run: config.RunConfig, sheet: Sheet, key: SheetKey, directory: str, options: HumanEvalOptions, console: Console
 ) -> None:
 
     app = build_page(sheet, RatingStore(directory, sheet), key.token)
-    with serving(app, key.token, asked.host, asked.port) as address:
+    with serving(app, key.token, options.host, options.port) as address:
         wanted = run.evaluate.human.samples
-        few = f" (of {wanted}: there are no more answers; raise evaluate.num_generations)"
-        console.say(f"{len(sheet.samples)} samples{few if len(sheet.samples) < wanted else ''}, {_of_each(key)}")
-        console.say(f"open {address}  (each rater with a name; Ctrl-C ends and shows the results)")
+        few = f" (of {wanted}: there are no more answers; increase evaluate.num_generations)"
+        console.say(f"{len(sheet.samples)} samples{few if len(sheet.samples) < wanted else ''}, {_describe(key)}")
+        console.say(f"open {address}  (each rater enters a name; Ctrl-C ends and prints the results)")
         wait_for_signal()
 
 
-def _of_each(key: SheetKey) -> str:
+def _describe(key: SheetKey) -> str:
     num_slices = len({name for name in key.slices if name})
     sides = f"the tuned model's answer is on side A in {key.tuned.count('a')}"
     return f"{sides}, {num_slices} slices" if num_slices else sides
 
 
-def _tell(run_dir: str, sheet: Sheet, key: SheetKey, console: Console) -> None:
+def _report(run_dir: str, sheet: Sheet, key: SheetKey, console: Console) -> None:
     results = results_of(sheet, key, RatingStore(directory_of(run_dir), sheet).by_rater)
     uri = storage.join(directory_of(run_dir), "results.json")
     storage.write_bytes(uri, json.dumps(asdict(results), ensure_ascii=False, indent=1).encode())
@@ -129,7 +140,7 @@ _HEADERS = {
 
 
 def build_page(sheet: Sheet, answers: RatingStore, token: str) -> Starlette:
-    """An ASGI app: the page, the sheet with one rater's answers, and a place to put each answer."""
+    """An ASGI app: the page, the sheet with one rater's answers, and a route to store each answer."""
     page = {name: (files(__package__) / "static" / f"page.{name}").read_bytes() for name in _KINDS}
 
     def file(name: str) -> Any:
@@ -137,8 +148,8 @@ def build_page(sheet: Sheet, answers: RatingStore, token: str) -> Starlette:
 
     async def get(request: Request) -> Response:
         rater = _rater(request)
-        given = {str(n): a.model_dump(exclude_defaults=True) for n, a in answers.of(rater).items()}
-        tree = {"criteria": sheet.criteria, "samples": [asdict(s) for s in sheet.samples], "answers": given}
+        ratings = {str(n): a.model_dump(exclude_defaults=True) for n, a in answers.of(rater).items()}
+        tree = {"criteria": sheet.criteria, "samples": [asdict(s) for s in sheet.samples], "answers": ratings}
         return JSONResponse(tree, headers=_HEADERS)
 
     async def put(request: Request) -> Response:
@@ -147,18 +158,18 @@ def build_page(sheet: Sheet, answers: RatingStore, token: str) -> Starlette:
             answer = {request.path_params["number"]: parse_answer(await _read_body(request))}
             await asyncio.to_thread(answers.save, rater, answer)
         except FtrayError as err:
-            status = 400 if isinstance(err, ConfigError) else 503  # a store that is down: the page tries again
+            status = 400 if isinstance(err, ConfigError) else 503  # storage is down: the page retries
             raise HTTPException(status, str(err), _HEADERS) from None
         return Response(status_code=204, headers=_HEADERS)
 
-    inside = [
+    routes = [
         Route("/", file("html")),
         Route("/page.css", file("css")),
         Route("/page.js", file("js")),
         Route("/sheet", get),
         Route("/answers/{number:int}", put, methods=["PUT"]),
     ]
-    return Starlette(routes=[Mount(f"/{token}", routes=inside)])
+    return Starlette(routes=[Mount(f"/{token}", routes=routes)])
 
 
 def _rater(request: Request) -> str:
@@ -181,13 +192,17 @@ async def _read_body(request: Request) -> bytes:
 
 @contextmanager
 def serving(app: Starlette, token: str, host: str, port: int) -> Iterator[str]:
-    """Serves the page while inside; gives its address. port 0 takes a free one. Raises ConfigError if it is taken."""
+    """Serves the page inside the context and yields its address. Port 0 selects a free port.
+
+    Raises:
+        ConfigError: The address or port is not available.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.create_server((host, port), family=family)
     except OSError as err:
         raise ConfigError(
-            f"--host {host} --port {port} can't be listened on ({err.strerror or err}); give another --port, or 0"
+            f"--host {host} --port {port} is not available ({err.strerror or err}); use another --port, or 0"
         ) from None
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, args=([sock],), name="ftray-human", daemon=True)
@@ -202,7 +217,7 @@ def serving(app: Starlette, token: str, host: str, port: int) -> Iterator[str]:
 
 
 def wait_for_signal() -> None:
-    """Returns at Ctrl-C, SIGTERM or SIGHUP. Main thread only."""
+    """Blocks until Ctrl-C, SIGTERM or SIGHUP. Main thread only."""
     with stop_event() as event:
         while not event.wait(timeout=0.5):  # in steps, so that Python can run signal handlers
             pass

@@ -1,7 +1,7 @@
-"""The sheet: which questions people see, in which order, and whose answer stands on which side.
+"""The sheet of a human evaluation: its questions, their order, and the side of each model's answer.
 
-A pure function of the answers and of evaluate.human. Sheet and key are kept apart: what a rater may see, and which side
-is the tuned model's. Knows neither raters nor pages.
+It is a pure function of the answers and of evaluate.human. Raters see the sheet. The key is a separate file and records the tuned
+model's side. Knows neither raters nor pages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ class SheetItem:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What raters see. id: changes whenever anything of it, or of its key, does. Samples are counted from 1."""
+    """The part that raters see. Samples are counted from 1.
+
+    Attributes:
+        id: A hash of the sheet and its key.
+        criteria: Names of the scores.
+        samples: The questions in order.
+    """
 
     id: str
     criteria: list[str]
@@ -41,9 +47,13 @@ class Sheet:
 
 @dataclass(frozen=True)
 class SheetKey:
-    """What raters must not see. tuned: the tuned model's side of each sample. slices: of each sample, "" without.
+    """The part that raters must not see.
 
-    sheet: its id. token: opens the page; kept, so that its address is the same when the server is started again.
+    Attributes:
+        sheet: The id of the sheet.
+        tuned: The tuned model's side in each sample.
+        slices: The slice of each sample, or "".
+        token: The secret part of the page's address, which stays the same when the server restarts.
     """
 
     sheet: str
@@ -53,10 +63,9 @@ class SheetKey:
 
 
 def build_sheet(generations: Sequence[Generation], human: config.HumanEvalConfig) -> tuple[Sheet, SheetKey]:
-    """Picks, shuffles and blinds. Each slice gets its share of the samples, at least one where there is room.
+    """Selects, shuffles and blinds the samples. Each slice gets its share of them, at least one if possible.
 
-    The tuned model stands on each side in half of the samples (of an odd number: give or take one), within each slice
-    give or take two.
+    The tuned model is on each side in half of the samples: within one for an odd number, and within two in each slice.
     """
     slices = [g.slice for g in generations]
     ranks = [hash_of(human.seed, "pick", g.question, g.reference, i) for i, g in enumerate(generations)]
@@ -64,7 +73,7 @@ def build_sheet(generations: Sequence[Generation], human: config.HumanEvalConfig
     for name, share in _shares(slices, min(human.samples, len(slices))).items():
         picked += sorted((i for i, s in enumerate(slices) if s == name), key=lambda i: ranks[i])[:share]
     is_first = {}
-    for at, i in enumerate(picked):  # a coin says which of two neighbours has the tuned model on side a
+    for at, i in enumerate(picked):  # a coin flip selects which of two neighbors has the tuned model on side a
         coin = hash_of(human.seed, "side", ranks[picked[at - at % 2]])[0] % 2
         is_first[i] = (at + coin) % 2 == 0
     order = sorted(picked, key=lambda i: hash_of(human.seed, "show", ranks[i]))
@@ -79,7 +88,7 @@ def build_sheet(generations: Sequence[Generation], human: config.HumanEvalConfig
 
 
 def _shares(slices: Sequence[str], number: int) -> dict[str, int]:
-    """How many of `number` samples each slice gets: in proportion, by largest remainders, none of nothing if possible."""
+    """The share of each slice in `number` samples: proportional, by largest remainders, at least one if possible."""
     counts = {name: slices.count(name) for name in sorted(set(slices))}
     exact = {name: number * count / len(slices) for name, count in counts.items()}
     least = 1 if number >= len(counts) else 0
@@ -93,35 +102,36 @@ def _shares(slices: Sequence[str], number: int) -> dict[str, int]:
 
 
 def directory_of(run_dir: str) -> str:
-    """Where sheet, key, answers and results of a run are."""
+    """The directory of a run's sheet, key, answers and results."""
     return storage.join(run_dir, "evaluate", "human")
 
 
 def open_sheet(run_dir: str, human: config.HumanEvalConfig) -> tuple[Sheet, SheetKey]:
-    """The sheet of these settings: the one that is there, or a new one, which is written.
+    """Returns the sheet of these settings, and writes it if it does not exist.
 
-    Raises ConfigError when answers were given to another sheet.
+    Raises:
+        ConfigError: There are already ratings of another sheet.
     """
-    made, key = build_sheet(read_generations(run_dir), human)
+    sheet, key = build_sheet(read_generations(run_dir), human)
     directory = directory_of(run_dir)
-    there = read_sheet(run_dir)
-    if there is not None and there[0].id == made.id:
-        return there
-    if there is not None and storage.list_files(storage.join(directory, "answers")):
+    existing = read_sheet(run_dir)
+    if existing is not None and existing[0].id == sheet.id:
+        return existing
+    if existing is not None and storage.list_files(storage.join(directory, "answers")):
         raise ConfigError(
             f"{directory} holds ratings of another sheet: the answers, or evaluate.human, have changed since; "
             "see its results with --results, then move or delete that directory"
         )
     storage.write_bytes(storage.join(directory, "key.json"), json.dumps(asdict(key), indent=1).encode(), private=True)
-    text = json.dumps(asdict(made), ensure_ascii=False, indent=1)
+    text = json.dumps(asdict(sheet), ensure_ascii=False, indent=1)
     storage.write_bytes(
         storage.join(directory, "sheet.json"), text.encode(), private=True
-    )  # last: with it, the sheet is there
-    return made, key
+    )  # last, because it completes the sheet
+    return sheet, key
 
 
 def read_sheet(run_dir: str) -> tuple[Sheet, SheetKey] | None:
-    """The sheet that is there. Raises ConfigError for one that is damaged."""
+    """The existing sheet and its key, or None. Raises ConfigError if they are damaged."""
     directory = directory_of(run_dir)
     try:
         sheet = storage.parse_as(Sheet, storage.read_object(storage.join(directory, "sheet.json")))
@@ -129,5 +139,7 @@ def read_sheet(run_dir: str) -> tuple[Sheet, SheetKey] | None:
     except storage.MissingFile:
         return None
     except (storage.DamagedFile, ValueError):
-        raise ConfigError(f"a sheet in {directory} is damaged; move that directory away, and make it anew") from None
+        raise ConfigError(
+            f"a sheet in {directory} is damaged; move that directory away, and run the command again"
+        ) from None
     return (sheet, key) if key.sheet == sheet.id else None
