@@ -303,8 +303,11 @@ def as_text(judgement: Judgement) -> list[str]:
     """The judgement as lines of text."""
     lines = [
         "",
-        f"judge {judgement.model}: the tuned model's answer is better in {judgement.wins}, worse in {judgement.losses}, same in "
-        f"{judgement.ties} ({judgement.num_inconsistent} of these ties: the verdict changed with the order)",
+        (
+            f"judge {judgement.model}: the tuned model's answer is better in {judgement.wins}, worse in "
+            f"{judgement.losses}, same in {judgement.ties} ({judgement.num_inconsistent} of these ties: the verdict "
+            "changed with the order)"
+        ),
     ]
     if judgement.malformed:
         named = ", ".join(map(str, judgement.malformed[:10])) + (" …" if len(judgement.malformed) > 10 else "")
