@@ -182,7 +182,7 @@ DATA = ("data.train.0.path=bad",)
 HELDOUT = ("data.eval={fraction: 0.2}",)
 CASES = [
     # the run file
-    Case("no-file", ("nothing.yaml does not exist", "give the path"), target="nothing.yaml"),
+    Case("no-file", ("nothing.yaml does not exist", "use a run file such as"), target="nothing.yaml"),
     Case(
         "a-directory",
         ("run.yaml can't be read",),
@@ -195,8 +195,8 @@ CASES = [
         target="b.yaml",
         prepare=lambda d: (d / "b.yaml").write_bytes(b"\xff\x00\xfe"),
     ),
-    Case("empty-file", ("e.yaml holds no keys",), target="e.yaml", prepare=write("e.yaml", "")),
-    Case("a-list", ("l.yaml holds no keys", "mapping"), target="l.yaml", prepare=write("l.yaml", "- a\n- b\n")),
+    Case("empty-file", ("e.yaml has no keys",), target="e.yaml", prepare=write("e.yaml", "")),
+    Case("a-list", ("l.yaml has no keys", "mapping"), target="l.yaml", prepare=write("l.yaml", "- a\n- b\n")),
     Case("broken-yaml", ("y.yaml, line 2", "correct"), target="y.yaml", prepare=write("y.yaml", "name: a\n data: {")),
     Case("no-run-directory", ("somewhere is neither a run file", "run.json"), target="somewhere"),
     Case("damaged-run-json", ("runs/tiny/run.json is damaged",), target="runs/tiny", prepare=write_run_json("{")),
@@ -211,9 +211,9 @@ CASES = [
     Case("unknown-override", ("train.max_step", "did you mean train.max_steps?"), ("train.max_step=3",)),
     Case("empty-override", ("'' is not an override", "key.sub=value"), ("",)),
     Case("no-override", ("'max_steps' is not an override", "key.sub=value"), ("max_steps",)),
-    Case("no-value", ("train.max_steps", "whole number"), ("train.max_steps=many",)),
+    Case("no-value", ("train.max_steps", "an integer"), ("train.max_steps=many",)),
     Case("wrong-type", ('train.learning_rate ("fast")', "a number above 0"), ("train.learning_rate=fast",)),
-    Case("bool", ("train.max_steps (true)", "whole number"), ("train.max_steps=true",)),
+    Case("bool", ("train.max_steps (true)", "an integer"), ("train.max_steps=true",)),
     Case("not-finite", ("train.learning_rate (Infinity)", "a number above 0"), ("train.learning_rate=.inf",)),
     Case("negative", ("train.learning_rate (-1.0)", "above 0"), ("train.learning_rate=-1.0",)),
     Case("name-with-a-path", ('name ("../x")', "letters, digits"), ("name=../x",)),
@@ -221,7 +221,7 @@ CASES = [
     Case("batch", ("train.global_batch_size (5)", "num_workers (2)", "try 4 or 6"), ("train.global_batch_size=5",)),
     Case("port", ("serve.port (-1)", "0"), ("serve.port=-1",)),
     Case("no-space", ("tune.space is missing", "add it"), ("tune.num_trials=3",)),
-    Case("no-source", ("data.train", "something in it"), ("data.train=[]",)),
+    Case("no-source", ("data.train", "non-empty list"), ("data.train=[]",)),
     Case("no-heldout", ("data.eval", "empty list"), ("data.eval=[]",)),
     Case("ours", ("deepspeed.overrides.fp16", "train.precision"), ("deepspeed.overrides.fp16.enabled=true",)),
     Case(
@@ -246,7 +246,7 @@ CASES = [
     ),
     # the model
     Case("no-model", ("model.base ./other is not a directory", "hub id"), ("model.base=./other",)),
-    Case("no-such-model", ("model.base other", "no directory", "hub"), OTHER),
+    Case("no-such-model", ("model.base other", "not a local directory", "hub"), OTHER),
     Case("no-model-in-it", ("model.base other", "no config (config.json)"), OTHER, lambda d: (d / "other").mkdir()),
     Case("no-tokenizer", ("model.base other", "no tokenizer (tokenizer*)"), OTHER, copy_model("tokenizer*")),
     Case("no-weights", ("model.base other", "no weights (*.safetensors)"), OTHER, copy_model("*.safetensors")),
@@ -265,7 +265,7 @@ CASES = [
     Case("broken-tokenizer", ("model.base other", "tokenizer", "is not JSON"), OTHER, copy_model(tokenizer__json="{")),
     Case("broken-weights", ("model.base other", "model.safetensors"), OTHER, copy_model(model__safetensors="<html>")),
     Case("no-template", ("model.base other", "no chat template", "instruct"), OTHER, copy_model("chat_template*")),
-    Case("no-embedded-model", ("embedded:x is no embedded model", "use embedded:"), ("model.base=embedded:x",)),
+    Case("no-embedded-model", ("embedded:x is not an embedded model", "use embedded:"), ("model.base=embedded:x",)),
     Case(
         "no-target",
         ("method.target_modules", "nothing", "q_proj", "all-linear"),
@@ -307,7 +307,7 @@ CASES = [
     ),
     Case(
         "broken-schema",
-        ("evaluate.json_schema s.json is no JSON schema", "'objekt'"),
+        ("evaluate.json_schema s.json is not a JSON schema", "'objekt'"),
         (*HELDOUT, "evaluate.metrics=[json]", "evaluate.json_schema=s.json"),
         write("s.json", '{"type": "objekt"}'),
     ),
@@ -378,7 +378,7 @@ def test_a_port_that_is_taken_is_refused_before_ray_starts(desk: Place, typed: T
         taken.listen()
         port = taken.getsockname()[1]
         refused = typed("serve", "run.yaml", f"serve.port={port}")
-        assert_refused(refused, f"port {port}", "give another serve.port")
+        assert_refused(refused, f"port {port}", "set another serve.port")
 
 
 def test_a_learning_rate_as_people_write_it_is_a_number(desk: Place, typed: Typed) -> None:

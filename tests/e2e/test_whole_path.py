@@ -130,7 +130,7 @@ def test_the_report_holds_the_data_the_answers_and_what_happened(place: Place, r
         f"trained to the end, {NUM_STEPS} steps",
         f"{results['tuned']['loss']:.4f}",
         "data/a",
-        "Tokens in a record",
+        "Tokens per record",
     ):
         assert words in page, words
     for generation in read_lines(run_dir / "evaluate/generations.jsonl"):
@@ -209,7 +209,7 @@ def test_each_step_alone_on_a_copy_of_the_directory_gives_the_same(place: Place,
     for name in ("adapter_model.safetensors", "merged/model.safetensors", "merged/tokenizer.json"):
         assert (copy / "model" / name).read_bytes() == (run_dir / "model" / name).read_bytes()
     again = place.ftray("export", "elsewhere/tiny")
-    assert f"the model of step {NUM_STEPS} is there already" in again.out
+    assert f"the model of step {NUM_STEPS} already exists" in again.out
 
 
 @pytest.fixture(scope="module")
