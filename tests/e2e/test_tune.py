@@ -45,7 +45,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_by_the_same_command(place: Plac
 
     ended = place.ftray("tune", "run.yaml")
     assert ended.code == 0, ended.out + ended.err
-    assert f"3 trials, {len(before)} of them known" in ended.out
+    assert f"3 trials, {len(before)} already started" in ended.out
     assert not {"trial-000: ", "trial-001: "} & {line[:11] for line in ended.out.splitlines()}, "not done again"
     after = state_of(place)
     assert after[:2] == before[:2], "what was decided stands"

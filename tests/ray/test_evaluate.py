@@ -268,7 +268,7 @@ def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(
     said = capfd.readouterr()
     assert said.err.count("\n") == 1
     assert said.err.startswith(
-        "ftray: the gates refuse this model, which is kept but not to be published: loss gained -"
+        "ftray: the gates reject this model: loss gained -"
     )
     assert "gate: loss gained" in said.out
     assert ": MISSED" in said.out
@@ -296,7 +296,7 @@ def test_what_fewer_bits_cost_is_told_on_the_terminal_in_the_lineage_and_on_the_
     assert sentence in said
     card = ModelCard((place / "MODEL_CARD.md").read_text())
     assert sentence in card.text
-    assert "the figures above are of the weights before" in card.text
+    assert "the metrics above are from before quantization" in card.text
     assert (card.data.library_name, card.data.tags) == ("transformers", ["ftray", "lora", "nf4"])
     parts = {
         part: ModelCard(Path(good.run.directory, "model", part, "MODEL_CARD.md").read_text()) for part in ("", "merged")

@@ -136,8 +136,8 @@ def test_failures_in_a_row_end_a_run_and_a_checkpoint_between_them_renews_the_bu
 def test_a_run_that_lost_its_room_waits_and_says_for_what(nodes: Nodes, parts: dict[str, Path], tmp_path: Path) -> None:
     run = run_of(parts, tmp_path, scale__num_workers=6, train__global_batch_size=6, scale__wait_s=1)
     stream = cluster.Watched()
-    with pytest.raises(Preempted, match=r"room for 4 of at least 6 workers .* since 1 s\. There is no checkpoint yet"):
-        WorkerSupply(run, False, Console(stream), [], None).wait_for_room(str(tmp_path), 6)
+    with pytest.raises(Preempted, match=r"can hold 4 of at least 6 workers .* since 1 s\. There is no checkpoint yet"):
+        WorkerSupply(run, False, Console(stream), [], None).wait_for_resources(str(tmp_path), 6)
     assert "waiting up to 1 s (scale.wait_s) for nodes" in stream.getvalue()
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_is_continued_on_a_cluster_too_small_waits_and_is_to_be_run_a
 ) -> None:
     six = {"scale__num_workers": 6, "train__global_batch_size": 6, "scale__wait_s": 1}
     monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-    with pytest.raises(ConfigError, match="asks for 6 CPUs"):  # one that is new is refused at once
+    with pytest.raises(ConfigError, match="scale needs 6 CPUs"):  # one that is new is refused at once
         cluster.run_training(run_of(parts, tmp_path / "new", **six))
 
     run = run_of(parts, tmp_path / "begun", **six)
@@ -169,7 +169,7 @@ def test_a_run_that_is_continued_on_a_cluster_too_small_waits_and_is_to_be_run_a
     assert stream.getvalue().count("waiting up to 1 s (scale.wait_s) for more nodes") == 1
 
     monkeypatch.delenv("RAY_ADDRESS")
-    with pytest.raises(ConfigError, match="asks for 6 CPUs"):  # a Ray of one's own gets no more nodes
+    with pytest.raises(ConfigError, match="scale needs 6 CPUs"):  # a Ray of one's own gets no more nodes
         train(run, run_dir, Console(stream))
 
 

@@ -130,13 +130,13 @@ def test_a_run_keeps_the_micro_batch_that_it_was_begun_with_or_says_that_it_can_
     run, run_dir = run_of(parts, tmp_path / "auto", **settings), str(tmp_path / "auto/tiny")
     found, text = cluster.run_training(run)  # two rows for each of two workers, one at a time
     assert found.progress.micro_batch_size == 1
-    assert "rows that this run was begun with" not in text
+    assert "the run started with a micro-batch" not in text
     first = cluster.losses(run_dir)
     (middle,) = [one for one in list_checkpoints(run_dir) if one.step == 2]
     recorded_as(middle, run_dir, 2)
     found, text = cluster.run_training(run)
     assert found.progress.micro_batch_size == 2
-    assert "rows that this run was begun with" not in text
+    assert "the run started with a micro-batch" not in text
     again = cluster.losses(run_dir)
     assert [again[step] for step in (0, 1)] == [first[step] for step in (0, 1)]
     assert again[2] != first[2], "dropout falls on other places"
@@ -322,7 +322,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(parts: dict[str, P
         parts, tmp_path, train__learning_rate=1e30, train__max_bad_steps=2, train__warmup=0, method__type="full"
     )
     with pytest.raises(
-        RunError, match=r"steps had a non-finite loss or gradient, allowed are train\.max_bad_steps \(2\)"
+        RunError, match=r"steps had a non-finite loss or gradient. The limit train\.max_bad_steps is 2\."
     ):
         cluster.run_training(run)
     assert alerts_of(str(tmp_path / "tiny")) == ["not finite"], "once, and nothing unrelated"
@@ -381,7 +381,7 @@ def test_a_store_that_is_down_for_longer_than_its_deadline_costs_a_run_nothing_b
         run = run_of(parts, tmp_path, storage=f"{s3.uri}/{tmp_path.name}", **settings)
         found, text = cluster.run_training(run, "step 3/24", go_down)
         assert proxy.count["503"] + proxy.count["reset"] > 0
-        assert "starting anew" not in text
+        assert "restarting from step" not in text
         assert found.progress.finished
         assert cluster.losses(run.directory) == cluster.losses(str(tmp_path / "tiny"))
         assert cluster.weights_hash(found) == cluster.weights_hash(smooth)
