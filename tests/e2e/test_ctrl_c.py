@@ -75,7 +75,7 @@ def test_ctrl_c_commits_a_checkpoint_and_a_second_terminal_is_refused_until_then
     command.wait_for(f"train: step 3/{NUM_STEPS}")
     second = place.ftray("train", "run.yaml")
     assert_refused(second, "'tiny' is held by", f"on {socket.gethostname()} (pid {command.process.pid},", "stop it")
-    assert "what Ray" not in second.out + second.err
+    assert "output of Ray" not in second.out + second.err
     command.press_ctrl_c()
     ended = command.wait()
     assert ended.code == 130, ended.out

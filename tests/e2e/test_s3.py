@@ -79,7 +79,7 @@ def test_the_same_command_again_says_that_the_run_is_complete(place: Place, ende
     again = place.ftray("run", "run.yaml")
     assert (again.code, again.err) == (0, "")
     assert "the run 'tiny' is complete" in again.out
-    assert "what Ray" not in again.out
+    assert "output of Ray" not in again.out
 
 
 def test_the_endpoint_serves_out_of_the_bucket(place: Place, ended: Ended) -> None:

@@ -171,7 +171,7 @@ def test_the_same_command_again_says_without_ray_that_the_run_is_complete(place:
     again = place.ftray("run", "run.yaml")
     assert again.code == 0
     assert "the run 'tiny' is complete" in again.out
-    assert "what Ray" not in again.out
+    assert "output of Ray" not in again.out
     assert (sorted(place.cache.rglob("*")), (run_dir / "metrics.jsonl").stat().st_mtime_ns) == before
     train = place.ftray("train", "runs/tiny")
     assert (train.code, train.err) == (0, "")
@@ -188,7 +188,7 @@ def test_a_complete_run_that_its_gates_refuse_ends_with_3_and_keeps_its_model(pl
     assert refused.err.count("\n") == 1
     assert "the run 'tiny' is complete" in refused.out
     assert "serve it" not in refused.out
-    assert "what Ray" not in refused.out
+    assert "output of Ray" not in refused.out
     assert storage.verify_directory(str(run_dir / "model")) == []
 
 
