@@ -168,6 +168,6 @@ def test_a_sweep_of_failures_ends_with_the_first_one(parts: dict[str, Path], tmp
     (tmp_path / "tiny" / "tune").mkdir(parents=True)
     for n in range(3):  # where a trial's directory should be there is a file
         (tmp_path / "tiny" / "tune" / f"trial-{n:03d}").write_text("")
-    with pytest.raises(RunError, match="every trial failed; the first: "):
+    with pytest.raises(RunError, match="all trials failed; the first error was: "):
         run_sweep(run)
     assert [t.status for t in state_of(run).trials] == ["failed"] * 3
