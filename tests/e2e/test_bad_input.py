@@ -196,7 +196,9 @@ CASES = [
         prepare=lambda d: (d / "b.yaml").write_bytes(b"\xff\x00\xfe"),
     ),
     Case("empty-file", ("e.yaml has no keys",), target="e.yaml", prepare=write("e.yaml", "")),
-    Case("a-list", ("l.yaml has no keys", "name, model and data"), target="l.yaml", prepare=write("l.yaml", "- a\n- b\n")),
+    Case(
+        "a-list", ("l.yaml has no keys", "name, model and data"), target="l.yaml", prepare=write("l.yaml", "- a\n- b\n")
+    ),
     Case("broken-yaml", ("y.yaml, line 2", "correct"), target="y.yaml", prepare=write("y.yaml", "name: a\n data: {")),
     Case("no-run-directory", ("somewhere is neither a run file", "run.json"), target="somewhere"),
     Case("damaged-run-json", ("runs/tiny/run.json is damaged",), target="runs/tiny", prepare=write_run_json("{")),

@@ -267,9 +267,7 @@ def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(
     assert main.main(["evaluate", bad.run.directory, *gates]) == 3
     said = capfd.readouterr()
     assert said.err.count("\n") == 1
-    assert said.err.startswith(
-        "ftray: the gates reject this model: loss gained -"
-    )
+    assert said.err.startswith("ftray: the gates reject this model: loss gained -")
     assert "gate: loss gained" in said.out
     assert ": MISSED" in said.out
     known = read_results(bad.run.directory)
