@@ -107,10 +107,10 @@ FIXES = {
 def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
     """Every record of a chunk that belongs to the part, in file order, as an example or a quarantine entry.
 
-    What can't be read as a record belongs to the training part. So each record is counted in exactly one part.
+    Unreadable records belong to the training part, so that each record counts in exactly one part.
 
     Raises:
-        DataError: The chunk can't be read, or has more than MAX_BAD_RECORDS bad records, which are all kept in memory.
+        DataError: The chunk cannot be read, or has more than MAX_BAD_RECORDS bad records, which are all kept in memory.
     """
     bad = 0
     for item in _read_examples(chunk, chat, rules):

@@ -17,7 +17,7 @@ from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 # kind of a span → escape codes before and after it: green, dim, inverted
 COLORS = {"trained": ("\x1b[32m", "\x1b[0m"), "context": ("\x1b[2m", "\x1b[0m"), "special": ("\x1b[7m", "\x1b[0m")}
 LEGEND = {
-    True: "\x1b[32mlearned\x1b[0m · \x1b[2mcontext\x1b[0m · \x1b[7mspecial token\x1b[0m (underlined: also trained)",
+    True: "\x1b[32mtrained\x1b[0m · \x1b[2mcontext\x1b[0m · \x1b[7mspecial token\x1b[0m (underlined: also trained)",
     False: "{+trained+}, everything else is context",
 }
 

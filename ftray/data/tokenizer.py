@@ -173,7 +173,7 @@ def backend_json(tokenizer: Any) -> str | None:
         return None
     try:
         return str(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # noqa: BLE001 - a part written in Python can't be saved, and says so in many ways
+    except Exception:  # noqa: BLE001 - a component written in Python cannot be saved, and raises various errors
         return None
 
 

@@ -122,18 +122,18 @@ def read_entry(
         version: The version's directory.
         manifest: The file as it was listed.
         uri: The entry's directory.
-        trusted: Public keys, one of which must have signed the entry; none: signatures are not looked at.
+        trusted: Public keys, one of which must have signed the entry; without keys, signatures are not checked.
         max_adapter_bytes: Largest weights file; None: any.
 
     Raises:
-        StorageError: The store can't be read, which says nothing about the entry.
+        StorageError: The store cannot be read; the entry may be valid.
     """
     try:
         return _read(name, version, manifest, uri, trusted, max_adapter_bytes)
     except _Wrong as wrong:
         return Rejected(name, version, uri, wrong.kind, wrong.reason, manifest.etag)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as err:
-        reason = f"it can't be read ({type(err).__name__}); publish it again"  # the checks above have a gap: report it
+        reason = f"it cannot be read ({type(err).__name__}); publish it again"  # the checks above have a gap: report it
         return Rejected(name, version, uri, "unexpected", reason, manifest.etag)
 
 
@@ -146,19 +146,17 @@ def _read(
     max_adapter_bytes: int | None,
 ) -> PublishedAdapter:
     if manifest.size_bytes > MAX_MANIFEST_BYTES:
-        raise _Wrong(
-            "size", f"its manifest has {manifest.size_bytes} bytes, and at most {MAX_MANIFEST_BYTES} are allowed"
-        )
+        raise _Wrong("size", f"its manifest has {manifest.size_bytes} bytes; the limit is {MAX_MANIFEST_BYTES}")
     try:
         data = storage.read_range(manifest.uri, 0, MAX_MANIFEST_BYTES + 1)
     except storage.MissingFile:
-        raise _Wrong("damaged", "its manifest went away while it was read") from None
+        raise _Wrong("damaged", "its manifest disappeared while it was read") from None
     try:
         tree = strict_json.parse(data, max_bytes=MAX_MANIFEST_BYTES, max_depth=MAX_MANIFEST_DEPTH)
     except ValueError as err:
-        raise _Wrong("damaged", f"its manifest is no JSON that can be read: {err}; publish it again") from None
+        raise _Wrong("damaged", f"its manifest is not valid JSON: {err}; publish it again") from None
     if not isinstance(tree, dict) or tree.keys() != {"files", "meta", "sha256"} or tree.pop("sha256") != _sum_of(tree):
-        raise _Wrong("damaged", "its manifest is damaged: its sha256 is missing or another; publish it again")
+        raise _Wrong("damaged", "its manifest is damaged: its sha256 is missing or wrong; publish it again")
     try:
         checked = _Manifest.model_validate(tree)
     except ValidationError as err:
@@ -168,7 +166,7 @@ def _read(
         raise _Wrong("signature", reason)
     sums = {path: entry.sha256 for path, entry in checked.files.items()}
     if not version.endswith(content_of(sums)):
-        raise _Wrong("metadata", "its files are not those that its version's name is made from; publish it again")
+        raise _Wrong("metadata", "its files do not match the hash in its version; publish it again")
     return PublishedAdapter(name, version, uri, checked.meta.model_dump(exclude_unset=True), sums)
 
 
@@ -181,7 +179,7 @@ def _check_files(manifest: _Manifest, max_adapter_bytes: int | None) -> None:
         raise _Wrong("size", f"its {CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
     size = manifest.files[WEIGHTS_FILE].size
     if max_adapter_bytes is not None and size > max_adapter_bytes:
-        reason = f"its weights have {size / 1e6:,.0f} MB, and serve.max_adapter_mb is {max_adapter_bytes / 1e6:,.0f}"
+        reason = f"its weights have {size / 1e6:,.0f} MB; serve.max_adapter_mb is {max_adapter_bytes / 1e6:,.0f}"
         raise _Wrong("size", reason)
 
 
