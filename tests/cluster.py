@@ -182,36 +182,43 @@ def restart_ray(num_cpus: int = 4) -> None:
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
 
 
-def ray_metrics() -> dict[tuple[str, ...], float]:
-    """What Ray tells Prometheus on this node: (name, "label=value" in order …) → value."""
+def ray_metrics(prefix: str) -> dict[tuple[str, ...], float]:
+    """Metrics of this node with that prefix, as Prometheus reads them: (name, "label=value" in order …) → value.
+
+    Ray forgets a gauge some seconds after its last report, and a busy node exports megabytes: read all that a check
+    compares at once, and parse nothing else.
+    """
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith(prefix)]
     return {
         (sample.name, *sorted(f"{key}={value}" for key, value in sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families("\n".join([*lines, ""]))
         for sample in family.samples
     }
 
 
 def ray_metric(name: str, *labels: str) -> float | None:
-    """The first series of that name with those labels ("run=tiny"); None: not told yet."""
+    """The first series of that name with those labels ("run=tiny"); None if there is none yet."""
     try:
-        told = ray_metrics()
+        series = ray_metrics(name)
     except OSError:  # nobody listens yet
         return None
-    return next((value for (known, *has), value in told.items() if known == name and set(labels) <= set(has)), None)
+    return next((value for (known, *has), value in series.items() if known == name and set(labels) <= set(has)), None)
 
 
-def wait_for_metric(name: str, *labels: str) -> float:
-    """The first series of that name with those labels, as soon as Ray's agent shows it."""
-    value: float | None = None
+def wait_for_metrics(prefix: str, label: str, is_complete: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """Name without prefix → value of the series with that label ("run=tiny"), once one scrape has all of them."""
+    values: dict[str, float] = {}
 
-    def is_shown() -> bool:
-        nonlocal value
-        value = ray_metric(name, *labels)
-        return value is not None
+    def are_shown() -> bool:
+        time.sleep(1)  # Ray's agent serves few scrapes a second
+        with suppress(OSError):  # nobody listens yet
+            values.clear()
+            for (name, *labels), value in ray_metrics(prefix).items():
+                if label in labels:
+                    values[name.removeprefix(prefix)] = value
+        return is_complete(values)
 
-    wait_for(is_shown, name)
-    assert value is not None
-    return value
+    wait_for(are_shown, f"Ray's metrics {prefix}*")
+    return values

@@ -170,21 +170,20 @@ def test_eval_loss_steers_early_stopping_and_the_best_checkpoint_stays(parts: di
     assert {f.step for f in list_checkpoints(str(tmp_path / "tiny"))} == {best, found.step}
     assert text.count("eval loss at step") == found.step
 
-    def figure(name: str) -> float | None:
-        return cluster.ray_metric(f"ray_ftray_{name}", "run=tiny")
+    def is_complete(metrics: dict[str, float]) -> bool:
+        names = {"loss", "eval_loss", "goodput", "workers", "restarts", "planned_steps", "tokens_per_second"}
+        return metrics.get("step") == metrics.get("checkpoint_step") == found.step and names <= metrics.keys()
 
-    names = ("loss", "eval_loss", "workers", "restarts", "planned_steps", "checkpoint_step", "goodput")
-    cluster.wait_for(lambda: figure("step") == figure("checkpoint_step") == found.step, "Ray's metrics")
-    told = {name: cluster.wait_for_metric(f"ray_ftray_{name}", "run=tiny") for name in names}
+    shown = cluster.wait_for_metrics("ray_ftray_", "run=tiny", is_complete)
     *_, last = read_metrics(str(tmp_path / "tiny"))
-    assert told.pop("loss") == pytest.approx(last["loss"])
-    assert told.pop("eval_loss") == pytest.approx(last["eval_loss"])
-    assert 0 < told.pop("goodput") < 1
-    assert told == {"workers": 2, "restarts": 0, "planned_steps": 12, "checkpoint_step": found.step}
-    real, padded = (cluster.ray_metric(f"ray_ftray_{kind}tokens_per_second", "run=tiny") for kind in ("", "padded_"))
-    assert real == pytest.approx(last["tokens_per_s"])
-    assert padded == pytest.approx(last["tokens_per_s"] * 4 * 128 / last["num_tokens"])
-    assert began_s < (cluster.ray_metric("ray_ftray_checkpoint_unix_seconds", "run=tiny") or 0) < time.time()
+    assert shown["loss"] == pytest.approx(last["loss"])
+    assert shown["eval_loss"] == pytest.approx(last["eval_loss"])
+    assert 0 < shown["goodput"] < 1
+    assert [shown[name] for name in ("workers", "restarts", "planned_steps")] == [2, 0, 12]
+    assert shown["tokens_per_second"] == pytest.approx(last["tokens_per_s"])
+    padded = last["tokens_per_s"] * 4 * 128 / last["num_tokens"]
+    assert shown["padded_tokens_per_second"] == pytest.approx(padded)
+    assert began_s < shown["checkpoint_unix_seconds"] < time.time()
 
 
 def test_a_finished_run_does_nothing_again(parts: dict[str, Path], tmp_path: Path) -> None:
