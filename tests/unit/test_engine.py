@@ -613,7 +613,7 @@ def test_a_schema_that_gives_up_in_the_middle_ends_its_request_alone(
             return "too many items"
 
     def tire(guide: SchemaGuide, logits: torch.Tensor, token_ids: list[int]) -> None:
-        if guide._num_seen is not None:
+        if guide._num_consumed is not None:
             guide._matcher = Tired()
         mask(guide, logits, token_ids)
 

@@ -283,7 +283,7 @@ def test_the_command_line_records_the_owner_and_lists_what_is_there(
     assert code == 0
     assert "base:polite  version 0001-" in said
     assert "owner team-a" in said
-    assert f"warning: {bad.parent} is not served: its manifest is no JSON" in said
+    assert f"warning: {bad.parent} is not served: its manifest is not valid JSON" in said
     assert typed(capsys, "publish", run_file, "--remove", "--owner", "team-a")[0] == 0
 
 
