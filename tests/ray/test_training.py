@@ -241,7 +241,7 @@ def test_a_run_that_is_reproduced_gives_the_same_weights_and_a_changed_file_is_n
     shard.write_text(shard.read_text().replace("hears", "heard", 1))
     check_before(old, old.directory, False, console.Console(cluster.Watched()))  # reads nothing
     assert main.main(["reproduce", old.directory, "--name", "third"]) == 2
-    assert "part-001.jsonl now gives other packed sequences; restore it" in capfd.readouterr().err
+    assert "part-001.jsonl now gives other packed sequences; restore them" in capfd.readouterr().err
     assert list_checkpoints(str(tmp_path / "third")) == [], "it stopped before it trained"
 
 
