@@ -141,7 +141,7 @@ def stopped_for_20s(directory: Path) -> dict[str, Any]:
     time.sleep(20)
     worker.resume()
     code = command.end()
-    anew = sum("starting anew" in line for line in command.said)
+    anew = sum("restarting from step" in line for line in command.said)
     found = whole(directory, 60)
     return {"code": code, "started_anew": anew, **found, "ok": found["ok"] and code == 0 and anew == 0}
 
@@ -154,7 +154,7 @@ def stopped_for_good(directory: Path) -> dict[str, Any]:
     (worker,) = command.processes("ray::RayTrainWorker")
     worker.suspend()
     code = command.end()
-    anew = sum("no step for" in line and "starting anew" in line for line in command.said)
+    anew = sum("no step for" in line and "restarting from step" in line for line in command.said)
     found = whole(directory, 60)
     return {"code": code, "started_anew": anew, **found, "ok": found["ok"] and code == 0 and anew == 1}
 
@@ -199,7 +199,7 @@ def kills_while_writing(directory: Path) -> dict[str, Any]:
         under_way = written()
         worker.kill()
         unfinished += any(not (each / "manifest.json").exists() for each in under_way)
-        command.wait_for("starting anew", times=kill + 1)
+        command.wait_for("restarting from step", times=kill + 1)
         command.wait_for("train: workers continue at step", times=kill + 1)
     code = command.end()
     found = whole(directory, 150)

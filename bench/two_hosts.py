@@ -10,7 +10,7 @@ results are in the bucket. The tiny model trains on two workers, LoRA in fp32 wi
 
 smooth   undisturbed: what the others are held against
 blip     the link of h1 is cut for 20 s: every loss and every step's rows as undisturbed, to the last bit
-fewer    h1 is cut off for good, one to two workers are allowed: the run goes on with one; rows as undisturbed, losses within
+fewer    h1 is cut off for good, one to two workers are allowed: the run continues with one; rows as undisturbed, losses within
          1e-5 relative over the 50 steps after the change, 1e-3 at the end
 waits    h1 is cut off for good, two workers are needed: exit code 75 after scale.wait_s, what is committed as undisturbed
 again    after `waits`: h1 is back, the same command continues, and losses and rows are as undisturbed, to the last bit
@@ -49,7 +49,10 @@ from tests.s3 import S3Server  # noqa: E402
 ADDRESSES = {"h0": "10.77.0.1", "h1": "10.77.0.2", "s3": "10.77.0.3"}
 GATEWAY, HOME, GCS = "10.77.0.254", "/tmp/home", f"{ADDRESSES['h0']}:6379"
 CASES = ("blip", "fewer", "waits", "again")
-LACKS = "ftray: the cluster can hold 1 of at least 2 workers (scale.num_workers) since 10 s. The checkpoint of step"
+LACKS = (
+    "ftray: for 10 s, the cluster has room for 1 worker, but the run needs at least 2 (scale.num_workers). The "
+    "checkpoint of step"
+)
 ALONE = f"""set -e; mount -t tmpfs tmp /tmp; mount -t tmpfs shm /dev/shm; mkdir {HOME}; hostname $0
 printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' $0 >/tmp/hosts; mount --bind /tmp/hosts /etc/hosts
 mount -o remount,ro,bind /; echo up; exec sleep infinity"""

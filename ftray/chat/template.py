@@ -320,7 +320,7 @@ class _AddCharges(NodeTransformer):
 
     visit_CallBlock = visit_Block = visit_Macro  # noqa: N815
 
-    def visit_Pair(self, node: Any) -> Any:  # noqa: N802 - Python hashes a key anew each time, with everything inside it
+    def visit_Pair(self, node: Any) -> Any:  # noqa: N802 - Python hashes a key again each time, with everything inside it
         self.generic_visit(node)
         node.key = _filtered(node.key, "_charge_tree")
         return node

@@ -78,10 +78,10 @@ def run_in_child(
             return 1
         if ended.signal:
             name = signal.Signals(ended.signal).name
-            why = " (the kernel does so when memory runs out)" if ended.signal == signal.SIGKILL else ""
-            fail(f"the command's process was ended by {name}{why}; {again}")
+            why = " (possibly by the kernel, out of memory)" if ended.signal == signal.SIGKILL else ""
+            fail(f"the command was killed by {name}{why}; {again}")
             _die_of(ended.signal)
-        fail(f"the command's process ended without a word (exit code {ended.code}); {again}")
+        fail(f"the command exited without an error message (exit code {ended.code}); {again}")
         return ended.code or 1
 
 

@@ -162,7 +162,7 @@ def at_most_one(**options: object) -> None:
     """Raises ConfigError if more than one of these options is set."""
     names = [f"--{name.rstrip('_').replace('_', '-')}" for name, value in options.items() if value]
     if len(names) > 1:
-        raise ConfigError(f"{names[0]} and {names[1]} exclude each other; use one of them")
+        raise ConfigError(f"{names[0]} and {names[1]} cannot be combined; use one of them")
 
 
 def open_target(target: str, overrides: list[str] | None = None) -> config.RunConfig:

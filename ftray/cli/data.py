@@ -131,7 +131,10 @@ def order(
         from ftray.data.verify import as_line, as_text, trace_order
 
         if end > data.plan.num_steps:
-            raise ConfigError(f"--steps {first}:{end}: the run has {data.plan.num_steps} steps; lower it")
+            last = data.plan.num_steps
+            raise ConfigError(
+                f"--steps {first}:{end} goes past the run's last step (it has {last}); use {min(first, last - 1)}:{last}"
+            )
         show = as_line if json else as_text
         for entry in trace_order(data.plan, world_size, start, max(first, start), end):
             print(show(entry) if json else printable(show(entry)), file=out, flush=True)

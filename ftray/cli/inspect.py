@@ -208,7 +208,9 @@ def gc(
         str, Argument(help="Directory of a run, or one that holds runs (local or s3://).", show_default=False)
     ],
     dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be deleted.")] = False,
-    older_than: Annotated[float, Option(metavar="HOURS", callback=_hours, help="Keep younger files.")] = 1.0,
+    older_than: Annotated[
+        float, Option(metavar="HOURS", callback=_hours, help="Delete only files older than this.")
+    ] = 1.0,
     *,
     console: Console,
 ) -> int:

@@ -28,7 +28,7 @@ def publish(
     ] = None,
     owner: Annotated[str | None, Option(help="The publisher. Default: FTRAY_OWNER or the login name.")] = None,
     take_over: Annotated[
-        bool, Option("--take-over", help="Publish or remove the adapter although it has another owner.")
+        bool, Option("--take-over", help="Publish or remove the adapter even if it belongs to another owner.")
     ] = False,
     *,
     console: Console,
@@ -69,7 +69,9 @@ def publish(
     )
     if signer is not None:
         message += f"\nsigned; endpoints trust it with serve.trusted_keys=[{signer.public_key}]"
-    console.say(f"{message}\nendpoints of its base load it within seconds: ftray serve {target}")
+    console.say(
+        f"{message}\nrunning endpoints for this base load it within seconds; to start one: ftray serve {target}"
+    )
     return 0
 
 
@@ -96,7 +98,7 @@ def _exported_adapter(run: config.RunConfig, target: str) -> tuple[str, str, int
         The run's directory, the adapter's directory, its step, and its manifest.
 
     Raises:
-        ConfigError: The run makes no LoRA adapter, is not finished, or its best checkpoint is not exported.
+        ConfigError: The run does not produce a LoRA adapter, is not finished, or its best checkpoint is not exported.
         CheckpointError: The best checkpoint is damaged.
     """
     from ftray import storage
@@ -105,7 +107,7 @@ def _exported_adapter(run: config.RunConfig, target: str) -> tuple[str, str, int
 
     if run.method.type not in ("lora", "qlora"):
         raise ConfigError(
-            f"method.type {run.method.type} makes no LoRA adapter, and only LoRA adapters can be published; use lora"
+            f"method.type {run.method.type} does not produce a LoRA adapter, and only LoRA adapters can be published; use lora"
         )
     run_dir = storage.absolute(run.directory)
     if has_begun(run_dir):

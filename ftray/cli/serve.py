@@ -45,7 +45,7 @@ def serve(
     *,
     console: Console,
 ) -> int:
-    """Serve the base with the run's and all published adapters, OpenAI-compatible, until Ctrl-C."""
+    """Serve the base model, the run's adapter and all published adapters behind an OpenAI-compatible endpoint, until Ctrl-C."""
     from ftray import storage
     from ftray.cli.session import quiet, ray_session
     from ftray.serve import proxy

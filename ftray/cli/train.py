@@ -48,7 +48,8 @@ def train(
     run = open_target(target, overrides)
     if run.tune is not None:
         console.say(
-            "the section tune applies to `ftray tune` and `ftray run`; this command trains the file's own settings"
+            "`ftray train` ignores the `tune` section and uses the other settings in the file; to sweep, use `ftray tune` or "
+            "`ftray run`"
         )
     if (done := finished(run, verify=True)) is not None:
         console.say(f"training of '{run.name}' is complete ({done.step} steps): {done.uri}")
@@ -109,7 +110,7 @@ def reproduce(
     overrides: Overrides = None,
     name: Annotated[str | None, Option(help="Name of the new run. Default: <run>-again.")] = None,
     other_environment: Annotated[
-        bool, Option("--other-environment", help="Continue although packages, Python or the kind of CPU differ.")
+        bool, Option("--other-environment", help="Continue even if packages, Python or the CPU type differ.")
     ] = False,
     *,
     console: Console,

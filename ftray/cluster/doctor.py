@@ -234,7 +234,7 @@ def _gpu_kinds(nodes: list[NodeFacts]) -> HealthCheck:
     told = ", ".join(f"{number} × {name}" for name, number in sorted(counts.items())) or "none"
     if unseen := [n for n in nodes if n.resources and n.resources.get("GPU", 0) < len(n.gpus)]:
         node = unseen[0]
-        fact = f"{node.host} has {len(node.gpus)} but Ray has only {node.resources.get('GPU', 0):g}"
+        fact = f"{node.host} has {len(node.gpus)} GPUs, but Ray sees only {node.resources.get('GPU', 0):g}"
         return HealthCheck("gpus", "warn", fact, "start Ray there without --num-gpus")
     if len(counts) > 1:
         return HealthCheck("gpus", "warn", told, "the slowest GPU sets the pace of a run: set scale.accelerator")

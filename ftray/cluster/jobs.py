@@ -62,7 +62,7 @@ class JobClient:
             parts = urlsplit(self.address)
             host = parts.hostname or ""
         except ValueError:
-            raise ConfigError(f"--address {self.address} is no address; give e.g. https://head:8265") from None
+            raise ConfigError(f"--address {self.address} is not a valid address; give e.g. https://head:8265") from None
         if parts.scheme == "http" and not is_loopback(host):
             raise ConfigError(
                 f"--address {self.address} would send the cluster's token in plain text over the network; forward a port "
@@ -95,7 +95,7 @@ class JobClient:
             ) from None
         except (requests.exceptions.JSONDecodeError, KeyError):
             raise ConfigError(
-                f"--address {self.address} is no Ray dashboard; give that, e.g. http://head:8265"
+                f"--address {self.address} is not a Ray dashboard; give its address, e.g. http://head:8265"
             ) from None
         except (ConnectionError, requests.exceptions.RequestException) as err:
             raise Preempted(

@@ -138,7 +138,7 @@ def _rayjob(run: config.RunConfig, layout: PodLayout, image: RunImage) -> Tree:
         "metadata": {"run": run.name, "config_hash": run.config_hash},
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": submitter(image),
-        "backoffLimit": RETRIES,  # a new cluster each time; the run goes on by its name at its newest checkpoint
+        "backoffLimit": RETRIES,  # a new cluster each time; the run continues by its name from its newest checkpoint
         "preRunningDeadlineSeconds": START_S,
         "activeDeadlineSeconds": MOST_S,
         "deletionStrategy": {

@@ -1,6 +1,6 @@
 """Turns a raw record into an example, or into a quarantine entry that says why not. Knows no sequences, order or Ray.
 
-Every record becomes exactly one of the two: nothing is dropped, cut or left without trained tokens silently.
+Every record becomes exactly one of the two: no record is silently dropped, truncated or left without trained tokens.
 
 A record belongs to the eval set if the first 64 bits of its hash (or its group's hash) are below `fraction`, independent of
 all other records. A class may end up without an eval record that way; then `labels.pick_substitutes` selects one, and the
@@ -89,7 +89,7 @@ class Rules:
 
 FIXES = {
     "bad_turn": "correct this turn",
-    "dropped": "nothing, if it is a copy; else set data.clean to report",
+    "dropped": "no action needed if it is a duplicate; otherwise set its rule in data.clean to report",
     "invalid_json": "write one JSON object per line",
     "invalid_utf8": "save the file as UTF-8",
     "missing_field": "fill in the field, or remove the record",

@@ -164,7 +164,7 @@ def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
     if not data.endswith(b"\n"):
         data += _rest_of_line(chunk.uri, chunk.end)
     if at == 0 and data.startswith(b"\xef\xbb\xbf"):
-        data, at = data[3:], 3  # a byte order mark is no part of the first record
+        data, at = data[3:], 3  # a byte order mark is not part of the first record
     for line in data.split(b"\n"):
         decompress.check_record(chunk.uri, len(line), f"byte {at}")
         if line.strip():

@@ -245,7 +245,7 @@ def check_checkpoint(
         changed = what_changed(run_dir, run, data, tokenizer_hash(tokenizer), template_hash(tokenizer))
         raise DataError(
             f"{changed} after the checkpoint {checkpoint.uri} of the run '{run.name}' was made. Restore the former state; to "
-            f"train anew, choose another name or delete {run_dir}"
+            f"train again, choose another name or delete {run_dir}"
         )
 
 

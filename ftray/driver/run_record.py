@@ -10,7 +10,7 @@ from ftray import config, storage
 from ftray.errors import ConfigError
 from ftray.train.checkpoint.catalog import CheckpointRef, has_begun, list_checkpoints, merge_metrics, scan_checkpoints
 
-REMEDY = "restore it, delete it so that it is written anew from the run file, or choose another name"
+REMEDY = "restore it, delete it so that it is written again from the run file, or choose another name"
 NAMED_VERSIONS = ("ftray", "ray", "torch", "transformers", "peft", "deepspeed")
 
 

@@ -76,7 +76,7 @@ def supervise(
                 _check_failures(run, result.failure, failures, step, console)
                 _pause(min(MAX_RETRY_DELAY_S, RETRY_DELAY_S * (failures - 1)), signals)  # most failures pass at once
             else:
-                console.say(f"train: {result.stop_reason}; its workers left at step {step}")
+                console.say(f"train: stopped the workers at step {step}: {result.stop_reason}")
 
 
 @contextmanager
@@ -111,13 +111,13 @@ def _check_failures(run: config.RunConfig, failure: str, failures: int, step: in
             f" {failures} times in a row without a new checkpoint (scale.max_failures: {allowed})" if allowed else ""
         )
         raise RunError(f"training failed{times}: {failure}. {_where(step)}; {CONTINUE}")
-    console.warn(f"{failure}; restarting from step {step} (failure {failures}, allowed in a row: {allowed})")
+    console.warn(f"{failure}; restarting from step {step} (failure {failures} of at most {allowed} in a row)")
 
 
 def _raise_if_over(result: GroupResult, signals: list[int], step: int, lease: storage.Lease | None) -> None:
     if lease is not None and lease.overtaken:
         raise RunHeldError(
-            "another process took the run over while this one did not renew its lease; follow that process"
+            "another process took over the run because this one did not renew its lease; watch that process instead"
         )
     if isinstance(result.error, StorageError):  # storage was checked before workers started
         raise RunError(f"{result.error}. {_where(step)}; {CONTINUE}")
@@ -147,7 +147,7 @@ def _newest_step(run_dir: str) -> int:
 def stop_signals(console: Console) -> Iterator[list[int]]:
     """The signals received so far.
 
-    The first Ctrl-C, SIGTERM or SIGHUP makes the workers commit a checkpoint and leave; another Ctrl-C ends at once.
+    The first Ctrl-C, SIGTERM or SIGHUP makes the workers commit a checkpoint and stop; another Ctrl-C ends at once.
     """
     caught: list[int] = []
 
@@ -190,19 +190,22 @@ class WorkerSupply:
                 return size
             self._waiting_since_s = self._waiting_since_s or time.monotonic()
             fewest, wait_s = self._run.world_sizes[-1], self._run.scale.wait_s
-            shortage = f"the cluster can hold {available} of at least {fewest} workers (scale.num_workers)"
+            shortage = (
+                f"the cluster has room for {available} worker{'' if available == 1 else 's'}, but the run needs at least "
+                f"{fewest} (scale.num_workers)"
+            )
             if not has_warned:
                 self._console.warn(f"{shortage}; waiting up to {duration(wait_s)} (scale.wait_s) for nodes")
                 has_warned = True
             if time.monotonic() - self._waiting_since_s > wait_s:
-                raise Preempted(f"{shortage} since {duration(wait_s)}. {_where(_newest_step(run_dir))}; {CONTINUE}")
+                raise Preempted(f"for {duration(wait_s)}, {shortage}. {_where(_newest_step(run_dir))}; {CONTINUE}")
             time.sleep(min(1.0, wait_s))
 
     def avoid(self, size: int) -> None:
         """A group of this size could not be placed.
 
-        Either a node is gone that still counted as alive, which is known by now, or others hold the resources: then the
-        next group is smaller where that is allowed.
+        Either a node that Ray counted as alive was gone (Ray knows by now), or other jobs hold the resources. In that case
+        the next group is smaller, if the settings allow it.
         """
         if max_workers(self._run.scale, self._use_gpu, usable_nodes()) < size:
             return
@@ -213,7 +216,7 @@ class WorkerSupply:
         wait_s = self._run.scale.wait_s
         if smaller is None and time.monotonic() - self._waiting_since_s > wait_s:
             raise Preempted(
-                f"other jobs have held the resources for {size} workers since {duration(wait_s)}; {CONTINUE}"
+                f"for {duration(wait_s)}, other jobs have been using the resources that {size} workers need; {CONTINUE}"
             )
         next_try = f"trying {smaller} workers" if smaller else "trying again"
         self._console.warn(f"{size} workers could not be placed, because other jobs hold the resources; {next_try}")
@@ -239,7 +242,7 @@ class WorkerSupply:
         larger = self.growth(usable_nodes(), free_nodes()) if workers else None
         if larger is not None:
             self._largest = larger
-            return f"the cluster can hold {larger} workers"
+            return f"the cluster has room for {larger} workers"
         return ""
 
     def growth(self, nodes: list[Resources], free: list[Resources]) -> int | None:

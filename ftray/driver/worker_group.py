@@ -225,5 +225,5 @@ class _GroupWatch:
         elif self._error is not None:
             failure = explain(self._error)
         elif not (self._finished or self._stopping):
-            failure = "the workers left before the last step"
+            failure = "the workers stopped before the last step"
         return GroupResult(self._finished and not failure, self._stopping, None, failure, was_not_placed(self._error))

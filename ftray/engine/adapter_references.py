@@ -57,7 +57,7 @@ class AdapterReferences:
             freeing = asyncio.ensure_future(self._free(adapter))
             self._freeing.add(freeing)
             freeing.add_done_callback(self._freeing.discard)
-            await asyncio.shield(freeing)  # it goes on where the request that waits for it is cancelled
+            await asyncio.shield(freeing)  # it continues if the waiting request is cancelled
 
 
 class AdapterReference:

@@ -1,9 +1,8 @@
 """Reads and checks LoRA adapter directories and the headers of safetensors files. Plain Python: no torch.
 
-Publishing checks an adapter before it writes, serving before it loads. The format is PEFT's, safetensors only, with those of
-PEFT's
-options that ftray trains: LoRA, rsLoRA and DoRA over linear layers. A header comes from the author of the file, so its length,
-names, shapes, types and offsets are all bounded.
+Publishing checks an adapter before it writes, serving before it loads. The format is PEFT's, safetensors only, with the options
+that ftray trains: LoRA, rsLoRA and DoRA over linear layers. A header comes from the author of the file, so its length, names,
+shapes, types and offsets are all bounded.
 """
 
 from __future__ import annotations
@@ -65,9 +64,11 @@ def read_settings(text: bytes, where: str) -> AdapterSettings:
     try:
         tree = strict_json.parse(text, max_bytes=MAX_CONFIG_BYTES, max_depth=16)
     except ValueError as err:
-        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: {err}; {again}") from None
+        raise ModelError(f"{where}/{CONFIG_FILE} is not a valid adapter config: {err}; {again}") from None
     if not isinstance(tree, dict) or not {"peft_type", "r", "lora_alpha"} <= tree.keys():
-        raise ModelError(f"{where}/{CONFIG_FILE} is no adapter's config: it lacks peft_type, r or lora_alpha; {again}")
+        raise ModelError(
+            f"{where}/{CONFIG_FILE} is not a valid adapter config: it lacks peft_type, r or lora_alpha; {again}"
+        )
     kind, rank, alpha = tree["peft_type"], tree["r"], tree["lora_alpha"]
     base, revision = tree.get("base_model_name_or_path"), tree.get("revision")
     for key, value, types in (
@@ -108,7 +109,7 @@ def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list
     where = str(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():  # a pipe or a device would be read without end
-            raise ModelError(f"{where} lacks {name}, or it is no regular file; publish it again")
+            raise ModelError(f"{where}/{name} is missing or not a regular file; publish the adapter again")
     try:
         with (directory / CONFIG_FILE).open("rb") as file:
             settings = read_settings(file.read(MAX_CONFIG_BYTES + 1), where)
@@ -123,9 +124,10 @@ def read_adapter_files(directory: Path) -> tuple[AdapterSettings, dict[str, list
 
 def adapter_shapes(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, list[int]]:
     """Shapes of an adapter's tensors. Raises ModelError for a dtype that adapters do not have."""
+    allowed = f"{', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise ModelError(f"{where}: {name} is {tensor.dtype}, and adapters have {', '.join(_DTYPES)}; convert it")
+            raise ModelError(f"{where}: {name} has dtype {tensor.dtype}; adapters must be {allowed}. Convert it")
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
@@ -140,7 +142,7 @@ def layers_of(settings: AdapterSettings, shapes: Mapping[str, list[int]], where:
         found = _PARTS.fullmatch(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
         if found is None:
             raise ModelError(
-                f"{where} holds the tensor {name}, which is no part of LoRA over a linear layer; it can't be served"
+                f"{where} has the tensor {name}, which is not part of LoRA over a linear layer; it can't be served"
             )
         layers.setdefault(found["layer"], {})[found["part"]] = name
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.use_dora else set())
@@ -182,8 +184,8 @@ def check_adapter(
         for part, name in parts.items():
             if list(shapes[name]) != wanted[part]:
                 raise ModelError(
-                    f"{where}: {name} is {list(shapes[name])} where the base and rank {settings.rank} want "
-                    f"{wanted[part]}; this adapter belongs to another model"
+                    f"{where}: {name} has shape {list(shapes[name])}, expected {wanted[part]} for this base and rank "
+                    f"{settings.rank}; this adapter belongs to another model"
                 )
     return layers
 
@@ -210,7 +212,9 @@ def header_length(prefix: bytes, where: str) -> int:
     """Length in bytes of the header, from a file's first 8 bytes. Raises ModelError for an impossible one."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) != 8 or not 2 <= length <= MAX_HEADER_BYTES:
-        raise ModelError(f"{where} is no safetensors file: its header is not 2 to {MAX_HEADER_BYTES} bytes long")
+        raise ModelError(
+            f"{where} is not a valid safetensors file: its header is not 2 to {MAX_HEADER_BYTES} bytes long"
+        )
     return length
 
 
@@ -226,18 +230,19 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
         The tensors by name.
 
     Raises:
-        ModelError: The header is not JSON, or a name, type, shape or offset is impossible; tensors overlap, leave gaps or end
-            beyond
-            the file.
+        ModelError: The header is not JSON, or a name, type, shape or offset is impossible; tensors overlap, leave
+            gaps or end beyond the file.
     """
     if data_bytes < 0:
-        raise ModelError(f"{where} is no safetensors file: its header is longer than the file")
+        raise ModelError(f"{where} is not a valid safetensors file: its header is longer than the file")
     try:
         tree = strict_json.parse(header, max_bytes=MAX_HEADER_BYTES, max_depth=4)
     except ValueError as err:
-        raise ModelError(f"{where} is no safetensors file: its header can't be read: {err}") from None
+        raise ModelError(f"{where} is not a valid safetensors file: its header can't be read: {err}") from None
     if not isinstance(tree, dict) or len(tree) > MAX_TENSORS:
-        raise ModelError(f"{where} is no safetensors file: its header is no object of at most {MAX_TENSORS} tensors")
+        raise ModelError(
+            f"{where} is not a valid safetensors file: its header is not a JSON object with at most {MAX_TENSORS:,} entries"
+        )
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in tree.items():
@@ -249,7 +254,7 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
     for begin, stop in sorted(spans):
         if begin != end:
             raise ModelError(
-                f"{where} is no safetensors file: its tensors overlap or leave gaps at byte {min(begin, end)}"
+                f"{where} is not a valid safetensors file: its tensors overlap or leave gaps at byte {min(begin, end)}"
             )
         end = stop
     if end != data_bytes:
@@ -260,7 +265,7 @@ def read_header(header: bytes, data_bytes: int, where: str) -> dict[str, TensorI
 def _read_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, tuple[int, int]]:
     shown = repr(name[:80])
     if len(name) > MAX_NAME_CHARS or not isinstance(entry, dict):
-        raise ModelError(f"{where} is no safetensors file: its header has an impossible entry {shown}")
+        raise ModelError(f"{where} is not a valid safetensors file: its header has an impossible entry {shown}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ModelError(f"{where}: the tensor {shown} has an unknown dtype; write it again with `ftray export`")
@@ -269,8 +274,11 @@ def _read_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, tuple[in
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise ModelError(f"{where}: the tensor {shown} has impossible offsets; write it again with `ftray export`")
     begin, stop = offsets
-    if stop - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise ModelError(f"{where}: the tensor {shown} has {stop - begin} bytes, which its shape and dtype don't give")
+    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if stop - begin != num_bytes:
+        raise ModelError(
+            f"{where}: the tensor {shown} has {stop - begin} bytes, but its shape and dtype need {num_bytes}"
+        )
     return TensorInfo(dtype, list(shape)), (begin, stop)
 
 

@@ -139,7 +139,7 @@ def load_engine(
         torch.set_num_threads(num_threads)
     options = {"local_files_only": is_local, "trust_remote_code": False, "revision": None if is_local else revision}
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # a replica's log is no terminal
+    transformers_logging.disable_progress_bar()  # a replica's log is not a terminal
     try:
         if not is_local:
             options["revision"] = check_hub_model(str(model_dir), revision)

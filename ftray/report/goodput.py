@@ -135,7 +135,7 @@ def _failure(unix_s: float, event: GroupFailed, later: Sequence[LoggedEvent]) ->
     for again in later:
         if isinstance(again.event, TrainingStarted):
             step = again.event.step
-            words += f"; training went on {duration(again.unix_s - unix_s)} later at step {step}"
+            words += f"; training continued {duration(again.unix_s - unix_s)} later at step {step}"
             repeated = 0 if event.step is None else event.step - step
             return f"{words}: {repeated} step{'s' if repeated != 1 else ''} done again" if repeated > 0 else words
     return words

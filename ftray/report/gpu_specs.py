@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MEASURED = "H200"
 MATMUL_SHARE = 0.697  # of the data sheet's dense rate that products reach
-# Passes over a token's activations, for all that is no product.
+# Passes over a token's activations, for all that is not a product.
 PASSES = {"full": 11.8, "lora": 18.3, "qlora": 18.3, "prompt-tuning": 18.3}
 QLORA_COST = 1.012
 # Of all products, where the feed-forward layers' are in 8 bits. int8 is Hopper's, where it gains little; A100's is not measured.
@@ -26,7 +26,7 @@ GAINS = {("lora", "fp8"): 1.58, ("lora", "int8"): 1.12, ("full", "fp8"): 1.2}
 MEASURED_TOKENS = 16384  # of the micro-batches that these were measured with
 FP32_COST = 8.0  # a guess: products without the tensor cores' 16-bit rate
 NEEDED = {"fp8": (9, 0), "int8": (8, 0)}  # capability, as in `model.eight_bit`
-HIDDEN_SHARE = 0.5  # of the gathering of sharded weights that goes on behind products
+HIDDEN_SHARE = 0.5  # of the gathering of sharded weights that overlaps with products
 GATHER_S = (
     5.5e-12  # a byte of sharded weights, in each micro-batch, for its calls and what it takes from the products beside
 )

@@ -87,11 +87,11 @@ def compare_reproduction(old_dir: str, new_dir: str) -> str:
         )
     gaps = [abs(old[s]["loss"] - new[s]["loss"]) for s in apart if None not in (old[s]["loss"], new[s]["loss"])]
     most = max(gaps, default=0.0) if len(gaps) == len(apart) else math.nan  # one was not finite
-    said = f"the data of {len(steps)} steps is the same; losses differ by at most {most:.3g} since step {min(apart, default=at)}"
+    said = f"the data of {len(steps)} steps is the same; losses differ by at most {most:.3g} from step {min(apart, default=at)}"
     events = [logged.event for each in (old_dir, new_dir) for logged in read_events(each)]
     starts = [event for event in events if isinstance(event, TrainingStarted)]
     if {start.device for start in starts} == {"CPU"} and len({start.workers for start in starts}) == 1:
-        raise RunError(f"{said}, although both were trained on CPUs with the same number of workers")
+        raise RunError(f"{said}, even though both were trained on CPUs with the same number of workers")
     return f"{said}: sums on GPUs, or over another number of workers, are not bit-identical"
 
 

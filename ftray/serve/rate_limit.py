@@ -1,8 +1,7 @@
 """Rate limits per API key: requests per minute, tokens per minute, tokens per day. Knows no HTTP.
 
 Each replica counts for itself. The cost of an answer is known at its end, so running answers may overdraw a budget; the key
-then
-waits until it is balanced.
+then waits until it is balanced.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class RayMetricsMirror:
         self._copied_s = time.monotonic()
         try:
             self._copy()
-        except Exception:  # noqa: BLE001 - whatever it is, answers go on
+        except Exception:  # noqa: BLE001 - answers continue whatever the error is
             _log.exception("Could not export the replica's metrics to Ray")
 
     def _copy(self) -> None:

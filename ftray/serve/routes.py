@@ -273,7 +273,7 @@ class _Routes:
 
     def _sampling(self, body: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
         left = self._engine.max_context - num_prompt_tokens
-        # What the client left to us is cut to what fits; what it body for is not.
+        # The default is cut to the free context; a number that the client asked for is not.
         max_tokens = body.num_tokens_asked or max(1, min(self._max_tokens, left))
         return [
             SamplingParams(

@@ -1,8 +1,8 @@
-"""A/B tests and canaries: selects the model for a request for `default`, and returns a failing canary.
+"""A/B tests and canaries: selects the model for a request for `default`, and takes a failing canary out of rotation.
 
 Plain Python on recorded times and failures, with storage for decisions that all replicas share; no HTTP, engines or Ray. The
-return of a canary is one file, written by the first replica that detects a reason. The other replicas read it, and so does the
-next start of the endpoint, until `ab` or `canary` change.
+decision to remove a canary is one file, written by the first replica that detects a reason. The other replicas read it, and
+so does the next start of the endpoint, until `ab` or `canary` change.
 """
 
 from __future__ import annotations

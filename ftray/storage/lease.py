@@ -1,6 +1,6 @@
 """The lease: who owns a run. A numbered file whose owner rewrites it; the highest number is the owner.
 
-Knows files, processes and clocks; nothing of what a run does.
+Knows files, processes and clocks, independent of what a run does.
 """
 
 import getpass
@@ -28,7 +28,7 @@ Token = tuple[str, int]  # a run's URI and the number of the lease by which it i
 
 
 def holds(token: Token) -> bool:
-    """Whether no other process took the run since. Raises StorageError."""
+    """Whether this lease still owns the run. Raises StorageError."""
     run_uri, number = token
     return max(_lease_numbers(join(absolute(run_uri), "lease")), default=0) == number
 
@@ -36,7 +36,7 @@ def holds(token: Token) -> bool:
 class Lease:
     """The right to write a run, kept by a thread that rewrites its file every ttl/6; made by `acquire_lease`.
 
-    Leaving the `with` block releases it. A process that dies leaves it to grow stale.
+    Leaving the `with` block releases it. If the process dies, its lease expires.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Lease:
         return self._overtaken or time.monotonic() - self._last_sign_s > self._ttl_s
 
     def release(self) -> None:
-        """Lets the next one take the run at once. A store that can't be reached only delays that, by `ttl_s`."""
+        """Lets another process take over immediately. If the store can't be reached, it has to wait for `ttl_s`."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -95,8 +95,8 @@ class Lease:
         except StorageError as error:
             if not self._has_warned:  # once for each time that the store goes away
                 self._warn(
-                    f"the run's lease can't be renewed now: {error}. It is tried again; after {self._ttl_s:.0f} s another "
-                    "command may take the run"
+                    f"cannot renew the run's lease: {error}. Retrying; if renewal keeps failing for {self._ttl_s:.0f} s, "
+                    "another command may take over the run"
                 )
             self._has_warned = True
         finally:
@@ -119,7 +119,7 @@ def acquire_lease(
     for _ in range(10):
         last = max(_lease_numbers(folder), default=0)
         if last and (held := _live_owner(_lease_uri(folder, last))):
-            raise RunHeldError(f"run '{run_uri.rstrip('/').rpartition('/')[2]}' {held}; wait for it, or stop it there")
+            raise RunHeldError(f"run '{run_uri.rstrip('/').rpartition('/')[2]}' {held}")
         record, began_s = {**(owner or {}), **_this_process(), **_command(), "ttl_s": ttl_s}, time.monotonic()
         mine = _lease_uri(folder, last + 1)
         if not files.create_bytes(mine, json.dumps(record).encode()):
@@ -143,7 +143,7 @@ def _lease_numbers(folder: str) -> list[int]:
 
 
 def _live_owner(uri: str) -> str:
-    """Who holds a lease file, in words; "" if nobody does: released, grown stale, or its process is dead."""
+    """Who holds a lease file and the remedy, in words; "" if nobody does: released, grown stale, or its process is dead."""
     try:
         data, age_s = _read_with_age(uri)
     except MissingFile:
@@ -154,7 +154,10 @@ def _live_owner(uri: str) -> str:
         if age_s > DAMAGED_TTL_S:
             return ""
         left_s = DAMAGED_TTL_S - age_s
-        return f"may be held: {uri} is damaged ({error}), which a living owner mends within {left_s:.0f} s"
+        return (
+            f"may be in use: its lease file {uri} is damaged ({error}). A live owner rewrites it within {left_s:.0f} s; wait "
+            "that long and try again"
+        )
     here = _this_process()
     dead = record["machine"] == here["machine"] and _process_start(record["pid"]) != record["process_start"]
     if record["released"] or age_s > record["ttl_s"] or (dead and here["machine"]):
@@ -163,7 +166,7 @@ def _live_owner(uri: str) -> str:
     return (
         f"is held by {record['user']} on {record['host']} (pid {record.get('command_pid', record['pid'])}, "
         f"since {since:%Y-%m-%d %H:%M} UTC, "
-        f"last sign of life {age_s:.0f} s ago)"
+        f"last sign of life {age_s:.0f} s ago); wait for it, or stop it there"
     )
 
 
@@ -174,13 +177,13 @@ def _parse_record(data: bytes) -> dict[str, Any]:
     whole = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("pid"), int)
     whole = whole and isinstance(record.get("released"), bool) and isinstance(record.get("ttl_s"), int | float)
     if not whole:
-        raise ValueError("it lacks what an owner writes")
+        raise ValueError("required fields are missing")
     datetime.fromisoformat(record["since"])
     return record
 
 
 def _read_with_age(uri: str) -> tuple[bytes, float]:
-    """Content, and seconds since it was written by the store's own clock: those of two machines may differ."""
+    """Content, and its age by the store's clock, because two machines' clocks may differ."""
     if is_remote(uri):
         response = s3.request("get_object", uri)
         now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
@@ -214,7 +217,10 @@ def _command() -> dict[str, int]:
 
 
 def _process_start(pid: int) -> str:
-    """When a process began, in clock ticks since boot; "" if it is dead. A pid is used again, a pair of both is not."""
+    """When a process began, in clock ticks since boot; "" if it is dead.
+
+    Pids are reused; (pid, start time) pairs are not.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

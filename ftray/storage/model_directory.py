@@ -82,7 +82,7 @@ def check_hub_model(name: str, revision: str | None) -> str:
 def check_config(tree: Any, path: Path) -> None:
     """Refuses keys of a config that load kernels from a hub, or name a file elsewhere. Raises ModelError."""
     if not isinstance(tree, dict):
-        raise ModelError(f"{path} is no JSON object; copy or download it again")
+        raise ModelError(f"{path} is not a JSON object; copy or download it again")
     for key, value in _pairs(tree, path):
         if key.endswith(("_implementation", "_implementation_internal")):
             for name in value.values() if isinstance(value, dict) else [value]:
@@ -100,7 +100,7 @@ def check_config(tree: Any, path: Path) -> None:
 def check_tokenizer(tree: Any, path: Path) -> None:
     """Refuses a tokenizer whose replacements blow text up. Raises ModelError."""
     if not isinstance(tree, dict):
-        raise ModelError(f"{path} is no JSON object; copy or download it again")
+        raise ModelError(f"{path} is not a JSON object; copy or download it again")
     for place in TRANSFORMS:
         growth, parts = 1.0, 0
         for part in _parts(tree.get(place), path):
@@ -133,7 +133,9 @@ def _check_name(name: object, path: Path, key: str) -> None:
     """Refuses what is not a file's name below the directory."""
     parts = PurePosixPath(name.replace("\\", "/")).parts if isinstance(name, str) else ()
     if not isinstance(name, str) or not parts or parts[0] == "/" or ".." in parts or "\0" in name or ":" in parts[0]:
-        raise ModelError(f"{path}: {key} names {_shown(name)}, which is no file in the model's directory; correct it")
+        raise ModelError(
+            f"{path}: {key} names {_shown(name)}, which is not a file in the model's directory; correct it"
+        )
 
 
 def _read(path: Path, most_bytes: int) -> Any:
@@ -197,5 +199,5 @@ def check_model_directory(directory: Path) -> None:
     }
     missing = [what for what, pattern in wanted.items() if not any(directory.glob(pattern))]
     if missing:
-        raise ModelError(f"{directory} is no model: it lacks {', '.join(missing)}; make one with `ftray export`")
+        raise ModelError(f"{directory} is not a model: it lacks {', '.join(missing)}; make one with `ftray export`")
     check_model_files(directory)

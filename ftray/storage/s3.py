@@ -144,7 +144,7 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), shown: str =
                 return None
             expired = _SAME.get(code, code) == "ExpiredToken"
             if expired and renewals and time.monotonic() + pause_s <= deadline:
-                _connect.cache_clear()  # a new session reads the keys anew: a file, a role, a process may have new ones
+                _connect.cache_clear()  # a new session reads the keys again: a file, a role, a process may have new ones
                 renewals -= 1
             elif expired or not _is_passing(error):
                 raise _explained(shown, error) from error

@@ -47,7 +47,7 @@ def parse(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if "\\u" in text and _has_surrogate(tree):  # a pair of escapes is one character by now
-        raise ValueError("it holds half a surrogate pair, which is no character")
+        raise ValueError("it holds half a surrogate pair, which is not a character")
     return tree
 
 

@@ -49,7 +49,7 @@ def _upload_parts(source: str, uri: str, size_bytes: int) -> None:
     try:
         parts = {"Parts": in_parallel(send, range(1, -(-size_bytes // part_bytes) + 1))}
         done = s3.request("complete_multipart_upload", uri, unless=("NoSuchUpload",), MultipartUpload=parts, **upload)
-        # A completion whose answer was lost is sent again, and its upload is no more.
+        # A completion whose answer was lost is sent again, and its upload no longer exists.
         if done is None and files.size_and_etag(uri)[0] != size_bytes:
             raise StorageError(f"{uri}: its upload was ended by somebody else; try again")
     except BaseException:

@@ -24,7 +24,7 @@ class TrainJob:
         channel: Handle of the DriverChannel actor.
         parent: The checkpoint whose weights a new run starts from, or None.
         lease: The driver's right to write the run.
-        waits: Whether training waits after each eval until the driver has decided whether the trial goes on.
+        waits: Whether to pause after each eval for the driver's stop/continue decision.
     """
 
     run: config.RunConfig
@@ -89,7 +89,7 @@ class DriverChannel:
         return self._failure
 
     def settle(self, step: int, stop: bool) -> None:
-        """The driver has decided whether the run goes on after the eval of a step."""
+        """Records the driver's stop/continue decision after the eval of a step."""
         with self._settled:
             self._last_settled, self._stop = step, self._stop or stop
             self._settled.notify_all()
@@ -101,7 +101,7 @@ class DriverChannel:
             return self._stop
 
     def stop(self) -> None:
-        """Asks the workers to commit a checkpoint and leave at the next step."""
+        """Asks the workers to commit a checkpoint and stop at the next step."""
         self._stop = True
 
 
@@ -124,7 +124,7 @@ class DriverLink:
             ray.get(self._reply)
 
     def await_verdict(self, step: int) -> None:
-        """Waits until the driver has decided whether the run goes on after the eval of a step."""
+        """Waits for the driver's stop/continue decision after the eval of a step."""
         if self._channel is not None:
             self._stop = ray.get(self._channel.verdict.remote(step)) or self._stop
 

@@ -57,12 +57,12 @@ class Trainer:
         writer: Commits checkpoints.
         schedule: When checkpoints are due.
         evaluator: Computes the eval loss.
-        bad_steps: What follows from losses and gradients that are not finite.
+        bad_steps: Policy for non-finite losses and gradients.
         timer: Times this rank's forward passes.
-        link: The line to the driver.
+        link: Channel to the driver.
         progress: Where the run stands.
         micro_batch_before: Micro-batch size of the checkpoint that the run continues from.
-        waits: Whether training waits after each eval until the driver has decided whether the trial goes on.
+        waits: Whether to pause after each eval for the driver's stop/continue decision.
         metrics: Lines of metrics since the last checkpoint.
     """
 
@@ -83,7 +83,7 @@ class Trainer:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def train(self) -> None:
-        """Runs the steps; every rank leaves at the same one."""
+        """Runs the steps; all ranks stop after the same step."""
         if not self.progress.finished:
             self._announce()
             for batch, wait_s in timed(self.loader.batches(self.progress.step)):
@@ -185,7 +185,7 @@ class Trainer:
         return progress.finished
 
     def _rewind(self) -> None:
-        """Restores weights and optimizer from the last checkpoint with other weights; the data goes on from here."""
+        """Restores weights and optimizer from the last checkpoint with other weights; the data continues from here."""
         self.link.send(PhaseStarted("loading"))
         self.writer.wait()
         progress = self.progress

@@ -118,7 +118,7 @@ def test_a_command_whose_process_is_killed_leaves_nothing_and_says_so(run: Place
     driver.kill()
     ended = command.wait()
     assert ended.code == -signal.SIGKILL
-    assert "ftray: the command's process was ended by SIGKILL" in ended.err
+    assert "ftray: the command was killed by SIGKILL" in ended.err
     assert run.left_over(10) == []
     command = run.start("train", "run.yaml", "name=killed", f"train.max_steps={100 * NUM_STEPS}")
     command.wait_for("train: continuing at step")

@@ -96,7 +96,7 @@ def test_a_ray_that_is_shut_down_on_purpose_is_not_lost() -> None:
 def test_a_process_that_is_killed_ends_the_command_by_the_same_signal_and_nothing_stays() -> None:
     with process("main(lambda: start_ray() or os.kill(os.getpid(), signal.SIGKILL))") as child:
         pids = [int(word) for word in line(child).split()[1:]]
-        assert line(child).startswith("ftray: the command's process was ended by SIGKILL")
+        assert line(child).startswith("ftray: the command was killed by SIGKILL")
         assert child.wait() == -signal.SIGKILL
         assert all(map(is_gone, pids))
 

@@ -624,7 +624,7 @@ def test_a_wrong_word_is_a_usage_error_with_a_suggestion(
 
 def test_options_that_exclude_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["export", "x.yaml", "--quantize", "nf4", "--to", "gguf"]) == 2
-    assert capsys.readouterr().err == "ftray: --quantize and --to exclude each other; use one of them\n"
+    assert capsys.readouterr().err == "ftray: --quantize and --to cannot be combined; use one of them\n"
 
 
 def test_version_and_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_machines_that_are_well_are_found_well() -> None:
         ("versions", {"versions": {**VERSIONS, "python": "3.12.1"}}, "bad", "python is 3.11.7 on a, 3.12.1 on b"),
         ("gpus", {"gpus": ("NVIDIA H100",) * 8}, "warn", "8 × NVIDIA A100-SXM4-40GB, 8 × NVIDIA H100"),
         ("gpus", {"driver": "570.2"}, "warn", "16 × NVIDIA A100-SXM4-40GB, drivers 570.2, 580.1"),
-        ("gpus", {"resources": {"CPU": 92}}, "warn", "b has 8 but Ray has only 0"),
+        ("gpus", {"resources": {"CPU": 92}}, "warn", "b has 8 GPUs, but Ray sees only 0"),
         ("storage", {"storage_error": "s3://x refused: 403"}, "bad", "b: s3://x refused: 403"),
         ("storage", {"write_mb_s": 3.0}, "warn", "write 3 MB/s, read 500 MB/s on the slowest node"),
         ("clock", {"skew_s": -9.0}, "warn", "b is 9 s off"),

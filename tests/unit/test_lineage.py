@@ -258,7 +258,7 @@ def test_two_runs_are_compared_by_rows_losses_and_weights(tmp_path: Path) -> Non
     assert "reproduced bit for bit: data and losses of 2 steps, and the weights of step 2" in compare_reproduction(
         one, same
     )
-    with pytest.raises(RunError, match=r"differ by at most 0\.5 since step 1, although both were trained on CPUs"):
+    with pytest.raises(RunError, match=r"differ by at most 0\.5 from step 1, even though both were trained on CPUs"):
         compare_reproduction(one, made("other", [3.0, 2.5]))
     with pytest.raises(RunError, match="trained on other packed sequences"):
         compare_reproduction(one, made("rows", [3.0, 2.0], rows="q"))

@@ -128,7 +128,7 @@ def test_what_does_not_fit_or_was_damaged_is_not_published(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged; .*ftray export"):
         publish(registry, "x", flipped, f"{flipped}/merged", META)
     weights.write_bytes(b"pickle")
-    with pytest.raises(ModelError, match="no safetensors file"):
+    with pytest.raises(ModelError, match="not a valid safetensors file"):
         publish(registry, "x", flipped, f"{flipped}/merged", META)
     assert not (tmp_path / "published").exists()
 

@@ -86,7 +86,7 @@ def test_goodput_cost_and_recoveries_of_a_run_with_two_kills(tmp_path: Path) -> 
     assert found.num_failures == 2
     assert found.cost(3.6) == pytest.approx(3.6 * (69 * 2 + 40 * 1) / 3600)
     words = [text for _, text in as_rows(found)]
-    failure = "worker 1 on n2 was killed (SIGKILL); training went on 20 s later at step 20"
+    failure = "worker 1 on n2 was killed (SIGKILL); training continued 20 s later at step 20"
     assert f"failure after step 23: {failure}: 3 steps done again" in words
     assert "last sign of this command; it was killed" in words
     assert "nothing trained for 60 min" in words or "nothing trained for 1 h 0 min" in words
@@ -252,7 +252,7 @@ def live_until_interrupted(journal: EventLog) -> None:
         for result in (
             GroupResult(False, failure="lost"),
             GroupResult(False, not_placed=True, failure="nothing free"),
-            GroupResult(False, stop_reason="the cluster can hold 4 workers"),
+            GroupResult(False, stop_reason="the cluster has room for 4 workers"),
             GroupResult(True),
         ):
             journal.group_ended(result.event_type, result.why)
@@ -270,7 +270,7 @@ def test_a_journal_keeps_starts_failures_and_the_end_and_writes_nothing_once_ove
         TrainingStarted(7, 9, 2, "CPU"),
         GroupFailed("lost", 8),
         GroupNotPlaced("nothing free"),
-        GroupLeft("the cluster can hold 4 workers"),
+        GroupLeft("the cluster has room for 4 workers"),
         SessionEnded("interrupted", "interrupted; again"),
     ]
     assert [e.event.name for e in found] == ["began", "start", "failed", "no room", "left", "ended"], "in the file"

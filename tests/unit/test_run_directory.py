@@ -375,7 +375,7 @@ def test_a_damaged_lease_holds_a_run_for_a_minute_and_no_other(root: Path, ftray
     if how == "missing":
         return
     assert ftray("runs", "gc", str(root), "--older-than", "0") == 0
-    assert f"skipped: run 'seen' may be held: {file} is damaged (" in ftray.text
+    assert f"skipped: run 'seen' may be in use: its lease file {file} is damaged (" in ftray.text
     assert len(list((root / "other/lease").iterdir())) == 3, "the other run was swept"
     os.utime(file, (BEGAN_S - 1e8, BEGAN_S - 1e8))
     with storage.acquire_lease(str(root / "seen")):

@@ -97,8 +97,8 @@ def replaced_by(make: Callable[[Path], Any], name: str) -> Callable[[Path], Any]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty config": (config_text(b""), "no adapter's config"),
-    "config of a list": (config_text(b"[]"), "no adapter's config"),
+    "empty config": (config_text(b""), "not a valid adapter config"),
+    "config of a list": (config_text(b"[]"), "not a valid adapter config"),
     "config nested deeply": (config_text(b'{"r": ' + b"[" * 100_000), "nested more than"),
     "config of megabytes": (config_text(b'{"r": "' + b"x" * MAX_CONFIG_BYTES + b'"}'), "at most"),
     "rank infinite": (config_text(b'{"peft_type": "LORA", "r": 1e999, "lora_alpha": 1}'), "too large"),
@@ -122,12 +122,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank pattern": (config(rank_pattern={".*": 10**9}), "rank_pattern"),
     "layers replicated": (config(layer_replication=[[0, 10**6]]), "layer_replication"),
     "tokens": (config(trainable_token_indices=[1]), "trainable_token_indices"),
-    "weights empty": (weights(b""), "no safetensors file"),
-    "weights of a pickle": (weights(b"\x80\x04cos\nsystem\n" * 10), "no safetensors file"),
-    "header longer than the file": (weights(struct.pack("<Q", 1 << 20) + b"{}"), "no safetensors file"),
+    "weights empty": (weights(b""), "not a valid safetensors file"),
+    "weights of a pickle": (weights(b"\x80\x04cos\nsystem\n" * 10), "not a valid safetensors file"),
+    "header longer than the file": (weights(struct.pack("<Q", 1 << 20) + b"{}"), "not a valid safetensors file"),
     "header of exabytes": (weights(struct.pack("<Q", 2**63) + b"{}"), f"2 to {MAX_HEADER_BYTES}"),
-    "header of length 0": (weights(struct.pack("<Q", 0)), "no safetensors file"),
-    "header a list": (header(lambda _: b"[]"), "no safetensors file"),
+    "header of length 0": (weights(struct.pack("<Q", 0)), "not a valid safetensors file"),
+    "header a list": (header(lambda _: b"[]"), "not a valid safetensors file"),
     "header nested deeply": (header(lambda _: b'{"a": ' + b"[" * 100_000), "nested more than"),
     "header not UTF-8": (header(lambda _: b'{"\xff": 1}'), "UTF-8"),
     "a tensor twice": (header(lambda t: json.dumps(t).encode()[:-1] + b"," + json.dumps(t).encode()[1:]), "twice"),
@@ -148,10 +148,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole numbers": (lambda d: change_weights(d, lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()})), "I32"),
     "a name with ../": (lambda d: change_weights(d, lambda t: t.update({"../../x": torch.zeros(1)})), "no part of LoRA"),
     "a name of kilobytes": (lambda d: change_weights(d, lambda t: t.update({"x" * 5000: torch.zeros(1)})), "impossible entry"),
-    "config a directory": (replaced_by(Path.mkdir, CONFIG), "no regular file"),
-    "config a pipe": (replaced_by(os.mkfifo, CONFIG), "no regular file"),
-    "weights without end": (replaced_by(lambda p: p.symlink_to("/dev/zero"), WEIGHTS), "no regular file"),
-    "weights a link to nowhere": (replaced_by(lambda p: p.symlink_to("/nowhere"), WEIGHTS), "no regular file"),
+    "config a directory": (replaced_by(Path.mkdir, CONFIG), "not a regular file"),
+    "config a pipe": (replaced_by(os.mkfifo, CONFIG), "not a regular file"),
+    "weights without end": (replaced_by(lambda p: p.symlink_to("/dev/zero"), WEIGHTS), "not a regular file"),
+    "weights a link to nowhere": (replaced_by(lambda p: p.symlink_to("/nowhere"), WEIGHTS), "not a regular file"),
     "weights missing": (lambda d: (d / WEIGHTS).unlink(), "lacks"),
 }  # fmt: skip
 

@@ -671,7 +671,9 @@ def test_an_owner_that_can_not_reach_the_store_holds_its_lease_for_lost(
         monkeypatch.undo()
         assert soon(lambda: not lease.lost)
     assert len(warnings) == 1, "one for each time that the store goes away"
-    assert warnings[0].startswith("the run's lease can't be renewed now: not now. It is tried again; after 3 s another")
+    assert warnings[0].startswith(
+        "cannot renew the run's lease: not now. Retrying; if renewal keeps failing for 3 s, another"
+    )
 
 
 def test_a_store_that_became_read_only_is_said_to_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_where_all_checkpoints_are_damaged_nothing_begins_anew_in_silence(tmp_pa
     save(tmp_path, 6)
     damage(tmp_path, 3)
     damage(tmp_path, 6)
-    with pytest.raises(CheckpointError, match=r"are damaged; restore one, or delete .*/checkpoints to start anew"):
+    with pytest.raises(CheckpointError, match=r"are damaged; restore one, or delete .*/checkpoints to start again"):
         find_newest(str(tmp_path), lambda _: None)
     assert find_newest(str(tmp_path / "new"), lambda _: None) is None
 
@@ -64,7 +64,7 @@ def test_who_lost_the_run_writes_nothing_more(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/lease/{number:06d}.json", json.dumps({}).encode())
     (tmp_path / "checkpoints/step-000006").mkdir()
     (tmp_path / "checkpoints/step-000006/state.safetensors").write_bytes(b"half of the new owner's")
-    with pytest.raises(RunHeldError, match="another process took the run over"):
+    with pytest.raises(RunHeldError, match="another process took over the run"):
         save(tmp_path, 6, lease=slow.token)
     assert (tmp_path / "checkpoints/step-000006/state.safetensors").read_bytes() == b"half of the new owner's"
     assert steps(tmp_path) == [3]

@@ -37,7 +37,7 @@ class RowSampling:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __deepcopy__(self, memo: Any) -> RowSampling:
-        return self  # a request that is evicted from the cache is copied, and goes on as itself
+        return self  # a request that is evicted from the cache is copied, and continues with the same state
 
 
 class RowSampler(ContinuousBatchingLogitsProcessor):

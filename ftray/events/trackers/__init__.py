@@ -136,7 +136,7 @@ class _TrackerThread(threading.Thread):
                 self._tracker.update(self._read_segments(self._run_dir, segments))
                 if is_last:
                     self._tracker.close(self.state)
-            except Exception as err:  # noqa: BLE001 - whatever a library raises, the run goes on
+            except Exception as err:  # noqa: BLE001 - whatever a library raises, the run continues
                 self._failed(err)
 
     def _failed(self, err: Exception) -> None:

@@ -34,7 +34,7 @@ def metric_values(line: dict[str, Any]) -> dict[str, float]:
 
 
 def tracker_id(run_dir: str) -> str:
-    """The run's id for trackers, wherever it is continued; a run that is deleted and started anew gets another.
+    """The run's id for trackers, wherever it is continued; a run that is deleted and started again gets another.
 
     A damaged id is replaced: trackers then show a second run.
     """

@@ -233,7 +233,7 @@ def find_newest(run_dir: str, warn: Callable[[str], None], below_updates: float 
     if num_damaged and below_updates == math.inf:
         directory = storage.join(run_dir, "checkpoints")
         raise CheckpointError(
-            f"all {num_damaged} checkpoints in {directory} are damaged; restore one, or delete {directory} to start anew"
+            f"all {num_damaged} checkpoints in {directory} are damaged; restore one, or delete {directory} to start again"
         )
     return None
 

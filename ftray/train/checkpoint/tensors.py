@@ -89,7 +89,7 @@ class TensorPart:
 
 
 class HostBuffer:
-    """Host memory that is kept between checkpoints: allocating it anew costs four times the copy itself."""
+    """Host memory that is kept between checkpoints: allocating it again costs four times the copy itself."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)

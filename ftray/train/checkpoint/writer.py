@@ -291,11 +291,11 @@ class CheckpointWriter:
 
 
 def check_moved(tensors: dict[str, torch.Tensor], step: int) -> None:
-    """Raises CheckpointError if all of LoRA's B matrices are still zero although steps had gradients."""
+    """Raises CheckpointError if all of LoRA's B matrices are still zero even though steps had gradients."""
     outward = [tensor for name, tensor in tensors.items() if name.startswith("weights.") and ".lora_B." in name]
     if outward and not any(bool(tensor.any()) for tensor in outward):
         raise CheckpointError(
-            f"step {step}: all of LoRA's B matrices are zero, although steps had gradients; this is a bug in ftray, please "
+            f"step {step}: all of LoRA's B matrices are zero, even though steps had gradients; this is a bug in ftray, please "
             "report it"
         )
 
