@@ -227,7 +227,7 @@ def launch(run: config.RunConfig, run_dir: str, console: Console, lease: Lease) 
 
 @contextmanager
 def reported(run: config.RunConfig, run_dir: str, console: Console, lease: Lease) -> Iterator[None]:
-    """Writes the run's report at the end, also after a failure, unless another process took the run over."""
+    """Writes the run's report at the end, also after a failure, unless another process took over the run."""
     from ftray.report.run_report import try_report
 
     try:

@@ -200,7 +200,7 @@ def _job(
         eval_ref = ray.put(eval_table(data.eval_index, data.eval_stream))
     if lease is not None and not storage.holds(lease.token):
         raise RunHeldError(
-            "another process took the run over while this one did not renew its lease; follow that process"
+            "another process took over the run because this one did not renew its lease; watch that process instead"
         )
     parent = parent_of(run_dir)
     lineage = record_lineage(run, run_dir, data, tokenizer_hash(tokenizer), template_hash(tokenizer), parent)

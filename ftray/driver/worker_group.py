@@ -37,7 +37,7 @@ from ftray.train.failures import explain, was_not_placed
 POLL_S = 0.3
 OTHER_PHASES_S = 3600.0  # limit without an event while loading, compiling, saving or evaluating
 KILL_S = 120.0  # after which a killed group counts as gone, whatever Ray Train says
-OVERTAKEN = "another process took the run over"  # stop reason: the workers may not write any more
+OVERTAKEN = "another process took over the run"  # stop reason: the workers may not write any more
 LEAVE_AT_ONCE = "a stop was requested"  # stop reason: after the current step, or at once before the first one
 STEP_IS_NEXT = (StepFinished, EvalFinished, CheckpointStarted)  # after other events the workers do something else
 

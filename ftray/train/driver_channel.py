@@ -106,7 +106,7 @@ class DriverChannel:
 
 
 class DriverLink:
-    """A rank's line to the driver: events go out, a stop request comes back with the reply to the one before.
+    """A rank's channel to the driver: events go out, a stop request comes back with the reply to the one before.
 
     Args:
         channel: Handle of the DriverChannel actor on rank 0; None on other ranks, whose events are dropped.

@@ -146,13 +146,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bytes behind the tensors": (header(lambda _: None, b"\0" * 64), "damaged"),
     "bytes missing": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-64]), "damaged"),
     "whole numbers": (lambda d: change_weights(d, lambda t: t.update({k: v.to(torch.int32) for k, v in t.items()})), "I32"),
-    "a name with ../": (lambda d: change_weights(d, lambda t: t.update({"../../x": torch.zeros(1)})), "no part of LoRA"),
+    "a name with ../": (lambda d: change_weights(d, lambda t: t.update({"../../x": torch.zeros(1)})), "not part of LoRA"),
     "a name of kilobytes": (lambda d: change_weights(d, lambda t: t.update({"x" * 5000: torch.zeros(1)})), "impossible entry"),
     "config a directory": (replaced_by(Path.mkdir, CONFIG), "not a regular file"),
     "config a pipe": (replaced_by(os.mkfifo, CONFIG), "not a regular file"),
     "weights without end": (replaced_by(lambda p: p.symlink_to("/dev/zero"), WEIGHTS), "not a regular file"),
     "weights a link to nowhere": (replaced_by(lambda p: p.symlink_to("/nowhere"), WEIGHTS), "not a regular file"),
-    "weights missing": (lambda d: (d / WEIGHTS).unlink(), "lacks"),
+    "weights missing": (lambda d: (d / WEIGHTS).unlink(), "is missing"),
 }  # fmt: skip
 
 

@@ -258,7 +258,7 @@ class CheckpointWriter:
 
     def _check_owner(self) -> None:
         if self._lease is not None and not storage.holds(self._lease):
-            raise RunHeldError("another process took the run over; this one stops writing, follow that process")
+            raise RunHeldError("another process took over the run; this one stops writing. Watch that process instead")
 
     def _write(self, uri: str, laid: list[Layout], moved_at: int) -> dict[str, Any]:
         """Writes this rank's file, if it has one; its manifest entry by name."""
