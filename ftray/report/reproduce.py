@@ -87,7 +87,8 @@ def compare_reproduction(old_dir: str, new_dir: str) -> str:
         )
     gaps = [abs(old[s]["loss"] - new[s]["loss"]) for s in apart if None not in (old[s]["loss"], new[s]["loss"])]
     most = max(gaps, default=0.0) if len(gaps) == len(apart) else math.nan  # one was not finite
-    said = f"the data of {len(steps)} steps is the same; losses differ by at most {most:.3g} from step {min(apart, default=at)}"
+    first = min(apart, default=at)
+    said = f"the data of {len(steps)} steps is the same; losses differ by at most {most:.3g} from step {first} on"
     events = [logged.event for each in (old_dir, new_dir) for logged in read_events(each)]
     starts = [event for event in events if isinstance(event, TrainingStarted)]
     if {start.device for start in starts} == {"CPU"} and len({start.workers for start in starts}) == 1:
