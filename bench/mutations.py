@@ -56,7 +56,7 @@ MUTATIONS = [
              "np.flatnonzero(positions == 0)[:1]", "loss separate"),
     Mutation("serve", "any key opens the endpoint", "serve/auth.py",
              "matches = [hmac.compare_digest(digest, known) for known in self._hashes]",
-             "matches = [True for known in self._hashes]", "security_api_client serve_edge"),
+             "matches = [True for known in self._hashes]", "serve_protocol security_neighbour"),
     Mutation("serve", "tokens of an answer are not charged", "serve/rate_limit.py", "bucket.take(num_tokens)",
              "bucket.take(0)", "serve_policies"),
     Mutation("serve", "a name of another owner is replaced", "serve/registry.py", "if theirs is not None and theirs != owner:",
