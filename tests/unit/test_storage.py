@@ -686,3 +686,13 @@ def test_a_store_that_became_read_only_is_said_to_be_read_only(tmp_path: Path, m
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(StorageError, match=r"can't be written: the file system is read-only"):
         storage.acquire_lease(str(tmp_path))
+
+
+def test_a_file_of_another_size_than_its_writer_says_is_not_committed(place: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"abc")
+    entry = storage.put_file(str(tmp_path / "weights"), place, "weights")
+    for size, there in ((2, "weights"), (4, "weights"), (3, "missing")):
+        with pytest.raises(CheckpointError, match=rf"has (3|no) bytes instead of {size}, so .* is not committed"):
+            storage.commit_files(place, {there: {**entry, "size": size}}, {})
+    assert storage.read_manifest(place) is None
+    assert storage.commit_files(place, {"weights": entry}, {})
