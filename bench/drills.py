@@ -304,9 +304,9 @@ def killed_sweep(directory: Path) -> dict[str, Any]:
         },
     )
     command = Command(directory, "tune", "run.yaml")
-    command.wait_for("trial-000: held-out loss")
+    command.wait_for("trial-000: eval loss")
     command.processes("ray::RayTrainWorker")[0].kill()
-    command.wait_for("trial-001: held-out loss")
+    command.wait_for("trial-001: eval loss")
     command.driver().kill()
     code = command.end()
     again = Command(directory, "tune", "run.yaml")

@@ -99,7 +99,7 @@ MUTATIONS = [
     Mutation("config", "a secret in a run file is accepted", "config/run.py",
              "def _key_with_secret(tree: Any, key: str = \"\") -> str | None:",
              "def _key_with_secret(tree: Any, key: str = \"\") -> str | None:\n    return None\n",
-             "config security_run_file"),
+             "console"),
 ]  # fmt: skip
 
 
