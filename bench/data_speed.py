@@ -36,7 +36,7 @@ from ftray import config  # noqa: E402
 from ftray.data import chunks  # noqa: E402
 from ftray.data.chunks import DatasetSpec, pack_chunk  # noqa: E402
 from ftray.data.index import ChunkFacts  # noqa: E402
-from ftray.data.loader import _sequence_table  # noqa: E402
+from ftray.data.loader import sequence_table  # noqa: E402
 from ftray.data.packing import IGNORE_INDEX, best_fit  # noqa: E402
 from ftray.data.ray_options import open_dataset  # noqa: E402
 from ftray.data.sources import cut_shard, list_shards  # noqa: E402
@@ -56,7 +56,7 @@ def rows_by_ftray(stream: DatasetSpec) -> pa.Table:
         chat, _ = chunks._tokenizer(stream.load_tokenizer)
         chat.encode_examples(["a"])  # so that the engine is open
         began = time.process_time()
-        table = _sequence_table(item, stream, None)
+        table = sequence_table(item, stream, None)
         return table.append_column("cpu_s", pa.array([time.process_time() - began] * len(table)))
 
     return pa.concat_tables(open_dataset(run, items).iter_batches(batch_size=None, batch_format="pyarrow"))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # Ray's workers too
 
 from ftray.data.loader import LoaderConfig, LoadPlan  # noqa: E402
-from ftray.data.verify import _TracingRank  # noqa: E402
+from ftray.data.verify import TracingRank  # noqa: E402
 from tests import cluster, rows, tiny  # noqa: E402
 from tests.s3 import S3Server  # noqa: E402
 
@@ -54,7 +54,7 @@ def report(case: str, found: Steps, expected: Steps, began_s: float, **more: Any
 def fed_slowly(plan: LoadPlan, world_size: int, seed: int) -> Steps:
     """As `rows.fed_steps`, but each rank goes at a pace of its own, with pauses."""
     shards = [named["train"] for named in LoaderConfig(plan).configure(None, world_size)]
-    ranks = [ray.remote(_TracingRank).options(num_cpus=0).remote(shard, 0) for shard in shards]
+    ranks = [ray.remote(TracingRank).options(num_cpus=0).remote(shard, 0) for shard in shards]
     taken: list[list[Any]] = [[] for _ in ranks]
 
     def consume(rank: int) -> None:

@@ -105,7 +105,7 @@ class RankBatch:
     sequence_ids: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
-def _sequence_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed: int | None) -> pa.Table:
+def sequence_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed: int | None) -> pa.Table:
     """The sequences of a chunk as an Arrow table, in the order of the epoch (seed None: in packing order)."""
     number, epoch, facts = item
     chunk = facts.chunk
@@ -164,7 +164,7 @@ def to_batch(table: pa.Table, step: int = 0, first_sequence: int = 0) -> RankBat
 def eval_table(index: Index, stream: DatasetSpec) -> pa.Table:
     """All sequences of the eval set in source and file order, as one table."""
     items = [(i, 0, f) for i, f in enumerate(index.facts) if f.num_sequences]
-    dataset = open_dataset(partial(_sequence_table, stream=stream, seed=None), items)
+    dataset = open_dataset(partial(sequence_table, stream=stream, seed=None), items)
     return pa.concat_tables(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
@@ -182,7 +182,7 @@ def share_sequences(plan: LoadPlan, most_bytes: float) -> tuple[tuple[ray.Object
         items = [(i, 0, facts) for i, facts in enumerate(source)]
         refs: list[ray.ObjectRef] = []
         for lo in range(0, len(items), SEGMENT):
-            dataset = open_dataset(partial(_sequence_table, stream=plan.stream, seed=None), items[lo : lo + SEGMENT])
+            dataset = open_dataset(partial(sequence_table, stream=plan.stream, seed=None), items[lo : lo + SEGMENT])
             refs += [block.ref for bundle in dataset.iter_internal_ref_bundles() for block in bundle.blocks]
         shared.append(tuple(refs))
     return tuple(shared)
@@ -267,7 +267,7 @@ class BatchCoordinator:
             while place < len(items):
                 segment = items[place : place + SEGMENT]
                 place += len(segment)
-                dataset = open_dataset(partial(_sequence_table, stream=plan.stream, seed=plan.seed), segment)
+                dataset = open_dataset(partial(sequence_table, stream=plan.stream, seed=plan.seed), segment)
                 for bundle in dataset.iter_internal_ref_bundles():
                     for block in bundle.blocks:
                         num_sequences = int(block.metadata.num_rows or 0)
@@ -307,7 +307,7 @@ class RankLoader:
             yield to_batch(table, step, step * self.plan.global_batch_size + self._rank * share)
 
     def tables(self, start_step: int) -> Iterator[pa.Table]:
-        """This rank's sequences of the steps start_step … num_steps - 1, with their origin (see `_sequence_table`)."""
+        """This rank's sequences of the steps start_step … num_steps - 1, with their origin (see `sequence_table`)."""
         ray.get(self._coordinator.begin.remote(start_step))
         last = self.plan.num_steps
         requests = deque(

@@ -174,7 +174,8 @@ def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int)
     copies = train.left.get("duplicate", 0) + train.left.get("near_duplicate", 0)
     if copies > 0.01 * train.num_records:
         warnings.append(
-            f"{copies} records ({copies / train.num_records:.1%}) are duplicates or near-duplicates; set data.clean to drop them"
+            f"{copies} records ({copies / train.num_records:.1%}) are duplicates or near-duplicates; set "
+            "data.clean.duplicates and data.clean.near_duplicates to drop"
         )
     if eval_set is None:
         warnings.append("there is no eval set to detect overfitting; set data.eval: {fraction: 0.1}")

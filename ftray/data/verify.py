@@ -216,7 +216,7 @@ def trace_order(plan: LoadPlan, world_size: int, start_step: int, first: int, en
     """
     short = replace(plan, num_steps=min(end, plan.num_steps))
     shards = [named["train"] for named in LoaderConfig(short).configure(None, world_size)]
-    ranks = [ray.remote(_TracingRank).options(num_cpus=0).remote(shard, start_step) for shard in shards]
+    ranks = [ray.remote(TracingRank).options(num_cpus=0).remote(shard, start_step) for shard in shards]
     try:
         for step in range(start_step, short.num_steps):
             for rank, entry in enumerate(ray.get([r.next.remote() for r in ranks])):
@@ -227,7 +227,7 @@ def trace_order(plan: LoadPlan, world_size: int, start_step: int, first: int, en
             ray.kill(handle)
 
 
-class _TracingRank:
+class TracingRank:
     """A rank that only records its sequences."""
 
     def __init__(self, shard: RankLoader, start_step: int) -> None:

@@ -61,7 +61,10 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"lengths": TAIL}, "the lengths have a long tail: the median is 10 tokens, the 99th percentile 500"),
     ({"found": {"contamination": 3}, "left": {"contamination": 3}}, "3 records overlap with the eval set"),
     ({"left": {"conflict": 2}}, "2 records have the same input as another record, but another answer"),
-    ({"left": {"duplicate": 6, "near_duplicate": 5}}, "11 records (1.1%) are duplicates or near-duplicates"),
+    (
+        {"left": {"duplicate": 6, "near_duplicate": 5}},
+        "11 records (1.1%) are duplicates or near-duplicates; set data.clean.duplicates",
+    ),
 ]
 
 
