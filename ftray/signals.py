@@ -39,10 +39,41 @@ def signal_handler(handler: Callable[[int, Any], object], numbers: Iterable[int]
                 signal.signal(number, before)
 
 
+_received: list[int] = []
+
+
+def received_signals() -> list[int]:
+    """The signals that `interrupted_by_signals` has received so far, first one first."""
+    return list(_received)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[list[int]]:
+    """Inside the block, Ctrl-C and the termination signals raise KeyboardInterrupt; yields the signals received.
+
+    It is KeyboardInterrupt for all of them because Ray, like other compiled modules, prints and drops any other exception
+    of a signal handler. Even that one is dropped in callbacks of the garbage collector, so long phases that handle signals
+    themselves start with `received_signals`.
+    """
+    _received.clear()
+
+    def interrupt(number: int, _: Any) -> None:
+        _received.append(number)
+        raise KeyboardInterrupt(f"signal {number}")
+
+    numbers = list(termination_signals())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    with signal_handler(interrupt, numbers):
+        yield _received
+
+
 @contextmanager
 def stop_event() -> Iterator[threading.Event]:
     """An event that SIGINT and the termination signals set. A second signal raises KeyboardInterrupt."""
     event = threading.Event()
+    if _received:
+        event.set()
 
     def stop(number: int, _: Any) -> None:
         if event.is_set():

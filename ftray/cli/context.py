@@ -22,7 +22,7 @@ from ftray.config.aliases import alias_hint
 from ftray.console import Console, escaped, json_line, outlive_terminal, printable
 from ftray.errors import ConfigError, FtrayError, Interrupted, Preempted, innermost
 from ftray.redact import redacted
-from ftray.signals import signal_handler, termination_signals
+from ftray.signals import interrupted_by_signals, is_termination, received_signals
 
 if TYPE_CHECKING:
     from ftray.storage import Lease
@@ -123,7 +123,7 @@ def _execute(function: Callable[..., int], options: dict[str, Any], is_work: boo
 def _run_and_report(work: Callable[[], int], console: Console, fail: Callable[..., None]) -> int:
     """Runs a command in this process. An error becomes one line and an exit code."""
     try:
-        with signal_handler(_preempted, termination_signals()):
+        with interrupted_by_signals():
             return work()
     except Exception as err:  # noqa: BLE001 - a bug in ftray: its traceback is shown without secrets
         if isinstance(err, BrokenPipeError) and _output_is_closed():
@@ -139,6 +139,9 @@ def _run_and_report(work: Callable[[], int], console: Console, fail: Callable[..
             print(printable(redacted(trace)), file=sys.stderr, end="")
         return 1
     except KeyboardInterrupt:
+        if any(map(is_termination, received_signals())):
+            fail("preempted; run the same command again to continue", exit_code=Preempted.exit_code)
+            return Preempted.exit_code
         start = "\n" if sys.stderr.isatty() else ""  # below the terminal's ^C
         fail("interrupted; run the same command again to continue", start, exit_code=Interrupted.exit_code)
         return Interrupted.exit_code
@@ -152,10 +155,6 @@ def _output_is_closed() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
-
-
-def _preempted(*_: object) -> None:
-    raise Preempted("preempted; run the same command again to continue")
 
 
 def at_most_one(**options: object) -> None:

@@ -22,7 +22,7 @@ from ftray.driver.resources import Resources, free_nodes, max_workers, usable_no
 from ftray.driver.worker_group import LEAVE_AT_ONCE, OVERTAKEN, GroupResult
 from ftray.errors import Interrupted, Preempted, RunError, RunHeldError, StorageError
 from ftray.network import is_listening
-from ftray.signals import is_termination, signal_handler, termination_signals
+from ftray.signals import is_termination, received_signals, signal_handler, termination_signals
 from ftray.train.checkpoint.catalog import list_checkpoints
 from ftray.train.driver_channel import WorkerLocation
 from ftray.train.failures import explain
@@ -149,7 +149,7 @@ def stop_signals(console: Console) -> Iterator[list[int]]:
 
     The first Ctrl-C, SIGTERM or SIGHUP makes the workers commit a checkpoint and stop; another Ctrl-C ends at once.
     """
-    caught: list[int] = []
+    caught = received_signals()
 
     def handle(number: int, _: Any) -> None:
         caught.append(number)

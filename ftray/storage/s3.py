@@ -136,8 +136,6 @@ def request(operation: str, uri: str, unless: tuple[str, ...] = (), shown: str =
         try:
             filesystem = _filesystem()
             return sync(filesystem.loop, _send, filesystem.s3, operation, arguments)
-        except (Interrupted, Preempted):  # a signal that came meanwhile
-            raise
         except Exception as error:
             code = _refusal(error)[0]
             if code in unless:

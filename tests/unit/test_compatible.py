@@ -12,7 +12,7 @@ import pytest
 
 from ftray.config.constraints import CHOICES, RULES, Rule, impossible
 from ftray.errors import ConfigError
-from ftray.train import trainer
+from ftray.train.zero import engine as zero_engine
 from tests import cluster, ranks, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def pairs_of(chosen: Chosen) -> set[tuple[str, ...]]:
 def train_a_step(rank: int, root: Path, settings: list[Chosen]) -> list[tuple[float, float, bool]]:
     """Loss of a batch before and after four steps on it, and whether a step was left out."""
     ranks.lift_fp16_gate()
-    trainer.check_device = lambda *_: None  # products in 8 bits on a CPU, too: the same numbers, not their speed
+    zero_engine.check_device = lambda *_: None  # products in 8 bits on a CPU, too: the same numbers, not their speed
     found = []
     for chosen in settings:
         engine, _ = ranks.build_engine(run_of(root, chosen))
