@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from ftray.errors import Interrupted, Preempted, StorageError
+from ftray.errors import StorageError
 from ftray.storage.address import MissingFile, bucket_and_key, is_remote
 
 RETRY_S = 60.0  # how long passing S3 troubles are retried; FTRAY_STORAGE_RETRY_S overrides it
