@@ -9,15 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-import aiohttp
+from typing import TYPE_CHECKING, Any, Literal
 
 from ftray import config, storage
 from ftray.console import Console
@@ -26,10 +21,11 @@ from ftray.errors import ConfigError, RunError
 from ftray.evaluate.results import Generation, read_generations
 from ftray.evaluate.stats import Interval, wilson
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
 NUM_AT_ONCE = 8
 NUM_TRIES = 7
-BACKOFF_S = 1.0  # before the second try; doubled before each further one
-LONGEST_WAIT_S = 60.0  # also limits Retry-After
 TIMEOUT_S = 180.0
 MAX_REPLY_BYTES = 1 << 20
 _VERDICT = re.compile(r"\[\[\s*(A|B|C)\s*\]\]", re.IGNORECASE)
@@ -114,7 +110,7 @@ def judge(run: config.RunConfig, console: Console) -> Judgement:
     """
     if (settings := run.evaluate.judge) is None:
         raise ConfigError("evaluate.judge is missing; add evaluate.judge: {url: …, model: …, key_env: …}")
-    headers = _headers(settings)
+    key = _key(settings)
     directory = storage.join(storage.absolute(run.directory), "evaluate")
     generations = read_generations(storage.absolute(run.directory))
     picked = _pick(generations, settings.samples)
@@ -133,7 +129,7 @@ def judge(run: config.RunConfig, console: Console) -> Judgement:
                 bar.update(len(known))
 
             prompts = {n: _prompts(generations[n - 1], run.evaluate.human.criteria) for n in todo}
-            asyncio.run(_ask_all(settings, headers, prompts, pairs, on_verdict))
+            asyncio.run(_ask_all(settings, key, prompts, pairs, on_verdict))
     finally:
         lines = [json.dumps(asdict(known[n]), ensure_ascii=False) + "\n" for n in picked if n in known]
         storage.write_bytes(uri, "".join(lines).encode(), private=True)
@@ -144,16 +140,16 @@ def judge(run: config.RunConfig, console: Console) -> Judgement:
     return judgement
 
 
-def _headers(settings: config.JudgeConfig) -> dict[str, str]:
+def _key(settings: config.JudgeConfig) -> str | None:
     if settings.key_env is None:
-        return {}
+        return None
     if not (key := os.environ.get(settings.key_env, "").strip()):
         raise ConfigError(
             f"evaluate.judge.key_env is {settings.key_env}, but that variable is not set; set it to the key"
         )
     if not key.isascii() or not key.isprintable():
         raise ConfigError(f"{settings.key_env} contains characters that are invalid in a key; set it again")
-    return {"Authorization": f"Bearer {key}"}
+    return key
 
 
 def _pick(generations: Sequence[Generation], number: int) -> list[int]:
@@ -192,15 +188,14 @@ def _read_verdicts(uri: str) -> list[Verdict]:
 
 async def _ask_all(
     settings: config.JudgeConfig,
-    headers: Mapping[str, str],
+    key: str | None,
     prompts: Mapping[int, tuple[str, str]],
     pairs: Mapping[int, str],
     on_verdict: Callable[[Verdict], None],
 ) -> None:
     slots = asyncio.Semaphore(NUM_AT_ONCE)
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout, proxy=_proxy_for(settings.url)) as session:
-        endpoint = _Endpoint(session, settings)
+    async with _client(settings, key) as client:
+        endpoint = _Endpoint(client, settings)
 
         async def one(n: int) -> None:
             async with slots:
@@ -220,52 +215,69 @@ async def _ask_all(
             raise errors.exceptions[0] from None
 
 
-def _proxy_for(url: str) -> str | None:
-    """The proxy from the environment. aiohttp's `trust_env` fails if ~/.netrc has another key for the host."""
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+def _client(settings: config.JudgeConfig, key: str | None) -> AsyncOpenAI:
+    """OpenAI's client, which retries 408, 409, 429, 5xx and broken connections and honors Retry-After."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    async def keep_own_headers(request: Any) -> None:
+        """Sends the configured key only, and nothing from OpenAI's own environment variables."""
+        for name in ("openai-organization", "openai-project", *(["authorization"] if key is None else [])):
+            request.headers.pop(name, None)
+
+    return AsyncOpenAI(
+        base_url=settings.url,
+        api_key=key or "unused",
+        max_retries=NUM_TRIES - 1,
+        timeout=TIMEOUT_S,
+        # A redirect could send the key to another host.
+        http_client=DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"request": [keep_own_headers]}),
+    )
 
 
 class _Endpoint:
-    """Sends requests and retries temporary failures: 429, 5xx, broken connections."""
+    """Asks the judge and turns its failures into sentences."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: config.JudgeConfig) -> None:
-        self._session, self._config = session, settings
+    def __init__(self, client: AsyncOpenAI, settings: config.JudgeConfig) -> None:
+        self._client, self._config = client, settings
+        self._url = f"{settings.url.rstrip('/')}/chat/completions"
         self._sampling: dict[str, Any] = {"temperature": 0}
 
     async def ask(self, prompt: str) -> str:
         """The reply's text. Raises RunError if the endpoint refuses, or after NUM_TRIES failures."""
-        url = f"{self._config.url.rstrip('/')}/chat/completions"
-        reason, number = "", 0
-        while number < NUM_TRIES:
-            body = {"model": self._config.model, "messages": [{"role": "user", "content": prompt}], **self._sampling}
-            wait_s = min(LONGEST_WAIT_S, BACKOFF_S * 2**number)
-            try:
-                # A redirect could send the key to another host.
-                async with self._session.post(url, json=body, allow_redirects=False) as response:
-                    data = await response.content.read(MAX_REPLY_BYTES)
-                    while len(data) < MAX_REPLY_BYTES and (more := await response.content.read(MAX_REPLY_BYTES)):
-                        data += more
-                    status, retry_after = response.status, response.headers.get("Retry-After", "")
-            except (aiohttp.ClientError, TimeoutError) as err:
-                reason = type(err).__name__ if isinstance(err, TimeoutError) else str(err)
-            else:
-                if status == 200:
-                    return _text_of(data)
-                if status == 400 and b"temperature" in data and "temperature" in body:
-                    self._sampling = {}  # some models accept only their default
-                    continue
-                reason = f"status {status}"
-                if status != 429 and status < 500:
-                    raise RunError(f"evaluate.judge: {url} refuses with {reason}; {self._remedy(status)}")
-                if retry_after.isdecimal():
-                    wait_s = min(LONGEST_WAIT_S, max(wait_s, float(retry_after)))
-            number += 1
-            if number < NUM_TRIES:
-                await asyncio.sleep(wait_s * random.uniform(1, 1.25))
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        sampling = self._sampling
+        try:
+            return _text_of(await self._post(prompt, sampling))
+        except APIStatusError as err:
+            if err.status_code == 400 and "temperature" in str(err) and sampling:
+                self._sampling = {}  # some models accept only their default
+                return await self.ask(prompt)
+            reason = f"status {err.status_code}"
+            if err.status_code != 429 and err.status_code < 500:
+                raise RunError(
+                    f"evaluate.judge: {self._url} refuses with {reason}; {self._remedy(err.status_code)}"
+                ) from None
+        except APITimeoutError:
+            reason = f"no reply within {TIMEOUT_S:.0f} s"
+        except APIConnectionError as err:
+            reason = str(err.__cause__ or err)
         raise RunError(
-            f"evaluate.judge: {url} failed {NUM_TRIES} times in a row ({reason}); run the same command again to continue"
+            f"evaluate.judge: {self._url} failed {NUM_TRIES} times in a row ({reason}); "
+            "run the same command again to continue"
         )
+
+    async def _post(self, prompt: str, sampling: Mapping[str, Any]) -> bytes:
+        """The first MAX_REPLY_BYTES bytes of the reply."""
+        data = b""
+        async with self._client.chat.completions.with_streaming_response.create(
+            model=self._config.model, messages=[{"role": "user", "content": prompt}], **sampling
+        ) as response:
+            async for piece in response.iter_bytes(1 << 16):
+                data += piece
+                if len(data) >= MAX_REPLY_BYTES:
+                    break
+        return data
 
     def _remedy(self, status: int) -> str:
         if status in (401, 403):

@@ -17,7 +17,6 @@ import pytest
 from ftray import config
 from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError
-from ftray.evaluate import judge as room
 from ftray.evaluate.judge import NUM_AT_ONCE, judge, parse_verdict
 from ftray.evaluate.stats import wilson
 
@@ -90,7 +89,7 @@ def longer() -> Endpoint:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "BACKOFF_S", 0.002)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.002)
     monkeypatch.delenv("JUDGE_KEY", raising=False)
 
 
@@ -232,7 +231,7 @@ def test_a_refusal_ends_the_command_at_once(
         judge(run_of(tmp_path, url, key_env="JUDGE_KEY"), Console(io.StringIO()))
     assert words in str(error.value)
     assert KEY not in str(error.value)
-    assert len(longer.asked) <= room.NUM_AT_ONCE
+    assert len(longer.asked) <= NUM_AT_ONCE
 
 
 def test_the_key_is_sent_and_is_in_no_file_and_no_line(
