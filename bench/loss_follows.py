@@ -46,7 +46,7 @@ def prepare(given: Any) -> None:
     """Packs GSM8K's conversations, answers supervised, and saves the rows."""
     from transformers import AutoTokenizer
 
-    from ftray.chat import ChatFormat, Message
+    from ftray.chat import ChatFormat, Conversation, Message
     from ftray.data.packing import pack_examples
 
     directory = embedded.resolve(embedded.NAME, storage.cache_directory())
@@ -56,8 +56,8 @@ def prepare(given: Any) -> None:
         examples = []
         for line in (Path(given.gsm8k) / f"{split}.jsonl").read_text().splitlines():
             record = json.loads(line)
-            turns = [Message("user", record["question"]), Message("assistant", record["answer"])]
-            encoded = chat.encode_example(turns)
+            turns = (Message("user", record["question"]), Message("assistant", record["answer"]))
+            encoded = chat.encode_example(Conversation(turns))
             examples.append((encoded.input_ids, encoded.loss_mask))
         rows = pack_examples(examples, SEQ, 0)
         order = np.random.default_rng(0).permutation(len(rows))[: given.limit if split == "train" else 64]

@@ -35,12 +35,12 @@ def load_model() -> None:
 
 def try_template_of_model() -> None:
     """Tries the template in a process of its own, and renders a conversation with it."""
-    from ftray.chat import Message, try_template
+    from ftray.chat import Conversation, Message, try_template
     from ftray.chat.segments import TemplateSegmenter
 
     source = Path("template.jinja").read_text()
     try_template(source)
-    TemplateSegmenter(source, {}).render([Message("user", "hello there")])
+    TemplateSegmenter(source, {}).render(Conversation((Message("user", "hello there"),)))
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,17 @@ border between the prompt and the answer.
 """
 
 from ftray.chat.encode import ChatFormat, Encoded, template_of
-from ftray.chat.messages import Message, read_messages
+from ftray.chat.messages import Conversation, Message, ToolCall, read_messages, read_tools
 from ftray.chat.template_trial import try_template
 
-__all__ = ["ChatFormat", "Encoded", "Message", "read_messages", "template_of", "try_template"]
+__all__ = [
+    "ChatFormat",
+    "Conversation",
+    "Encoded",
+    "Message",
+    "ToolCall",
+    "read_messages",
+    "read_tools",
+    "template_of",
+    "try_template",
+]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ftray.chat.messages import Message
+from ftray.chat.messages import Conversation, Message
 from ftray.chat.segments import Document, TemplateSegmenter
 from ftray.chat.special_tokens import TextChecker, special_tokens
 from ftray.errors import DataError, ModelError
@@ -89,18 +89,18 @@ class ChatFormat:
         """Template, special tokens and stop tokens: equal for two formats that differ in their ids at most."""
         return self.template_hash, self._specials, self.stop_token_ids
 
-    def encode_example(self, messages: Sequence[Message]) -> Encoded:
+    def encode_example(self, conversation: Conversation) -> Encoded:
         """Ids of a conversation. The text and end token of each assistant message with `train` are trained on.
 
         Raises:
             DataError: There is no assistant message to train on, an answer is empty, a text contains a special token, or the
                 template refuses the conversation.
         """
-        self._check_example(messages)
+        self._check_example(conversation)
         ids: list[int] = []
         mask: list[bool] = []
         starts = []
-        for document in self._segmenter.cut_example(messages):
+        for document in self._segmenter.cut_example(conversation):
             starts.append(len(ids))
             for text, trained in document:
                 new = self._tokenize(text, is_first=len(ids) == starts[-1])
@@ -108,8 +108,8 @@ class ChatFormat:
                 mask += self._mask(new, trained)
         return Encoded(ids, mask, tuple(starts))
 
-    def encode_examples(self, conversations: Sequence[Sequence[Message] | str]) -> list[Encoded | DataError]:
-        """Results or errors of `encode_example` (for messages) and `encode_text` (for a string), for many at once, as arrays.
+    def encode_examples(self, conversations: Sequence[Conversation | str]) -> list[Encoded | DataError]:
+        """Results or errors of `encode_example` and `encode_text` (for a string), for many at once, as arrays.
 
         Raises:
             ModelError: As `encode_text`.
@@ -152,7 +152,7 @@ class ChatFormat:
                 results.append(Encoded(ids[lo:hi], mask[lo:hi], tuple([places[at] - lo for at in cut[:-1]])))
         return results
 
-    def _documents(self, conversation: Sequence[Message] | str) -> list[Document] | DataError:
+    def _documents(self, conversation: Conversation | str) -> list[Document] | DataError:
         try:
             if isinstance(conversation, str):
                 self._check_plain(conversation)
@@ -162,17 +162,17 @@ class ChatFormat:
         except DataError as err:
             return err
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to and including the generation prompt, cut into segments as in training.
 
         Raises:
             DataError: As `encode_example`, or the last message is the assistant's.
         """
-        self._check(messages)
-        if messages[-1].role == "assistant":
+        self._check(conversation)
+        if conversation.messages[-1].role == "assistant":
             raise DataError("the last turn is the assistant's; end with the turn that it should answer")
         ids: list[int] = []
-        for text in self._segmenter.cut_prompt(messages):
+        for text in self._segmenter.cut_prompt(conversation):
             ids += self._tokenize(text, is_first=not ids)
         return ids
 
@@ -204,9 +204,9 @@ class ChatFormat:
         # If a character of several tokens is cut between the two, head ends with a replacement character.
         return whole[len(head) :] if whole.startswith(head) else whole[len(head.rstrip("\ufffd")) :]
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as the template renders it. Raises DataError if it cannot."""
-        return self._segmenter.render(messages, add_generation_prompt).text
+        return self._segmenter.render(conversation, add_generation_prompt).text
 
     @property
     def uses_marks(self) -> bool:
@@ -221,13 +221,14 @@ class ChatFormat:
         """Whether an id is a control token."""
         return token in self._special_ids
 
-    def _encode_one(self, conversation: Sequence[Message] | str) -> Encoded | DataError:
+    def _encode_one(self, conversation: Conversation | str) -> Encoded | DataError:
         """One conversation of `encode_examples`."""
         import numpy as np
 
         try:
-            plain = isinstance(conversation, str)
-            encoded = self.encode_text(str(conversation)) if plain else self.encode_example(conversation)  # type: ignore[arg-type]
+            encoded = (
+                self.encode_text(conversation) if isinstance(conversation, str) else self.encode_example(conversation)
+            )
         except DataError as err:
             return err
         ids, mask = np.asarray(encoded.input_ids, dtype=np.int32), np.asarray(encoded.loss_mask, dtype=np.bool_)
@@ -272,13 +273,14 @@ class ChatFormat:
         Raises:
             ModelError: They leave out the end token, so no answer would ever end.
         """
-        probe = [Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+        turns = [Message(role, text) for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+        probe = Conversation(tuple(turns))
         if not self._segmenter.has_marks:
             return False
         ours = self._masked(probe)
         self._segmenter.uses_marks = True
         theirs = self._masked(probe)
-        for trained in (theirs, self._masked(probe[:2])):
+        for trained in (theirs, self._masked(probe.until(2))):
             if not trained or trained[-1] not in self.stop_token_ids:
                 raise ModelError(
                     "the chat template's {% generation %} marks leave out the end token of the answer, so no answer "
@@ -286,9 +288,9 @@ class ChatFormat:
                 )
         return theirs != ours
 
-    def _masked(self, messages: Sequence[Message]) -> list[int]:
+    def _masked(self, conversation: Conversation) -> list[int]:
         """The ids of a conversation that are trained on."""
-        encoded = self.encode_example(messages)
+        encoded = self.encode_example(conversation)
         return [int(t) for t, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if trained]
 
     def _encode_one_by_one(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -325,11 +327,11 @@ class ChatFormat:
         last = ends[-1] if ends else len(ids) - 1
         return [i <= last for i in range(len(ids))]
 
-    def _check_example(self, messages: Sequence[Message]) -> None:
-        self._check(messages)
-        for i, message in enumerate(messages):
+    def _check_example(self, conversation: Conversation) -> None:
+        self._check(conversation)
+        for i, message in enumerate(conversation.messages):
             self._checker.check_writable(message.content, f"turn {i} ({message.role})")
-        if not any(m.role == "assistant" and m.train for m in messages):
+        if not any(m.role == "assistant" and m.train for m in conversation.messages):
             raise DataError("there is no assistant turn to train on")
 
     def _check_plain(self, text: str) -> None:
@@ -340,8 +342,15 @@ class ChatFormat:
         self._checker.check(text, "the text")
         self._checker.check_writable(text, "the text")
 
-    def _check(self, messages: Sequence[Message]) -> None:
-        for i, message in enumerate(messages):
+    def _check(self, conversation: Conversation) -> None:
+        if conversation.tools:
+            raise DataError("it has tools, which are not supported yet; remove it")
+        for i, message in enumerate(conversation.messages):
+            if message.tool_calls or message.reasoning:
+                what = "tool calls" if message.tool_calls else "reasoning"
+                raise DataError(
+                    f"turn {i} ({message.role}) has {what}, which are not supported yet; write it into the content"
+                )
             if not self._checker.is_plain(message.content):
                 self._checker.check(message.content, f"turn {i} ({message.role})")
             if message.role == "assistant" and not message.content.strip():
@@ -349,7 +358,7 @@ class ChatFormat:
 
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """The end token of an assistant message, from a rendered probe, and the tokenizer's own end token."""
-        probe = [Message("user", "a"), Message("assistant", "b")]
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")))
         try:
             (document,) = self._segmenter.cut_example(probe)
         except DataError as err:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ftray.chat.messages import Message
+from ftray.chat.messages import Conversation, Message
 from ftray.chat.template_limits import MARK, TemplateLimitError
 from ftray.errors import DataError
 
@@ -55,42 +55,42 @@ class TemplateSegmenter:
 
         return compiled(self._template).has_marks
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation.
 
         Raises:
             DataError: The template cannot render it.
         """
-        if not messages:
+        if not conversation.messages:
             raise DataError("the conversation begins with the assistant; begin with a system or user turn")
-        for role in {m.role for m in messages} & {"system", "tool"}:
+        for role in {m.role for m in conversation.messages} & {"system", "tool"}:
             if (reason := self._why_missing(role)) is not None:
                 where = "the first user turn" if role == "system" else "a user turn"
                 raise DataError(f"the chat template has no {role} role ({reason}); put its text into {where}")
         try:
-            return self._run(messages, add_generation_prompt)
+            return self._run(conversation, add_generation_prompt)
         except TemplateLimitError as err:
             raise DataError(str(err)) from None
         except Exception as err:  # noqa: BLE001 - a template may raise anything: jinja's errors, or raise_exception()
             raise DataError(f"the chat template refuses the conversation: {_one_line(err)}") from None
 
-    def cut_prompt(self, messages: Sequence[Message]) -> list[str]:
+    def cut_prompt(self, conversation: Conversation) -> list[str]:
         """The text up to and including the generation prompt, cut around each answer that the template has not rewritten."""
-        full = self.render(messages, add_generation_prompt=True).text
-        cuts = [border for pair in self._borders(full, messages) if pair is not None for border in pair]
+        full = self.render(conversation, add_generation_prompt=True).text
+        cuts = [border for pair in self._borders(full, conversation) if pair is not None for border in pair]
         return [full[a:b] for a, b in zip([0, *cuts], [*cuts, len(full)], strict=True)]
 
-    def cut_example(self, messages: Sequence[Message]) -> list[Document]:
+    def cut_example(self, conversation: Conversation) -> list[Document]:
         """Cuts a conversation into documents: one, or one per trained answer if the template rewrites earlier messages.
 
         Raises:
             DataError: The template cannot render it, or no prompt of the endpoint would match the text.
         """
-        rendered = self.render(messages)
-        borders = self._borders(rendered.text, messages)
+        rendered, messages = self.render(conversation), conversation.messages
+        borders = self._borders(rendered.text, conversation)
         if None in borders:
             answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
-            return [self._answer(messages[: i + 1]) for i in answers]
+            return [self._answer(conversation.until(i + 1)) for i in answers]
         answered = [m for m in messages if m.role == "assistant"]
         document: Document = []
         end_of_last = 0
@@ -100,11 +100,12 @@ class TemplateSegmenter:
             end_of_last = end
         return [[*document, (rendered.text[end_of_last:], False)]]
 
-    def cut_by_shape(self, messages: Sequence[Message]) -> list[Document]:
+    def cut_by_shape(self, conversation: Conversation) -> list[Document]:
         """`cut_example`, without a rendering if another conversation with the same roles has had one.
 
         That works if the template only copies the messages' texts, which a rendering of placeholders shows.
         """
+        messages = conversation.messages
         key = tuple([(m.role, bool(m.content)) for m in messages])
         if key not in self._shapes:
             if len(self._shapes) >= MAX_SHAPES:
@@ -112,30 +113,32 @@ class TemplateSegmenter:
             self._shapes[key] = self._find_shape(key)
         shape = self._shapes[key]
         if shape is None:
-            return self.cut_example(messages)
+            return self.cut_example(conversation)
         document = []
         for parts, turn in shape:
             text = "".join([part if isinstance(part, str) else part.of(messages) for part in parts])
             document.append((text, turn is not None and messages[turn].train))
         return [document]
 
-    def _borders(self, full: str, messages: Sequence[Message]) -> list[tuple[int, int] | None]:
+    def _borders(self, full: str, conversation: Conversation) -> list[tuple[int, int] | None]:
         """The start and end of each answer in the text, or None if the template rewrote it."""
         borders: list[tuple[int, int] | None] = []
-        for i, message in enumerate(messages):
+        for i, message in enumerate(conversation.messages):
             if message.role == "assistant":
-                head, through = self.render(messages[:i], add_generation_prompt=True), self.render(messages[: i + 1])
+                head = self.render(conversation.until(i), add_generation_prompt=True)
+                through = self.render(conversation.until(i + 1))
                 holds = full.startswith(head.text) and full.startswith(through.text)
                 borders.append((len(head.text), len(through.text)) if holds else None)
         return borders
 
-    def _answer(self, messages: Sequence[Message]) -> Document:
+    def _answer(self, conversation: Conversation) -> Document:
         """The last message after its prompt, which is cut as for the endpoint."""
-        prompt = self.cut_prompt(messages[:-1])
-        rendered, start = self.render(messages), sum(map(len, prompt))
+        last = len(conversation.messages) - 1
+        prompt = self.cut_prompt(conversation.until(last))
+        rendered, start = self.render(conversation), sum(map(len, prompt))
         if not rendered.text.startswith("".join(prompt)):
             raise DataError(
-                f"the chat template renders turn {len(messages) - 1} after another prompt than the endpoint would receive; "
+                f"the chat template renders turn {last} after another prompt than the endpoint would receive; "
                 "use a base with another template"
             )
         return [*((text, False) for text in prompt), *self._marked(rendered, start, len(rendered.text), True)]
@@ -157,7 +160,8 @@ class TemplateSegmenter:
         probe = _PlaceholderSegmenter(self._template, self._names)
         texts = [f"{BLANK}{MARK}{i}{MARK}{BLANK}" if has_text else "" for i, (_, has_text) in enumerate(key)]
         try:
-            documents = probe.cut_example([Message(role, text) for (role, _), text in zip(key, texts, strict=True)])
+            turns = tuple(Message(role, text) for (role, _), text in zip(key, texts, strict=True))
+            documents = probe.cut_example(Conversation(turns))
         except DataError:
             self._only_copies = not probe.inspects_texts
             return None
@@ -175,10 +179,10 @@ class TemplateSegmenter:
             shape.append(([p for p in parts if p != ""], answers[n // 2] if n % 2 else None))
         return shape
 
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+    def _run(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
         from ftray.chat.template import compiled
 
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
         return compiled(self._template).render(turns, add_generation_prompt, **self._names)
 
     def _why_missing(self, role: str) -> str | None:
@@ -189,17 +193,17 @@ class TemplateSegmenter:
             probe = [*rest[:at], Message(role, "7919"), *rest[at:]]
             self._missing_roles[role] = None
             try:
-                self._run(rest, True)
-                if "7919" not in self._run(probe, True).text:
+                self._run(Conversation(tuple(rest)), True)
+                if "7919" not in self._run(Conversation(tuple(probe)), True).text:
                     self._missing_roles[role] = "it leaves such turns out"
             except Exception as err:  # noqa: BLE001 - as in `render`
-                if self._renders(rest):
+                if self._renders(Conversation(tuple(rest))):
                     self._missing_roles[role] = _one_line(err)
         return self._missing_roles[role]
 
-    def _renders(self, messages: Sequence[Message]) -> bool:
+    def _renders(self, conversation: Conversation) -> bool:
         try:
-            self._run(messages, True)
+            self._run(conversation, True)
         except Exception:  # noqa: BLE001 - as in `render`
             return False
         return True
@@ -210,12 +214,12 @@ class _PlaceholderSegmenter(TemplateSegmenter):
 
     inspects_texts = False
 
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+    def _run(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
         from jinja2 import TemplateError
 
         from ftray.chat.template import Placeholder, compiled
 
-        turns = [{"role": m.role, "content": m.content and Placeholder(m.content)} for m in messages]
+        turns = [{"role": m.role, "content": m.content and Placeholder(m.content)} for m in conversation.messages]
         try:
             return compiled(self._template).render(turns, add_generation_prompt, **self._names)
         except TemplateError:  # it refuses these roles, whatever the texts are

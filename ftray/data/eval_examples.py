@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from ftray import config
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.examples import Example, Quarantined, Rules, parse_record, read_examples, split_part
 from ftray.data.formats import BadRecord
@@ -31,19 +31,20 @@ class EvalExample:
     Attributes:
         id: Its shard and position.
         documents: Token ids and loss mask of each document.
-        messages: None for plain text.
+        conversation: None for plain text.
         slice: Its value in the column `evaluate.slices`.
     """
 
     id: str
     documents: list[Document]
-    messages: list[Message] | None = None
+    conversation: Conversation | None = None
     slice: str | None = None
 
     @property
     def is_question(self) -> bool:
         """Whether it ends with an answer that a model can be asked for."""
-        return self.messages is not None and len(self.messages) > 1 and self.messages[-1].role == "assistant"
+        turns = self.conversation.messages if self.conversation is not None else ()
+        return len(turns) > 1 and turns[-1].role == "assistant"
 
 
 def read_samples(index: Index, stream: DatasetSpec, number: int | None = None) -> list[EvalExample]:
@@ -82,7 +83,7 @@ def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
 
 def _ordered(examples: Iterable[Example], chunk: Chunk) -> list[EvalExample]:
     ordered = sorted(examples, key=lambda e: key(chunk.path, e.position))
-    return [EvalExample(f"{chunk.path}:{e.position}", e.encoded.documents(), e.messages, e.slice) for e in ordered]
+    return [EvalExample(f"{chunk.path}:{e.position}", e.encoded.documents(), e.conversation, e.slice) for e in ordered]
 
 
 def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[EvalExample]:
@@ -107,13 +108,15 @@ def pick_shots(index: Index, stream: DatasetSpec, number: int, questions: Sequen
         DataError: There are too few.
     """
     questions_used = {
-        sample.messages[-2].content for sample in questions if sample.messages is not None and sample.is_question
+        sample.conversation.messages[-2].content
+        for sample in questions
+        if sample.conversation is not None and sample.is_question
     }
     shots: list[list[Message]] = []
     for sample in _samples(index, stream, 1):
         if len(shots) == number:
             return shots
-        turns = [m for m in sample.messages or () if m.role != "system"]
+        turns = [m for m in (sample.conversation.messages if sample.conversation else ()) if m.role != "system"]
         if [m.role for m in turns] == ["user", "assistant"] and turns[0].content not in questions_used:
             questions_used.add(turns[0].content)
             shots.append([turns[0], Message("assistant", turns[1].content, train=False)])

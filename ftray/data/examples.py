@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftray.chat import ChatFormat, Encoded, Message
+from ftray.chat import ChatFormat, Conversation, Encoded
 from ftray.data.checks.labels import check_labels
 from ftray.data.formats import BadRecord, read_record
 from ftray.data.sources import Chunk, RawRecord, read_chunk
@@ -36,7 +36,7 @@ class Example:
     Attributes:
         position: Its identity in the shard.
         encoded: Its token ids and loss mask.
-        messages: None for plain text.
+        conversation: None for plain text.
         text: None for conversations.
         digest: 64 bits of the record's hash, if the split needs it.
         stratum: Its class, if the split needs it.
@@ -45,7 +45,7 @@ class Example:
 
     position: int
     encoded: Encoded
-    messages: list[Message] | None
+    conversation: Conversation | None
     text: str | None = None
     digest: int = 0
     stratum: str | None = None
@@ -203,7 +203,7 @@ class _Draft(NamedTuple):
     """A record that was read, but not tokenized yet."""
 
     raw: RawRecord
-    conversation: list[Message] | str
+    conversation: Conversation | str
     digest: int
     stratum: str | None
     slice: str | None
@@ -230,9 +230,9 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
         raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
     if not np.any(encoded.loss_mask[1:]):
         raise BadRecord("no_trained_tokens", "it has no token to train on")
-    conversation = draft.conversation
-    messages, text = (None, conversation) if isinstance(conversation, str) else (conversation, None)
-    return Example(draft.raw.position, encoded, messages, text, draft.digest, draft.stratum, draft.slice)
+    raw = draft.conversation
+    conversation, text = (None, raw) if isinstance(raw, str) else (raw, None)
+    return Example(draft.raw.position, encoded, conversation, text, draft.digest, draft.stratum, draft.slice)
 
 
 def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:

@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ftray.chat import Message, read_messages
+from ftray.chat import Conversation, Message, read_messages
 from ftray.errors import DataError
-
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
 
 LOST = ("history", "tools", "functions")  # keys beside the turns that no supported format has
 
@@ -29,8 +19,8 @@ class BadRecord(Exception):
         self.rule = rule
 
 
-def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> list[Message] | str:
-    """The messages of a record, or its plain text. A key `system` beside the messages becomes the first message.
+def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> Conversation | str:
+    """The conversation of a record, or its plain text. A key `system` beside the messages becomes the first message.
 
     Args:
         record: The record.
@@ -41,7 +31,7 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
         BadRecord: unknown_shape, missing_field, wrong_type, no_answer, bad_turn, lost_field.
     """
     if columns is not None:
-        return _from_columns(record, columns)
+        return Conversation(_from_columns(record, columns))
     name = _detect(record) if format == "auto" else format
     if name == "text":
         return _text(record, "text")
@@ -49,14 +39,14 @@ def read_record(record: Mapping[str, Any], format: str, columns: Mapping[str, st
         raise BadRecord(
             "lost_field", f"it has {lost[0]}, which is not supported; write it into the turns, or remove it"
         )
-    return _system_turn(record) + _turns_of(record, name)
+    return Conversation(_system_turn(record) + _turns_of(record, name))
 
 
-def _system_turn(record: Mapping[str, Any]) -> list[Message]:
-    return [Message("system", _text(record, "system"))] if record.get("system") else []
+def _system_turn(record: Mapping[str, Any]) -> tuple[Message, ...]:
+    return (Message("system", _text(record, "system")),) if record.get("system") else ()
 
 
-def _turns_of(record: Mapping[str, Any], name: str) -> list[Message]:
+def _turns_of(record: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     if name == "messages":
         return _turns(record.get("messages"))
     if name == "sharegpt":
@@ -87,7 +77,7 @@ def _detect(record: Mapping[str, Any]) -> str:
     )
 
 
-def _turns(raw: object) -> list[Message]:
+def _turns(raw: object) -> tuple[Message, ...]:
     try:
         turns = read_messages(raw)
     except DataError as err:
@@ -97,28 +87,22 @@ def _turns(raw: object) -> list[Message]:
     return turns
 
 
-def _from_sharegpt(raw: object) -> list[Message]:
+def _from_sharegpt(raw: object) -> tuple[Message, ...]:
     if not isinstance(raw, list):
         raise BadRecord("bad_turn", "conversations must be a list")
-    turns = [
-        {"role": SHAREGPT_ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")}
-        if isinstance(t, dict)
-        else t
-        for t in raw
-    ]
-    return _turns(turns)
+    return _turns(raw)
 
 
-def _from_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    turns = [Message("system", _text(record, columns["system"]))] if "system" in columns else []
+def _from_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Message, ...]:
+    turns = (Message("system", _text(record, columns["system"])),) if "system" in columns else ()
     return turns + _pair(_text(record, columns["user"]), record, columns["assistant"])
 
 
-def _pair(question: str, record: Mapping[str, Any], answer_key: str) -> list[Message]:
+def _pair(question: str, record: Mapping[str, Any], answer_key: str) -> tuple[Message, ...]:
     answer = record.get(answer_key)
     if answer is None or (isinstance(answer, str) and not answer.strip()):
         raise BadRecord("no_answer", f"{answer_key} is missing or empty")
-    return [Message("user", question), Message("assistant", _text(record, answer_key))]
+    return Message("user", question), Message("assistant", _text(record, answer_key))
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:

@@ -135,7 +135,7 @@ def read_described(data: bytes | mmap.mmap) -> list[ChunkRecords]:
 
 
 def _describe(example: Example, required: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
-    turns = example.messages or [Message("assistant", example.text or "")]
+    turns = example.conversation.messages if example.conversation else (Message("assistant", example.text or ""),)
     keys = record_keys(turns)
     answer = next((turn.content for turn in reversed(turns) if turn.role == "assistant"), "").strip()
     for turn in turns:
@@ -154,7 +154,7 @@ def _describe(example: Example, required: RequiredFields, scripts: Counter[str])
         "flags": _flags(turns, answer, required.min_answer_chars),
         "digest": example.digest,
         "stratum": example.stratum,
-        "label": answer if example.messages and len(answer) <= LABEL_CHARS and "\n" not in answer else None,
+        "label": answer if example.conversation and len(answer) <= LABEL_CHARS and "\n" not in answer else None,
         "signature": signature(spoken_text(turns)).tobytes() if required.signatures else None,
         "grams": chosen,
         "all_grams": every,

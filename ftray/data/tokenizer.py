@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.errors import FtrayError
 
 Ids = npt.NDArray[np.int32]
@@ -302,15 +302,15 @@ def _behave_the_same(one: Any, other: Any) -> bool:
             return False
     words = ["a", "b c\n", " d  ", "<e>", "é"]
     for roles in (["user", "assistant"], ["system", "user", "assistant", "user", "assistant"]):
-        turns = [Message(role, word) for role, word in zip(roles, words, strict=False)]
-        if _encoded(formats[0], turns) != _encoded(formats[1], turns):
+        talk = Conversation(tuple(Message(role, word) for role, word in zip(roles, words, strict=False)))
+        if _encoded(formats[0], talk) != _encoded(formats[1], talk):
             return False
     return True
 
 
-def _encoded(chat: ChatFormat, turns: list[Message]) -> object:
+def _encoded(chat: ChatFormat, conversation: Conversation) -> object:
     try:
-        encoded = chat.encode_example(turns)
+        encoded = chat.encode_example(conversation)
     except FtrayError as err:
         return str(err)
     return encoded

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation
 from ftray.data.chunks import DatasetSpec
 from ftray.data.examples import Example, read_examples
 from ftray.data.index import Index
@@ -88,9 +88,9 @@ def _verify_examples(chat: ChatFormat, examples: Sequence[Example], stream: Data
 
 def by_document(example: Example) -> list[Example]:
     """The expected content of each of the example's documents. Of several, each has the turns up to one trained answer."""
-    if len(example.encoded.starts) == 1 or example.messages is None:
+    if len(example.encoded.starts) == 1 or example.conversation is None:
         return [example]
-    turns = example.messages
+    turns = example.conversation.messages
     context = [replace(turn, train=False) for turn in turns]
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.train]
     if len(answers) != len(example.encoded.starts):
@@ -98,7 +98,9 @@ def by_document(example: Example) -> list[Example]:
             f"record {example.position} has {len(answers)} answers but {len(example.encoded.starts)} documents: a bug in "
             "ftray.chat"
         )
-    return [replace(example, messages=[*context[:i], turns[i]]) for i in answers]
+    return [
+        replace(example, conversation=replace(example.conversation, messages=(*context[:i], turns[i]))) for i in answers
+    ]
 
 
 def read_back(sequence: PackedSequence) -> list[tuple[int, list[int], list[bool]]]:
@@ -123,17 +125,18 @@ def read_back(sequence: PackedSequence) -> list[tuple[int, list[int], list[bool]
 
 def verify_example(chat: ChatFormat, example: Example, ids: Sequence[int], mask: Sequence[bool]) -> None:
     """Raises _Mismatch if ids or mask are not those of the example's conversation."""
-    if example.messages is None:
+    if example.conversation is None:
         text = chat.decode(ids)
         if example.text is not None:
             _compare(chat, "the sequence", text, example.text + chat.decode(ids[-1:]))
         if not all(mask[1:]):
             raise _Mismatch("a token of a plain text is not trained on")
         return
-    messages = example.messages
-    _compare(chat, "the sequence", chat.decode(ids), chat.render(messages))
+    conversation = example.conversation
+    messages = conversation.messages
+    _compare(chat, "the sequence", chat.decode(ids), chat.render(conversation))
     expected = [
-        (i, answer_text(chat, messages, i)) for i, m in enumerate(messages) if m.role == "assistant" and m.train
+        (i, answer_text(chat, conversation, i)) for i, m in enumerate(messages) if m.role == "assistant" and m.train
     ]
     runs = _runs(ids, mask)
     if len(runs) != len(expected):
@@ -151,10 +154,10 @@ def verify_example(chat: ChatFormat, example: Example, ids: Sequence[int], mask:
             raise _Mismatch(f"the template changes the answer of turn {i} to {_end(trained)}")
 
 
-def answer_text(chat: ChatFormat, messages: Sequence[Message], i: int) -> str:
+def answer_text(chat: ChatFormat, conversation: Conversation, i: int) -> str:
     """The text that the template renders for turn i after the generation prompt, up to and including its last end token."""
-    head = chat.render(messages[:i], add_generation_prompt=True)
-    turn = chat.render(messages[: i + 1]).removeprefix(head)
+    head = chat.render(conversation.until(i), add_generation_prompt=True)
+    turn = chat.render(conversation.until(i + 1)).removeprefix(head)
     ends = [
         turn.rfind(stop) + len(stop) for stop in (chat.decode([t]).strip() for t in chat.stop_token_ids) if stop in turn
     ]

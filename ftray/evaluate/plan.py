@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ftray import config, storage
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.data.chunks import streams
 from ftray.data.eval_examples import EvalExample, check_eval_split, pick_shots, read_samples, read_set
 from ftray.data.index import build_index
@@ -159,19 +159,19 @@ def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
     )
     labels = _labels(run, [samples[i] for i in questions]) if "classes" in section.metrics else []
     questions, pairs = questions[: section.num_generations], read_pairs(section)
-    pair_prompts = [chat.encode_prompt([Message("user", text)]) for pair in pairs for text in pair]
+    pair_prompts = [chat.encode_prompt(Conversation((Message("user", text),))) for pair in pairs for text in pair]
     general = (
         read_set(general_path(section), "evaluate.general", chat, run.data.max_seq_len)
         if ("general" in section.metrics)
         else []
     )
-    prompts = [chat.encode_prompt(turns_of(samples[i])[:-1]) for i in questions]
+    prompts = [chat.encode_prompt(conversation_of(samples[i]).until(-1)) for i in questions]
     whole = ScoreTask([s.documents for s in samples], [g.documents for g in general], prompts + pair_prompts)
     tasks, few_shot_of = {"base": whole, "tuned": whole}, []
     if section.few_shot:
         train_index = build_index(train_stream, chunk_bytes, data_dir, identity)
         shots = pick_shots(train_index, train_stream, section.few_shot, [s for s in samples if s.is_question])
-        few_shot_of = [i for i, s in enumerate(samples) if s.messages is not None]
+        few_shot_of = [i for i, s in enumerate(samples) if s.conversation is not None]
         tasks = {
             "base": whole,
             "few_shot": _few_shot(run, chat, samples, few_shot_of, questions, shots),
@@ -203,12 +203,14 @@ def _few_shot(
     """Conversations with the shots as earlier turns, after the system message. The shots are not scored."""
     from transformers import AutoConfig
 
-    def longer(messages: list[Message]) -> list[Message]:
+    def longer(conversation: Conversation) -> Conversation:
+        messages = conversation.messages
         head = [m for m in messages[:1] if m.role == "system"]
-        return [*head, *(turn for shot in shots for turn in shot), *messages[len(head) :]]
+        turns = (*head, *(turn for shot in shots for turn in shot), *messages[len(head) :])
+        return Conversation(turns, conversation.tools)
 
-    examples = [chat.encode_example(longer(turns_of(samples[i]))).documents() for i in places]
-    prompts = [chat.encode_prompt(longer(turns_of(samples[i])[:-1])) for i in questions]
+    examples = [chat.encode_example(longer(conversation_of(samples[i]))).documents() for i in places]
+    prompts = [chat.encode_prompt(longer(conversation_of(samples[i]).until(-1))) for i in questions]
     longest = max(
         [len(ids) for documents in examples for ids, _ in documents]
         + [len(ids) + run.evaluate.max_new_tokens for ids in prompts],
@@ -225,7 +227,12 @@ def _few_shot(
     return ScoreTask([[(np.asarray(i, np.int32), np.asarray(m, bool)) for i, m in e] for e in examples], [], prompts)
 
 
-def turns_of(sample: EvalExample) -> list[Message]:
+def conversation_of(sample: EvalExample) -> Conversation:
+    """The conversation of a sample that has one."""
+    assert sample.conversation is not None
+    return sample.conversation
+
+
+def turns_of(sample: EvalExample) -> tuple[Message, ...]:
     """Turns of a conversation."""
-    assert sample.messages is not None
-    return sample.messages
+    return conversation_of(sample).messages

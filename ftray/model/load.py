@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray import config, storage
-from ftray.chat import ChatFormat, Message, template_of, try_template
+from ftray.chat import ChatFormat, Conversation, Message, template_of, try_template
 from ftray.compat.transformers import attention_in_file
 from ftray.errors import DataError, ModelError
 from ftray.model import embedded
@@ -230,7 +230,7 @@ def _check_vocabulary(model: config.ModelConfig, chat: ChatFormat, tokenizer: An
         raise ModelError(
             f"model.base {model.base}: its tokenizer has no tokens for letters and digits, which would be lost; use another base"
         )
-    written = {*chat.encode_prompt([Message("user", "Hello")]), *chat.stop_token_ids}
+    written = {*chat.encode_prompt(Conversation((Message("user", "Hello"),))), *chat.stop_token_ids}
     unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - written
     token_id, token = max((i, token) for token, i in tokenizer.get_vocab().items() if i not in unused)
     if token_id >= num_embeddings:

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray import config
-from ftray.chat import ChatFormat, read_messages
+from ftray.chat import ChatFormat, Conversation, read_messages
 from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
 from ftray.serve.adapter_cache import AdapterCache, ServedModels
@@ -215,7 +215,7 @@ class _Routes:
         try:
             messages = read_messages([message.turn() for message in body.messages])
             text = "\n".join(message.content for message in messages)
-            prompt_ids = await _beside(text, self._format.encode_prompt, messages)
+            prompt_ids = await _beside(text, self._format.encode_prompt, Conversation(messages))
             stats.scripts = await _beside(text, scripts_of, text)
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None

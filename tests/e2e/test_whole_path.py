@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ftray import storage
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from tests import tiny
 from tests.e2e.command import Command, Ended, Place
 
@@ -226,9 +226,9 @@ def client_of(command: Command) -> openai.OpenAI:
     return openai.OpenAI(base_url=found[1], api_key="none is needed", max_retries=0, timeout=120)
 
 
-def conversations() -> list[list[Message]]:
+def conversations() -> list[Conversation]:
     pairs = list(tiny._pairs(NUM_PROMPTS, seed=1))
-    return [[Message("user", question), Message("assistant", answer)] for question, answer in pairs]
+    return [Conversation((Message("user", question), Message("assistant", answer))) for question, answer in pairs]
 
 
 def greedy(model: Any, prompt: list[int], stops: tuple[int, ...]) -> tuple[list[int], float]:
@@ -259,7 +259,7 @@ def test_endpoint_merged_model_and_adapter_give_the_same_greedy_tokens(
     base = AutoModelForCausalLM.from_pretrained(place.directory / "model", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model/merged")
     chat, client = ChatFormat(tokenizer), client_of(endpoint)
-    asked = [c[:1] for c in conversations()]
+    asked = [c.until(1) for c in conversations()]
     prompts = [chat.encode_prompt(turns) for turns in asked]
     of_base = [greedy(base, prompt, chat.stop_token_ids)[0] for prompt in prompts]
     adapted = PeftModel.from_pretrained(base, run_dir / "model").eval()
@@ -292,7 +292,7 @@ def test_what_the_endpoint_asks_is_the_beginning_of_what_training_saw(run_dir: P
     served = ChatFormat(AutoTokenizer.from_pretrained(run_dir / "model/merged"))
     trained = ChatFormat(tiny.make_tokenizer())
     for turns in conversations():
-        prompt, example = served.encode_prompt(turns[:1]), trained.encode_example(turns)
+        prompt, example = served.encode_prompt(turns.until(1)), trained.encode_example(turns)
         assert example.input_ids[: len(prompt)] == prompt
         assert not any(example.loss_mask[: len(prompt)])
         assert example.loss_mask[len(prompt)]

@@ -17,7 +17,7 @@ import ray
 import torch
 from transformers import LlamaForCausalLM
 
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.config import ServeConfig
 from ftray.engine.batch import generate_all
 from ftray.engine.protocol import SamplingParams
@@ -79,7 +79,7 @@ def test_served_greedy_answers_equal_offline_ones(client: openai.OpenAI) -> None
 def test_a_chat_prompt_becomes_the_ids_of_training_and_streams_what_it_answers_at_once(client: openai.OpenAI) -> None:
     ask: Any = {"model": "tiny", "messages": HI, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**ask)
-    prompt = ChatFormat(byte_tokenizer()).encode_prompt([Message("user", HI[0]["content"])])
+    prompt = ChatFormat(byte_tokenizer()).encode_prompt(Conversation((Message("user", HI[0]["content"]),)))
     expected = generate_all(endless_model(), byte_tokenizer(), [prompt], SamplingParams(max_tokens=30))[0]
     assert whole.choices[0].message.content == expected.text
     assert whole.usage is not None

@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftray import config
-from ftray.chat import ChatFormat, read_messages
+from ftray.chat import ChatFormat, Conversation, read_messages
 from ftray.engine.batch import complete, load_engine
 from ftray.engine.protocol import Completion, ContextLengthError, EngineError, SamplingParams
 from ftray.errors import DataError, ModelError
@@ -81,7 +81,10 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str |
 @pytest.fixture(scope="module")
 def prompts(base: Path) -> list[list[int]]:
     form = ChatFormat(AutoTokenizer.from_pretrained(base))
-    return [form.encode_prompt(read_messages([{"role": "user", "content": question}])) for question in QUESTIONS]
+    return [
+        form.encode_prompt(Conversation(read_messages([{"role": "user", "content": question}])))
+        for question in QUESTIONS
+    ]
 
 
 @pytest.fixture(scope="module")

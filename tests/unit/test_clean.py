@@ -118,7 +118,7 @@ def test_a_record_of_exactly_max_seq_len_is_kept(tmp_path: Path, chat: ChatForma
 def test_a_text_of_which_nothing_can_be_predicted_is_bad(tmp_path: Path, chat: ChatFormat) -> None:
     items = cleaned(lines_file(tmp_path, {"text": "a"}), chat)
     assert isinstance(items[0], Example)  # its end token is predicted
-    assert items[0].messages is None
+    assert items[0].conversation is None
 
 
 def test_an_array_and_a_csv_have_quarantine_entries_too(tmp_path: Path, chat: ChatFormat) -> None:
@@ -165,8 +165,8 @@ def test_each_record_falls_on_one_side_and_both_sides_are_all(tmp_path: Path, ch
     path = tiny.write_records(tmp_path / "data", 600)
     number, fraction = 600, 0.2
     sides = {part: cleaned(path, chat, Rules(200, "auto", None, fraction, part)) for part in ("train", "eval")}
-    texts = {part: [item.messages for item in items if isinstance(item, Example)] for part, items in sides.items()}
-    everything = [item.messages for item in cleaned(path, chat) if isinstance(item, Example)]
+    texts = {part: [item.conversation for item in items if isinstance(item, Example)] for part, items in sides.items()}
+    everything = [item.conversation for item in cleaned(path, chat) if isinstance(item, Example)]
     assert len(texts["train"]) + len(texts["eval"]) == number == len(everything)
     assert all((m in texts["train"]) != (m in texts["eval"]) for m in everything)
     assert abs(len(texts["eval"]) - number * fraction) <= 3 * math.sqrt(number * fraction * (1 - fraction))

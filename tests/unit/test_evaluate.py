@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ftray import config, storage
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.cli import main, session
 from ftray.config import FIGURES, Gate
 from ftray.data.eval_examples import read_set
@@ -40,7 +40,7 @@ from tests import tiny
 from tests.cluster import make_run
 
 CHAT = ChatFormat(tiny.make_tokenizer())
-TURNS = [[Message("user", q), Message("assistant", a)] for q, a in tiny._pairs(12, 3)]
+TURNS = [Conversation((Message("user", q), Message("assistant", a))) for q, a in tiny._pairs(12, 3)]
 
 
 def documents() -> list[Any]:
@@ -125,7 +125,7 @@ def test_a_base_answers_and_is_scored_whatever_the_share(tmp_path: Path) -> None
     tiny.write_tiny_model(tmp_path / "model")
     run = make_run(tmp_path, tmp_path / "model", tmp_path)
     monitor = SimpleNamespace(record=SimpleNamespace(remote=lambda _: None))
-    prompts = [CHAT.encode_prompt(turns[:1]) for turns in TURNS]
+    prompts = [CHAT.encode_prompt(turns.until(1)) for turns in TURNS]
     work = ScoreTask(documents(), documents()[:4], prompts)
     whole = score(run, None, work, monitor)
     parts = merge([score(run, None, work.share(i, 2), monitor) for i in range(2)], work)

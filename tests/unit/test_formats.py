@@ -4,17 +4,22 @@ from typing import Any
 
 import pytest
 
-from ftray.chat import Message
+from ftray.chat import Conversation, Message
 from ftray.data.formats import BadRecord, read_record
 
-ASKED = [Message("user", "q"), Message("assistant", "a")]
-LONGER = [
+
+def talk(*messages: Message) -> Conversation:
+    return Conversation(messages)
+
+
+ASKED = talk(Message("user", "q"), Message("assistant", "a"))
+LONGER = talk(
     Message("system", "s"),
     Message("user", "q"),
     Message("assistant", "a"),
     Message("user", "r"),
     Message("assistant", "b"),
-]
+)
 
 GOOD: list[tuple[str, dict[str, Any], object]] = [
     ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ASKED),
@@ -39,7 +44,7 @@ GOOD: list[tuple[str, dict[str, Any], object]] = [
     (
         "alpaca",
         {"instruction": "q", "input": "i", "output": "a"},
-        [Message("user", "q\n\ni"), Message("assistant", "a")],
+        talk(Message("user", "q\n\ni"), Message("assistant", "a")),
     ),
     ("text", {"text": " once\n"}, " once\n"),
 ]
@@ -58,7 +63,7 @@ def test_columns_name_whose_turn_is_where() -> None:
     record = {"question": "q", "answer": "a", "context": "s", "messages": 3}
     assert read_record(record, "auto", {"user": "question", "assistant": "answer"}) == ASKED
     columns = {"system": "context", "user": "question", "assistant": "answer"}
-    assert read_record(record, "columns", columns) == [Message("system", "s"), *ASKED]
+    assert read_record(record, "columns", columns) == talk(Message("system", "s"), *ASKED.messages)
 
 
 @pytest.mark.parametrize(("name", "record", "conversation"), GOOD)
@@ -67,7 +72,8 @@ def test_a_system_text_beside_the_turns_is_their_first(name: str, record: dict[s
     if name == "text":
         assert found == conversation
     else:
-        assert found == [Message("system", "be kind"), *conversation]  # type: ignore[misc]
+        assert isinstance(conversation, Conversation)
+        assert found == talk(Message("system", "be kind"), *conversation.messages)
     assert read_record({**record, "system": ""}, name, None) == conversation
 
 
@@ -82,10 +88,10 @@ def test_what_would_be_lost_is_refused_by_name(key: str) -> None:
 
 def test_texts_are_taken_as_they_are() -> None:
     text = "  a\r\n\tb  "
-    assert read_record({"prompt": text, "completion": text}, "auto", None) == [
+    assert read_record({"prompt": text, "completion": text}, "auto", None) == talk(
         Message("user", text),
         Message("assistant", text),
-    ]
+    )
 
 
 def turn(role: object = "user", content: object = "q", **more: object) -> dict[str, object]:
@@ -102,8 +108,16 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("bad_turn", "messages must be a list with at least one turn", {"messages": None}),
     ("bad_turn", "messages must be a list with at least one turn", {"messages": []}),
     ("bad_turn", "turn 0 must be an object with role and content", {"messages": ["q"]}),
-    ("bad_turn", "turn 0 has the role 'bot'; use one of system, user, assistant, tool", {"messages": [turn("bot")]}),
-    ("bad_turn", "turn 0 (user) has no text; content must be a string", {"messages": [turn(content=3)]}),
+    (
+        "bad_turn",
+        "turn 0 has the role 'bot'; use one of system, developer, user, assistant, tool",
+        {"messages": [turn("bot")]},
+    ),
+    (
+        "bad_turn",
+        "turn 0 (user): content must be a string or a list of text parts, not a number",
+        {"messages": [turn(content=3)]},
+    ),
     ("no_answer", "no turn is the assistant's", {"messages": [turn()]}),
     ("bad_turn", "conversations must be a list", {"conversations": "q"}),
     ("bad_turn", "messages must be a list with at least one turn", {"conversations": []}),

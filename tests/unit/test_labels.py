@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftray.chat import Message
+from ftray.chat import Conversation, Message
 from ftray.data.checks.labels import check_labels, count_labels, find_conflicts, pick_substitutes
 from ftray.data.examples import split_part
 from ftray.data.formats import BadRecord
@@ -15,17 +15,21 @@ from ftray.data.formats import BadRecord
 LABELS = ("card lost", "card stolen", "top up")
 
 
+def talk(*messages: Message) -> Conversation:
+    return Conversation(messages)
+
+
 def test_an_answer_outside_the_list_is_named_with_the_closest_label() -> None:
-    check_labels([Message("user", "q"), Message("assistant", " top up\n")], LABELS)
+    check_labels(talk(Message("user", "q"), Message("assistant", " top up\n")), LABELS)
     with pytest.raises(
         BadRecord, match=r"the answer 'card lots' is not one of data.labels; did you mean 'card lost'\?"
     ) as e:
-        check_labels([Message("user", "q"), Message("assistant", "card lots")], LABELS)
+        check_labels(talk(Message("user", "q"), Message("assistant", "card lots")), LABELS)
     assert e.value.rule == "unknown_label"
     with pytest.raises(BadRecord, match="plain text has no answer"):
         check_labels("some text", LABELS)
     check_labels(
-        [Message("user", "q"), Message("assistant", "hm", train=False), Message("assistant", "top up")], LABELS
+        talk(Message("user", "q"), Message("assistant", "hm", train=False), Message("assistant", "top up")), LABELS
     )
 
 

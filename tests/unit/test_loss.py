@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ftray import config
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.data.packing import IGNORE_INDEX, PackedSequence, pack_examples
 from ftray.model import embedded
 from ftray.model.load import load_base, load_tokenizer
@@ -95,7 +95,7 @@ def test_packed_loss_is_the_sum_of_the_documents_losses_on_a_real_model() -> Non
         ("Count to five.", "One, two, three, four, five."),
         ("Name a colour.", "Blue"),
     ]
-    encoded = [chat.encode_example([Message("user", q), Message("assistant", a)]) for q, a in asked]
+    encoded = [chat.encode_example(Conversation((Message("user", q), Message("assistant", a)))) for q, a in asked]
     documents = [(e.input_ids, e.loss_mask) for e in encoded]
     (row,) = pack_examples(documents, 256, chat._tokenizer.pad_token_id)
     with torch.no_grad():

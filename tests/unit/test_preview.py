@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftray import config
-from ftray.chat import ChatFormat, Message
+from ftray.chat import ChatFormat, Conversation, Message
 from ftray.console import Console
 from ftray.data.chunks import streams
 from ftray.data.preview import paint, pieces, show_preview
@@ -51,7 +51,7 @@ def test_a_bad_record_is_shown_as_one(tmp_path: Path) -> None:
 
 def test_the_pieces_together_are_the_whole_text_and_name_what_is_learned() -> None:
     chat = ChatFormat(tiny.make_tokenizer())
-    encoded = chat.encode_example([Message("user", "日本 🙂"), Message("assistant", "é🙂\nb")])
+    encoded = chat.encode_example(Conversation((Message("user", "日本 🙂"), Message("assistant", "é🙂\nb"))))
     found = pieces(chat, encoded)
     assert "".join(p.text for p in found) == chat.decode(encoded.input_ids)
     assert [(p.text, p.kind) for p in found if p.trained] == [("é🙂\nb", "trained"), ("<|im_end|>", "special")]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
 from bench.hostile.templates import IN_C, NESTED
-from ftray.chat import ChatFormat, Message, template_trial, try_template
+from ftray.chat import ChatFormat, Conversation, Message, template_trial, try_template
 from ftray.chat.segments import TemplateSegmenter
 from ftray.chat.template import FILTERS, TESTS, Template
 from ftray.config import ModelConfig
@@ -56,7 +56,7 @@ TAKES_MEMORY = (
 @pytest.mark.parametrize("name", IN_C)
 def test_a_template_has_no_way_around_its_budget(name: str) -> None:
     with pytest.raises(DataError, match="the chat template ") as caught:
-        TemplateSegmenter(IN_C[name], {}).render([Message("user", "hello there")])
+        TemplateSegmenter(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -66,7 +66,7 @@ def test_a_template_that_would_take_gigabytes_takes_none(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="the chat template "):
-            TemplateSegmenter(IN_C[name], {}).render([Message("user", "hello there")])
+            TemplateSegmenter(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
         assert tracemalloc.get_traced_memory()[1] < 100 * MIB
     finally:
         tracemalloc.stop()
@@ -178,7 +178,7 @@ def test_any_template_gives_text_or_an_error_of_ours() -> None:
     @given(st.lists(pieces, max_size=14).map("".join) | st.text(max_size=20))
     def holds(source: str) -> None:
         tokenizer.chat_template = source
-        assert "\n" not in outcome(lambda: ChatFormat(tokenizer).encode_prompt([Message("user", "hi")]))
+        assert "\n" not in outcome(lambda: ChatFormat(tokenizer).encode_prompt(Conversation((Message("user", "hi"),))))
 
     tokenizer = tiny.make_tokenizer()
     holds()
@@ -215,10 +215,10 @@ def test_text_that_becomes_a_special_token_when_it_is_normalized_is_refused(name
     for chat in (ChatFormat(tokenizer), ChatFormat(packed())):
         forged = f"hi{text}\n"
         match = r"contains the special token <\|im_end\|> once the tokenizer has normalized it"
-        turns = [Message("user", forged), Message("assistant", "b")]
+        turns = Conversation((Message("user", forged), Message("assistant", "b")))
         for action in (
             lambda: chat.encode_example(turns),  # noqa: B023 - called at once
-            lambda: chat.encode_prompt(turns[:1]),  # noqa: B023
+            lambda: chat.encode_prompt(turns.until(1)),  # noqa: B023
             lambda: chat.encode_text(forged),  # noqa: B023
         ):
             with pytest.raises(DataError, match=match):
@@ -226,7 +226,9 @@ def test_text_that_becomes_a_special_token_when_it_is_normalized_is_refused(name
         for refused in chat.encode_examples([turns, forged]):
             assert isinstance(refused, DataError)
             assert "once the tokenizer has normalized it" in str(refused)
-        chat.encode_example([Message("user", "ordinary <text> | with ﬁ and é"), Message("assistant", "b")])
+        chat.encode_example(
+            Conversation((Message("user", "ordinary <text> | with ﬁ and é"), Message("assistant", "b")))
+        )
 
 
 # --- files of a model directory

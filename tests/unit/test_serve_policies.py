@@ -467,8 +467,8 @@ def test_feedback_becomes_records_that_training_reads(tmp_path: Path) -> None:
         for folder in ("up", "down")
     }
     read = {folder: [read_record(r, "auto", None) for r in found] for folder, found in records.items()}
-    assert sorted(talk[-1].content for talk in read["up"]) == ["Good day.", "Hello!"]  # type: ignore[union-attr]
-    assert [[m.role for m in talk] for talk in read["down"]] == [["user", "assistant"]]  # type: ignore[union-attr]
+    assert sorted(talk.messages[-1].content for talk in read["up"]) == ["Good day.", "Hello!"]  # type: ignore[union-attr]
+    assert [[m.role for m in talk.messages] for talk in read["down"]] == [["user", "assistant"]]  # type: ignore[union-attr]
     assert {"rating": "up", "comment": "kind", "model": "m"}.items() <= next(
         r["feedback"] for r in records["up"] if r["feedback"]["rating"] == "up"
     ).items()

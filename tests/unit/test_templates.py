@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from ftray import storage
-from ftray.chat import ChatFormat, Encoded, Message
+from ftray.chat import ChatFormat, Conversation, Encoded, Message
 from ftray.chat.template import TODAY, Template
 from ftray.config import ModelConfig
 from ftray.errors import DataError, ModelError
@@ -61,9 +61,9 @@ def chat_with(template: str) -> ChatFormat:
     return ChatFormat(tokenizer)
 
 
-def turns(*contents: str, system: str | None = None) -> list[Message]:
-    head = [] if system is None else [Message("system", system)]
-    return head + [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)]
+def turns(*contents: str, system: str | None = None) -> Conversation:
+    head = () if system is None else (Message("system", system),)
+    return Conversation((*head, *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(contents))))
 
 
 def learned(chat: ChatFormat, encoded: Encoded) -> list[str]:
@@ -96,7 +96,7 @@ def test_the_mask_is_the_one_that_transformers_makes_of_the_marks() -> None:
     tokenizer.chat_template = MARKED
     encoded = ChatFormat(tokenizer).encode_example(LONG)
     theirs = tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in LONG],
+        [{"role": m.role, "content": m.content} for m in LONG.messages],
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
@@ -112,10 +112,11 @@ def test_marks_that_name_less_than_the_answer_are_followed() -> None:
     assert isinstance(batch, Encoded)
     assert list(batch.input_ids) == one.input_ids
     assert list(batch.loss_mask) == one.loss_mask
-    prompt = chat.encode_prompt(asked[:3])
+    prompt = chat.encode_prompt(asked.until(3))
     assert one.input_ids[: len(prompt)] == prompt
-    asked[1] = Message("assistant", "thought|said", train=False)
-    assert learned(chat, chat.encode_example(asked)) == [f"done{END}"]
+    first, _, *rest = asked.messages
+    skipped = Conversation((first, Message("assistant", "thought|said", train=False), *rest))
+    assert learned(chat, chat.encode_example(skipped)) == [f"done{END}"]
 
 
 def test_marks_that_leave_out_the_end_token_are_refused() -> None:
@@ -133,15 +134,16 @@ def test_a_template_that_leaves_out_system_turns_in_silence_is_refused_where_the
     (refused,) = chat.encode_examples([turns("a", "b", system="s")])
     assert "has no system role" in str(refused)
     with pytest.raises(DataError, match="has no tool role"):
-        chat.encode_example([*turns("a", "b"), Message("tool", "3"), Message("assistant", "c")])
+        chat.encode_example(Conversation((*turns("a", "b").messages, Message("tool", "3"), Message("assistant", "c"))))
 
 
 def test_tool_turns_are_read_and_not_learned() -> None:
     chat = chat_with(tiny.TEMPLATE)
-    asked = [*turns("2+2?", "<call>add 2 2</call>"), Message("tool", "4"), Message("assistant", "It is 4.")]
+    said = turns("2+2?", "<call>add 2 2</call>").messages
+    asked = Conversation((*said, Message("tool", "4"), Message("assistant", "It is 4.")))
     encoded = chat.encode_example(asked)
     assert learned(chat, encoded) == [f"<call>add 2 2</call>{END}", f"It is 4.{END}"]
-    prompt = chat.encode_prompt(asked[:3])
+    prompt = chat.encode_prompt(asked.until(3))
     assert encoded.input_ids[: len(prompt)] == prompt
 
 
@@ -206,10 +208,10 @@ def test_no_space_is_put_in_front_of_a_segment(kind: str, scheme: str, template:
     asked = turns("What is heard?", "moo, then baa.", "one two", "three", "a", "\n\nb")
     encoded = chat.encode_example(asked)
     pad = " " if template == LLAMA_2 else ""
-    said = [f"{pad}{m.content}{pad}</s>" for m in asked if m.role == "assistant"]
+    said = [f"{pad}{m.content}{pad}</s>" for m in asked.messages if m.role == "assistant"]
     assert learned(chat, encoded) == said
     for i in (1, 3, 5):
-        prompt = chat.encode_prompt(asked[:i])
+        prompt = chat.encode_prompt(asked.until(i))
         assert encoded.input_ids[: len(prompt)] == prompt
         assert encoded.loss_mask[len(prompt)]
         assert not encoded.loss_mask[len(prompt) - 1]
@@ -307,7 +309,7 @@ REAL = [
 
 @pytest.mark.parametrize("template", REAL)
 def test_the_sandbox_writes_what_transformers_writes(template: str) -> None:
-    plain = [{"role": m.role, "content": m.content} for m in LONG]
+    plain = [{"role": m.role, "content": m.content} for m in LONG.messages]
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     for prompt in (False, True):
         theirs, _ = chat_template_utils.render_jinja_template(
@@ -321,5 +323,7 @@ def test_the_sandbox_writes_what_transformers_writes_for_a_real_model() -> None:
     assert Path(embedded.resolve(embedded.NAME, storage.cache_directory())).is_dir()
     tokenizer = load_tokenizer(ModelConfig(base=embedded.NAME))
     chat = ChatFormat(tokenizer)
-    whole = tokenizer.apply_chat_template([{"role": m.role, "content": m.content} for m in LONG], tokenize=False)
+    whole = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in LONG.messages], tokenize=False
+    )
     assert chat.render(LONG) == whole

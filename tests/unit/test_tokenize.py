@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.chat import ChatFormat, Encoded, Message
+from ftray.chat import ChatFormat, Conversation, Encoded, Message
 from ftray.chat.segments import TemplateSegmenter
 from ftray.config import ModelConfig
 from ftray.data import tokenizer as tokenize
@@ -102,7 +102,11 @@ def chat_of(template: str) -> ChatFormat:
     return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)))
 
 
-def one_by_one(chat: ChatFormat, conversation: list[Message] | str) -> Encoded | str:
+def talk(*messages: Message) -> Conversation:
+    return Conversation(messages)
+
+
+def one_by_one(chat: ChatFormat, conversation: Conversation | str) -> Encoded | str:
     """What the plain way gives, or why it refuses."""
     try:
         return chat.encode_text(conversation) if isinstance(conversation, str) else chat.encode_example(conversation)
@@ -110,7 +114,7 @@ def one_by_one(chat: ChatFormat, conversation: list[Message] | str) -> Encoded |
         return str(err)
 
 
-def assert_same(chat: ChatFormat, conversations: Sequence[list[Message] | str]) -> None:
+def assert_same(chat: ChatFormat, conversations: Sequence[Conversation | str]) -> None:
     for found, conversation in zip(chat.encode_examples(conversations), conversations, strict=True):
         plain = one_by_one(chat, conversation)
         if isinstance(found, DataError) or isinstance(plain, str):
@@ -150,8 +154,10 @@ TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_siz
 ROLE = st.sampled_from(["system", "user", "assistant", "assistant", "user", "tool"])
 CONVERSATION = st.one_of(
     TEXT,
-    st.lists(st.builds(Message, ROLE, TEXT, st.booleans()), min_size=1, max_size=5),
-    st.tuples(TEXT, TEXT).map(lambda t: [Message("user", t[0]), Message("assistant", t[1])]),
+    st.lists(st.builds(Message, ROLE, TEXT, st.booleans()), min_size=1, max_size=5).map(
+        lambda m: Conversation(tuple(m))
+    ),
+    st.tuples(TEXT, TEXT).map(lambda t: talk(Message("user", t[0]), Message("assistant", t[1]))),
 )
 
 
@@ -163,7 +169,7 @@ def test_many_at_once_are_what_each_is_by_itself(template: str) -> None:
 
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(st.lists(CONVERSATION, max_size=6))
-    def holds(conversations: list[list[Message] | str]) -> None:
+    def holds(conversations: list[Conversation | str]) -> None:
         assert_same(chat, conversations)
 
     holds()
@@ -176,7 +182,7 @@ def test_many_at_once_are_what_each_is_by_itself_with_a_real_model() -> None:
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(st.lists(CONVERSATION, max_size=6))
-    def holds(conversations: list[list[Message] | str]) -> None:
+    def holds(conversations: list[Conversation | str]) -> None:
         assert_same(chat, conversations)
 
     holds()
@@ -185,8 +191,8 @@ def test_many_at_once_are_what_each_is_by_itself_with_a_real_model() -> None:
 @pytest.mark.parametrize("name", COPYING)
 def test_a_template_that_copies_is_rendered_once_for_all_conversations_of_its_shape(name: str) -> None:
     chat = chat_of(COPYING[name])
-    conversations: list[list[Message] | str] = [
-        [Message("user", f"{n}?"), Message("assistant", f" {n}! ")] for n in range(20)
+    conversations: list[Conversation | str] = [
+        talk(Message("user", f"{n}?"), Message("assistant", f" {n}! ")) for n in range(20)
     ]
     chat.encode_examples(conversations[:1])
     chat._segmenter.render = None  # type: ignore[assignment]
@@ -202,8 +208,8 @@ def test_a_template_that_looks_into_texts_is_rendered_for_each(name: str) -> Non
 
 def test_a_template_that_trims_two_texts_together_is_rendered_for_each() -> None:
     chat = chat_of(tiny.TEMPLATE.replace("m['content']", "(m['role'] + m['content']) | trim"))
-    conversations: list[list[Message] | str] = [
-        [Message("user", text), Message("assistant", " b ")] for text in ("a", " ", "")
+    conversations: list[Conversation | str] = [
+        talk(Message("user", text), Message("assistant", " b ")) for text in ("a", " ", "")
     ]
     assert_same(chat, conversations)
 
@@ -299,9 +305,9 @@ def test_a_tokenizer_travels_as_itself_and_is_loaded_once_a_process() -> None:
     assert _tokenizer(there) is _tokenizer(pickle.loads(pickle.dumps(loader)))  # a task unpickles its own copy
     chat, other = ChatFormat(loader()), ChatFormat(there())
     assert chat.identity == other.identity
-    conversation = [Message("system", "s"), Message("user", "Is it so?"), Message("assistant", "Yes 🙂.")]
+    conversation = talk(Message("system", "s"), Message("user", "Is it so?"), Message("assistant", "Yes 🙂."))
     assert chat.encode_example(conversation) == other.encode_example(conversation)
-    assert chat.encode_prompt(conversation[:2]) == other.encode_prompt(conversation[:2])
+    assert chat.encode_prompt(conversation.until(2)) == other.encode_prompt(conversation.until(2))
     assert chat.encode_text("a text") == other.encode_text("a text")
 
 
@@ -336,9 +342,10 @@ def test_a_task_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     saved = tmp_path / "loader.pickle"
     saved.write_bytes(pickle.dumps(TokenizerLoader(tiny.make_tokenizer)))
     code = (
-        "import pickle, sys; from pathlib import Path; from ftray.chat import Message; from ftray.data.chunks import _tokenizer\n"
+        "import pickle, sys; from pathlib import Path\n"
+        "from ftray.chat import Conversation, Message; from ftray.data.chunks import _tokenizer\n"
         f"chat, _ = _tokenizer(pickle.loads(Path({str(saved)!r}).read_bytes()))\n"
-        "assert len(chat.encode_examples([[Message('user', 'a'), Message('assistant', 'b')]])[0].input_ids) > 5\n"
+        "assert len(chat.encode_examples([Conversation((Message('user', 'a'), Message('assistant', 'b')))])[0].input_ids) > 5\n"
         "assert not {'torch', 'transformers', 'ray'} & set(sys.modules), 'heavy'"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)

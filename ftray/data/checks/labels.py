@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ftray.chat import Message
+from ftray.chat import Conversation
 from ftray.data.formats import BadRecord
 
 Keys = npt.NDArray[np.uint64]
 
 
-def check_labels(conversation: list[Message] | str, labels: Sequence[str]) -> None:
+def check_labels(conversation: Conversation | str, labels: Sequence[str]) -> None:
     """Raises BadRecord (unknown_label) for an answer that is not a label, naming the answer and the closest label."""
     if isinstance(conversation, str):
         raise BadRecord("unknown_label", "plain text has no answer, but data.labels is set")
-    for turn in conversation:
+    for turn in conversation.messages:
         if turn.role != "assistant" or not turn.train or turn.content.strip() in labels:
             continue
         near = difflib.get_close_matches(turn.content.strip()[:80], labels, n=1)
