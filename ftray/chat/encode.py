@@ -80,14 +80,15 @@ class ChatFormat:
         self._segmenter = TemplateSegmenter(template_of(tokenizer), names)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._inserts_prefix = self._finds_prefix()
+        self.text_prefix = self._find_text_prefix()
         self.template_hash = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
         self.stop_token_ids = self._find_stop_tokens()
         self._segmenter.uses_marks = self._finds_other_marks()
 
     @property
-    def identity(self) -> tuple[str, dict[str, int], tuple[int, ...]]:
-        """Template, special tokens and stop tokens: equal for two formats that differ in their ids at most."""
-        return self.template_hash, self._specials, self.stop_token_ids
+    def identity(self) -> tuple[str, dict[str, int], tuple[int, ...], tuple[int, ...]]:
+        """Template, special tokens, stop tokens and text prefix: equal for two formats that differ in their ids at most."""
+        return self.template_hash, self._specials, self.stop_token_ids, self.text_prefix
 
     def encode_example(self, conversation: Conversation) -> Encoded:
         """Ids of a conversation. The text and end token of each assistant message with `train` are trained on.
@@ -146,8 +147,9 @@ class ChatFormat:
                 continue
             lo, hi = places[cut[0]], places[cut[-1]]
             if isinstance(conversation, str):
-                whole = np.append(ids[lo:hi], np.int32(self._tokenizer.eos_token_id))
-                results.append(Encoded(whole, np.ones(len(whole), dtype=np.bool_)))
+                head, tail = np.array(self.text_prefix, np.int32), np.array([self._tokenizer.eos_token_id], np.int32)
+                whole = np.concatenate([head, ids[lo:hi], tail])
+                results.append(Encoded(whole, np.arange(len(whole)) >= len(self.text_prefix)))
             else:
                 results.append(Encoded(ids[lo:hi], mask[lo:hi], tuple([places[at] - lo for at in cut[:-1]])))
         return results
@@ -177,10 +179,10 @@ class ChatFormat:
         return ids
 
     def encode_text(self, text: str) -> Encoded:
-        """Ids of plain text and the end token. All are trained on."""
+        """Ids of `text_prefix`, plain text and the end token. All but the prefix are trained on."""
         self._check_plain(text)
         ids = [*self._tokenize(text), self._tokenizer.eos_token_id]
-        return Encoded(ids, [True] * len(ids))
+        return Encoded([*self.text_prefix, *ids], [False] * len(self.text_prefix) + [True] * len(ids))
 
     def decode(
         self, ids: Sequence[int] | npt.NDArray[np.int32], before: Sequence[int] | npt.NDArray[np.int32] = ()
@@ -266,6 +268,12 @@ class ChatFormat:
             else:
                 return True
         return False
+
+    def _find_text_prefix(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer puts in front of every text, BOS for most. Models expect them there."""
+        whole, plain = list(self._tokenizer("a", add_special_tokens=True)["input_ids"]), self._plain_ids("a")
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:at])
 
     def _finds_other_marks(self) -> bool:
         """Whether the template's `{% generation %}` blocks select other parts of the messages than text and end token.

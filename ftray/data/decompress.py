@@ -13,6 +13,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from ftray.errors import DataError
@@ -43,7 +44,7 @@ def expanded(uri: str, source: Any) -> Iterator[bytes]:
     total, held_back = 0, []
     for piece in _pieces(uri, source):
         total += len(piece)
-        if total > FREE_BYTES and uri.endswith((".gz", ".zst")) and total > MAX_RATIO * (size := source.tell()):
+        if total > FREE_BYTES and uri.lower().endswith((".gz", ".zst")) and total > MAX_RATIO * (size := source.tell()):
             raise DataError(
                 f"{uri} expands from {size} to more than {total} bytes, over {MAX_RATIO}-fold; decompress it yourself if its "
                 "content is what you expect"
@@ -62,10 +63,10 @@ def _cut(pieces: list[bytes]) -> Iterator[bytes]:
 
 
 def _pieces(uri: str, source: Any) -> Iterator[bytes]:
-    if uri.endswith(".zst"):
+    if uri.lower().endswith(".zst"):
         yield from _unzstd(uri, source)
         return
-    reader: Any = gzip.GzipFile(fileobj=source) if uri.endswith(".gz") else source
+    reader: Any = gzip.GzipFile(fileobj=source) if uri.lower().endswith(".gz") else source
     try:
         while piece := reader.read(PIECE_BYTES):
             yield piece
@@ -150,34 +151,74 @@ def csv_rows(uri: str, pieces: Iterator[bytes]) -> Iterator[dict[Any, Any]]:
     """Yields the rows of a CSV file as dictionaries; fields beyond the header have the key None.
 
     Raises:
-        DataError: The file is not UTF-8 or not CSV, has a duplicate column, or a field that is too large.
+        DataError: The file is not UTF-8 or not CSV, has a duplicate column, a field that is too large, or a quote that is not
+            closed. The csv module would read the rows after such a quote as part of the field.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)  # csv's own limit is 128 KB a field
+    line = 1  # where the current row begins
     try:
         text = _Text(uri, pieces)
-        reader = csv.DictReader(iter(text))
-        names = list(reader.fieldnames or [])
-        check_columns(uri, names, MAX_COLUMNS)
-        text.row_bytes = 0
+        reader = csv.reader(iter(text), strict=True)
+        names: list[str] | None = None
         for row in reader:
-            yield dict(row)
-            text.row_bytes = 0
+            if names is None:
+                names = row
+                check_columns(uri, names, MAX_COLUMNS)
+            elif row:  # not an empty line
+                yield _named(names, row)
+            text.row_bytes, line = 0, reader.line_num + 1
     except csv.Error as err:
-        raise DataError(f"{uri} is not CSV ({err}); write it again") from None
+        reason = "a quote is not closed" if "unexpected end of data" in str(err) else f"not CSV: {err}"
+        raise DataError(
+            f"{uri}, the row that begins in line {line}: {reason}; put quotes around fields that contain commas, quotes or "
+            "line ends, and write a quote inside such a field twice"
+        ) from None
 
 
-def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
-    """Yields the items of a JSON array.
+def _named(names: list[str], row: list[str]) -> dict[Any, Any]:
+    record: dict[Any, Any] = dict(zip_longest(names, row[: len(names)]))
+    return {**record, None: row[len(names) :]} if len(row) > len(names) else record
+
+
+def json_records(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
+    """Yields the records of a .json file: the items of an array, or the lines (as bytes) of a file of JSON lines.
 
     Raises:
-        DataError: The file is not UTF-8 or not a JSON array, or an item is too large.
+        DataError: The file is neither, is not UTF-8, or has a record that is too large.
     """
+    head = b""
+    for piece in pieces:
+        head += piece
+        if head.removeprefix(b"\xef\xbb\xbf").strip():
+            break
+    rest = chain([head], pieces)
+    if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        yield from _json_items(uri, rest)
+        return
+    is_first = True
+    for line in lines(uri, rest):
+        if is_first and line.strip():
+            is_first = False
+            if not _is_object(line):
+                raise DataError(
+                    f"{uri} is not a JSON array of records, and its first line is not a record; write [{{…}}, {{…}}], or "
+                    "one record a line"
+                )
+        yield line
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
     window = _Window(uri, pieces)
     try:
         if window.next_character() != "[":
-            raise DataError(
-                f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line in .jsonl"
-            )
+            raise DataError(f"{uri} is not a JSON array of records; write [{{…}}, {{…}}], or one record a line")
         window.skip(1)
         if window.next_character() == "]":
             window.skip(1)
@@ -195,7 +236,7 @@ def json_items(uri: str, pieces: Iterator[bytes]) -> Iterator[Any]:
     except (ValueError, RecursionError) as err:
         reason = err.msg if isinstance(err, json.JSONDecodeError) else err
         raise DataError(
-            f"{uri} is not JSON ({reason}); a .json file is one array of records, use .jsonl for lines"
+            f"{uri} is not JSON ({reason}); a .json file is one array of records, or one record a line"
         ) from None
 
 

@@ -8,22 +8,22 @@ can also contain billions of values, or pages that expand a thousandfold, so bot
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.decompress import MAX_RATIO, MAX_RECORD_BYTES, check_columns
+from ftray.data.arrow_rows import EXTENSION_KEY, JSON_TYPE, decoders, explained, is_any, rows
+from ftray.data.decompress import MAX_RATIO, check_columns
+from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
 
 # Extension types whose values are plain: pyarrow itself implements them, in C++.
-HARMLESS_TYPES = frozenset({"arrow.json", "arrow.uuid", "arrow.bool8"})
-EXTENSION_KEY = b"ARROW:extension:name"
+HARMLESS_TYPES = frozenset({JSON_TYPE, "arrow.uuid", "arrow.bool8"})
 MAX_COLUMNS = 10_000
 READ_AHEAD = 1 << 16
 BATCH_ROWS = 256
 FREE_BYTES = 1 << 28  # every row group may expand to this size
-VALUE_BYTES = 64  # minimum size of a value as a Python object
 FREE_VALUES = 100_000  # every file may have this many rows, and values in a column
 VALUES_PER_BYTE = 8
 EXPANDING_CODECS = ("GZIP", "ZSTD", "BROTLI")  # the others expand by 255 at most
@@ -44,12 +44,15 @@ class ParquetShard:
         with explained(uri):
             self._size, _ = storage.size_and_etag(uri)
             metadata = pq.read_metadata(self._open())
-            check_schema(metadata.schema.to_arrow_schema(), uri)
+            schema = metadata.schema.to_arrow_schema()
+            check_schema(schema, uri)
             _check_counts(metadata, self._size, uri)
             # Text read as a dictionary loses its extension type, so the schema is checked without and with it.
             self._file = pq.ParquetFile(self._open(), read_dictionary=_text_columns(metadata), metadata=metadata)
             check_schema(self._file.schema_arrow, uri)
         self.metadata = metadata
+        self._names: list[str] = schema.names
+        self._decoders = decoders(schema)
 
     def _open(self) -> Any:
         if storage.is_remote(self._uri):
@@ -66,46 +69,39 @@ class ParquetShard:
                 size = 0
         return edges
 
-    def read(self, start: int, end: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read(self, start: int, end: int, needs: Callable[[str], bool] = is_any) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields (number in the file, value) of each record of the row groups [start, end), with few in memory at a time.
+
+        Args:
+            start: The first row group.
+            end: The row group after the last one.
+            needs: Whether a column is read.
 
         Raises:
             DataError: The file is damaged, or a record or a page is too large.
         """
         number = sum(self.metadata.row_group(g).num_rows for g in range(start))
+        names = [name for name in self._names if needs(name)]
+        if not names:
+            raise DataError(f"{self._uri} has none of the required columns; it has {', '.join(self._names[:8])}")
         for group in range(start, end):
             with explained(self._uri):
-                self._check_pages(group)
-            batches = self._file.iter_batches(BATCH_ROWS, [group], use_threads=False)
-            while (rows := self._next_rows(batches, number)) is not None:
-                for row in rows:
+                self._check_pages(group, names)
+            batches = self._file.iter_batches(BATCH_ROWS, [group], columns=names, use_threads=False)
+            while (batch := self._next(batches)) is not None:
+                for row in rows(batch, self._decoders, self._uri, number):
                     yield number, row
                     number += 1
 
-    def _next_rows(self, batches: Iterator[Any], number: int) -> Iterator[dict[str, Any]] | None:
+    def _next(self, batches: Iterator[Any]) -> Any:
         with explained(self._uri):
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            if decoded_bytes(batch) <= MAX_RECORD_BYTES:
-                return iter(batch.to_pylist())
-        return self._one_by_one(batch, number)
+            return next(batches, None)
 
-    def _one_by_one(self, batch: Any, number: int) -> Iterator[dict[str, Any]]:
-        for at in range(batch.num_rows):
-            row = batch.slice(at, 1)
-            with explained(self._uri):
-                if decoded_bytes(row) > MAX_RECORD_BYTES:
-                    raise DataError(
-                        f"{self._uri}: record {number + at} takes more than {MAX_RECORD_BYTES >> 20} MiB; split it or remove it"
-                    )
-                (value,) = row.to_pylist()
-            yield value
-
-    def _check_pages(self, group: int) -> None:
+    def _check_pages(self, group: int, names: Sequence[str]) -> None:
         """Limits the expanded size of a row group's pages by their headers, which is the size that pyarrow would allocate."""
         columns = [self.metadata.row_group(group).column(c) for c in range(self.metadata.num_columns)]
-        packed = [column for column in columns if column.compression in EXPANDING_CODECS]
+        read = [column for column in columns if _belongs_to(column.path_in_schema, names)]
+        packed = [column for column in read if column.compression in EXPANDING_CODECS]
         if not packed:
             return
         with _opened(self._open()) as file:
@@ -116,6 +112,11 @@ class ParquetShard:
                 f"{self._uri}: row group {group} expands from {compressed} to {expanded} bytes, more than {MAX_RATIO}-fold; "
                 "write the file again without such padding"
             )
+
+
+def _belongs_to(path: str, names: Sequence[str]) -> bool:
+    """Whether a column chunk is part of one of the columns; pyarrow selects columns by this rule."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def check_schema(schema: Any, uri: str) -> None:
@@ -156,35 +157,6 @@ def _check_extension(name: bytes | None, column: str, uri: str) -> None:
             f"{uri}: the column {column!r} has the extension type {text[:80]!r}, whose values may run code when they are read; "
             "write the column as plain strings, numbers, lists or structs"
         )
-
-
-def decoded_bytes(values: Any) -> int:
-    """The approximate size in bytes of a record batch or array as Python objects.
-
-    Text in a dictionary counts as often as it occurs.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if isinstance(values, pa.RecordBatch):
-        return sum(decoded_bytes(column) for column in values.columns)
-    dtype, own = values.type, VALUE_BYTES * len(values)
-    if pa.types.is_dictionary(dtype):
-        words = values.dictionary
-        if pa.types.is_string(dtype.value_type) or pa.types.is_binary(dtype.value_type):
-            lengths = pc.binary_length(words).take(values.indices)
-            return own + int(pc.sum(lengths).as_py() or 0)
-        return own + decoded_bytes(words)
-    if pa.types.is_struct(dtype):
-        return own + sum(decoded_bytes(part) for part in values.flatten())
-    if pa.types.is_map(dtype):
-        low, high = (values.offsets[i].as_py() if len(values) else 0 for i in (0, -1))
-        return own + sum(decoded_bytes(part.slice(low, high - low)) for part in (values.keys, values.items))
-    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype):
-        return own + decoded_bytes(values.flatten())
-    if isinstance(dtype, pa.BaseExtensionType):
-        return own + decoded_bytes(values.storage)
-    return own + int(values.nbytes)
 
 
 def _text_columns(metadata: Any) -> list[str]:
@@ -241,125 +213,3 @@ def _opened(source: Any) -> Iterator[Any]:
             yield file
     else:
         yield source
-
-
-@contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Converts pyarrow's errors for a damaged or hostile file to DataError."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-    ) as err:
-        if isinstance(err, OSError) and err.errno is not None:
-            raise  # a problem of the disk, not of the file, and perhaps temporary
-        first = (str(err).splitlines() or ["damaged"])[0][:200]
-        raise DataError(f"{uri} is not a whole parquet file ({first}); write it again") from None
-
-
-HEADER_BYTES = 256  # first read; the sizes are at the start, but statistics can make a header longer
-MAX_HEADER_BYTES = 1 << 20
-MAX_DEPTH = 8
-TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
-
-
-def page_sizes(file: Any, column: Any) -> Iterator[tuple[int, int]]:
-    """Yields the (expanded, compressed) size in bytes of each page of a column chunk.
-
-    Args:
-        file: The Parquet file, open for reading bytes.
-        column: pyarrow's ColumnChunkMetaData.
-
-    Raises:
-        ValueError: A header is damaged.
-    """
-    at, dictionary = column.data_page_offset, column.dictionary_page_offset
-    if column.has_dictionary_page and dictionary is not None and 0 < dictionary < at:
-        at = dictionary
-    end = at + column.total_compressed_size
-    while at < end:
-        header, length = _header(file, at)
-        expanded, compressed = header.get(2), header.get(3)
-        if not isinstance(expanded, int) or not isinstance(compressed, int) or expanded < 0 or compressed < 0:
-            raise ValueError("a page header is damaged")
-        yield expanded, compressed
-        at += length + compressed
-
-
-def _header(file: Any, at: int) -> tuple[dict[int, Any], int]:
-    size = HEADER_BYTES
-    while True:
-        file.seek(at)
-        data = file.read(size)
-        try:
-            return _Reader(data).struct_and_length()
-        except IndexError:
-            if len(data) < size or size >= MAX_HEADER_BYTES:
-                raise ValueError("a page header is damaged") from None
-            size *= 8
-
-
-class _Reader:
-    """Reads Thrift's compact protocol, as far as page headers use it. Raises IndexError at the end of the bytes."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def struct_and_length(self) -> tuple[dict[int, Any], int]:
-        """The fields of a struct by number, and the struct's size in bytes."""
-        return self._struct(0), self._at
-
-    def _byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1]
-
-    def _varint(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self._byte()
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-            if shift > 63:
-                raise ValueError("a page header is damaged")
-
-    def _signed(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
-
-    def _struct(self, depth: int) -> dict[int, Any]:
-        if depth > MAX_DEPTH:
-            raise ValueError("a page header is damaged")
-        fields: dict[int, Any] = {}
-        number = 0
-        while (head := self._byte()) != 0:
-            number = number + (head >> 4) if head >> 4 else self._signed()
-            fields[number] = self._value(head & 0x0F, depth)
-        return fields
-
-    def _value(self, kind: int, depth: int) -> Any:
-        if kind in (TRUE, FALSE):
-            return kind == TRUE
-        if kind == BYTE:
-            return self._byte()
-        if kind in (I16, I32, I64):
-            return self._signed()
-        if kind == STRUCT:
-            return self._struct(depth + 1)
-        if kind in (DOUBLE, BINARY):
-            size = 8 if kind == DOUBLE else self._varint()
-            self._at += size
-            if self._at > len(self._data):
-                raise IndexError
-            return None
-        raise ValueError("a page header is damaged")  # page headers have no lists, sets or maps

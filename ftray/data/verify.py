@@ -128,8 +128,8 @@ def verify_example(chat: ChatFormat, example: Example, ids: Sequence[int], mask:
     if example.conversation is None:
         text = chat.decode(ids)
         if example.text is not None:
-            _compare(chat, "the sequence", text, example.text + chat.decode(ids[-1:]))
-        if not all(mask[1:]):
+            _compare(chat, "the sequence", text, chat.decode(chat.text_prefix) + example.text + chat.decode(ids[-1:]))
+        if not all(mask[max(1, len(chat.text_prefix)) :]):
             raise _Mismatch("a token of a plain text is not trained on")
         return
     conversation = example.conversation

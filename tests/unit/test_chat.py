@@ -351,6 +351,26 @@ def test_plain_text_is_learned_whole_with_its_end_token(chat: ChatFormat) -> Non
         chat.encode_text("")
 
 
+def test_plain_text_begins_with_bos_where_the_tokenizer_adds_one() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.make_tokenizer()
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    chat = ChatFormat(tokenizer)
+    encoded = chat.encode_text("a b")
+    assert list(encoded.input_ids) == [start, *chat_with().encode_text("a b").input_ids]
+    assert list(encoded.loss_mask) == [False, *[True] * (len(encoded.input_ids) - 1)]
+    (fast,) = chat.encode_examples(["a b"])
+    assert isinstance(fast, Encoded)
+    assert (fast.input_ids.tolist(), fast.loss_mask.tolist()) == (encoded.input_ids, encoded.loss_mask)  # type: ignore[union-attr]
+    conversation = turns("a", "b")
+    assert chat.encode_example(conversation) == chat_with().encode_example(conversation)  # the template decides there
+    assert chat.identity != chat_with().identity  # a copy that adds none is not the same
+
+
 def test_plain_text_needs_an_end_token() -> None:
     tokenizer = tiny.make_tokenizer(pad_is_end=False)
     tokenizer.eos_token = None

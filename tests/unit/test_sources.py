@@ -168,21 +168,61 @@ def test_a_csv_that_can_not_be_read_is_refused_by_name(tmp_path: Path, content: 
     assert str(caught.value).startswith(f"{path} {words}")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'p,c\n1,2\n\nq,"5 feet 3""\nq3,a3\n', r"line 4: a quote is not closed"),
+        (b'p,c\n"a\nb",2\n"a"b,2\n', r"line 4: not CSV: ',' expected"),
+        (b'p,"c\n1,2\n', r"line 1: a quote is not closed"),
+    ],
+)
+def test_a_quote_that_is_not_closed_is_an_error_with_its_line(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "part.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        values(path)
+
+
 def test_a_json_array_gives_its_entries(tmp_path: Path) -> None:
     path = tmp_path / "part.json"
     path.write_bytes(BOM + b'[{"a": 1}, 7, {"a": 2}]')
     assert [(r.position, r.value) for r in records(only_shard(path), 2)] == [(0, {"a": 1}), (1, b"7"), (2, {"a": 2})]
 
 
+def test_json_lines_in_a_json_file_are_read_as_lines_and_a_bad_one_is_a_bad_record(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    path.write_bytes(BOM + b'\n{"a": 1}\n\n{"a": \n{"a": 2}')
+    assert [(r.position, r.value) for r in records(only_shard(path), 2)] == [
+        (1, b'{"a": 1}'),
+        (3, b'{"a": '),
+        (4, b'{"a": 2}'),
+    ]
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Json", "a.CSV", "A.PARQUET", "a.jsonl.GZ", "a.JSONL.zst"])
+def test_extensions_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
+    path, lines = tmp_path / name, b'{"a": "1"}\n'
+    if "parquet" in name.lower():
+        pq.write_table(pa.table({"a": ["1"]}), path)
+    elif "gz" in name.lower():
+        path.write_bytes(gzip.compress(lines))
+    elif "zst" in name.lower():
+        path.write_bytes(zstandard.compress(lines))
+    else:
+        path.write_bytes(b"a\n1\n" if "csv" in name.lower() else lines)
+    found = values(tmp_path)
+    assert [json.loads(v) if isinstance(v, bytes) else v for v in found] == [{"a": "1"}]
+
+
 @pytest.mark.parametrize(
     "content",
-    [b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}', b"[", b"\xff", b"[" * 100_000],
-    ids=["lines", "one", "cut", "bytes", "deep"],
+    [b'{"a":\n1}', b"7", b"[", b"\xff", b"[" * 100_000],
+    ids=["object over lines", "number", "cut", "bytes", "deep"],
 )
 def test_a_json_file_that_is_no_array_is_refused_with_the_remedy(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "part.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"part\.json is not (JSON|a JSON array).*\.jsonl"):
+    with pytest.raises(DataError, match=r"part\.json is not (JSON|a JSON array).*one record a line"):
         values(path)
 
 
@@ -201,13 +241,13 @@ def test_parquet_is_cut_at_row_groups_and_each_row_comes_once(tmp_path: Path) ->
 def test_a_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"part\.parquet is not a whole parquet file"):
+    with pytest.raises(DataError, match=r"part\.parquet cannot be read"):
         cut_shard(only_shard(path), 0, 1)
     pq.write_table(pa.Table.from_pylist([{"text": "word " * n} for n in range(200)]), path)
     content = bytearray(path.read_bytes())
     content[40:200] = bytes(160)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"part\.parquet is not a whole parquet file"):
+    with pytest.raises(DataError, match=r"part\.parquet cannot be read"):
         values(path)
 
 
@@ -246,8 +286,8 @@ def test_what_is_not_read_beside_the_shards_is_told(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
     (tmp_path / "empty.jsonl").touch()
-    assert [s.path for s in list_shards(str(tmp_path))] == ["a.jsonl"]
-    assert other_files(str(tmp_path)) == ["README.md", "b.jsonl.bz2", "deep/c.JSONL", "empty.jsonl"]
+    assert [s.path for s in list_shards(str(tmp_path))] == ["a.jsonl", "deep/c.JSONL"]
+    assert other_files(str(tmp_path)) == ["README.md", "b.jsonl.bz2", "empty.jsonl"]
     assert other_files(str(tmp_path / "a.jsonl")) == []
 
 
@@ -345,3 +385,69 @@ def test_a_chunk_of_parquet_on_s3_reads_its_row_groups_and_no_more(
     read.clear()
     assert [r.position for r in read_chunk(chunks[7])] == list(range(140, 160))
     assert sum(read) < len(whole) / 4
+
+
+# --- Arrow
+
+
+def test_columns_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    odd = pa.array([10**17] * 3, pa.timestamp("ms"))
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "created": odd}), path)
+    (chunk,) = cut_shard(only_shard(path), 0, 1 << 20)
+    assert [r.value for r in read_chunk(chunk, lambda name: name != "created")] == [{"prompt": p} for p in "abc"]
+    with pytest.raises(DataError, match=r"part\.parquet: the column 'created' cannot be read \(.*; correct its values"):
+        list(read_chunk(chunk))
+    with pytest.raises(DataError, match=r"none of the required columns; it has prompt, created"):
+        list(read_chunk(chunk, lambda name: False))
+
+
+def test_nulls_that_arrow_fills_in_are_absent_at_any_depth_and_json_is_decoded(tmp_path: Path) -> None:
+    rows = [
+        {"a": [{"x": 1, "y": {"p": None, "q": 2}}, {"x": None, "y": None}], "b": None},
+        {"a": None, "b": "t"},
+    ]
+    table = pa.Table.from_pylist(rows)
+    texts = pa.array(['{"k": null}', "[1"], pa.string())
+    table = table.append_column(pa.field("j", pa.json_()), pa.ExtensionArray.from_storage(pa.json_(), texts))
+    path = tmp_path / "part.parquet"
+    pq.write_table(table, path)
+    assert values(path) == [{"a": [{"x": 1, "y": {"q": 2}}, {}], "j": {"k": None}}, {"b": "t", "j": "[1"}]
+
+
+def saved(directory: Path, num_records: int = 2500) -> list[dict[str, Any]]:
+    """A folder of `save_to_disk` with record batches of 1,000 records."""
+    import datasets
+
+    rows = [{"n": n, "turns": [{"role": "user", "content": f"{n:x}"}]} for n in range(num_records)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(directory))
+    return rows
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 10_000, 1 << 20])
+def test_a_folder_of_save_to_disk_is_read_by_record_batch(tmp_path: Path, chunk_bytes: int) -> None:
+    rows = saved(tmp_path / "set")
+    chunks = [chunk for shard in list_shards(str(tmp_path / "set")) for chunk in cut_shard(shard, 0, chunk_bytes)]
+    assert len(chunks) == {1: 3, 10_000: 3, 1 << 20: 1}[chunk_bytes]
+    assert [(r.position, r.value) for chunk in chunks for r in read_chunk(chunk)] == list(enumerate(rows))
+    assert other_files(str(tmp_path / "set")) == []
+
+
+def test_of_a_saved_folder_with_splits_one_must_be_chosen(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        saved(tmp_path / "set" / split, 2)
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"holds the splits test, train; choose one, for example .*/set/test"):
+        list_shards(str(tmp_path / "set"))
+    assert len(list_shards(str(tmp_path / "set" / "test"))) == 1
+
+
+def test_the_random_access_format_of_arrow_is_read_too_and_compressed_buffers_are_rejected(tmp_path: Path) -> None:
+    path, table = tmp_path / "part.arrow", pa.table({"a": ["x", "y"]})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    assert values(path) == [{"a": "x"}, {"a": "y"}]
+    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"part\.arrow cannot be read as an Arrow file: its buffers are compressed"):
+        values(path)
