@@ -122,13 +122,13 @@ def _store_skew(uri: str) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            versions[name] = "missing"
+    return versions
 
 
 def _gpus() -> tuple[tuple[str, ...], str]:
@@ -153,7 +153,7 @@ def examine_cluster(place: str | None) -> list[NodeFacts]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    found = []
+    all_facts = []
     for node in ray.nodes():
         if not node["Alive"]:
             continue
@@ -168,8 +168,8 @@ def examine_cluster(place: str | None) -> list[NodeFacts]:
             facts = NodeFacts(host, error=f"no answer within {NODE_S:.0f} s", resources=dict(node["Resources"]))
         except ray.exceptions.RayError as err:
             facts = NodeFacts(host, error=" ".join(str(err).split())[-200:], resources=dict(node["Resources"]))
-        found.append(facts)
-    return found
+        all_facts.append(facts)
+    return all_facts
 
 
 def _now() -> float:

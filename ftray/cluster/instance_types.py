@@ -78,20 +78,20 @@ class PodLayout:
 def find_instance_type(accelerator: str | None, name: str | None = None) -> InstanceType:
     """The machine of that name, or the first with that GPU (None: without). Raises ConfigError for what there isn't."""
     if name is not None:
-        found = next((machine for machine in MACHINES if machine.name == name), None)
-        if found is None:
+        machine_type = next((machine for machine in MACHINES if machine.name == name), None)
+        if machine_type is None:
             raise ConfigError(f"--machine {name} is not known; known are {', '.join(m.name for m in MACHINES)}")
-        if (accelerator or "") != found.accelerator:
-            has = f"{found.gpus} × {found.accelerator}" if found.gpus else "no GPU"
+        if (accelerator or "") != machine_type.accelerator:
+            has = f"{machine_type.gpus} × {machine_type.accelerator}" if machine_type.gpus else "no GPU"
             raise ConfigError(
                 f"--machine {name} has {has}, scale.accelerator is {accelerator or 'left out'}; correct one of them"
             )
-        return found
-    found = next((machine for machine in MACHINES if machine.accelerator == (accelerator or "")), None)
-    if found is None:
+        return machine_type
+    machine_type = next((machine for machine in MACHINES if machine.accelerator == (accelerator or "")), None)
+    if machine_type is None:
         kinds = ", ".join(dict.fromkeys(machine.accelerator for machine in MACHINES if machine.gpus))
         raise ConfigError(f"scale.accelerator {accelerator}: no known machine has one; known are {kinds}")
-    return found
+    return machine_type
 
 
 def plan_pods(run: config.RunConfig, machine: InstanceType) -> PodLayout:

@@ -106,19 +106,19 @@ class JobClient:
     def of(self, run_name: str | None = None) -> list[Any]:
         """Jobs that ftray submitted, oldest first; those of one run, if named. The looks at the cluster aren't among them."""
         with self.told():
-            found = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("run")]
+            jobs = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("run")]
         return sorted(
-            (job for job in found if run_name in (None, job.metadata["run"]) and job.metadata.get("verb") != "doctor"),
+            (job for job in jobs if run_name in (None, job.metadata["run"]) and job.metadata.get("verb") != "doctor"),
             key=lambda job: job.start_time or 0,
         )
 
     def find(self, name: str) -> Any:
         """The job of that id, or the last of the run of that name. Raises ConfigError."""
-        found = [job for job in self.of() if job.submission_id == name] or self.of(name)
-        if not found:
+        jobs = [job for job in self.of() if job.submission_id == name] or self.of(name)
+        if not jobs:
             known = ", ".join(dict.fromkeys(job.metadata["run"] for job in self.of())) or "none"
             raise ConfigError(f"{name} is neither a job nor a run on {self.address}; its runs: {known}")
-        return found[-1]
+        return jobs[-1]
 
     def start(self, job_id: str, entrypoint: str, directory: Path, metadata: dict[str, str]) -> None:
         """Submits. Raises ConfigError for what the job server refuses."""
@@ -144,7 +144,7 @@ class JobClient:
 
 def next_id(name: str, known: list[str]) -> str:
     """`<name>-<n>`, one above the highest n in use."""
-    numbers = [int(found[1]) for each in known if (found := re.fullmatch(re.escape(name) + r"-(\d+)", each))]
+    numbers = [int(match[1]) for each in known if (match := re.fullmatch(re.escape(name) + r"-(\d+)", each))]
     return f"{name}-{max(numbers, default=0) + 1}"
 
 

@@ -113,8 +113,8 @@ def write(manifests: dict[str, Tree], directory: Path) -> list[Path]:
 
 def head_gib(run: config.RunConfig) -> int:
     """Memory of the head, whose driver merges and writes the model: 3 bytes for each weight that the base's name tells."""
-    found = re.search(r"(\d+(?:\.\d+)?)b\b", run.model.base.lower())
-    return 16 + math.ceil(3e9 * float(found[1]) / 2**30) if found else 16
+    size = re.search(r"(\d+(?:\.\d+)?)b\b", run.model.base.lower())
+    return 16 + math.ceil(3e9 * float(size[1]) / 2**30) if size else 16
 
 
 def kubernetes_name(name: str) -> str:

@@ -110,10 +110,10 @@ def packed(run: config.RunConfig, stem: str) -> Iterator[Path]:
 
 def _files_of(extra: str) -> list[Path]:
     path = Path(extra)
-    found = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else Path().glob(extra))
-    if not found:
+    paths = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else Path().glob(extra))
+    if not paths:
         raise ConfigError(f"{extra} does not exist here; correct the path, or use s3://…")
-    return [file for file in found if file.is_file()]
+    return [file for file in paths if file.is_file()]
 
 
 def _check_version(jobs: JobClient) -> None:
@@ -145,20 +145,20 @@ def _look(
         time.sleep(POLL_S)
     with jobs.told():
         text = jobs.client.get_job_logs(job_id)
-    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"check": ')]
-    if not found:
+    findings = [json.loads(line) for line in text.splitlines() if line.startswith('{"check": ')]
+    if not findings:
         last = next((line for line in reversed(text.splitlines()) if line.strip()), info.message or "no output")
         raise ConfigError(
             f"`ftray doctor` can't run on the cluster at {jobs.address} ({short(last)}); install the same ftray there"
         )
-    for finding in found:
+    for finding in findings:
         if finding["verdict"] == "bad":
             raise ConfigError(
                 f"the cluster at {jobs.address}: {finding['check']}: {finding['fact']}; {finding['remedy']}"
             )
         if finding["verdict"] == "warn":
             console.warn(f"{finding['check']}: {finding['fact']}; {finding['remedy']}")
-    facts = {finding["check"]: finding["fact"] for finding in found}
+    facts = {finding["check"]: finding["fact"] for finding in findings}
     console.say(
         "the cluster: " + "; ".join(f"{key} {facts[key]}" for key in ("nodes", "gpus", "storage") if key in facts)
     )

@@ -19,15 +19,15 @@ def sources_of(run: config.RunConfig) -> list[tuple[str, str]]:
 
 def local_extras(run: config.RunConfig) -> list[str]:
     """Relative paths that are uploaded with a job: sources and a base beside the run file. Raises ConfigError."""
-    found = [path for _, path in sources_of(run) if _is_relative(path)]
+    relative_paths = [path for _, path in sources_of(run) if _is_relative(path)]
     if _is_relative(run.model.base) and (run.model.base.startswith(".") or Path(run.model.base).is_dir()):
-        found.append(run.model.base)
-    for path in found:
+        relative_paths.append(run.model.base)
+    for path in relative_paths:
         if ".." in Path(path).parts:
             raise ConfigError(
                 f"{path} is outside the directory that is uploaded with a job; put it in a bucket (s3://…)"
             )
-    return found
+    return relative_paths
 
 
 def reads_hub(run: config.RunConfig) -> bool:

@@ -18,8 +18,8 @@ def norms(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
     Reason: `torch.nn.utils.get_total_norm` takes the norms of bf16 tensors in bf16.
     """
-    found: tuple[torch.Tensor, ...] = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    return found
+    norms: tuple[torch.Tensor, ...] = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return norms
 
 
 def version_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

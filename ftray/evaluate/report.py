@@ -45,20 +45,25 @@ def figure_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     shots = [f"{comparison.settings['few_shot']}-shot"] if few_shot else []
     rows = []
     for name, figure in FIGURES.items():
-        b, t, found = base.figure(name), tuned.figure(name), comparison.differences["tuned - base"].get(name)
-        if b is None or t is None or found is None:
+        b, t, difference = base.figure(name), tuned.figure(name), comparison.differences["tuned - base"].get(name)
+        if b is None or t is None or difference is None:
             continue
         f = few_shot.figure(name) if few_shot else None
         middle = [] if few_shot is None else ["-" if f is None else f"{f:.4f}"]
-        rows.append([figure.title, f"{b:.4f}", *middle, f"{t:.4f}", *_change(name, found)])
+        rows.append([figure.title, f"{b:.4f}", *middle, f"{t:.4f}", *_change(name, difference)])
     return ["", "base", *shots, "tuned", "change", "95% interval"], rows
 
 
-def _change(name: str, found: Difference) -> tuple[str, str]:
-    if name in PERCENT and found.ratio is not None and found.ratio_low is not None and found.ratio_high is not None:
-        ends = (found.ratio_low, found.ratio_high)
-        return f"{100 * found.ratio:+.1f}%", f"{100 * ends[0]:+.1f}% to {100 * ends[1]:+.1f}%"
-    return f"{found.difference:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"
+def _change(name: str, difference: Difference) -> tuple[str, str]:
+    if (
+        name in PERCENT
+        and difference.ratio is not None
+        and difference.ratio_low is not None
+        and difference.ratio_high is not None
+    ):
+        ends = (difference.ratio_low, difference.ratio_high)
+        return f"{100 * difference.ratio:+.1f}%", f"{100 * ends[0]:+.1f}% to {100 * ends[1]:+.1f}%"
+    return f"{difference.difference:+.3f}", f"{difference.low:+.3f} to {difference.high:+.3f}"
 
 
 def _slices(slices: dict[str, Any] | None) -> list[str]:
@@ -67,11 +72,13 @@ def _slices(slices: dict[str, Any] | None) -> list[str]:
     groups = sorted(slices["groups"].items(), key=lambda item: (-item[1]["num_examples"], item[0]))
     names = [name for name in FIGURES if name in slices["spread"] and name not in ("perplexity", "rouge_1", "rouge_2")]
     lines = ["", f"by {slices['column']} (base → tuned)"]
-    for group, found in groups[:NUM_GROUPS]:
+    for group, scores in groups[:NUM_GROUPS]:
         cells = [
-            f"{FIGURES[n].title} {found['base'][n]:.3f} → {found['tuned'][n]:.3f}" for n in names if n in found["tuned"]
+            f"{FIGURES[n].title} {scores['base'][n]:.3f} → {scores['tuned'][n]:.3f}"
+            for n in names
+            if n in scores["tuned"]
         ]
-        lines.append(f"  {_cut(group, 24):<24} {found['num_examples']:>6} examples   {' · '.join(cells)}")
+        lines.append(f"  {_cut(group, 24):<24} {scores['num_examples']:>6} examples   {' · '.join(cells)}")
     if len(groups) > NUM_GROUPS:
         lines.append(f"  … and {len(groups) - NUM_GROUPS} more in results.json")
     apart = [
@@ -84,18 +91,18 @@ def _classes(classes: dict[str, Any] | None) -> list[str]:
     """Labels with the lowest F1 of the tuned model, and its most frequent confusions."""
     if classes is None:
         return []
-    found = classes["tuned"]
-    rows = [(label, row) for label, row in found["per_class"].items() if row["num"]]
+    tuned = classes["tuned"]
+    rows = [(label, row) for label, row in tuned["per_class"].items() if row["num"]]
     rows = sorted(rows, key=lambda item: (item[1]["f1"], item[0]))[:NUM_CLASSES]
-    lines = ["", f"labels with the lowest F1 of the tuned model, of {len(found['per_class'])}"]
+    lines = ["", f"labels with the lowest F1 of the tuned model, of {len(tuned['per_class'])}"]
     lines += [
         f"  {_cut(label, 32):<32} F1 {r['f1']:.2f}   precision {r['precision']:.2f}   recall {r['recall']:.2f}   of {r['num']}"
         for label, r in rows
     ]
-    labels = found["labels"]
+    labels = tuned["labels"]
     wrong = [
         (number, labels[i], labels[j])
-        for i, row in enumerate(found["confusion"])
+        for i, row in enumerate(tuned["confusion"])
         for j, number in enumerate(row)
         if i != j and number
     ]

@@ -122,19 +122,19 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of one limit of a gate. found: the gain, rise, drop or value; None if the metric was not computed."""
+    """The result of one limit of a gate. value: the gain, rise, drop or value; None if the metric was not computed."""
 
     figure: str
     limit: str
     wanted: float
-    found: float | None
+    value: float | None
     passed: bool
 
     def __str__(self) -> str:
         did, wants = _LIMITS[self.limit]
-        if self.found is None:
+        if self.value is None:
             return f"{self.figure} was not computed, {wants} {self.wanted:g} ({self.limit})"
-        return f"{self.figure} {did} {self.found:.4g}, {wants} {self.wanted:g} ({self.limit})"
+        return f"{self.figure} {did} {self.value:.4g}, {wants} {self.wanted:g} ({self.limit})"
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def judge(gates: Mapping[str, config.Gate], base: ModelScores, tuned: ModelScore
 def _judge(name: str, limit: str, wanted: float, base: float | None, tuned: float | None) -> GateResult:
     if base is None or tuned is None:
         return GateResult(name, limit, wanted, None, False)
-    found = {
+    value = {
         "min_gain": tuned - base if config.FIGURES[name].higher_is_better else base - tuned,
         "max_rise": tuned - base,
         "max_drop": base - tuned,
@@ -235,5 +235,5 @@ def _judge(name: str, limit: str, wanted: float, base: float | None, tuned: floa
         "max": tuned,
     }[limit]
     slack = 1e-9  # 0.3 - 0.1 is less than 0.2
-    passed = found >= wanted - slack if limit in ("min_gain", "min") else found <= wanted + slack
-    return GateResult(name, limit, wanted, found, passed)
+    passed = value >= wanted - slack if limit in ("min_gain", "min") else value <= wanted + slack
+    return GateResult(name, limit, wanted, value, passed)

@@ -42,7 +42,7 @@ def generate_prompt_tuned(
     causal = model.get_base_model()
     virtual = model.get_prompt(batch_size=1)
     stops = find_stop_tokens(causal, tokenizer)
-    found = []
+    completions = []
     for prompt in prompts:
         began_s = time.monotonic()
         tokens = causal.get_input_embeddings()(torch.tensor([prompt], device=virtual.device))
@@ -60,10 +60,10 @@ def generate_prompt_tuned(
         stopped = bool(ids) and ids[-1] in stops
         shown = ids[:-1] if stopped else ids
         text = str(tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        found.append(Completion(text, ids, "stop" if stopped else "length", time.monotonic() - began_s))
+        completions.append(Completion(text, ids, "stop" if stopped else "length", time.monotonic() - began_s))
         if on_done:
-            on_done(len(found))
-    return found
+            on_done(len(completions))
+    return completions
 
 
 @contextmanager
@@ -224,6 +224,6 @@ def score_documents(
         places = (batch.labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         document = torch.bucketize(places, batch.cu_seqlens[1:].long(), right=True).cpu().numpy()
         owners = np.array([documents[i][0] for row in part for i in row.documents], np.int64)[document]
-        found = np.stack([losses.cpu().numpy(), hits.cpu().numpy(), np.ones(len(owners))], axis=-1)
-        np.add.at(sums, owners, found.astype(np.float64))
+        sums_per_token = np.stack([losses.cpu().numpy(), hits.cpu().numpy(), np.ones(len(owners))], axis=-1)
+        np.add.at(sums, owners, sums_per_token.astype(np.float64))
     return sums

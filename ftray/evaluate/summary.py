@@ -35,28 +35,28 @@ def answers_of(
 ) -> dict[str, Statistic]:
     """The configured metrics of a model's answers."""
     wanted = section.metrics
-    found: dict[str, Statistic] = {}
+    statistics: dict[str, Statistic] = {}
     if not answers:
         return {}
     if "rouge" in wanted:
-        found |= metrics.rouge(answers, references)
+        statistics |= metrics.rouge(answers, references)
     if "bleu" in wanted:
-        found["bleu"] = metrics.bleu(answers, references)
+        statistics["bleu"] = metrics.bleu(answers, references)
     if "chrf" in wanted:
-        found["chrf"] = metrics.chrf(answers, references)
+        statistics["chrf"] = metrics.chrf(answers, references)
     if section.bertscore_model is not None:
-        found["bertscore"] = metrics.bertscore(answers, references, section.bertscore_model)
+        statistics["bertscore"] = metrics.bertscore(answers, references, section.bertscore_model)
     if "exact" in wanted:
-        found["exact_match"] = metrics.exact_match(answers, references)
+        statistics["exact_match"] = metrics.exact_match(answers, references)
     if section.extract is not None:
-        found["extracted_match"] = metrics.extracted_match(answers, references, section.extract)
+        statistics["extracted_match"] = metrics.extracted_match(answers, references, section.extract)
     if section.format is not None:
-        found["format"] = metrics.format_score(answers, section.format)
+        statistics["format"] = metrics.format_score(answers, section.format)
     if "json" in wanted:
-        found["json_valid"] = metrics.json_valid(answers, schema)
+        statistics["json_valid"] = metrics.json_valid(answers, schema)
     if "classes" in wanted:
-        found |= metrics.classify(answers, references, labels)
-    return found
+        statistics |= metrics.classify(answers, references, labels)
+    return statistics
 
 
 def scores_of(figures: Mapping[str, Statistic], tokens: Floats) -> ModelScores:
@@ -81,13 +81,13 @@ def differences_of(new: Mapping[str, Statistic], old: Mapping[str, Statistic]) -
 
 def pick(figures: Mapping[str, Statistic], examples: Sequence[int], answers: Sequence[int]) -> dict[str, Statistic]:
     """The metrics over a subset of examples and answers, without the general set."""
-    found = {}
+    selected = {}
     for name, statistic in figures.items():
         places = np.asarray(examples if name in COSTS else answers, np.int64)
         if len(places) and name != "general_loss":
             scores = [statistic.scores[i] for i in places] if statistic.scores is not None else None
-            found[name] = Statistic(statistic.sums[places], statistic.value, scores)
-    return found
+            selected[name] = Statistic(statistic.sums[places], statistic.value, scores)
+    return selected
 
 
 def slices_of(
@@ -135,12 +135,12 @@ def pairs_of(pairs: Sequence[tuple[str, str]], answers: Mapping[str, Sequence[st
         pairs: Pairs of prompts (a, b).
         answers: Answers of each model to a, b, a, b, …
     """
-    found: dict[str, Any] = {"num": len(pairs)}
+    consistency: dict[str, Any] = {"num": len(pairs)}
     for name, texts in answers.items():
         first, second = list(texts[0::2]), list(texts[1::2])
         alike = metrics.rouge(second, first)["rouge_l"]
-        found[name] = {"same": metrics.exact_match(first, second).over(), "rouge_l": alike.over()}
-    return found
+        consistency[name] = {"same": metrics.exact_match(first, second).over(), "rouge_l": alike.over()}
+    return consistency
 
 
 def verdict_of(differences: Mapping[str, Mapping[str, Difference]]) -> list[str]:

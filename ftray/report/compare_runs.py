@@ -35,8 +35,8 @@ def _settings(a: ReportData, b: ReportData) -> str:
 
 
 def _lineage(data: ReportData) -> dict[str, Any]:
-    found: dict[str, Any] = data.identity.get("lineage") or {}
-    return found
+    lineage: dict[str, Any] = data.identity.get("lineage") or {}
+    return lineage
 
 
 def _data(a: ReportData, b: ReportData) -> str:
@@ -69,7 +69,7 @@ def _metric(data: ReportData, name: str) -> str:
     losses = [line["loss"] for line in metrics if line.get("loss") is not None]
     seconds = sum(line["num_tokens"] / line["tokens_per_s"] for line in metrics if line.get("tokens_per_s"))
     tokens = sum(line["num_tokens"] for line in metrics)
-    found = {
+    cells = {
         "steps": f"{len(metrics):,}" if metrics else None,
         "tokens": f"{tokens:,}" if tokens else None,
         "training loss": f"{losses[-1]:.4f}" if losses else None,
@@ -79,4 +79,4 @@ def _metric(data: ReportData, name: str) -> str:
         "goodput": f"{history.goodput:.0%}" if history.goodput is not None else None,
         "failures": str(history.num_failures) if history.sessions else None,
     }[name]
-    return found or "–"
+    return cells or "–"

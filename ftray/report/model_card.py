@@ -32,19 +32,19 @@ HOW = {
 def described(
     run: config.RunConfig,
     run_dir: str,
-    found: CheckpointRef,
+    checkpoint: CheckpointRef,
     is_whole: bool = False,
     quantized: QuantizationResult | None = None,
 ) -> dict[str, bytes]:
     """The files of an exported model. is_whole: merged weights. quantized: the loss in quality, if quantized."""
     lineage = read_lineage(run_dir)
     comparison = read_results(run_dir)
-    if comparison is not None and comparison.step != found.step:
+    if comparison is not None and comparison.step != checkpoint.step:
         comparison = None
     is_whole = is_whole or run.method.type == "full"
-    files = {CARD: render_card(run, found, lineage, comparison, is_whole, quantized).encode()}
+    files = {CARD: render_card(run, checkpoint, lineage, comparison, is_whole, quantized).encode()}
     if lineage is not None:
-        tree = {**lineage, "run": run.name, "step": found.step, "config": run.identity()}
+        tree = {**lineage, "run": run.name, "step": checkpoint.step, "config": run.identity()}
         tree |= {"quantized": asdict(quantized)} if quantized is not None else {}
         files[LINEAGE] = json.dumps(redacted_tree(tree), indent=1).encode()
     return files
@@ -52,7 +52,7 @@ def described(
 
 def render_card(
     run: config.RunConfig,
-    found: CheckpointRef,
+    checkpoint: CheckpointRef,
     lineage: Mapping[str, Any] | None,
     comparison: Comparison | None,
     is_whole: bool,
@@ -62,10 +62,10 @@ def render_card(
     front = yaml.safe_dump(_metadata(run, comparison, is_whole, quantized), sort_keys=False, allow_unicode=True)
     parts = [
         f"# {escaped(run.name)}",
-        f"{code_span(run.model.base)}, fine-tuned with ftray: {HOW[run.method.type]}, step {found.step}.",
+        f"{code_span(run.model.base)}, fine-tuned with ftray: {HOW[run.method.type]}, step {checkpoint.step}.",
         "The license and limitations of the base model apply to this model too.",
         "## Training",
-        _table(["", ""], _training(run, found)),
+        _table(["", ""], _training(run, checkpoint)),
         "## Data",
         _table(
             ["source", "weight", "format"],
@@ -95,14 +95,14 @@ def _metadata(
     base = run.model.base
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
     data = [s.path.removeprefix("hf:").split(":")[0].split("@")[0] for s in run.data.train if s.path.startswith("hf:")]
-    found: dict[str, Any] = {
+    header: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["ftray", run.method.type, *([quantized.kind] if quantized else [])],
     }
     if names := ["/".join(name.split("/")[:2]) for name in data if not name.startswith((".", "/", "~"))]:
-        found["datasets"] = names
+        header["datasets"] = names
     if comparison is not None:
         head, rows = figure_rows(comparison)
         place = head.index("tuned")
@@ -114,22 +114,24 @@ def _metadata(
             "dataset": {"type": "eval", "name": "eval records of the run's data"},
             "metrics": metrics,
         }
-        found["model-index"] = [{"name": run.name, "results": [result]}]
-    return found
+        header["model-index"] = [{"name": run.name, "results": [result]}]
+    return header
 
 
-def _training(run: config.RunConfig, found: CheckpointRef) -> list[list[str]]:
+def _training(run: config.RunConfig, checkpoint: CheckpointRef) -> list[list[str]]:
     train, method = run.train, run.method
     rows = [
         ["method", HOW[method.type]],
         *([["rank, alpha", f"{method.rank}, {method.alpha:g}"]] if method.type in ("lora", "qlora") else []),
-        ["steps", f"{found.step}, of {train.global_batch_size} packed sequences of {run.data.max_seq_len} tokens"],
+        ["steps", f"{checkpoint.step}, of {train.global_batch_size} packed sequences of {run.data.max_seq_len} tokens"],
         ["learning rate", f"{train.learning_rate:g}, {train.schedule}, warmup {train.warmup:g}"],
         ["precision", train.precision],
         ["seed", str(train.seed)],
     ]
-    if found.progress.best:
-        rows.append(["best eval loss", f"{found.progress.best['loss']:.4f} at step {found.progress.best['step']:.0f}"])
+    if checkpoint.progress.best:
+        rows.append(
+            ["best eval loss", f"{checkpoint.progress.best['loss']:.4f} at step {checkpoint.progress.best['step']:.0f}"]
+        )
     return rows
 
 

@@ -116,17 +116,17 @@ def shape_of(model: config.ModelConfig) -> ModelShape:
         from huggingface_hub import try_to_load_from_cache
 
         try:
-            found = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+            cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
         except ValueError:
             raise ModelError(f"model.base {model.base} is neither a directory here nor a hub id; correct it") from None
-        if not isinstance(found, str):
+        if not isinstance(cached, str):
             if name in KNOWN:
                 return _known(name)
             raise ModelError(
                 f"model.base {model.base} is not on this machine, so that its shape is not known; download its config.json "
                 f"(hf download {model.base} config.json), or give a directory"
             )
-        place = Path(found).parent
+        place = Path(cached).parent
     return read_shape(json.loads((place / "config.json").read_text()), model.base)
 
 

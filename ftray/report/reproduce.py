@@ -98,13 +98,13 @@ def compare_reproduction(old_dir: str, new_dir: str) -> str:
 
 def _last_common(old_dir: str, new_dir: str) -> tuple[int, list[str], list[str]]:
     """The last step that both have a checkpoint of, and the sha256 of its weight files in each."""
-    old, new = ({found.step: found for found in list_checkpoints(each)} for each in (old_dir, new_dir))
+    old, new = ({checkpoint.step: checkpoint for checkpoint in list_checkpoints(each)} for each in (old_dir, new_dir))
     if not (common := old.keys() & new.keys()):
         return 0, [], []
     return max(common), _sums(old[max(common)]), _sums(new[max(common)])
 
 
-def _sums(found: CheckpointRef) -> list[str]:
-    manifest = storage.read_manifest(found.uri)
+def _sums(checkpoint: CheckpointRef) -> list[str]:
+    manifest = storage.read_manifest(checkpoint.uri)
     files = manifest["files"] if manifest else {}
     return [files[name]["sha256"] for name in sorted(files) if name.endswith(".safetensors")]

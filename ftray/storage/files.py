@@ -93,10 +93,10 @@ def glob_files(pattern: str) -> list[FileInfo]:
     except ValueError as error:
         raise StorageError(f"{pattern} is not a pattern: `**` must stand alone between two slashes") from error
     if is_remote(root):
-        found = _list_s3(root, re.split(r"[*?[]", rest)[0])
+        infos = _list_s3(root, re.split(r"[*?[]", rest)[0])
     else:
-        found = _list_local(root, math.inf if "**" in parts else rest.count("/"))
-    return [info for info in found if matches(info.path)]
+        infos = _list_local(root, math.inf if "**" in parts else rest.count("/"))
+    return [info for info in infos if matches(info.path)]
 
 
 def _list_local(root: str, depth: float = math.inf) -> list[FileInfo]:
@@ -113,10 +113,10 @@ def _list_s3(root: str, start: str = "") -> list[FileInfo]:
     bucket, key = bucket_and_key(root)
     top = f"{key}/" if key else ""
     infos = []
-    for found in s3.pages(bucket, top + start):
-        if not found["Key"].endswith("/"):  # a console's marker for an empty directory
-            etag = s3.etag(found["ETag"], found["Size"])
-            infos.append(FileInfo(f"s3://{bucket}/{found['Key']}", found["Key"].removeprefix(top), found["Size"], etag))
+    for entry in s3.pages(bucket, top + start):
+        if not entry["Key"].endswith("/"):  # a console's marker for an empty directory
+            etag = s3.etag(entry["ETag"], entry["Size"])
+            infos.append(FileInfo(f"s3://{bucket}/{entry['Key']}", entry["Key"].removeprefix(top), entry["Size"], etag))
     if not infos and key and not start and (head := s3.request("head_object", root, unless=s3.MISSING)):
         size_bytes = head["ContentLength"]
         return [FileInfo(root, key.rpartition("/")[2], size_bytes, s3.etag(head["ETag"], size_bytes))]
@@ -189,7 +189,7 @@ def delete_tree(uri: str) -> None:
             local.delete_tree(path, first=(MARK, MANIFEST))
         return
     bucket, key = bucket_and_key(uri)
-    keys = sorted((found["Key"] for found in s3.pages(bucket, f"{key}/")), key=_order_of_deletion)
+    keys = sorted((entry["Key"] for entry in s3.pages(bucket, f"{key}/")), key=_order_of_deletion)
     for start in range(0, len(keys), 1000):
         objects = [{"Key": k} for k in keys[start : start + 1000]]
         done = s3.request("delete_objects", f"s3://{bucket}", Delete={"Objects": objects, "Quiet": True})
@@ -222,8 +222,8 @@ def list_staged(uri: str) -> list[FileInfo]:
     if is_remote(uri):
         return []
     with local.guarded(uri, "read") as path:
-        found = [(file, file.lstat()) for file in local.walk_staged(path)]
-    return [FileInfo(str(file), file.relative_to(path).as_posix(), s.st_size, local.etag(s)) for file, s in found]
+        stats = [(file, file.lstat()) for file in local.walk_staged(path)]
+    return [FileInfo(str(file), file.relative_to(path).as_posix(), s.st_size, local.etag(s)) for file, s in stats]
 
 
 def check_writable(uri: str) -> None:

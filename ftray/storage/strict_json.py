@@ -53,8 +53,8 @@ def parse(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
 
 def _check_depth(text: str, max_depth: int) -> None:
     depth = 0
-    for found in _BRACKET.finditer(_STRING.sub("", text)):
-        if found[0] in "[{":
+    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+        if bracket[0] in "[{":
             depth += 1
             if depth > max_depth:
                 raise ValueError(f"it is nested more than {max_depth} levels deep")

@@ -19,7 +19,7 @@ from ftray.engine.protocol import OutputChunk
 from ftray.serve.auth import hash_key
 from ftray.serve.routes import build_api
 from tests.browser import chromium
-from tests.unit.test_published import HoldingEngine, put, served
+from tests.unit.test_adapter_cache import HoldingEngine, put, served
 
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script> **bold**'
 DEADLINE_MS = 60_000

@@ -248,7 +248,7 @@ def test_known_figures_are_not_computed_again_and_gates_are_judged_anew(good: Tr
     ]
     assert read_results(good.run.directory) == again
     gain = again.base.loss - again.tuned.loss
-    assert again.gates[0].found == pytest.approx(gain)
+    assert again.gates[0].value == pytest.approx(gain)
 
 
 def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(

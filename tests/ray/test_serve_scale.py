@@ -25,7 +25,7 @@ from ftray import config
 from ftray.serve import proxy
 from ftray.serve.registry import registry_of, remove
 from tests.cluster import local_ray
-from tests.unit.test_published import put, served
+from tests.unit.test_adapter_cache import put, served
 
 pytestmark = pytest.mark.long
 DEADLINE_S = 180.0

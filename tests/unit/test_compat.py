@@ -56,7 +56,7 @@ def parameters_of(function: Any) -> list[str]:
 
 
 def test_deepspeed_has_the_methods_that_sharded_state_is_read_with() -> None:
-    """What they do is under test in test_engines and test_partition."""
+    """What they do is under test in test_engines and test_zero_init."""
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -82,7 +82,7 @@ def test_metrics_tell_the_drift_of_chats_and_completions(tmp_path: Path) -> None
 
 def test_a_published_adapter_brings_its_reference(tmp_path: Path) -> None:
     from ftray.serve.adapter_cache import AdapterCache
-    from tests.unit.test_published import META, put, served
+    from tests.unit.test_adapter_cache import META, put, served
 
     put(tmp_path, "polite", meta={**META, "reference": REFERENCE})
 

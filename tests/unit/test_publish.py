@@ -10,7 +10,7 @@ import yaml
 
 from ftray import storage
 from ftray.cli import main
-from tests.unit.test_published import write_model
+from tests.unit.test_adapter_cache import write_model
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from ftray.serve.model_files import local_adapter
 from ftray.serve.registry import list_published, publish, registry_of, remove, scan
 from ftray.serve.routes import build_api
 from ftray.serve.signing import Signer
+from tests.unit.test_adapter_cache import META, HoldingEngine, life, put, served, write_model
 from tests.unit.test_adapters import A, B, change_config, change_weights, write_adapter
 from tests.unit.test_engine import tiny_model
 from tests.unit.test_publish import run_file, typed
-from tests.unit.test_published import META, HoldingEngine, life, put, served, write_model
 from tests.unit.test_serve_protocol import call
 
 __all__ = ["run_file"]  # a fixture

@@ -25,7 +25,7 @@ from ftray.serve.model_files import lineages_of, reference_of
 from ftray.serve.registry import list_published, registry_of, remove, scan
 from ftray.serve.registry_schema import MAX_MANIFEST_BYTES
 from ftray.serve.routes import build_api
-from tests.unit.test_published import META, HoldingEngine, life, put, served
+from tests.unit.test_adapter_cache import META, HoldingEngine, life, put, served
 from tests.unit.test_serve_protocol import call
 
 

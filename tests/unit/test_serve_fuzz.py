@@ -13,7 +13,7 @@ from ftray import config
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.auth import answer_id
 from ftray.serve.routes import build_api
-from tests.unit.test_published import life, put, served
+from tests.unit.test_adapter_cache import life, put, served
 from tests.unit.test_serve_policies import Explaining
 from tests.unit.test_serve_protocol import CHAT, TEXT, PaperEngine, call
 

@@ -25,7 +25,7 @@ from ftray.serve.pages import openapi
 from ftray.serve.rate_limit import RateLimiter, RateLimits
 from ftray.serve.routes import build_api
 from ftray.serve.routing import Router, event_uri, exceeds, pick
-from tests.unit.test_published import HoldingEngine, life, put, served
+from tests.unit.test_adapter_cache import HoldingEngine, life, put, served
 from tests.unit.test_serve_protocol import CHAT, HI, TEXT, PaperEngine, PaperTokenizer, ask, call
 
 

@@ -20,7 +20,7 @@ from ftray.model.families import ModelFamily
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import Sft
 from ftray.train.packing_check import check_packing, leak
-from tests.unit.test_head import build
+from tests.unit.test_output_head import build
 
 LIMIT, LIMIT_16_BIT = ModelFamily.max_leaks
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from ftray.engine.protocol import EngineError
 from ftray.engine.transformers.engine import TransformersEngine
 from ftray.errors import ModelError
 from tests.unit.test_engine import byte_tokenizer
-from tests.unit.test_head import build
+from tests.unit.test_output_head import build
 
 
 def start(model: Any, max_context: int = 64) -> None:
