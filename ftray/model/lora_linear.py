@@ -1,7 +1,7 @@
 """LoRA layers that compute base and adapter in one autograd function, with fewer passes over memory than PEFT's four operations.
 
-Parameters, names and files are PEFT's. Used on GPUs, where the cost of adapters is memory traffic; dropout, several adapters and
-merged weights use PEFT's own forward. The frozen base is bf16, 4-bit or 8-bit.
+Parameters, names and files are PEFT's. Used on GPUs, where the cost of adapters is memory traffic; several adapters and merged
+weights use PEFT's own forward. The frozen base is bf16, 4-bit or 8-bit. Dropout is a function of a seed (`lora_dropout`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import Linear
 
 from ftray.model.fp8 import FrozenLinear
+from ftray.model.lora_dropout import MAX_RANK, SeededDropout
 
 
 class FrozenLayer(Protocol):
@@ -62,7 +63,7 @@ class FourBitLayer:
 
 
 class LoraFunction(torch.autograd.Function):
-    """frozen(x) + scaling · (x Aᵀ) Bᵀ, with gradients for x, A and B.
+    """frozen(x) + scaling · (dropout(x) Aᵀ) Bᵀ, with gradients for x, A and B.
 
     Args:
         x: [..., in].
@@ -70,33 +71,46 @@ class LoraFunction(torch.autograd.Function):
         a: [rank, in].
         b: [out, rank].
         scaling: Factor of the adapter.
+        dropout: None for none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: FrozenLayer, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any,
+        x: torch.Tensor,
+        frozen: FrozenLayer,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout: SeededDropout | None = None,
     ) -> torch.Tensor:
         """[..., out]"""
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.T
+        low = flat @ a.T if dropout is None else dropout.project(flat, a)
         out = frozen.product(flat)
         out.addmm_(low, b.T, alpha=scaling)
         ctx.save_for_backward(flat, low, a, b)
-        ctx.frozen, ctx.scaling, ctx.shape = frozen, scaling, x.shape
+        ctx.frozen, ctx.scaling, ctx.dropout, ctx.shape = frozen, scaling, dropout, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad: [..., out]"""
         flat, low, a, b = ctx.saved_tensors
+        dropout: SeededDropout | None = ctx.dropout
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = torch.mm(grad, b).mul_(ctx.scaling)
         grad_b = torch.mm(grad.T, low).mul_(ctx.scaling)
-        grad_a = torch.mm(grad_low.T, flat)
+        grad_a = torch.mm(grad_low.T, flat) if dropout is None else dropout.gradient_of_a(grad_low, flat)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.frozen.gradient(grad).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, grad_a, grad_b, None
+            grad_x = ctx.frozen.gradient(grad)
+            if dropout is None:
+                grad_x.addmm_(grad_low, a)
+            else:
+                dropout.add_gradient_of_x(grad_x, grad_low, a)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, grad_a, grad_b, None, None
 
 
 def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
@@ -104,12 +118,16 @@ def _fused(layer: Any, x: torch.Tensor, plain: bool) -> torch.Tensor | None:
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if not plain or name not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
-    if not x.is_cuda or name in layer.lora_variant or not isinstance(layer.lora_dropout[name], torch.nn.Identity):
+    if not x.is_cuda or name in layer.lora_variant:
         return None
     a, b = layer.lora_A[name], layer.lora_B[name]
-    if b.bias is not None or a.weight.dtype != x.dtype:
+    p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0  # Identity has no p
+    if b.bias is not None or a.weight.dtype != x.dtype or (p and a.weight.shape[0] > MAX_RANK):
         return None
-    out: torch.Tensor = LoraFunction.apply(x, _frozen(layer.get_base_layer()), a.weight, b.weight, layer.scaling[name])
+    # One draw of the CPU's generator, which the trainer seeds for each micro-batch.
+    dropout = SeededDropout(p, int(torch.randint(2**31, ()))) if p else None
+    frozen = _frozen(layer.get_base_layer())
+    out: torch.Tensor = LoraFunction.apply(x, frozen, a.weight, b.weight, layer.scaling[name], dropout)
     return out
 
 

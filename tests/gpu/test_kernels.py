@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ftray import config
+from ftray.model import lora_linear
 from ftray.model.attention import VARLEN, choose_attention
 from ftray.model.fp8 import (
     FP8,
@@ -21,6 +22,7 @@ from ftray.model.fp8 import (
     use_eight_bits,
 )
 from ftray.model.lora import add_adapters, build_model, trainable
+from ftray.model.lora_dropout import SeededDropout
 from ftray.train.batch import Batch, collate
 from ftray.train.objectives.base import ObjectiveModel
 from ftray.train.objectives.sft import LinearCrossEntropy, Sft
@@ -101,7 +103,7 @@ def test_linear_cross_entropy_equals_eager_in_value_and_gradient() -> None:
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_fused_lora_follows_pefts_layer() -> None:
+def test_fused_lora_follows_pefts_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
     for fused in (True, False):
         model = add_adapters(_model("sdpa"), config.MethodConfig(rank=4), seed=0).cuda()
@@ -109,11 +111,49 @@ def test_fused_lora_follows_pefts_layer() -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator("cuda").manual_seed(1))
         if not fused:
-            for module in model.modules():
-                if hasattr(module, "lora_dropout") and module.lora_dropout:
-                    module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
+            monkeypatch.setattr(lora_linear, "_fused", lambda *_, **__: None)  # PEFT's own forward
         losses.append(float(ObjectiveModel(model, Sft())(_batch(LENGTHS))[0]))
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_columns", "rank", "p"), [(300, 264, 8, 0.05), (4096, 4096, 16, 0.1), (64, 128, 33, 0.6)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_drop_the_elements_of_the_seed(
+    dtype: torch.dtype, num_tokens: int, num_columns: int, rank: int, p: float
+) -> None:
+    torch.manual_seed(0)
+    dropout = SeededDropout(p, 2**31 - 1)
+    x, a, grad_low, grad_x = (
+        torch.randn(shape, device="cuda").to(dtype)
+        for shape in ((num_tokens, num_columns), (rank, num_columns), (num_tokens, rank), (num_tokens, num_columns))
+    )
+    kept = dropout.mask(num_tokens, num_columns, x.device) * dropout.scale
+    near = 1e-5 if dtype == torch.float32 else 5e-3
+    for ours, exact in (
+        (dropout.project(x, a), (x.double() * kept) @ a.double().T),
+        (dropout.gradient_of_a(grad_low, x), grad_low.double().T @ (x.double() * kept)),
+        (
+            dropout.add_gradient_of_x(grad_x.clone(), grad_low, a),
+            grad_x.double() + kept * (grad_low.double() @ a.double()),
+        ),
+    ):
+        assert (ours.double() - exact).norm() < near * exact.norm()
+
+
+def test_dropout_stays_on_the_fused_path_and_hangs_on_the_seed_alone() -> None:
+    method = config.MethodConfig(rank=4, dropout=0.2)
+    model = add_adapters(_model("sdpa"), method, seed=0).cuda().train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator("cuda").manual_seed(1))
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        torch.cuda.manual_seed(seed + len(losses))  # not used
+        losses.append(float(ObjectiveModel(model, Sft()).train()(_batch(LENGTHS))[0].detach()))
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("moments", ["adamw", "adamw-8bit"])
@@ -252,7 +292,9 @@ def test_8_bit_layers_beside_each_other_share_rows_only_of_the_same_input(format
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", pytest.param("fp8", marks=hopper)])
-def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: Path) -> None:
+def test_fused_lora_over_a_small_base_follows_pefts_layer(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tiny.write_tiny_model(tmp_path, dtype=torch.bfloat16)
     found = []
     for fused in (True, False):
@@ -268,9 +310,7 @@ def test_fused_lora_over_a_small_base_follows_pefts_layer(base: str, tmp_path: P
         kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "lora_A")}
         assert kinds == {"FusedLoraLinear4bit" if base == "nf4" else "FusedLoraLinear"}
         if not fused:
-            for module in model.modules():
-                if hasattr(module, "lora_dropout") and module.lora_dropout:
-                    module.lora_dropout["default"] = torch.nn.Dropout(0.0)  # sends it down PEFT's path
+            monkeypatch.setattr(lora_linear, "_fused", lambda *_, **__: None)  # PEFT's own forward
         loss = ObjectiveModel(model, Sft())(_batch(LENGTHS))[0]
         loss.backward()
         found.append((float(loss), torch.cat([p.grad.float().flatten() for p in trainable(model).values()])))
