@@ -86,7 +86,7 @@ def spoil(rng: random.Random) -> bytes:
 def write_spoiled(path: Path, number: int, seed: int = 0) -> int:
     """Writes `number` spoiled records, a good one after every four; returns how many lines hold something."""
     rng = random.Random(seed)
-    good = [json.dumps({"prompt": f"question {n}", "completion": "an answer", "n": n}).encode() for n in range(number)]
+    good = [json.dumps({"prompt": f"question {n}", "completion": "an answer", "id": n}).encode() for n in range(number)]
     lines = [spoil(rng) if n % 5 else good[n] for n in range(number)]
     content = b"\n".join(lines)
     path.parent.mkdir(parents=True, exist_ok=True)

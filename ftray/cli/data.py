@@ -90,7 +90,7 @@ def preview(
     from ftray.model.load import load_tokenizer
 
     run = open_target(target, overrides)
-    stream, _ = streams(run.data, partial(load_tokenizer, run.model))
+    stream, _ = streams(run.data, partial(load_tokenizer, run.model), run.evaluate.slices)
     show_preview(stream, int(run.data.chunk_mb * 1e6), number, console)
     return 0
 

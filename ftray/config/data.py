@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import NoneType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ftray.config.base import Float, Int, Section, defaults
+from ftray.config.column_template import parse_template
+
+Role = Literal["system", "user", "assistant", "messages", "tools"]
 
 
 class SourceConfig(Section):
@@ -18,10 +22,20 @@ class SourceConfig(Section):
     `embedded:stdlib-docstrings/train|eval` (the quickstart's data)."""
     weight: Annotated[Float, Field(gt=0)] | None = None
     """Share of packed sequences in the mixture, relative to the other sources. Set it for all sources or for none."""
-    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "columns"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt-completion", "query-response", "alpaca", "text", "columns"
+    ] = "auto"
     """Record format; `auto` detects it from each record's keys. `columns` is implied by the key `columns`."""
-    columns: dict[Literal["system", "user", "assistant"], str] | None = None
-    """For other formats: the column of each role, for example `{user: question, assistant: answer}`."""
+    columns: (
+        dict[Literal["system", "user", "assistant", "messages", "tools"], Annotated[str, Field(min_length=1)]] | None
+    ) = None
+    """For other formats: the column of each role, for example `{user: question, assistant: answer}`, or a template that joins
+    columns: `{user: "{instruction}[\\n\\n{context}]", …}`. A part in brackets is left out if its column is empty.
+    `{messages: dialog}` names a column of turns."""
+    ignore: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Keys of records and turns that may stay without effect, for example `[score]`. Other unknown keys make a record bad."""
+    tools: Annotated[str, Field(min_length=1)] | list[dict[str, Any]] | None = None
+    """Tools of records that have none of their own: a list as in OpenAI's API, or the path of a JSON file with one."""
 
     @model_validator(mode="after")
     def _columns_fit_format(self) -> SourceConfig:
@@ -29,9 +43,27 @@ class SourceConfig(Section):
             raise ValueError("format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}")
         if self.columns is not None and self.format not in ("auto", "columns"):
             raise ValueError(f"columns and format '{self.format}' exclude each other; remove one of them")
-        if self.columns is not None and not {"user", "assistant"} <= self.columns.keys():
-            raise ValueError("columns must name at least user and assistant")
+        if self.columns is not None:
+            _check_columns(self.columns)
+            if self.ignore and "messages" not in self.columns:
+                raise ValueError("ignore has no effect with columns, which name all that is used; remove it")
+        if self.tools is not None and self.format == "text":
+            raise ValueError("tools and format 'text' exclude each other; remove one of them")
         return self
+
+
+def _check_columns(columns: Mapping[Role, str]) -> None:
+    for role, value in columns.items():
+        template = parse_template(value)
+        if role in ("messages", "tools") and not template.is_name:
+            raise ValueError(f"columns.{role} must be the name of a column, not a template")
+    roles = set(columns)
+    if "messages" in roles and roles & {"user", "assistant"}:
+        raise ValueError(
+            "columns names messages beside user or assistant; name either the column of turns, or the columns of roles"
+        )
+    if "messages" not in roles and not {"user", "assistant"} <= roles:
+        raise ValueError("columns must name at least user and assistant, or messages")
 
 
 class SplitConfig(Section):

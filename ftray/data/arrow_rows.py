@@ -1,7 +1,8 @@
-"""Turns Arrow record batches into records: JSON columns are decoded, and nulls that Arrow fills in are absent.
+"""Turns Arrow record batches into records: JSON columns are decoded, and nulls that Arrow fills into structs are absent.
 
 All structs of an Arrow column have the same fields, so a field that a record does not have is null there. Such a field is left
-out, at any depth. `datasets` stores values of differing types as JSON text with the extension type `arrow.json`.
+out, at any depth. A column that is null stays. `datasets` stores values of
+differing types as JSON text with the extension type `arrow.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def decoders(schema: Any) -> dict[str, Decoder]:
 
 
 def rows(batch: Any, decode: dict[str, Decoder], uri: str, first: int) -> Iterator[dict[str, Any]]:
-    """Yields the records of a pyarrow record batch. Columns that are null are absent.
+    """Yields the records of a pyarrow record batch.
 
     Args:
         batch: The record batch.
@@ -60,7 +61,7 @@ def _all_rows(batch: Any, decode: dict[str, Decoder], uri: str) -> Iterator[dict
     names = batch.schema.names
     columns = [_values(batch.column(i), name, decode.get(name), uri) for i, name in enumerate(names)]
     for number in range(batch.num_rows):
-        yield {name: column[number] for name, column in zip(names, columns, strict=True) if column[number] is not None}
+        yield {name: column[number] for name, column in zip(names, columns, strict=True)}
 
 
 def _values(column: Any, name: str, decode: Decoder | None, uri: str) -> list[Any]:

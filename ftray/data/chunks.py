@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ftray import config
-from ftray.chat import ChatFormat
+from ftray import config, storage
+from ftray.chat import ChatFormat, read_tools
+from ftray.data.decompress import MAX_RECORD_BYTES
 from ftray.data.examples import Example, Quarantined, Rules, read_examples
 from ftray.data.packing import PackedSequence, pack_examples
 from ftray.data.sources import Chunk
 from ftray.data.tokenizer import BatchTokenizer, TokenizerLoader, backend_json
+from ftray.errors import DataError
+from ftray.storage import strict_json
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class DatasetSpec:
         load_tokenizer: Picklable. Called once per process.
         data: The section of the run file. None skips all checks that need every record.
         slices: A column that examples keep (`Example.slice`). It does not change the sequences.
+        tools: For each source, the tools of records that have none of their own. Empty: no source has any.
     """
 
     sources: tuple[config.SourceConfig, ...]
@@ -40,6 +44,7 @@ class DatasetSpec:
     data: config.DataConfig | None = None
     is_eval: bool = False
     slices: str | None = None
+    tools: tuple[tuple[dict[str, Any], ...], ...] = ()
 
     def rules(self, source: int) -> Rules:
         """Cleaning rules of one source."""
@@ -57,6 +62,8 @@ class DatasetSpec:
             split.group if split else None,
             labels,
             self.slices,
+            frozenset(s.ignore),
+            self.tools[source] if self.tools else (),
         )
 
 
@@ -86,12 +93,18 @@ class PackedChunk:
         return digest.hexdigest()
 
 
-def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple[DatasetSpec, DatasetSpec | None]:
+def streams(
+    data: config.DataConfig, load_tokenizer: Callable[[], Any], slices: str | None = None
+) -> tuple[DatasetSpec, DatasetSpec | None]:
     """The training data and, if the run has one, the eval set.
 
     Args:
         data: The section of the run file.
         load_tokenizer: Picklable.
+        slices: `evaluate.slices`, a column that records may have for that purpose alone.
+
+    Raises:
+        DataError: A source's tools cannot be read.
     """
     loader = load_tokenizer if isinstance(load_tokenizer, TokenizerLoader) else TokenizerLoader(load_tokenizer)
 
@@ -99,7 +112,8 @@ def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple
         sources: list[config.SourceConfig], fraction: float | None, part: str | None, is_eval: bool
     ) -> DatasetSpec:
         shape = (data.max_seq_len, data.packing, fraction, part, loader)
-        return DatasetSpec(tuple(sources), *shape, data, is_eval)
+        tools = tuple(_read_tools(source) for source in sources)
+        return DatasetSpec(tuple(sources), *shape, data, is_eval, slices, tools if any(tools) else ())
 
     if data.eval is None:
         return stream(data.train, None, None, False), None
@@ -107,6 +121,19 @@ def streams(data: config.DataConfig, load_tokenizer: Callable[[], Any]) -> tuple
         fraction = data.eval.fraction
         return stream(data.train, fraction, "train", False), stream(data.train, fraction, "eval", True)
     return stream(data.train, None, None, False), stream(data.eval, None, None, True)
+
+
+def _read_tools(source: config.SourceConfig) -> tuple[dict[str, Any], ...]:
+    raw, origin = source.tools, f"the tools of {source.path}"
+    try:
+        if isinstance(raw, str):
+            origin = storage.absolute(raw)
+            raw = strict_json.parse(storage.read_bytes(origin), max_bytes=MAX_RECORD_BYTES)
+        return read_tools(raw)
+    except storage.MissingFile:
+        raise DataError(f"{origin} does not exist; correct the tools of {source.path}") from None
+    except (ValueError, DataError) as err:
+        raise DataError(f"{origin}: {err}; write a list of tools as OpenAI's API has them") from None
 
 
 def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from ftray.chat import ChatFormat, Conversation, Encoded
 from ftray.data.checks.labels import check_labels
-from ftray.data.formats import BadRecord, read_record
+from ftray.data.formats import HARMLESS_KEYS, BadRecord, read_record, used_columns
 from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.errors import DataError
 
@@ -74,6 +75,8 @@ class Rules:
         group: Column of the split's groups.
         labels: The only allowed answers.
         slices: A column that examples keep.
+        ignore: Keys of records and turns that are left out.
+        tools: The tools of records that have none of their own.
     """
 
     max_seq_len: int
@@ -85,9 +88,27 @@ class Rules:
     group: str | None = None
     labels: tuple[str, ...] | None = None
     slices: str | None = None
+    ignore: frozenset[str] = frozenset()
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def used_elsewhere(self) -> frozenset[str]:
+        """Columns that have an effect outside the conversation."""
+        return frozenset(name for name in (self.stratify, self.group, self.slices) if name is not None)
+
+    @cached_property
+    def _used(self) -> frozenset[str] | None:
+        return None if self.columns is None else used_columns(self.columns) | self.used_elsewhere
+
+    def needs(self, column: str) -> bool:
+        """Whether a key of a record can have an effect, or be a reason to reject the record."""
+        if self._used is not None:
+            return column in self._used
+        return column in self.used_elsewhere or (column not in HARMLESS_KEYS and column not in self.ignore)
 
 
 FIXES = {
+    "bad_tools": "write the tools as OpenAI's API has them",
     "bad_turn": "correct this turn",
     "dropped": "no action needed if it is a duplicate; otherwise set its rule in data.clean to report",
     "invalid_json": "write one JSON object per line",
@@ -100,6 +121,7 @@ FIXES = {
     "too_many_fields": "put quotes around fields that contain commas",
     "unknown_label": "correct the answer, or add it to data.labels",
     "unknown_shape": "give the source columns: {user: …, assistant: …}, or a format",
+    "unused_key": "remove the key, or name it in the source's ignore: [key]",
     "wrong_type": "write the field as a string",
 }
 
@@ -125,7 +147,7 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
 
 def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
     dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
-    raws = read_chunk(chunk)
+    raws = read_chunk(chunk, rules.needs)
     while window := list(islice(raws, WINDOW)):
         drafts: list[_Draft | Quarantined] = []
         for raw in window:
@@ -133,7 +155,7 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
             try:
                 if raw.position in dropped:
                     raise BadRecord("dropped", "removed by data.clean")
-                record = parse_record(raw)
+                record = {key: value for key, value in parse_record(raw).items() if rules.needs(key)}
                 part = split_part(record, rules.eval_fraction, rules.group)
                 if raw.position in moved:
                     part = "eval" if part == "train" else "train"
@@ -174,6 +196,8 @@ def split_part(record: dict[str, Any], fraction: float | None, group: str | None
 
 def content_hash(value: object) -> int:
     """64 bits of blake2b over a value as JSON with sorted keys. Raises BadRecord if JSON cannot represent it."""
+    if isinstance(value, dict):  # a table fills missing fields in with null
+        value = {key: each for key, each in value.items() if each is not None}
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     except (RecursionError, TypeError, ValueError) as err:  # nested too deeply, or keys that are not strings
@@ -215,7 +239,7 @@ def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
         if record.get(rules.stratify) is None:
             raise BadRecord("missing_field", f"{rules.stratify} is missing, the column that data.eval.stratify names")
         digest, stratum = content_hash(record), str(record[rules.stratify])
-    conversation = read_record(record, rules.format, rules.columns)
+    conversation = read_record(record, rules.format, rules.columns, rules.ignore, rules.tools, rules.used_elsewhere)
     if rules.labels is not None:
         check_labels(conversation, rules.labels)
     value = record.get(rules.slices) if rules.slices is not None else None
@@ -236,7 +260,7 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
 
 
 def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:
-    detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule, "correct it, or remove it")
+    detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule.partition(":")[0], "correct it, or remove it")
     return Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
 
 

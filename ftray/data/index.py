@@ -26,6 +26,7 @@ from ftray import config, storage
 from ftray.data.checks.findings import CheckResult, DataFinding, find_all, find_moved, with_changes
 from ftray.data.chunks import DatasetSpec, streams
 from ftray.data.examples import Quarantined
+from ftray.data.formats import HARMLESS_KEYS
 from ftray.data.order import Mixture
 from ftray.data.ray_options import map_in_order
 from ftray.data.record_table import (
@@ -40,7 +41,7 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 6  # increase it when sequences, facts or records of a chunk change their meaning
+VERSION = 7  # increase it when sequences, facts or records of a chunk change their meaning
 SUM = "sha256"  # of the rest of an index: a damaged number would look like changed data
 NUM_LINES = 50  # entries of a quarantine file that get a line number
 NO_FIELDS = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
@@ -186,7 +187,7 @@ def _splits_of(stream: DatasetSpec) -> list[DatasetSpec]:
     """The training set and the eval set of the same section."""
     if stream.data is None:
         return [stream]
-    return [s for s in streams(stream.data, stream.load_tokenizer) if s is not None]
+    return [s for s in streams(stream.data, stream.load_tokenizer, stream.slices) if s is not None]
 
 
 def _list_chunks(stream: DatasetSpec, chunk_bytes: int) -> list[Chunk]:
@@ -331,15 +332,23 @@ def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
 
 def _shard_key(stream: DatasetSpec, required: RequiredFields, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:
     """Name of a shard's file. It does not depend on the number of the source: a source may be inserted before it."""
-    source = stream.sources[chunks[0].source]
     places = [{**asdict(chunk), "source": 0} for chunk in chunks]
-    return _key_of([_settings(stream, tokenizer_hash), asdict(required), source.format, source.columns, places])
+    shape = _source_settings(stream, chunks[0].source)
+    return _key_of([_settings(stream, tokenizer_hash), asdict(required), shape, places])
+
+
+def _source_settings(stream: DatasetSpec, source: int) -> list[Any]:
+    """The settings of a source that change its examples."""
+    s = stream.sources[source]
+    rules = stream.rules(source)
+    allowed = [key for key in (stream.slices,) if key is not None and key not in HARMLESS_KEYS and s.columns is None]
+    return [s.format, s.columns, sorted({*s.ignore, *allowed}), rules.tools]
 
 
 def _index_key(
     stream: DatasetSpec, splits: Iterable[DatasetSpec], chunk_lists: Iterable[Sequence[Chunk]], tokenizer_hash: str
 ) -> str:
-    shapes = [[(s.format, s.columns) for s in each.sources] for each in splits]
+    shapes = [[_source_settings(each, i) for i in range(len(each.sources))] for each in splits]
     clean = stream.data.clean.model_dump() if stream.data else None
     chunks = [[asdict(chunk) for chunk in each] for each in chunk_lists]
     return _key_of([_settings(stream, tokenizer_hash), stream.is_eval, shapes, clean, chunks])

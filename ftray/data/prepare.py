@@ -66,7 +66,7 @@ def prepare_data(
         ConfigError: The settings do not fit the data.
     """
     directory = storage.join(run_dir, "data")
-    stream, eval_set = streams(run.data, load_tokenizer)
+    stream, eval_set = streams(run.data, load_tokenizer, run.evaluate.slices)
     chunk_bytes = int(run.data.chunk_mb * 1e6)
     index = _index(stream, "train", run, directory, chunk_bytes, tokenizer_hash, console)
     eval_index = _index(eval_set, "eval", run, directory, chunk_bytes, tokenizer_hash, console) if eval_set else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,12 @@ def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
     load = partial(load_tokenizer, run.model)
     tokenizer = load()
     chat, identity = ChatFormat(tokenizer), tokenizer_hash(tokenizer)
-    train_stream, stream = streams(run.data, load)
+    train_stream, stream = streams(run.data, load, section.slices)
     assert stream is not None
     data_dir, chunk_bytes = storage.join(run_dir, "data"), int(run.data.chunk_mb * 1e6)
     index = build_index(stream, chunk_bytes, data_dir, identity)
     check_index(index, stream, "eval", run.data.max_bad_records, data_dir)
-    samples = read_samples(index, replace(stream, slices=section.slices), section.num_examples)
+    samples = read_samples(index, stream, section.num_examples)
     if section.slices is not None and not any(sample.slice for sample in samples):
         raise DataError(f"evaluate.slices: no record of the eval set has the column {section.slices}; correct it")
     questions = (

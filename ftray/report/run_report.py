@@ -305,7 +305,10 @@ def _data(data: ReportData) -> Markup:
     """Sources, counts, dropped records and lengths, from the index that the run was trained with."""
     data_hash = data.newest.meta["data_hash"] if data.newest else data.sweep.data_hash if data.sweep else ""
     directory = storage.join(data.run_dir, "data")
-    stream, eval_stream = streams(data.run.data, dict)  # nothing is read, so no tokenizer is needed
+    try:
+        stream, eval_stream = streams(data.run.data, dict)  # no record is read, so no tokenizer is needed
+    except DataError as err:
+        return render_parts(None, note=str(err))
     indexes = [read_index(directory, each) for each in data_hash.split("-") if each]
     if not indexes or indexes[0] is None:
         return render_parts(None, note="This directory holds no index of the data.") if data.newest else Markup()

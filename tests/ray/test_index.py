@@ -85,7 +85,7 @@ def sentences(number: int, seed: int) -> list[dict[str, Any]]:
     def say(length: int) -> str:
         return " ".join(rng.choice(words) for _ in range(length)) + "."
 
-    return [{"prompt": say(14), "completion": say(6), "kind": rng.choice("aaab"), "n": n} for n in range(number)]
+    return [{"prompt": say(14), "completion": say(6), "category": rng.choice("aaab"), "id": n} for n in range(number)]
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> list[tuple[str, int]]:
@@ -225,9 +225,9 @@ def test_only_a_new_shard_is_read(model: Path, tmp_path: Path, seen: list[str]) 
 
 
 def test_each_class_is_held_out_from_and_added_data_moves_nothing(model: Path, tmp_path: Path) -> None:
-    rare = [{"prompt": f"rare {n}", "completion": "yes.", "kind": f"r{n % 9}"} for n in range(54)]
+    rare = [{"prompt": f"rare {n}", "completion": "yes.", "category": f"r{n % 9}"} for n in range(54)]
     write(tmp_path / "data/s0.jsonl", sentences(60, seed=1) + rare)
-    data = data_of(tmp_path / "data", eval={"fraction": 0.2, "stratify": "kind"})
+    data = data_of(tmp_path / "data", eval={"fraction": 0.2, "stratify": "category"})
 
     def sides() -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
         index, heldout = indexed(model, tmp_path / "run", data)
@@ -240,13 +240,13 @@ def test_each_class_is_held_out_from_and_added_data_moves_nothing(model: Path, t
     assert not train & held
     assert len(train | held) == 114
     lines = (tmp_path / "data/s0.jsonl").read_bytes()
-    kinds = {json.loads(lines[at:].split(b"\n", 1)[0])["kind"] for _, at in held}
+    kinds = {json.loads(lines[at:].split(b"\n", 1)[0])["category"] for _, at in held}
     assert kinds == {"a", "b", *(f"r{n}" for n in range(9))}
     hashes_alone = data_of(tmp_path / "data", eval={"fraction": 0.2})
     plain = indexed(model, tmp_path / "plain", hashes_alone)[1]
     assert plain is not None
     assert plain.total("num_records") < len(held), "no class needed a substitute, so nothing was tried"
-    write(tmp_path / "data/s1.jsonl", sentences(60, seed=2) + rare[:20] + [{**r, "kind": "new"} for r in rare[:7]])
+    write(tmp_path / "data/s1.jsonl", sentences(60, seed=2) + rare[:20] + [{**r, "category": "new"} for r in rare[:7]])
     more_train, more_held = sides()
     assert train <= more_train
     assert held <= more_held

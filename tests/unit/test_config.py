@@ -157,7 +157,7 @@ DEEPER = {
     "data.eval={fraction: 2}": "data.eval.fraction (2) must be below 1",
     "data.eval={}": "the key data.eval.fraction is missing; add it",
     "data.eval=[{path: p, weigt: 1}]": "unknown key data.eval.0.weigt; did you mean data.eval.weight?",
-    "data.eval=[p]": 'data.eval.0 ("p") must be a mapping with path, weight, format, columns',
+    "data.eval=[p]": 'data.eval.0 ("p") must be a mapping with path, weight, format, columns, ignore, tools',
     "data.eval={fraction: 0.1, stratify: a, group: b}": (
         "data.eval: stratify and group exclude each other, because a group is never split; remove one of them"
     ),
@@ -166,7 +166,9 @@ DEEPER = {
         'evaluate.metrics.1 ("blue") must be one of loss, rouge, bleu, chrf, bertscore, exact, extract, format, json, '
         "classes, general"
     ),
-    "data.train.0.columns={user: q, foo: a}": "unknown key data.train.0.columns.foo; use 'system', 'user', 'assistant'",
+    "data.train.0.columns={user: q, foo: a}": (
+        "unknown key data.train.0.columns.foo; use 'system', 'user', 'assistant', 'messages', 'tools'"
+    ),
     "model={}": "the key model.base is missing; add it",
 }
 
@@ -194,7 +196,28 @@ TOGETHER = {
     ("data.train.0.format=columns",): (
         "data.train.0: format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}"
     ),
-    ("data.train.0.columns={user: q}",): "data.train.0: columns must name at least user and assistant",
+    ("data.train.0.columns={user: q}",): "data.train.0: columns must name at least user and assistant, or messages",
+    ("data.train.0.columns={messages: m, user: q}",): (
+        "data.train.0: columns names messages beside user or assistant; name either the column of turns, or the columns of roles"
+    ),
+    ("data.train.0.columns={messages: 'a {m}'}",): (
+        "data.train.0: columns.messages must be the name of a column, not a template"
+    ),
+    (
+        "data.train.0.columns={user: '{q', assistant: a}",
+    ): "data.train.0: '{q' has a { without its counterpart; write {{ for the character itself",
+    (
+        "data.train.0.columns={user: '[x]{q}', assistant: a}",
+    ): "data.train.0: '[x]{q}' has brackets without a column in them; write [[ and ]] for the characters themselves",
+    (
+        "data.train.0.columns={user: '[{q}', assistant: a}",
+    ): "data.train.0: '[{q}' has a [ without its counterpart; write [[ for the character itself",
+    ("data.train.0.columns={user: q, assistant: a}", "data.train.0.ignore=[b]"): (
+        "data.train.0: ignore has no effect with columns, which name all that is used; remove it"
+    ),
+    ("data.train.0.format=text", "data.train.0.tools=t.json"): (
+        "data.train.0: tools and format 'text' exclude each other; remove one of them"
+    ),
     ("data.train.0.columns={user: q, assistant: a}", "data.train.0.format=alpaca"): (
         "data.train.0: columns and format 'alpaca' exclude each other; remove one of them"
     ),

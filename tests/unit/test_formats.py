@@ -12,6 +12,12 @@ def talk(*messages: Message) -> Conversation:
     return Conversation(messages)
 
 
+def rejects(record: dict[str, Any], rule: str, words: str, **more: Any) -> None:
+    with pytest.raises(BadRecord) as caught:
+        read_record(record, more.pop("format", "auto"), more.pop("columns", None), **more)
+    assert (caught.value.rule, str(caught.value)[: len(words)]) == (rule, words)
+
+
 ASKED = talk(Message("user", "q"), Message("assistant", "a"))
 LONGER = talk(
     Message("system", "s"),
@@ -54,9 +60,7 @@ GOOD: list[tuple[str, dict[str, Any], object]] = [
 def test_each_shape_is_read_named_or_found_by_looking(name: str, record: dict[str, Any], conversation: object) -> None:
     assert read_record(record, name, None) == conversation
     assert read_record(record, "auto", None) == conversation
-    assert (
-        read_record({**record, "id": 7, "source": {"x": 1}}, "auto", None) == conversation
-    )  # other keys are left alone
+    assert read_record({**record, "id": 7, "source": {"x": 1}}, "auto", None) == conversation  # facts about the record
 
 
 def test_columns_name_whose_turn_is_where() -> None:
@@ -68,22 +72,22 @@ def test_columns_name_whose_turn_is_where() -> None:
 
 @pytest.mark.parametrize(("name", "record", "conversation"), GOOD)
 def test_a_system_text_beside_the_turns_is_their_first(name: str, record: dict[str, Any], conversation: object) -> None:
-    found = read_record({**record, "system": "be kind"}, name, None)
-    if name == "text":
-        assert found == conversation
-    else:
-        assert isinstance(conversation, Conversation)
-        assert found == talk(Message("system", "be kind"), *conversation.messages)
     assert read_record({**record, "system": ""}, name, None) == conversation
-
-
-@pytest.mark.parametrize("key", ["history", "tools", "functions"])
-def test_what_would_be_lost_is_refused_by_name(key: str) -> None:
-    record = {"instruction": "q", "output": "a", key: [["x", "y"]]}
-    with pytest.raises(BadRecord, match=f"it has {key}, which is not supported") as caught:
-        read_record(record, "auto", None)
-    assert caught.value.rule == "lost_field"
-    assert read_record({**record, key: []}, "auto", None) == ASKED
+    if name == "text":
+        rejects(
+            {**record, "system": "be kind"},
+            "unused_key:system",
+            "it has the key system, which has no effect in this format",
+        )
+        return
+    assert isinstance(conversation, Conversation)
+    if conversation.messages[0].role == "system":
+        words = "it has the key system and a system turn with another text; keep one of them"
+        rejects({**record, "system": "be kind"}, "bad_turn", words)
+        assert read_record({**record, "system": "s\n"}, name, None) == conversation
+    else:
+        found = read_record({**record, "system": "be kind"}, name, None)
+        assert found == talk(Message("system", "be kind"), *conversation.messages)
 
 
 def test_texts_are_taken_as_they_are() -> None:
@@ -105,8 +109,8 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
         {"b": 1, "a": 2},
     ),
     ("unknown_shape", "its keys (none) match no known format", {}),
-    ("bad_turn", "messages must be a list with at least one turn", {"messages": None}),
-    ("bad_turn", "messages must be a list with at least one turn", {"messages": []}),
+    ("missing_field", "it has none of the keys messages, conversations, conversation", {"messages": None}),
+    ("bad_turn", "messages must be a list of turns", {"messages": {"a": 1}}),
     ("bad_turn", "turn 0 must be an object with role and content", {"messages": ["q"]}),
     (
         "bad_turn",
@@ -119,19 +123,19 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
         {"messages": [turn(content=3)]},
     ),
     ("no_answer", "no turn is the assistant's", {"messages": [turn()]}),
-    ("bad_turn", "conversations must be a list", {"conversations": "q"}),
-    ("bad_turn", "messages must be a list with at least one turn", {"conversations": []}),
+    ("bad_turn", "conversations must be a list of turns", {"conversations": "q"}),
+    ("missing_field", "it has none of the keys messages", {"conversations": []}),
     ("bad_turn", "turn 0 has the role 'bot'", {"conversations": [{"from": "bot", "value": "q"}]}),
     ("bad_turn", "turn 0 has the role ['x']", {"conversations": [{"from": ["x"], "value": "q"}]}),
     ("bad_turn", "turn 0 must be an object", {"conversations": ["q"]}),
     ("bad_turn", "turn 0 (user) has no text", {"conversations": [{"from": "human"}]}),
     ("missing_field", "prompt is missing", {"prompt": None, "completion": "a"}),
     ("missing_field", "prompt is empty", {"prompt": " ", "completion": "a"}),
-    ("wrong_type", "prompt is of type list, not a string", {"prompt": ["q"], "completion": "a"}),
-    ("no_answer", "completion is missing or empty", {"prompt": "q"}),
-    ("no_answer", "completion is missing or empty", {"prompt": "q", "completion": "\n"}),
+    ("bad_turn", "turn 0 must be an object", {"prompt": ["q"], "completion": "a"}),
+    ("no_answer", "completion is missing; the record has prompt. If one of them is the answer", {"prompt": "q"}),
+    ("no_answer", "completion is empty", {"prompt": "q", "completion": "\n"}),
     ("wrong_type", "completion is of type int, not a string", {"prompt": "q", "completion": 3}),
-    ("no_answer", "output is missing or empty", {"instruction": "q", "output": None}),
+    ("no_answer", "output is empty", {"instruction": "q", "output": None}),
     ("wrong_type", "input is of type dict, not a string", {"instruction": "q", "input": {"x": 1}, "output": "a"}),
     ("missing_field", "text is empty", {"text": ""}),
     ("wrong_type", "text is of type bool, not a string", {"text": True}),
@@ -140,10 +144,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("rule", "words", "record"), BAD)
 def test_any_other_record_names_the_rule_and_the_place(rule: str, words: str, record: dict[str, Any]) -> None:
-    with pytest.raises(BadRecord) as caught:
-        read_record(record, "auto", None)
-    assert caught.value.rule == rule
-    assert str(caught.value).startswith(words)
+    rejects(record, rule, words)
 
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt", "prompt-completion", "alpaca", "text"])
@@ -153,8 +154,119 @@ def test_a_record_of_another_shape_than_the_named_one_is_bad(name: str) -> None:
         read_record(record, name, None)
 
 
-def test_a_column_that_is_not_there_is_named() -> None:
-    with pytest.raises(BadRecord, match="answer is missing or empty"):
-        read_record({"question": "q"}, "columns", {"user": "question", "assistant": "answer"})
-    with pytest.raises(BadRecord, match="question is missing"):
-        read_record({"answer": "a"}, "columns", {"user": "question", "assistant": "answer"})
+def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
+    columns = {"user": "question", "assistant": "answer"}
+    rejects({"question": "q"}, "no_answer", "answer is missing; the record has question.", columns=columns)
+    rejects({"answer": "a"}, "missing_field", "question is missing; the record has answer", columns=columns)
+    rejects({"question": None, "answer": "a"}, "missing_field", "question is missing", columns=columns)
+    columns = {**columns, "system": "rulez"}
+    words = "rulez is missing; the record has answer, question, rules"
+    rejects({"question": "q", "answer": "a", "rules": "s"}, "missing_field", words, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "record", "wanted"),
+    [
+        ({"user": "{i}[\n\n{c}]", "assistant": "r"}, {"i": "q", "c": "x", "r": "a"}, ("q\n\nx", "a")),
+        ({"user": "{i}[\n\n{c}]", "assistant": "r"}, {"i": "q", "c": " ", "r": "a"}, ("q", "a")),
+        ({"user": "{i}[\n\n{c}]", "assistant": "r"}, {"i": "q", "r": "a"}, ("q", "a")),
+        ({"user": "[{c}\n]{i} [[1]] {{x}}", "assistant": "{r}."}, {"i": "q", "c": None, "r": "a"}, ("q [1] {x}", "a.")),
+        ({"user": "i", "assistant": "n"}, {"i": "q", "n": 3}, ("q", "3")),
+        ({"user": "i", "assistant": "r", "system": "s"}, {"i": "q", "r": "a", "s": ""}, ("q", "a")),
+        ({"user": "i", "assistant": "r", "system": "s"}, {"i": "q", "r": "a", "s": None}, ("q", "a")),
+        ({"user": "i", "assistant": "r", "system": "s"}, {"i": "q", "r": "a", "s": "be"}, ("be", "q", "a")),
+        ({"user": "i", "assistant": "r", "system": "[Rules: {s}]"}, {"i": "q", "r": "a"}, ("q", "a")),
+    ],
+)
+def test_columns_may_join_fields_and_leave_out_empty_ones(
+    columns: dict[str, str], record: dict[str, Any], wanted: tuple[str, ...]
+) -> None:
+    conversation = read_record(record, "columns", columns)
+    assert isinstance(conversation, Conversation)
+    assert tuple(m.content for m in conversation.messages) == wanted
+    assert [m.role for m in conversation.messages] == ["system", "user", "assistant"][-len(wanted) :]
+
+
+def test_columns_may_name_turns_and_tools() -> None:
+    record = {"dialog": GOOD[0][1]["messages"], "api": '[{"name": "f"}]', "score": 1}
+    found = read_record(record, "auto", {"messages": "dialog", "tools": "api"})
+    assert found == Conversation(ASKED.messages, ({"type": "function", "function": {"name": "f"}},))
+
+
+TOOLS = ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_tools_are_the_records_own_or_the_sources() -> None:
+    record = GOOD[0][1]
+    for own, wanted in [
+        ({}, TOOLS),
+        ({"tools": None}, TOOLS),
+        ({"tools": []}, ()),
+        ({"tools": "[]"}, ()),
+        ({"tools": "null"}, ()),
+        ({"tools": "[]", "functions": None}, ()),
+        ({"functions": [{"name": "g"}]}, ({"type": "function", "function": {"name": "g"}},)),
+    ]:
+        assert read_record({**record, **own}, "auto", None, tools=TOOLS) == Conversation(ASKED.messages, wanted), own
+    rejects({"text": "t"}, "wrong_type", "it is plain text, but its source has tools", tools=TOOLS)
+    rejects({**record, "tools": 3}, "bad_tools", "tools must be a list of functions, not a number")
+    both = {**record, "tools": [{"name": "g"}], "functions": [{"name": "h"}]}
+    rejects(both, "bad_tools", "it has both tools and functions; remove one of them")
+
+
+def test_earlier_turns_as_pairs_come_first() -> None:
+    record = {"instruction": "r", "output": "b", "system": "s", "history": [["q", "a"]]}
+    assert read_record(record, "auto", None) == LONGER
+    assert read_record({**record, "history": '[["q", "a"]]'}, "auto", None) == LONGER
+    assert read_record({"query": "r", "response": "b", "system": "s", "history": [["q", "a"]]}, "auto", None) == LONGER
+    rejects({**record, "history": [["q"]]}, "wrong_type", "history must be a list of pairs [question, answer]")
+    rejects({**record, "history": "q"}, "wrong_type", "history must be a list of pairs")
+    rejects(
+        {"messages": GOOD[0][1]["messages"], "history": [["q", "a"]]}, "unused_key:history", "it has the key history"
+    )
+
+
+def test_prompt_and_completion_may_be_turns_of_which_only_the_completion_is_trained_on() -> None:
+    prompt = [turn("user", "q"), turn("assistant", "a"), turn("user", "r")]
+    context = (Message("user", "q"), Message("assistant", "a", train=False), Message("user", "r"))
+    found = read_record({"prompt": prompt, "completion": [turn("assistant", "b")]}, "auto", None)
+    assert found == talk(*context, Message("assistant", "b"))
+    assert read_record({"prompt": prompt, "completion": "b"}, "auto", None) == found
+    rejects({"prompt": prompt, "completion": [turn("user", "b")]}, "no_answer", "no turn is the assistant's")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("images", ["a.jpg"], "it has the key images, but ftray trains on text only"),
+        ("audio", "a.wav", "it has the key audio, but ftray trains on text only"),
+        ("rejected", "x", "it has the key rejected, but ftray trains on answers, not on preferences"),
+        ("chosen", [turn()], "it has the key chosen, but ftray trains on answers, not on preferences"),
+        ("label", False, "it has the key label, which rates or classifies it; remove records with bad answers"),
+        ("score", 0.5, "it has the key score, which has no effect in this format"),
+        ("weight", 0, "it has the key weight, which has no effect in this format"),
+        ("text", "t", "it has the key text, which has no effect in this format"),
+    ],
+)
+def test_a_key_without_effect_is_rejected_by_name_unless_the_source_ignores_it(
+    key: str, value: object, words: str
+) -> None:
+    record = {**GOOD[0][1], key: value}
+    rejects(record, f"unused_key:{key}", words)
+    assert read_record(record, "auto", None, ignore={key}) == ASKED
+    assert read_record(record, "auto", None, used_elsewhere={key}) == ASKED
+    assert read_record({**record, key: None}, "auto", None) == ASKED
+
+
+def test_ignored_keys_are_left_out_of_turns_too() -> None:
+    record = {"messages": [turn(), turn("assistant", "a", score=3)]}
+    rejects(record, "bad_turn", "turn 1 (assistant) has the key score, which is not supported")
+    assert read_record(record, "auto", None, ignore={"score"}) == ASKED
+
+
+def test_a_prompt_that_repeats_the_first_question_is_not_lost() -> None:
+    record = {**GOOD[0][1], "prompt": "q", "prompt_id": "1"}
+    assert read_record(record, "auto", None) == ASKED
+    rejects({**record, "prompt": "other"}, "unused_key:prompt", "it has the key prompt")
+    assert read_record({**GOOD[0][1], "conversations": GOOD[0][1]["messages"]}, "auto", None) == ASKED
+    rejects({**GOOD[0][1], "conversations": [turn()]}, "unused_key:conversations", "it has the key conversations")

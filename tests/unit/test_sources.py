@@ -412,7 +412,10 @@ def test_nulls_that_arrow_fills_in_are_absent_at_any_depth_and_json_is_decoded(t
     table = table.append_column(pa.field("j", pa.json_()), pa.ExtensionArray.from_storage(pa.json_(), texts))
     path = tmp_path / "part.parquet"
     pq.write_table(table, path)
-    assert values(path) == [{"a": [{"x": 1, "y": {"q": 2}}, {}], "j": {"k": None}}, {"b": "t", "j": "[1"}]
+    assert values(path) == [
+        {"a": [{"x": 1, "y": {"q": 2}}, {}], "b": None, "j": {"k": None}},
+        {"a": None, "b": "t", "j": "[1"},
+    ]
 
 
 def saved(directory: Path, num_records: int = 2500) -> list[dict[str, Any]]:
