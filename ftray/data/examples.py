@@ -114,7 +114,7 @@ FIXES = {
     "invalid_json": "write one JSON object per line",
     "invalid_utf8": "save the file as UTF-8",
     "missing_field": "fill in the field, or remove the record",
-    "no_answer": "add the answer, or remove the record",
+    "no_answer": "add the answer, or name its column in the source's columns",
     "not_an_object": "write one JSON object per line",
     "no_trained_tokens": "give it an answer of at least two tokens, or remove it",
     "too_long": "raise data.max_seq_len, or split the record",

@@ -305,10 +305,7 @@ def _answer(record: Mapping[str, Any], key: str) -> Message:
 def _no_answer(record: Mapping[str, Any], key: str) -> BadRecord:
     if key in record:
         return BadRecord("no_answer", f"{key} is empty")
-    return BadRecord(
-        "no_answer",
-        f"{key} is missing; the record has {_shown(record)}. If one of them is the answer, set the source's columns",
-    )
+    return BadRecord("no_answer", f"{key} is missing; the record has {_shown(record)}")
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:

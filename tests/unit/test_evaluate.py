@@ -150,7 +150,8 @@ def test_the_general_set_is_read_and_a_bad_record_is_named(tmp_path: Path) -> No
     assert all(sample.is_question for sample in samples)
     (tmp_path / "g.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(
-        DataError, match=r"evaluate\.general: .*g\.jsonl, line 2: completion is missing or empty; add the answer"
+        DataError,
+        match=r"evaluate\.general: .*g\.jsonl, line 2: completion is missing; the record has prompt; add the answer",
     ):
         read_set(str(tmp_path / "g.jsonl"), "evaluate.general", CHAT, 512)
 

@@ -132,7 +132,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("missing_field", "prompt is missing", {"prompt": None, "completion": "a"}),
     ("missing_field", "prompt is empty", {"prompt": " ", "completion": "a"}),
     ("bad_turn", "turn 0 must be an object", {"prompt": ["q"], "completion": "a"}),
-    ("no_answer", "completion is missing; the record has prompt. If one of them is the answer", {"prompt": "q"}),
+    ("no_answer", "completion is missing; the record has prompt", {"prompt": "q"}),
     ("no_answer", "completion is empty", {"prompt": "q", "completion": "\n"}),
     ("wrong_type", "completion is of type int, not a string", {"prompt": "q", "completion": 3}),
     ("no_answer", "output is empty", {"instruction": "q", "output": None}),
@@ -156,7 +156,7 @@ def test_a_record_of_another_shape_than_the_named_one_is_bad(name: str) -> None:
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
     columns = {"user": "question", "assistant": "answer"}
-    rejects({"question": "q"}, "no_answer", "answer is missing; the record has question.", columns=columns)
+    rejects({"question": "q"}, "no_answer", "answer is missing; the record has question", columns=columns)
     rejects({"answer": "a"}, "missing_field", "question is missing; the record has answer", columns=columns)
     rejects({"question": None, "answer": "a"}, "missing_field", "question is missing", columns=columns)
     columns = {**columns, "system": "rulez"}

@@ -46,7 +46,9 @@ def test_on_a_terminal_it_is_green(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_bad_record_is_shown_as_one(tmp_path: Path) -> None:
     (tmp_path / "part.jsonl").write_text('{"prompt": "a"}\n')
-    assert "--- part.jsonl, line 1: bad (no_answer): completion is missing or empty" in shown(tmp_path, io.StringIO())
+    assert "--- part.jsonl, line 1: bad (no_answer): completion is missing; the record has prompt" in shown(
+        tmp_path, io.StringIO()
+    )
 
 
 def test_the_pieces_together_are_the_whole_text_and_name_what_is_learned() -> None:
