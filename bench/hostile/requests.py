@@ -30,6 +30,9 @@ class Tokenizer:
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode())}
 
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return bytes(ids).decode(errors="replace")
+
 
 class Engine:
     """Answers with one word, and checks prompts and schemas as the engines do."""
@@ -48,9 +51,9 @@ class Engine:
     def generate(
         self, request_id: str, prompt_ids: list[int], params: Any, *, adapter: str | None = None
     ) -> AsyncIterator[Any]:
-        from ftray.engine.protocol import check_prompt
+        from ftray.engine.protocol import check_request
 
-        check_prompt(prompt_ids, params.max_tokens, 256, self.max_context)
+        check_request(prompt_ids, params, 256, self.max_context)
         return self._answer(len(prompt_ids))
 
     async def _answer(self, length: int) -> AsyncIterator[Any]:

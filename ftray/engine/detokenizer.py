@@ -7,10 +7,24 @@ string.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from ftray.engine.protocol import FinishReason
 
 _HALF = "\ufffd"  # what decoders write for bytes that make no character (yet)
+
+
+def text_decoder(tokenizer: Any, visible_ids: Collection[int] = ()) -> Callable[[list[int]], str]:
+    """Ids → text as the tokenizer decodes them, without special tokens other than visible_ids."""
+    if not visible_ids:
+        return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    hidden = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(visible_ids)
+
+    def decode(ids: list[int]) -> str:
+        shown = [i for i in ids if i not in hidden]
+        return str(tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return decode
 
 
 class Detokenizer:
@@ -21,7 +35,7 @@ class Detokenizer:
     character at the end.
 
     Args:
-        decode: Ids → text, without special tokens and without cleaning up spaces.
+        decode: Ids → text, see `text_decoder`.
         stop: Stop strings.
     """
 

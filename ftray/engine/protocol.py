@@ -29,7 +29,15 @@ class ContextLengthError(DataError):
 
 
 class SchemaError(DataError):
-    """Answers cannot be constrained to this JSON schema."""
+    """Answers cannot be constrained to this JSON schema or grammar."""
+
+
+class ParameterError(DataError):
+    """A sampling parameter does not fit the model. name: its field in `SamplingParams`."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,20 @@ class SamplingParams:
     """Parameters of one request.
 
     Attributes:
-        temperature: 0 is greedy; top_p and seed then have no effect.
+        temperature: 0 is greedy; top_p, top_k, min_p and seed then have no effect.
+        top_k: Sample from this many likeliest tokens; 0: from all.
+        min_p: Sample from tokens at least this likely, relative to the likeliest one.
+        presence_penalty: Subtracted from the logits of all tokens that the answer has already.
+        frequency_penalty: Subtracted once for each time that the answer has the token.
+        repetition_penalty: Divides the logits of tokens in prompt and answer, and multiplies negative ones; 1: off.
+        logit_bias: (token id, value) pairs, added to the logits.
         seed: Without a seed every sampled answer differs. With one it repeats as far as rounding allows: other members of the
             batch
             may change logits by a rounding error.
         num_logprobs: Number of likeliest tokens returned with each token's log probability. 0: only its own; None: none.
+        json_schema: A JSON schema that the answer follows.
+        grammar: A grammar that the answer follows, as llguidance reads it. At most one of the two.
+        visible_ids: Special tokens whose text is part of the answer's text. All others are left out.
 
     Raises:
         DataError: A value is out of bounds.
@@ -54,6 +71,20 @@ class SamplingParams:
     seed: int | None = None
     num_logprobs: int | None = None
     json_schema: str | None = None
+    grammar: str | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    visible_ids: frozenset[int] = frozenset()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or biases may change even a greedy answer."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties) or bool(self.logit_bias)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -66,6 +97,16 @@ class SamplingParams:
             raise DataError("stop holds an empty string; leave it out")
         if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
             raise DataError(f"num_logprobs ({self.num_logprobs}) must be 0 to {MAX_LOGPROBS}")
+        if self.json_schema is not None and self.grammar is not None:
+            raise DataError("json_schema and grammar exclude each other")
+        if self.top_k < 0 or not 0 <= self.min_p <= 1:
+            raise DataError(f"top_k ({self.top_k}) must be at least 0, and min_p ({self.min_p}) 0 to 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise DataError(f"repetition_penalty ({self.repetition_penalty}) must be a number above 0")
+        if not all(
+            map(math.isfinite, (self.presence_penalty, self.frequency_penalty, *dict(self.logit_bias).values()))
+        ):
+            raise DataError("penalties and biases must be numbers")
 
 
 @dataclass(frozen=True)
@@ -131,6 +172,9 @@ class Engine(Protocol):
     def check_schema(self, schema: str) -> None:
         """Raises SchemaError for a JSON schema that answers cannot be constrained to. May take a second; any thread."""
 
+    def check_grammar(self, grammar: str) -> None:
+        """Raises SchemaError for a grammar that answers cannot be constrained to. May take a second; any thread."""
+
     async def abort(self, request_id: str) -> None: ...
 
     async def load_adapter(self, name: str, directory: str) -> None: ...
@@ -145,14 +189,25 @@ class Engine(Protocol):
     async def stop(self) -> None: ...
 
 
-def check_prompt(prompt_ids: list[int], max_tokens: int, vocab_size: int, max_context: int) -> None:
-    """Raises DataError for an empty prompt or unknown ids, ContextLengthError for a prompt that is too long."""
+def check_request(prompt_ids: list[int], params: SamplingParams, vocab_size: int, max_context: int) -> None:
+    """Checks a request.
+
+    Raises:
+        ContextLengthError: Prompt and answer exceed the context.
+        ParameterError: logit_bias has a token that the model lacks.
+        DataError: The prompt is empty or has unknown ids.
+    """
     if not prompt_ids:
         raise DataError("the prompt is empty")
     if not all(0 <= token < vocab_size for token in prompt_ids):
         raise DataError(f"the prompt holds token ids outside the model's vocabulary (0 to {vocab_size - 1})")
-    if len(prompt_ids) + max_tokens > max_context:
-        raise ContextLengthError(
-            f"the prompt ({len(prompt_ids)} tokens) and max_tokens ({max_tokens}) exceed the context of "
-            f"{max_context} tokens; shorten one of them"
+    if wrong := [token for token, _ in params.logit_bias if not 0 <= token < vocab_size]:
+        raise ParameterError(
+            "logit_bias",
+            f"logit_bias holds the token id {wrong[0]}, which is outside the model's vocabulary (0 to {vocab_size - 1})",
+        )
+    if (total := len(prompt_ids) + params.max_tokens) > max_context:
+        raise ContextLengthError(  # clients such as litellm recognize the first sentence
+            f"This model's maximum context length is {max_context} tokens. However, you requested {total} tokens "
+            f"({len(prompt_ids)} in the prompt, {params.max_tokens} in the answer); shorten one of them"
         )

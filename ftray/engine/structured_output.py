@@ -1,4 +1,4 @@
-"""Structured output: masks tokens that would violate a JSON schema. Uses a tokenizer and llguidance; no model, no batch.
+"""Structured output: masks tokens that would violate a JSON schema or a grammar. Uses a tokenizer and llguidance; no model.
 
 Both engines generate JSON without whitespace between its parts, so that a model cannot fill its answer with blanks.
 """
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftray.engine.protocol import SchemaError
+from ftray.engine.protocol import SamplingParams, SchemaError
 
 _COMPACT = {"whitespace_flexible": False}
-_NUM_KEPT = 32  # compiled schemas
+_NUM_KEPT = 32  # compiled schemas and grammars
 
 
 class SchemaCompiler:
-    """Compiles schemas for one tokenizer. Thread-safe.
+    """Compiles schemas and grammars for one tokenizer. Thread-safe.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -32,37 +32,52 @@ class SchemaCompiler:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, end_ids
         self._lock = threading.Lock()
         self._llg_tokenizer: Any = None
-        self._compiled: OrderedDict[str, Any] = (
+        self._compiled: OrderedDict[tuple[str, bool], Any] = (
             OrderedDict()
         )  # matchers in their initial state, most recently used last
 
-    def guide(self, schema: str) -> SchemaGuide:
-        """A guide for one answer. The first one takes a second; recently used schemas are cached.
+    def guide_for(self, params: SamplingParams) -> SchemaGuide | None:
+        """The guide of a request, if its answer is constrained. Raises SchemaError."""
+        if params.json_schema is not None:
+            return self.guide(params.json_schema)
+        return None if params.grammar is None else self.guide(params.grammar, is_grammar=True)
+
+    def guide(self, source: str, *, is_grammar: bool = False) -> SchemaGuide:
+        """A guide for one answer. The first one takes a second; recently used ones are cached.
+
+        Args:
+            source: A JSON schema.
+            is_grammar: Whether source is a grammar in llguidance's variant of Lark instead.
 
         Raises:
-            SchemaError: The schema is invalid or cannot be satisfied.
+            SchemaError: It is invalid or cannot be satisfied.
         """
         from llguidance import LLMatcher
 
+        key = (source, is_grammar)
         with self._lock:
-            if (known := self._compiled.get(schema)) is not None:
-                self._compiled.move_to_end(schema)
+            if (known := self._compiled.get(key)) is not None:
+                self._compiled.move_to_end(key)
                 return SchemaGuide(known.deep_copy(), self._end_ids)
         try:
-            json.loads(schema)
-            grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
+            if is_grammar:
+                grammar = LLMatcher.grammar_from_lark(source)
+            else:
+                json.loads(source)
+                grammar = LLMatcher.grammar_from_json_schema(source, defaults=_COMPACT)
             if not (error := LLMatcher.validate_grammar(grammar, self._load_tokenizer())):
                 matcher = LLMatcher(self._load_tokenizer(), grammar)
                 (trial := matcher.deep_copy()).compute_bitmask()  # some schemas fail only at their first token
                 if not (error := _first_line(trial.get_error() if trial.is_error() else "")):
                     with self._lock:
-                        self._compiled[schema] = matcher
+                        self._compiled[key] = matcher
                         while len(self._compiled) > _NUM_KEPT:
                             self._compiled.popitem(last=False)
                     return SchemaGuide(matcher.deep_copy(), self._end_ids)
         except (ValueError, TypeError, RecursionError) as err:
             error = str(err)
-        raise SchemaError(f"the JSON schema cannot be satisfied: {' '.join(error.split())[:200]}")
+        what = "the grammar of the answer" if is_grammar else "the JSON schema"
+        raise SchemaError(f"{what} cannot be satisfied: {' '.join(error.split())[:200]}")
 
     def _load_tokenizer(self) -> Any:
         with self._lock:

@@ -28,8 +28,8 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ftray.chat import ChatFormat, template_of, try_template
 from ftray.compat.transformers import attention_of
-from ftray.engine.detokenizer import Detokenizer, read_tokens
-from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, StuckError, check_prompt
+from ftray.engine.detokenizer import Detokenizer, read_tokens, text_decoder
+from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, StuckError, check_request
 from ftray.engine.rope import steady_context
 from ftray.engine.structured_output import SchemaCompiler
 from ftray.engine.transformers.mixed_lora import MixedLora
@@ -142,15 +142,19 @@ class TransformersEngine:
         loaded = None if adapter is None else self._need_lora(adapter).find(adapter)
         if request_id in self._inboxes:
             raise DataError(f"request {request_id} is already running; use another id")
-        check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
+        check_request(prompt_ids, params, self._vocab_size, self.max_context)
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(62))
-        guide = None if params.json_schema is None else self._schemas.guide(params.json_schema)
-        return self._generate(request_id, prompt_ids, RowSampling(params, loaded, guide))
+        sampling = RowSampling(params, loaded, self._schemas.guide_for(params), num_prompt_tokens=len(prompt_ids))
+        return self._generate(request_id, prompt_ids, sampling)
 
     def check_schema(self, schema: str) -> None:
         """See Engine.check_schema."""
         self._schemas.guide(schema)
+
+    def check_grammar(self, grammar: str) -> None:
+        """See Engine.check_grammar."""
+        self._schemas.guide(grammar, is_grammar=True)
 
     async def _generate(
         self, request_id: str, prompt_ids: list[int], sampling: RowSampling
@@ -160,11 +164,12 @@ class TransformersEngine:
         finished = False
         try:
             self._submit(internal_id, inbox, prompt_ids, sampling)
-            stream, num_seen = Detokenizer(self._decode, sampling.params.stop), 0
+            decode = text_decoder(self.tokenizer, sampling.params.visible_ids)
+            stream, num_seen = Detokenizer(decode, sampling.params.stop), 0
             while not finished:
                 output = await self._receive(inbox)
                 if sampling.guide is not None and sampling.guide.error:
-                    raise StuckError(f"the answer cannot follow the JSON schema any further: {sampling.guide.error}")
+                    raise StuckError(f"the answer cannot follow its schema any further: {sampling.guide.error}")
                 new = output.generated_tokens[num_seen:]
                 num_seen += len(new)
                 finished = output.is_finished()
@@ -281,9 +286,6 @@ class TransformersEngine:
             if cancel:
                 self._manager.cancel_request(internal_id)
             self._manager.output_router.result_handlers.pop(internal_id, None)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _batching_config(self) -> Any:
         # Set everything that would otherwise be derived from 90% of the machine's free memory.

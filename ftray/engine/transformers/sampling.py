@@ -27,21 +27,32 @@ class RowSampling:
     Attributes:
         params: Its sampling parameters.
         adapter: Its adapter, or None for the base.
-        guide: Its JSON schema.
+        guide: Its JSON schema or grammar.
+        num_prompt_tokens: Tokens before the answer.
         logprobs: Of all tokens so far, written by the engine's thread before the tokens are delivered.
     """
 
     params: SamplingParams
     adapter: LoadedAdapter | None = None
     guide: SchemaGuide | None = None
+    num_prompt_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __deepcopy__(self, memo: Any) -> RowSampling:
         return self  # a request that is evicted from the cache is copied, and continues with the same state
 
+    @property
+    def is_sampled(self) -> bool:
+        return self.params.temperature >= _GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token depends on the earlier ones by more than the model."""
+        return self.guide is not None or self.params.changes_logits
+
 
 class RowSampler(ContinuousBatchingLogitsProcessor):
-    """Temperature, top_p, seed and schema per request. Requests carry a `RowSampling` in `logit_processor_kwargs`."""
+    """Temperature, top_p, seed, penalties and schema per request. Requests carry a `RowSampling` in `logit_processor_kwargs`."""
 
     supported_kwargs: ClassVar[dict[str, type]] = {"sampling": RowSampling}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
@@ -53,7 +64,7 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
-        """Notes the rows that are sampled, guided or need log probabilities, and their positions.
+        """Notes the rows that are not simply greedy or need log probabilities, and their positions.
 
         The engine runs batches one at a time (no async batching, no CUDA graph), so the next `__call__` is for these rows.
         The tensor that the caller expects carries nothing.
@@ -61,31 +72,50 @@ class RowSampler(ContinuousBatchingLogitsProcessor):
         self._rows = []
         for row, request in enumerate(requests_with_new_token):
             state, sampling = request.state, request.state.logit_processor_kwargs["sampling"]
-            if (
-                sampling.params.temperature >= _GREEDY_BELOW
-                or sampling.params.num_logprobs is not None
-                or sampling.guide
-            ):
+            if sampling.is_sampled or sampling.needs_history or sampling.params.num_logprobs is not None:
                 # From the prompt's beginning: it stays when a request is evicted and prefilled again.
                 position = len(state.initial_tokens) + len(state.generated_tokens)
-                known = [*state.initial_tokens, *state.generated_tokens] if sampling.guide else []
+                known = [*state.initial_tokens, *state.generated_tokens] if sampling.needs_history else []
                 self._rows.append((row, sampling, position, known))
         return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """scores: float32 [num_rows, vocab]."""
         for row, sampling, position, known in self._rows:
-            own = scores[row].clone() if sampling.guide and sampling.params.num_logprobs is not None else scores[row]
+            params = sampling.params
+            own = scores[row].clone() if sampling.needs_history and params.num_logprobs is not None else scores[row]
+            if params.changes_logits:
+                penalize(scores[row], params, known, sampling.num_prompt_tokens)
             if sampling.guide:
                 sampling.guide.mask(scores[row], known)
-            sampled = sampling.params.temperature >= _GREEDY_BELOW
-            token = sample_token(scores[row], sampling.params, position) if sampled else scores[row].argmax()
-            if sampling.params.num_logprobs is not None:
-                sampling.logprobs.append(explain_token(own, token, sampling.params.num_logprobs))
-            if sampled:
+            token = sample_token(scores[row], params, position) if sampling.is_sampled else scores[row].argmax()
+            if params.num_logprobs is not None:
+                sampling.logprobs.append(explain_token(own, token, params.num_logprobs))
+            if sampling.is_sampled:
                 scores[row] = float("-inf")
                 scores[row, token] = 0.0
         return scores
+
+
+def penalize(logits: torch.Tensor, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
+    """Adds biases, then applies penalties, in the order and with the formulas of vLLM.
+
+    Args:
+        logits: float32 [vocab], changed in place.
+        params: Biases and penalties.
+        token_ids: Prompt and answer so far.
+        num_prompt_tokens: How many of them are the prompt's.
+    """
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    if params.repetition_penalty != 1 and token_ids:
+        known = torch.tensor(token_ids, device=logits.device).unique()
+        values = logits[known]
+        logits[known] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    answer = token_ids[num_prompt_tokens:]
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
 
 
 def explain_token(logits: torch.Tensor, token: torch.Tensor, num_top: int) -> TokenLogprob:
@@ -104,12 +134,18 @@ def sample_token(logits: torch.Tensor, params: SamplingParams, position: int) ->
 
     Args:
         logits: float32 [vocab].
-        params: temperature, top_p and seed.
+        params: temperature, min_p, top_k, top_p and seed.
         position: Number of the token in its sequence.
     """
     probs = torch.softmax(logits / params.temperature, dim=-1)
-    if params.top_p < 1:
+    if params.min_p > 0:
+        probs[probs < params.min_p * probs.max()] = 0
+        probs /= probs.sum()
+    if params.top_p < 1 or 0 < params.top_k < len(probs):
         ordered, index = probs.sort(descending=True)
+        if params.top_k:
+            ordered[params.top_k :] = 0
+            ordered /= ordered.sum()
         # Keep tokens until their sum reaches top_p, the one that crosses it included.
         ordered[ordered.cumsum(dim=-1) - ordered >= params.top_p] = 0
         probs = torch.zeros_like(probs).scatter_(0, index, ordered)

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ftray.engine.adapter_references import AdapterReference, AdapterReferences, ReferencedChunks
 from ftray.engine.adapters import VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_adapter_files
-from ftray.engine.detokenizer import Detokenizer, read_tokens
-from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, TokenLogprob, check_prompt
+from ftray.engine.detokenizer import Detokenizer, read_tokens, text_decoder
+from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, TokenLogprob, check_request
 from ftray.engine.structured_output import SchemaCompiler
 from ftray.engine.transformers.engine import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
@@ -138,9 +138,8 @@ class VllmEngine:
             raise ModelError(f"the adapter {adapter} is not loaded")
         if request_id in self._running:
             raise DataError(f"request {request_id} is already running")
-        check_prompt(prompt_ids, params.max_tokens, self._vocab_size, self.max_context)
-        if params.json_schema is not None:
-            self.check_schema(params.json_schema)
+        check_request(prompt_ids, params, self._vocab_size, self.max_context)
+        self._schemas.guide_for(params)  # vLLM would report a schema that it cannot use only later
         vllm_params, lora = _params(params, self.stop_token_ids), self._loaded.get(adapter or "")
         if lora is None:
             return self._generate(request_id, prompt_ids, params, vllm_params)
@@ -159,7 +158,7 @@ class VllmEngine:
         hold: AdapterReference | None = None,
     ) -> AsyncGenerator[OutputChunk, None]:
         internal = self._running[request_id] = f"r{next(self._ids)}"
-        stream, num_generated = Detokenizer(self._decode, params.stop), 0
+        stream, num_generated = Detokenizer(text_decoder(self.tokenizer, params.visible_ids), params.stop), 0
         try:
             prompt = {"prompt_token_ids": prompt_ids}
             outputs = self._llm.generate(prompt, vllm_params, internal, lora_request=lora)
@@ -189,6 +188,10 @@ class VllmEngine:
     def check_schema(self, schema: str) -> None:
         """See Engine.check_schema."""
         self._schemas.guide(schema)
+
+    def check_grammar(self, grammar: str) -> None:
+        """See Engine.check_grammar."""
+        self._schemas.guide(grammar, is_grammar=True)
 
     async def abort(self, request_id: str) -> None:
         """Aborts a request; its iterator raises EngineError. Unknown ids are ignored."""
@@ -270,15 +273,13 @@ class VllmEngine:
                 shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         return shapes
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
 
 def _params(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> Any:
     """Converts sampling parameters to vLLM's."""
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
     from vllm.sampling_params import SamplingParams as VllmSamplingParams
 
+    is_guided = params.json_schema is not None or params.grammar is not None
     return VllmSamplingParams(
         max_tokens=params.max_tokens,
         temperature=params.temperature,
@@ -288,7 +289,15 @@ def _params(params: SamplingParams, stop_token_ids: tuple[int, ...]) -> Any:
         stop_token_ids=list(stop_token_ids),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        structured_outputs=None if params.json_schema is None else StructuredOutputsParams(json=params.json_schema),
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=dict(params.logit_bias) or None,
+        structured_outputs=StructuredOutputsParams(json=params.json_schema, grammar=params.grammar)
+        if is_guided
+        else None,
     )
 
 
