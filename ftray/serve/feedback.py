@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 
 from ftray import config, storage
 from ftray.serve.auth import is_answer_of, key_id
-from ftray.serve.openai import FeedbackRequest, RequestError
+from ftray.serve.openai import RequestError
+from ftray.serve.openai_requests import FeedbackRequest
 from ftray.serve.rate_limit import TokenBucket
 
 _DAY_S = 86400.0
@@ -90,6 +91,11 @@ def _record(opinion: FeedbackRequest, caller: str) -> tuple[str, bytes]:
         messages[-1] = {"role": "assistant", "content": opinion.correction}
     what = opinion.model_dump(include={"rating", "comment", "model", "id"}, exclude_none=True)
     time_utc = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"messages": messages, "feedback": {**what, "key": key_id(caller), "time": time_utc}}
+    tools: dict[str, object] = {"tools": [tool.raw for tool in opinion.tools]} if opinion.tools else {}
+    record: dict[str, object] = {
+        "messages": messages,
+        **tools,
+        "feedback": {**what, "key": key_id(caller), "time": time_utc},
+    }
     folder = "up" if opinion.rating == "up" or opinion.correction is not None else "down"
     return folder, json.dumps(record, ensure_ascii=False).encode() + b"\n"

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ftray.serve.openai import MAX_BODY_BYTES, ChatRequest, CompletionRequest, FeedbackRequest
-from ftray.serve.openai_responses import ModelList
+from ftray.serve.openai import MAX_BODY_BYTES
+from ftray.serve.openai_answers import ModelList
+from ftray.serve.openai_requests import ChatRequest, CompletionRequest, FeedbackRequest
 
 _FILES = {
     "/docs": ("docs.html", "text/html; charset=utf-8"),

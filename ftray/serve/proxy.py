@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from ftray.compat.uvicorn import uvicorn_with_bounded_headers
 from ftray.serve.asgi import Send, refuse
 from ftray.serve.openai import RequestError
-from ftray.serve.openai_responses import encode_event
+from ftray.serve.openai_answers import encode_event
 
 # Of Ray's nodes. Proxies talk to replicas by gRPC, where a token costs about half of the processor time that it takes as an
 # object of Ray's; a whole answer with log probabilities may have more than the 4 MiB that gRPC allows by itself.

@@ -10,6 +10,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,29 +22,24 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray import config
-from ftray.chat import ChatFormat, Conversation, read_messages
-from ftray.engine.protocol import ContextLengthError, Engine, EngineError, SamplingParams, SchemaError
+from ftray.engine.protocol import ContextLengthError, Engine, EngineError, OutputChunk, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
 from ftray.serve.adapter_cache import AdapterCache, ServedModels
+from ftray.serve.answers import AnswerChunk, read_answer, read_text
 from ftray.serve.asgi import ErrorMiddleware, StreamedResponse, on_http_error, on_request_error, read_body, unavailable
-from ftray.serve.auth import CALLER, AuthMiddleware
+from ftray.serve.auth import CALLER, AuthMiddleware, answer_id
 from ftray.serve.autoscaling import TtftWindow
+from ftray.serve.chat_prompts import ChatEncoder, ChatPrompt
 from ftray.serve.drift import DriftMonitor, RequestSample, scripts_of
 from ftray.serve.feedback import FeedbackBox
 from ftray.serve.metrics import CONTENT_TYPE, ServeMetrics
-from ftray.serve.openai import (
-    ChatRequest,
-    CompletionRequest,
-    FeedbackRequest,
-    RequestError,
-    parse_request,
-    read_object,
-    validate,
-)
-from ftray.serve.openai_responses import ModelCard, ModelList, ResponseFrame
+from ftray.serve.openai import RequestError, read_object, validate
+from ftray.serve.openai_answers import AnswerFrame, ChatFrame, CompletionFrame, ModelCard, ModelList
+from ftray.serve.openai_requests import ChatRequest, CompletionRequest, FeedbackRequest, ModelRequest, parse_request
 from ftray.serve.pages import page_routes
 from ftray.serve.rate_limit import RateLimiter, RateLimits
 from ftray.serve.routing import ALIAS, Router
+from ftray.serve.sampling import sampling_params, token_speller
 from ftray.serve.streaming import AnswerStream, RequestStats
 
 SHORT = 2000  # characters that are tokenized faster than a thread starts
@@ -131,9 +127,32 @@ def _starlette(api: _Routes, lifespan: Callable[[Starlette], Any], *, keeps_feed
     return app
 
 
-async def _beside(text: str, work: Callable[..., Any], *args: Any) -> Any:
+async def _beside(size: int, work: Callable[..., Any], *args: Any) -> Any:
     """work(*args), in a thread unless the text is short: its time grows with the text, and streams must not wait."""
-    return work(*args) if len(text) < SHORT else await asyncio.to_thread(work, *args)
+    return work(*args) if size < SHORT else await asyncio.to_thread(work, *args)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A request that has been read.
+
+    Attributes:
+        prompts: Ids of each prompt.
+        params: Of each answer; those to the first prompt come first.
+        read: An engine's stream and the number of its prompt → the pieces of the answer.
+        constraint: The field that constrains the answers.
+    """
+
+    body: ModelRequest
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    read: Callable[[AsyncIterator[OutputChunk], int], AsyncIterator[AnswerChunk]]
+    frame: AnswerFrame
+    constraint: str = "response_format"
+
+    def numbered(self) -> list[tuple[SamplingParams, int]]:
+        """The parameters of each answer, and the number of its prompt."""
+        return [(params, i * len(self.prompts) // len(self.params)) for i, params in enumerate(self.params)]
 
 
 class _Routes:
@@ -156,7 +175,8 @@ class _Routes:
         self._metrics.refresh = self._refresh_metrics
         self._drift = DriftMonitor()
         has_template = getattr(engine.tokenizer, "chat_template", None)
-        self._format = ChatFormat(engine.tokenizer) if has_template else None
+        self._chats = ChatEncoder(engine.tokenizer) if has_template else None
+        self._token_bytes = token_speller(engine.tokenizer)
         self._end_ids = frozenset(getattr(engine, "stop_token_ids", ()))
 
     async def health(self, _: Request) -> Response:
@@ -207,93 +227,111 @@ class _Routes:
         stats, caller = self._admit(request)
         body = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
         model_id = self._route(body)
-        if body.schema_text is not None:
-            await self._check_schema(body.schema_text)
-        if self._format is None:
+        if self._chats is None:
             message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
-        try:
-            messages = read_messages([message.turn() for message in body.messages])
-            text = "\n".join(message.content for message in messages)
-            prompt_ids = await _beside(text, self._format.encode_prompt, Conversation(messages))
-            stats.scripts = await _beside(text, scripts_of, text)
-        except DataError as err:
-            raise RequestError(400, str(err), param="messages") from None
-        return await self._answer(body, model_id, prompt_ids, stats, caller)
+        size = sum(len(message.text) for message in body.messages)
+        prompt = await _beside(size, self._chats.encode, body)
+        stats.scripts = await _beside(size, scripts_of, prompt.text)
+        await self._check_constraint(prompt)
+        params = self._sampling(body, len(prompt.ids), prompt)
+        frame = ChatFrame(model_id, answer_id("chatcmpl", caller), self._token_bytes, body.include_usage)
+        answer = partial(read_answer, max_calls=prompt.max_calls, is_named=prompt.is_named)
+        return await self._answer(
+            _Question(
+                body,
+                [prompt.ids],
+                params,
+                lambda stream, _: answer(stream, prompt.new_parser()),
+                frame,
+                prompt.constraint,
+            ),
+            model_id,
+            stats,
+            caller,
+        )
 
     async def completions(self, request: Request) -> Response:
         stats, caller = self._admit(request)
         body = parse_request(await read_body(request), CompletionRequest, max_tokens=self._max_tokens)
         model_id = self._route(body)
-        prompt = body.prompt_or_ids
-        if isinstance(prompt, str):
-            encoded = await _beside(prompt, partial(self._engine.tokenizer, add_special_tokens=False), prompt)
-            stats.scripts = await _beside(prompt, scripts_of, prompt)
-            prompt = list(encoded["input_ids"])
-        return await self._answer(body, model_id, prompt, stats, caller)
+        text = "\n".join(prompt for prompt in body.prompts if isinstance(prompt, str))
+        prompts = [await self._prompt_ids(prompt) for prompt in body.prompts]
+        stats.scripts = await _beside(len(text), scripts_of, text)
+        echoes = [self._echo(prompt) if body.echo else "" for prompt in body.prompts]
+        params = [each for ids in prompts for each in self._sampling(body, len(ids))]
+        frame = CompletionFrame(model_id, answer_id("cmpl", caller), self._token_bytes, body.include_usage)
+        return await self._answer(
+            _Question(body, prompts, params, lambda stream, number: read_text(stream, echoes[number]), frame),
+            model_id,
+            stats,
+            caller,
+        )
 
-    async def _check_schema(self, schema: str) -> None:
+    async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        encode = partial(self._engine.tokenizer, add_special_tokens=False)
+        return list((await _beside(len(prompt), encode, prompt))["input_ids"])
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self._engine.tokenizer.decode(prompt))
+
+    async def _check_constraint(self, prompt: ChatPrompt) -> None:
         try:  # in a thread, like tokenizing
-            await asyncio.to_thread(self._engine.check_schema, schema)
+            if prompt.json_schema is not None:
+                await asyncio.to_thread(self._engine.check_schema, prompt.json_schema)
+            if prompt.grammar is not None:
+                await asyncio.to_thread(self._engine.check_grammar, prompt.grammar)
         except SchemaError as err:
-            raise RequestError(400, str(err), param="response_format") from None
+            raise RequestError(400, str(err), param=prompt.constraint) from None
 
-    async def _answer(
-        self,
-        body: ChatRequest | CompletionRequest,
-        model_id: str,
-        prompt_ids: list[int],
-        stats: RequestStats,
-        caller: str,
-    ) -> Response:
-        chat = isinstance(body, ChatRequest)
+    async def _answer(self, question: _Question, model_id: str, stats: RequestStats, caller: str) -> Response:
+        body, where = question.body, "messages" if isinstance(question.body, ChatRequest) else "prompt"
         on_first, on_end = partial(self._first, model_id), partial(self._end, model_id, caller)
+        stats.num_prompt_tokens = sum(map(len, question.prompts))
         try:
             adapter = await self._adapters.prepare(model_id)
             # Nothing may be awaited from here to the engine: the adapter is loaded now.
             streams = [
-                self._engine.generate(uuid.uuid4().hex, prompt_ids, params, adapter=adapter)
-                for params in self._sampling(body, len(prompt_ids))
+                question.read(self._engine.generate(uuid.uuid4().hex, question.prompts[n], params, adapter=adapter), n)
+                for params, n in question.numbered()
             ]
         except ContextLengthError as err:
-            raise RequestError(
-                400, str(err), param="messages" if chat else "prompt", code="context_length_exceeded"
-            ) from None
+            raise RequestError(400, str(err), param=where, code="context_length_exceeded") from None
         except DataError as err:
-            raise RequestError(400, str(err), param="messages" if chat else "prompt") from None
+            raise RequestError(400, str(err), param=getattr(err, "name", where)) from None
         except (EngineError, RequestError) as err:
             stats.status = 503 if isinstance(err, EngineError) else err.status
             self._record(model_id, stats)
             raise unavailable(err) if isinstance(err, EngineError) else err from err
         self._metrics.running.inc()
-        reply = ResponseFrame.begin(chat=chat, model=model_id, spell=self._spell, caller=caller)
-        has_logprobs = body.num_logprobs is not None
-        answers = AnswerStream(streams, reply, stats, self._max_answer_s, has_logprobs, self._end_ids, on_first, on_end)
-        return StreamedResponse(partial(answers.stream, body.include_usage) if body.stream else answers.whole)
+        answers = AnswerStream(
+            streams,
+            question.frame,
+            stats,
+            self._max_answer_s,
+            body.num_logprobs is not None,
+            question.constraint,
+            self._end_ids,
+            on_first,
+            on_end,
+        )
+        return StreamedResponse(answers.stream if body.stream else answers.whole)
 
-    def _sampling(self, body: ChatRequest | CompletionRequest, num_prompt_tokens: int) -> list[SamplingParams]:
+    def _sampling(
+        self, body: ModelRequest, num_prompt_tokens: int, prompt: ChatPrompt | None = None
+    ) -> list[SamplingParams]:
         left = self._engine.max_context - num_prompt_tokens
         # The default is cut to the free context; a number that the client asked for is not.
-        max_tokens = body.num_tokens_asked or max(1, min(self._max_tokens, left))
-        return [
-            SamplingParams(
-                max_tokens=max_tokens,
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                stop=body.stops,
-                seed=None if body.seed is None else body.seed + index,
-                num_logprobs=body.num_logprobs,
-                json_schema=body.schema_text,
-            )
-            for index in range(body.n or 1)
-        ]
+        return sampling_params(body, body.num_tokens_asked or max(1, min(self._max_tokens, left)), prompt)
 
     def _admit(self, request: Request) -> tuple[RequestStats, str]:
         caller = str(request.scope.get(CALLER, ""))
         self._limiter.admit(caller)
         return RequestStats(), caller
 
-    def _route(self, body: ChatRequest | CompletionRequest) -> str:
+    def _route(self, body: ModelRequest) -> str:
         """The model that answers. Raises RequestError: 404, or 503 if no model of `default` is available."""
         if body.model != ALIAS or not self._router.is_on:
             self._check_model(body.model)
@@ -339,6 +377,3 @@ class _Routes:
                     503, "the registry is not available at the moment; try again", code="model_unavailable"
                 )
             raise RequestError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
-
-    def _spell(self, token_id: int) -> str:
-        return str(self._engine.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))

@@ -66,7 +66,7 @@ def test_n_answers_have_seeds_of_their_own_and_one_bill() -> None:
     answer = ask("/v1/chat/completions", {**CHAT, "n": 3, "seed": 5}, engine)
     assert [c["message"]["content"] for c in answer.json["choices"]] == ["5bc", "6bc", "7bc"]
     assert [c["index"] for c in answer.json["choices"]] == [0, 1, 2]
-    assert answer.json["usage"] == {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+    assert answer.json["usage"] == {"prompt_tokens": 22, "completion_tokens": 12, "total_tokens": 34}
     ask("/v1/completions", {**TEXT, "n": 2}, engine)
     assert [params.seed for _, params in engine.asked] == [5, 6, 7, None, None]
     assert len({request_id for request_id, _ in engine.asked}) == 5
@@ -479,7 +479,7 @@ def test_feedback_becomes_records_that_training_reads(tmp_path: Path) -> None:
     [
         ({"rating": "fine"}, "rating"),
         ({"messages": HI}, "messages"),
-        ({"messages": [*HI, *HI]}, None),
+        ({"messages": [*HI, *HI]}, "messages"),
         ({"comment": "x" * 5000}, "comment"),
         ({"correction": ""}, "correction"),
         ({"path": "/etc"}, "path"),

@@ -15,7 +15,8 @@ from ftray.engine.protocol import ContextLengthError, EngineError, OutputChunk, 
 from ftray.errors import ConfigError, ModelError
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.auth import hash_key, read_key_hashes
-from ftray.serve.openai import MAX_BODY_BYTES, ChatRequest, CompletionRequest, RequestError, parse_request
+from ftray.serve.openai import MAX_BODY_BYTES, RequestError
+from ftray.serve.openai_requests import ChatRequest, CompletionRequest, parse_request
 from ftray.serve.routes import build_api
 from ftray.serve.run import check_endpoint
 
@@ -41,6 +42,9 @@ class PaperTokenizer:
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         return {"input_ids": [0 if c == "<end>" else ord(c) for c in text]}
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return "".join(map(chr, ids))
 
 
 class PaperEngine:
@@ -171,14 +175,17 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
         ({"n": 10**30}, "n"),
         ({"n": True}, "n"),
         ({"logprobs": 1}, "logprobs"),
-        ({"top_logprobs": 3}, None),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"user": 5}, "user"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.json_schema",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
@@ -198,9 +205,14 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "b" * 20000}}}},
             "response_format.json_schema.schema",
         ),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"top_k": 5}, "top_k"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"logit_bias": {"x": 5}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
         ({"chat_template": "{{ 7 * 7 }}"}, "chat_template"),
         ({"max_tokens": 51}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -220,9 +232,9 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
         ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
         ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"include_usage": True}}, None),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, None),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
         ({"model": None}, "model"),
         ({"model": ["m"]}, "model"),
         ({"messages": None}, "messages"),
@@ -230,9 +242,9 @@ def ask(path: str, body: Any = None, engine: PaperEngine | None = None, **how: A
         ({"messages": HI * 257}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-        ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
         ({"messages": [{"role": "user", "content": "x", "train": False}]}, "messages[0].train"),
     ],
 )
@@ -244,11 +256,38 @@ def test_what_is_not_carried_out_or_out_of_bounds_is_refused_by_name(change: dic
     assert (param or "").split("[")[0].split(".")[-1] in caught.value.message
 
 
-@pytest.mark.parametrize("prompt", [None, "", [], ["a", "b"], [[1, 2]], 5, [1, "a"]])
-def test_only_one_prompt_is_taken(prompt: Any) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"prompt": prompt} for prompt in (None, "", [], 5, [1, "a"], ["a", ""], [[1], []], [[1, "a"]], ["a"] * 17)),
+        {"prompt": ["a"] * 8, "n": 5},
+        {"prompt": "a", "echo": True, "logprobs": 1},
+    ],
+)
+def test_prompts_that_are_empty_too_many_or_ask_for_their_log_probabilities_are_refused(change: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_request(json.dumps({"model": "m", "prompt": prompt}).encode(), CompletionRequest, max_tokens=50)
-    assert (caught.value.param or "").startswith("prompt")
+        parse_request(json.dumps({"model": "m", **change}).encode(), CompletionRequest, max_tokens=50)
+    assert (caught.value.param or "").startswith("echo" if "echo" in change else "prompt")
+
+
+def test_several_prompts_are_answered_in_order_and_echoed() -> None:
+    engine = PaperEngine()
+    body = {"model": "m", "prompt": ["one", "three"], "n": 2, "echo": True, "seed": 7}
+    answer = ask("/v1/completions", body, engine).json
+    texts = ["oneGood day.", "oneGood day.", "threeGood day.", "threeGood day."]
+    assert [(c["index"], c["text"]) for c in answer["choices"]] == list(enumerate(texts))
+    assert [(prompt, params.seed) for prompt, params in engine.asked] == [
+        ("one", 7),
+        ("one", 8),
+        ("three", 7),
+        ("three", 8),
+    ]
+    assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 16, "total_tokens": 24}
+    streamed = ask("/v1/completions", {**body, "stream": True, "n": 1, "prompt": [[104, 105], [111]]}).events[:-1]
+    by_index: dict[int, str] = {0: "", 1: ""}
+    for event in streamed:
+        by_index[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert by_index == {0: "hiGood day.", 1: "oGood day."}
 
 
 @pytest.mark.parametrize(
@@ -292,12 +331,31 @@ def test_content_parts_are_joined_and_developer_means_system() -> None:
 
 def test_sampling_reaches_the_engine_and_left_out_limits_are_filled() -> None:
     engine = PaperEngine()
-    how = {"temperature": 0.5, "top_p": 0.9, "stop": ["x", "y"], "seed": 3, "max_completion_tokens": 7}
+    how = {"temperature": 0.5, "top_p": 0.9, "stop": ["x", "y"], "seed": 3, "max_completion_tokens": 7, "top_k": 4}
+    how |= {
+        "min_p": 0.1,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"5": -3},
+    }
     ask("/v1/chat/completions", {**CHAT, **how}, engine)
     ask("/v1/completions", TEXT, engine)
     ask("/v1/completions", {**TEXT, "prompt": [104] * 90}, engine)
     assert [params for _, params in engine.asked] == [
-        SamplingParams(7, temperature=0.5, top_p=0.9, stop=("x", "y"), seed=3),
+        SamplingParams(
+            7,
+            temperature=0.5,
+            top_p=0.9,
+            stop=("x", "y"),
+            seed=3,
+            top_k=4,
+            min_p=0.1,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            repetition_penalty=1.2,
+            logit_bias=((5, -3),),
+        ),
         SamplingParams(50, temperature=1.0),
         SamplingParams(10, temperature=1.0),  # what is left of 100
     ]
