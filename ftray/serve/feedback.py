@@ -95,7 +95,7 @@ def _record(opinion: FeedbackRequest, caller: str) -> tuple[str, bytes]:
     record: dict[str, object] = {
         "messages": messages,
         **tools,
-        "feedback": {**what, "key": key_id(caller), "time": time_utc},
+        "metadata": {"feedback": {**what, "key": key_id(caller), "time": time_utc}},
     }
     folder = "up" if opinion.rating == "up" or opinion.correction is not None else "down"
     return folder, json.dumps(record, ensure_ascii=False).encode() + b"\n"

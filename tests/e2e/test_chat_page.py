@@ -112,7 +112,7 @@ def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp
         {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": f"polite says {EVIL} "},
     ]
-    assert told["feedback"]["model"] == "small:polite"
+    assert told["metadata"]["feedback"]["model"] == "small:polite"
 
 
 def test_without_feedback_the_page_asks_for_no_opinion(browser: Any, tmp_path: Path) -> None:

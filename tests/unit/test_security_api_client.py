@@ -344,7 +344,7 @@ def test_a_key_can_only_judge_its_own_answers(tmp_path: Path) -> None:
 
     asyncio.run(work())
     (record,) = storage.list_files(str(tmp_path / "feedback"))
-    kept = json.loads(storage.read_bytes(record.uri))["feedback"]
+    kept = json.loads(storage.read_bytes(record.uri))["metadata"]["feedback"]
     assert kept["key"] == key_id(hash_key("a"))
     text = Path(record.uri).read_text()
     assert hash_key("a") not in text

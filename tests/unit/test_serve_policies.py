@@ -470,7 +470,7 @@ def test_feedback_becomes_records_that_training_reads(tmp_path: Path) -> None:
     assert sorted(talk.messages[-1].content for talk in read["up"]) == ["Good day.", "Hello!"]  # type: ignore[union-attr]
     assert [[m.role for m in talk.messages] for talk in read["down"]] == [["user", "assistant"]]  # type: ignore[union-attr]
     assert {"rating": "up", "comment": "kind", "model": "m"}.items() <= next(
-        r["feedback"] for r in records["up"] if r["feedback"]["rating"] == "up"
+        r["metadata"]["feedback"] for r in records["up"] if r["metadata"]["feedback"]["rating"] == "up"
     ).items()
 
 
