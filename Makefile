@@ -63,10 +63,10 @@ browser: ## install Chromium, which tests of pages drive, where it is missing (b
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 
 test: install ## unit, Ray and end-to-end tests; PYTEST_ARGS="-k resume" picks
-	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m "not long" $(wildcard tests/unit tests/ray tests/e2e) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m "not long" $(wildcard tests/e2e tests/ray tests/unit) $(PYTEST_ARGS)
 
 test-long: install ## the tests that take half a minute or more each
-	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m long tests/unit tests/ray tests/e2e $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m long tests/e2e tests/ray tests/unit $(PYTEST_ARGS)
 
 test-unit: install ## the tests that need no Ray
 	$(TEST_ENV) $(BIN)/python -m pytest $(PARALLEL) tests/unit $(PYTEST_ARGS)

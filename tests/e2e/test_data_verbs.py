@@ -30,6 +30,7 @@ def test_index_tells_the_steps_of_an_epoch_and_what_becomes_of_the_tail(place: P
     assert place.left_over() == []
 
 
+@pytest.mark.long
 def test_order_prints_only_lines_of_json_and_the_same_after_a_stop(place: Place) -> None:
     whole = place.ftray("data", "order", "run.yaml", "--workers", "4", "--steps", "0:9", "--json")
     assert whole.code == 0

@@ -13,7 +13,7 @@ import pytest
 from tests import tiny
 from tests.e2e.command import Place
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def state_of(place: Place) -> list[dict[str, Any]]:

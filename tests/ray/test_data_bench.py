@@ -22,7 +22,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[config.ModelConfi
         yield config.ModelConfig(base=str(tiny.write_tiny_model(tmp_path_factory.mktemp("model"))))
 
 
-@pytest.mark.slow
 def test_the_quick_way_gives_the_rows_of_the_plain_one_at_a_fraction_of_the_cost(
     base: config.ModelConfig, tmp_path: Path
 ) -> None:
@@ -45,7 +44,6 @@ def test_rows_are_full_in_one_streaming_pass(base: config.ModelConfig, tmp_path:
     assert best["fill"] > 0.99
 
 
-@pytest.mark.slow
 def test_indexing_streaming_and_resuming_keep_to_their_memory(base: config.ModelConfig, tmp_path: Path) -> None:
     directory = write_corpus(tmp_path, 3, shard_mb=1)
     index, stream, resume = data_memory.measure(directory, base, chunk_mb=0.25, batch=4, clean="off")

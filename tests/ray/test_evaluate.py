@@ -251,6 +251,7 @@ def test_known_figures_are_not_computed_again_and_gates_are_judged_anew(good: Tr
     assert again.gates[0].value == pytest.approx(gain)
 
 
+@pytest.mark.long
 def test_a_model_tuned_on_shuffled_answers_is_refused_and_a_good_one_passes(
     good: Trained,
     parts: dict[str, Path],

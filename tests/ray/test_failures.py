@@ -65,7 +65,7 @@ def stood_still(nodes: Nodes, parts: dict[str, Path], tmp_path_factory: pytest.T
     """A run of 60 steps one of whose workers was stopped early: its directory, and what the user saw."""
     root = tmp_path_factory.mktemp("stood-still")
     stop = lambda: workers()[0].send_signal(signal.SIGSTOP)  # noqa: E731
-    run = run_of(parts, root, train__hang_timeout_s=8, train__max_steps=60, train__global_batch_size=16)
+    run = run_of(parts, root, train__hang_timeout_s=8, train__max_steps=60)
     _, text = cluster.run_training(run, "step 3/60", stop)
     return str(root / "tiny"), text
 

@@ -84,6 +84,7 @@ def assert_all_is_free() -> None:
     assert set(states) <= {"REMOVED"}, states
 
 
+@pytest.mark.long
 def test_a_sweep_reads_its_data_once_frees_what_it_took_and_changes_no_loss(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def real_chat() -> ChatFormat:
     return ChatFormat(load_tokenizer(ModelConfig(base=embedded.NAME)))
 
 
-@pytest.fixture(params=["tiny", "trimming", pytest.param("real", marks=pytest.mark.slow)], scope="module")
+@pytest.fixture(params=["tiny", "trimming", "real"], scope="module")
 def any_chat(request: pytest.FixtureRequest) -> ChatFormat:
     if request.param == "tiny":
         return chat_with()
@@ -161,7 +161,7 @@ def built(drawn: tuple[str | None, list[tuple[str, str, bool]]]) -> Conversation
     return Conversation(tuple(messages))
 
 
-@pytest.mark.parametrize("which", ["tiny", pytest.param("real", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["tiny", "real"])
 def test_any_conversation_keeps_its_promises(which: str, chat: ChatFormat, real_chat: ChatFormat) -> None:
     each = chat if which == "tiny" else real_chat
 
@@ -324,7 +324,6 @@ def test_a_conversation_that_can_not_be_learned_is_refused(
         chat.encode_example(conversation)
 
 
-@pytest.mark.slow
 def test_a_character_that_the_vocabulary_lacks_is_named_where_it_would_be_lost(real_chat: ChatFormat) -> None:
     for lost in (turns("a\x04", "b"), turns("a", "b\x1dc")):
         with pytest.raises(DataError, match=r"turn \d \(\w+\) contains the control character U\+00(04|1D), which"):

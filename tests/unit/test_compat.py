@@ -37,7 +37,6 @@ print("started")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["patched", "as it is"])
 def test_deepspeed_starts_on_cpu_without_a_compiler_only_when_patched(how: str, tmp_path: Path) -> None:
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}

@@ -136,7 +136,6 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_the_embedded_model_is_a_model_directory_like_any_other() -> None:
     base = ModelConfig(base=embedded_model.NAME)
     directory = Path(resolve_base(base))

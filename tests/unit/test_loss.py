@@ -86,7 +86,6 @@ def test_packed_gradients_are_those_of_the_documents_one_by_one(model: Any) -> N
         assert (gradient - alone[name]).norm() <= 1e-5 * alone[name].norm(), name
 
 
-@pytest.mark.slow
 def test_packed_loss_is_the_sum_of_the_documents_losses_on_a_real_model() -> None:
     base = config.ModelConfig(base=embedded.NAME)
     chat, model = ChatFormat(load_tokenizer(base)), load_base(base, torch.float32).eval()

@@ -318,7 +318,6 @@ def test_the_sandbox_writes_what_transformers_writes(template: str) -> None:
         assert Template(template).render(plain, prompt, **names).text == theirs[0]
 
 
-@pytest.mark.slow
 def test_the_sandbox_writes_what_transformers_writes_for_a_real_model() -> None:
     assert Path(embedded.resolve(embedded.NAME, storage.cache_directory())).is_dir()
     tokenizer = load_tokenizer(ModelConfig(base=embedded.NAME))

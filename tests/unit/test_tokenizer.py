@@ -175,7 +175,6 @@ def test_many_at_once_are_what_each_is_by_itself(template: str) -> None:
     holds()
 
 
-@pytest.mark.slow
 def test_many_at_once_are_what_each_is_by_itself_with_a_real_model() -> None:
     tokenizer = load_tokenizer(ModelConfig(base=embedded.NAME))
     chat = ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)))
@@ -273,7 +272,6 @@ def test_the_sample_holds_rare_and_common_texts_and_is_always_the_same() -> None
     assert pick_sample(["a"]) == [0]
 
 
-@pytest.mark.slow
 def test_fastokens_gives_the_same_ids() -> None:
     for tokenizer in (tiny.make_tokenizer(), load_tokenizer(ModelConfig(base=embedded.NAME))):
         backend = backend_json(tokenizer)

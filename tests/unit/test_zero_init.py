@@ -90,12 +90,12 @@ def loss_of(model: Any, rank: int) -> float:
     return float(model(ranks.tiny_batch(0, rank))[0].detach())
 
 
-def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
+def load_both_ways(rank: int, root: Path, names: list[str]) -> dict[str, Any]:
     """Each case in parts, compared with the whole model; then what its engine is given, and what it is when trained."""
     import deepspeed
 
     found, initialize = {}, deepspeed.initialize
-    for name in CASES:
+    for name in names:
         run = run_of(root, name)
         whole, model = build(run), build(run, outline=rank > 0)
         added = sum(p.numel() for p in model.parameters() if p.requires_grad) if run.method.type != "full" else 0
@@ -134,10 +134,17 @@ def load_both_ways(rank: int, root: Path) -> dict[str, Any]:
     return found
 
 
-def test_no_rank_ever_holds_more_than_its_parts_and_one_parameter(tmp_path: Path) -> None:
-    for name, (is_tied, vocabulary, precision, _) in CASES.items():
+QUICK = ["full-tied", "lora-dora-tied"]
+
+
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param([name for name in CASES if name not in QUICK], marks=pytest.mark.long)]
+)
+def test_no_rank_ever_holds_more_than_its_parts_and_one_parameter(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        is_tied, vocabulary, precision, _ = CASES[name]
         tiny.write_resized_model(tmp_path / name, is_tied, vocabulary, dtype_of(precision))
-    for one in ranks.run_ranks(2, load_both_ways, tmp_path):
+    for one in ranks.run_ranks(2, load_both_ways, tmp_path, names):
         for name, found in one.items():
             assert found["copied"] == 0, f"{name}: the base's weights were copied out of their files"
             assert found["held"] == found["parts"], name
