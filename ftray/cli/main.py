@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ftray.cli import cluster, data, evaluate, inspect, publish, serve, train
+from ftray.cli import cluster, data, evaluate, init, inspect, publish, serve, train
 
 RUN, MODEL, DATA, CLUSTER = "Run", "Model", "Data", "Cluster"
 COMMANDS: dict[str, tuple[str, Any]] = {
+    "init": (RUN, init.init),
     "run": (RUN, train.run),
     "check": (RUN, inspect.check),
     "plan": (RUN, inspect.plan),

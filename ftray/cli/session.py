@@ -115,8 +115,6 @@ def _start_local(num_cpus: int) -> None:
                 logging_level="warning",
             )
             return
-        except FtrayError:  # raised by a signal handler
-            raise
         except Exception as err:  # noqa: BLE001 - Ray raises plain exceptions on timeouts
             reason = " ".join(str(err).split())[:200] or type(err).__name__
         _end_half_started(before)

@@ -83,19 +83,20 @@ def is_lines(path: str) -> bool:
     return path.lower().endswith(LINES)
 
 
-def list_shards(path: str) -> list[Shard]:
+def list_shards(path: str, key: str = "data.train or data.eval") -> list[Shard]:
     """The files of a source, sorted by relative path.
 
     Args:
         path: A file, directory, glob, `embedded:…` or `hf:…`. In a directory, names with a leading `_` or `.` are ignored.
+        key: What the user corrects if there is nothing.
 
     Raises:
         DataError: There is nothing, no file of a supported format, or only empty files.
     """
-    path, files = _find(path)
+    path, files = _find(path, key)
     files = _without_saved_state(path, files)
     if not files:
-        raise DataError(f"{path}: no such file or directory, or nothing in it; correct data.train or data.eval")
+        raise DataError(f"{path}: no such file or directory, or nothing in it; correct {key}")
     known = [f for f in files if kind_of(f.path) is not None]
     if not known:
         raise DataError(
@@ -113,7 +114,7 @@ def other_files(path: str) -> list[str]:
     """Files of a source that `list_shards` skips because of their format or because they are empty, except names with a leading
     `_` or `.`.
     """
-    path, files = _find(path)
+    path, files = _find(path, "the path")
     files = _without_saved_state(path, files)
     names = [f.path for f in files if kind_of(f.path) is None or f.size_bytes == 0]
     return [name for name in names if not _is_marked(name)]
@@ -140,7 +141,7 @@ def _is_marked(name: str) -> bool:
     return any(part.startswith(("_", ".")) for part in name.split("/"))
 
 
-def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
+def _find(path: str, key: str) -> tuple[str, list[storage.FileInfo]]:
     """The resolved path, and all files there."""
     if path.startswith("hf:"):
         path = hub.resolve(path)
@@ -150,7 +151,7 @@ def _find(path: str) -> tuple[str, list[storage.FileInfo]]:
     if kind_of(path) is None:
         return path, [file for file in storage.list_files(path) if not _is_marked(file.path)]
     if not storage.exists(path):
-        raise DataError(f"{path} does not exist; correct data.train or data.eval")
+        raise DataError(f"{path} does not exist; correct {key}")
     size, etag = storage.size_and_etag(path)
     return path, [storage.FileInfo(uri=path, path=path.rsplit("/", 1)[-1], size_bytes=size, etag=etag)]
 

@@ -22,7 +22,7 @@ from ftray.data.index import Index, read_index, read_record_table
 from ftray.data.stats import DatasetStats, collect, warn
 from ftray.driver.lineage import checked_lineage
 from ftray.driver.run_record import check_identity, read_identity
-from ftray.errors import ConfigError, DataError, Interrupted, ModelError, Preempted
+from ftray.errors import ConfigError, DataError, ModelError
 from ftray.evaluate.report import counted, details, figure_rows, gate_lines
 from ftray.evaluate.results import Comparison, read_results
 from ftray.events.event_log import read_events
@@ -76,8 +76,6 @@ def try_report(run: config.RunConfig, run_dir: str, console: Console) -> None:
     try:
         with storage.brief(20.0):
             write_report(run, run_dir)
-    except (Preempted, Interrupted):
-        raise
     except Exception as err:  # noqa: BLE001 - any failure of the page
         console.warn(f"report.html was not written ({type(err).__name__}: {err}); try: ftray report {run.directory}")
 
