@@ -188,6 +188,7 @@ def _say_end(target: str, run: config.RunConfig, console: Console, is_refused: b
     from ftray import storage
 
     directory = storage.absolute(run.directory)
+    is_example = any(source.path.startswith("embedded:") for source in run.data.train)
     is_served = run.method.type != "prompt-tuning" and not is_refused
     for line in (
         "",
@@ -201,7 +202,7 @@ def _say_end(target: str, run: config.RunConfig, console: Console, is_refused: b
         ),
         "",
         *([f"serve it:               ftray serve {target}"] if is_served else []),
-        "train on your own data: cp jobs/quickstart.yaml my.yaml, set name and data.train in it, then: ftray run my.yaml",
+        *(["train on your own data: ftray init DATA.jsonl"] if is_example else []),
     ):
         console.say(line)
 
@@ -257,6 +258,7 @@ def export(
             output = pushed = _export_gguf(run, run_dir, whole, converter_path, console, step)
         if repository is not None:
             output = f"{output}\npushed: {_push(pushed, repository, run, console)}"
+    is_example = any(source.path.startswith("embedded:") for source in run.data.train)
     is_served = run.method.type != "prompt-tuning" and not (quantize or to)
     further = f"\nnext: ftray serve {target}" if is_served else ""
     console.say(f"done: {output}{further}" + (" (an adapter for PEFT)" if run.method.type == "prompt-tuning" else ""))
