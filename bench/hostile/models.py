@@ -36,11 +36,11 @@ def load_model() -> None:
 def try_template_of_model() -> None:
     """Tries the template in a process of its own, and renders a conversation with it."""
     from ftray.chat import Conversation, Message, try_template
-    from ftray.chat.segments import TemplateSegmenter
+    from ftray.chat.renderer import TemplateRenderer
 
     source = Path("template.jinja").read_text()
     try_template(source)
-    TemplateSegmenter(source, {}).render(Conversation((Message("user", "hello there"),)))
+    TemplateRenderer(source, {}).render(Conversation((Message("user", "hello there"),)))
 
 
 @lru_cache(maxsize=1)

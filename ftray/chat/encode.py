@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ftray.chat.answer import ANSWERED, CALLED
+from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message
-from ftray.chat.segments import Document, TemplateSegmenter
+from ftray.chat.placeholders import ShapeCache
+from ftray.chat.renderer import TemplateRenderer, is_plain, texts_of
+from ftray.chat.segments import WHOLE, Document, TemplateSegmenter
 from ftray.chat.special_tokens import TextChecker, special_tokens
+from ftray.chat.train_on import Ranges, TrainOn
 from ftray.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -61,12 +66,13 @@ class ChatFormat:
     Args:
         tokenizer: A fast tokenizer of transformers, with a chat template.
         encode_batch: A faster way to the same ids, for `encode_examples`.
+        train_on: The parts of answers to train on.
 
     Raises:
         ModelError: There is no chat template, or it cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, encode_batch: EncodeBatch | None = None) -> None:
+    def __init__(self, tokenizer: Any, encode_batch: EncodeBatch | None = None, train_on: TrainOn = WHOLE) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError(
                 "the tokenizer has no chat template; use an instruct model, or add a template to the tokenizer"
@@ -77,7 +83,10 @@ class ChatFormat:
         self._checker = TextChecker(tokenizer, self._specials, self.can_write)
         self._encode_batch = encode_batch or self._encode_one_by_one
         names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self._segmenter = TemplateSegmenter(template_of(tokenizer), names)
+        renderer = TemplateRenderer(template_of(tokenizer), names)
+        self._segmenter = TemplateSegmenter(renderer, self._specials, train_on)
+        self._shapes = ShapeCache(self._segmenter)
+        self._loss_mask = LossMask(self._special_ids, self._continued, self._checker.normalized)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
         self._inserts_prefix = self._finds_prefix()
         self.text_prefix = self._find_text_prefix()
@@ -106,7 +115,7 @@ class ChatFormat:
             for text, trained in document:
                 new = self._tokenize(text, is_first=len(ids) == starts[-1])
                 ids += new
-                mask += self._mask(new, trained)
+                mask += self._loss_mask.of_segment(new, text, trained)
         return Encoded(ids, mask, tuple(starts))
 
     def encode_examples(self, conversations: Sequence[Conversation | str]) -> list[Encoded | DataError]:
@@ -120,7 +129,7 @@ class ChatFormat:
         if self._inserts_prefix:
             return [self._encode_one(conversation) for conversation in conversations]
         texts: list[str] = []
-        is_trained: list[bool] = []
+        trained_of: list[bool | Ranges] = []
         cuts: list[
             list[int] | DataError
         ] = []  # of each conversation: where its documents begin in `texts`, and the end
@@ -134,11 +143,11 @@ class ChatFormat:
                 for text, trained in document:
                     if text:
                         texts.append(text)
-                        is_trained.append(trained)
+                        trained_of.append(trained)
                 begins.append(len(texts))
             cuts.append(begins)
         ids, offsets = self._encode_batch(texts)
-        mask = self._mask_batch(ids, offsets, np.asarray(is_trained, dtype=np.bool_))
+        mask = self._loss_mask.of_batch(ids, offsets, texts, trained_of)
         places = offsets.tolist()
         results: list[Encoded | DataError] = []
         for conversation, cut in zip(conversations, cuts, strict=True):
@@ -160,7 +169,7 @@ class ChatFormat:
                 self._check_plain(conversation)
                 return [[(conversation, True)]]
             self._check_example(conversation)
-            return self._segmenter.cut_by_shape(conversation)
+            return self._shapes.cut(conversation)
         except DataError as err:
             return err
 
@@ -257,6 +266,10 @@ class ChatFormat:
     def _plain_ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _continued(self, ids: list[int]) -> str:
+        """The text of ids that continue a sequence."""
+        return self.decode(ids, before=self._plain_ids(ANCHORS[0]) if self._inserts_prefix else ())
+
     def _finds_prefix(self) -> bool:
         """Whether a text alone gets other ids than after a newline: then the tokenizer puts a prefix in front."""
         for probe in ("a", "the"):
@@ -308,38 +321,14 @@ class ChatFormat:
         flat = np.fromiter((i for each in ids for i in each), dtype=np.int32)
         return flat, np.cumsum([0, *map(len, ids)])
 
-    def _mask_batch(
-        self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_]:
-        """`_mask` of every segment."""
-        import numpy as np
-
-        table = np.zeros(max(self._special_ids, default=0) + 2, dtype=np.bool_)
-        table[list(self._special_ids)] = True
-        specials = np.flatnonzero(table[np.minimum(ids, len(table) - 1)])
-        starts, ends = offsets[:-1][trained], offsets[1:][trained]
-        starts, ends = starts[ends > starts], ends[ends > starts]
-        before = np.searchsorted(specials, ends) - 1  # the last special token before the segment's end
-        last = np.concatenate([specials, [-1]])[before]
-        last = np.where(last >= starts, last, ends - 1)
-        steps = np.zeros(len(ids) + 1, dtype=np.int8)
-        steps[starts] += 1
-        steps[last + 1] -= 1
-        return np.cumsum(steps[:-1], dtype=np.int8).astype(np.bool_)
-
-    def _mask(self, ids: list[int], trained: bool) -> list[bool]:
-        """Trained up to and including the last special token of the message. The template's text after it is not trained on."""
-        if not trained:
-            return [False] * len(ids)
-        ends = [i for i, token in enumerate(ids) if token in self._special_ids]
-        last = ends[-1] if ends else len(ids) - 1
-        return [i <= last for i in range(len(ids))]
-
     def _check_example(self, conversation: Conversation) -> None:
         self._check(conversation)
         for i, message in enumerate(conversation.messages):
             self._checker.check_writable(message.content, f"turn {i} ({message.role})")
-        if not any(m.role == "assistant" and m.train for m in conversation.messages):
+        if not is_plain(conversation):
+            for i, what, text in texts_of(conversation):
+                self._checker.check_writable(text, what if i < 0 else f"turn {i} ({what})")
+        if not self._segmenter.trained_turns(conversation):
             raise DataError("there is no assistant turn to train on")
 
     def _check_plain(self, text: str) -> None:
@@ -351,30 +340,33 @@ class ChatFormat:
         self._checker.check_writable(text, "the text")
 
     def _check(self, conversation: Conversation) -> None:
-        if conversation.tools:
-            raise DataError("it has tools, which are not supported yet; remove it")
         for i, message in enumerate(conversation.messages):
-            if message.tool_calls or message.reasoning:
-                what = "tool calls" if message.tool_calls else "reasoning"
-                raise DataError(
-                    f"turn {i} ({message.role}) has {what}, which are not supported yet; write it into the content"
-                )
             if not self._checker.is_plain(message.content):
                 self._checker.check(message.content, f"turn {i} ({message.role})")
-            if message.role == "assistant" and not message.content.strip():
+            if message.role == "assistant" and not (message.content.strip() or message.tool_calls):
                 raise DataError(f"turn {i} (assistant) is empty")
+            if message.weight != 1:
+                raise DataError(f"turn {i} (assistant) has the weight {message.weight}; only 0 and 1 are supported")
+        if not is_plain(conversation):
+            for i, what, text in texts_of(conversation):
+                if not self._checker.is_plain(text):
+                    self._checker.check(text, what if i < 0 else f"turn {i} ({what})")
 
     def _find_stop_tokens(self) -> tuple[int, ...]:
-        """The end token of an assistant message, from a rendered probe, and the tokenizer's own end token."""
-        probe = Conversation((Message("user", "a"), Message("assistant", "b")))
-        try:
-            (document,) = self._segmenter.cut_example(probe)
-        except DataError as err:
-            raise ModelError(f"the tokenizer's chat template can't be used: {err}") from None
-        (text,) = [text for text, trained in document if trained]
-        ends = [token for token in self._tokenize(text) if token in self._special_ids]
+        """The end tokens of an answer and of tool calls, from rendered probes, and the tokenizer's own end token."""
+        ends: list[int] = []
+        for probe in (ANSWERED, CALLED):
+            if probe is CALLED and not self._segmenter.renderer.shape.writes_calls:
+                continue
+            try:
+                text = "".join(text for text, trained in self._segmenter.cut_example(probe)[0] if trained)
+            except DataError as err:
+                if probe is CALLED:  # it writes calls in longer conversations only
+                    continue
+                raise ModelError(f"the tokenizer's chat template can't be used: {err}") from None
+            ends += [token for token in self._tokenize(text) if token in self._special_ids][-1:]
         eos = self._tokenizer.eos_token_id
-        return tuple(dict.fromkeys([*ends[-1:], *([eos] if eos is not None else [])]))
+        return tuple(dict.fromkeys([*ends, *([eos] if eos is not None else [])]))
 
 
 def template_of(tokenizer: Any) -> str:

@@ -1,248 +1,173 @@
 """Cuts the text of a rendered conversation at the borders that no token may cross. Knows no tokenizer.
 
-The text is cut before and after each answer: at the end of the text that the template renders for the preceding messages
-with the generation prompt, and at the end of the text for the messages up to and including the answer. Some templates
-rewrite earlier messages (they drop the reasoning of all answers but the last, for example), so that no single text contains
-each answer after its own prompt. Then each answer becomes a document of its own: the prompt that the endpoint would receive,
-and the answer.
+The text is cut before and after each answer: where the text ends that the template renders for the preceding messages with
+the generation prompt, and where the answer ends (`answer`). Some templates rewrite earlier messages (they drop the reasoning
+of all answers but the last, for example), so that no single text contains each answer after its own prompt. Then each answer
+becomes a document of its own: the prompt that the endpoint would receive, and the answer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from ftray.chat.answer import Answer, AnswerReader, Ending
 from ftray.chat.messages import Conversation, Message
-from ftray.chat.template_limits import MARK, TemplateLimitError
+from ftray.chat.renderer import TemplateRenderer, check_answer, check_context, shared_length
+from ftray.chat.train_on import Ranges, TrainOn, trained_ranges
 from ftray.errors import DataError
 
 if TYPE_CHECKING:
     from ftray.chat.template import Rendered
 
-BLANK = "\u2003"  # around the placeholder of a text: shows where the template strips it
-PLACEHOLDER = re.compile(f"({BLANK}?){MARK}(\\d+){MARK}({BLANK}?)")
-MAX_SHAPES = 1000
-
-Segment = tuple[str, bool]  # a text that is tokenized separately, and whether it is trained on
+# A text that is tokenized separately, and what is trained on: all of it up to its last special token, nothing, or ranges of it.
+Segment = tuple[str, bool | Ranges]
 Document = list[Segment]
-ShapeKey = tuple[tuple[str, bool], ...]  # of each message: its role, and whether it has a text
+WHOLE = TrainOn()
 
 
 class TemplateSegmenter:
-    """Renders conversations with a chat template and cuts them into segments.
+    """Cuts the texts of a chat template into segments.
 
     Args:
-        template: The template's source.
-        names: Special tokens by the names under which the template knows them.
+        renderer: Renders with the template.
+        specials: The special tokens of the tokenizer.
+        train_on: The parts of answers to train on.
 
     Attributes:
         uses_marks: Whether the text in the template's `{% generation %}` blocks is trained on, instead of whole answers.
     """
 
-    def __init__(self, template: str, names: dict[str, str]) -> None:
-        self._template, self._names = template, names
-        self._shapes: dict[ShapeKey, _Shape | None] = {}
-        self._only_copies = MARK not in template and BLANK not in template  # until a probe shows the opposite
-        self._missing_roles: dict[str, str | None] = {}
+    def __init__(self, renderer: TemplateRenderer, specials: Collection[str] = (), train_on: TrainOn = WHOLE) -> None:
+        self.renderer, self.train_on = renderer, train_on
+        self._specials = specials
+        self._reader = AnswerReader(renderer, specials)
         self.uses_marks = False
+
+    def with_renderer(self, renderer: TemplateRenderer) -> TemplateSegmenter:
+        """A segmenter of the same template whose texts are rendered otherwise."""
+        other = TemplateSegmenter(renderer, self._specials, self.train_on)
+        other._reader = AnswerReader(renderer, self._specials, self.ending)
+        return other
 
     @property
     def has_marks(self) -> bool:
         """Whether the template has `{% generation %}` blocks."""
         from ftray.chat.template import compiled
 
-        return compiled(self._template).has_marks
+        return compiled(self.renderer.template).has_marks
+
+    @property
+    def ending(self) -> Ending:
+        """How the template ends an answer."""
+        return self._reader.ending
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
-        """Renders a conversation.
-
-        Raises:
-            DataError: The template cannot render it.
-        """
-        if not conversation.messages:
-            raise DataError("the conversation begins with the assistant; begin with a system or user turn")
-        for role in {m.role for m in conversation.messages} & {"system", "tool"}:
-            if (reason := self._why_missing(role)) is not None:
-                where = "the first user turn" if role == "system" else "a user turn"
-                raise DataError(f"the chat template has no {role} role ({reason}); put its text into {where}")
-        try:
-            return self._run(conversation, add_generation_prompt)
-        except TemplateLimitError as err:
-            raise DataError(str(err)) from None
-        except Exception as err:  # noqa: BLE001 - a template may raise anything: jinja's errors, or raise_exception()
-            raise DataError(f"the chat template refuses the conversation: {_one_line(err)}") from None
+        """Renders a conversation. Raises DataError if the template cannot."""
+        return self.renderer.render(conversation, add_generation_prompt)
 
     def cut_prompt(self, conversation: Conversation) -> list[str]:
         """The text up to and including the generation prompt, cut around each answer that the template has not rewritten."""
         full = self.render(conversation, add_generation_prompt=True).text
-        cuts = [border for pair in self._borders(full, conversation) if pair is not None for border in pair]
-        return [full[a:b] for a, b in zip([0, *cuts], [*cuts, len(full)], strict=True)]
+        cuts = [0]
+        for start, end, _ in self._answers(full, conversation).values():
+            cuts += [start, end]
+        return [full[a:b] for a, b in zip(cuts, [*cuts[1:], len(full)], strict=True)]
 
     def cut_example(self, conversation: Conversation) -> list[Document]:
         """Cuts a conversation into documents: one, or one per trained answer if the template rewrites earlier messages.
 
         Raises:
-            DataError: The template cannot render it, or no prompt of the endpoint would match the text.
+            DataError: The template cannot render it or leaves something out, or no prompt of the endpoint would match the text.
         """
         rendered, messages = self.render(conversation), conversation.messages
-        borders = self._borders(rendered.text, conversation)
-        if None in borders:
-            answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.train]
-            return [self._answer(conversation.until(i + 1)) for i in answers]
-        answered = [m for m in messages if m.role == "assistant"]
+        check_context(conversation, rendered.text)
+        text = self._closed(rendered.text, messages[-1])
+        trained = self.trained_turns(conversation)
+        answers = self._answers(text, conversation)
+        if any(i not in answers for i in trained):
+            return [self._document(conversation.until(i + 1)) for i in trained]
         document: Document = []
         end_of_last = 0
-        for message, (start, end) in zip(answered, borders, strict=True):  # type: ignore[misc]
-            document += [(rendered.text[end_of_last:start], False)]
-            document += self._marked(rendered, start, end, message.train)
+        for i, (start, end, answer) in answers.items():
+            document.append((text[end_of_last:start], False))
+            if i in trained:
+                check_answer(messages[i], i, text[end_of_last:end])
+                marks = _trim(_clip(rendered.marks, start, end), text[start:end], answer.body)
+                document.append((text[start:end], self._trained(answer, messages[i], marks)))
+            else:
+                document.append((text[start:end], False))
             end_of_last = end
-        return [[*document, (rendered.text[end_of_last:], False)]]
-
-    def cut_by_shape(self, conversation: Conversation) -> list[Document]:
-        """`cut_example`, without a rendering if another conversation with the same roles has had one.
-
-        That works if the template only copies the messages' texts, which a rendering of placeholders shows.
-        """
-        messages = conversation.messages
-        key = tuple([(m.role, bool(m.content)) for m in messages])
-        if key not in self._shapes:
-            if len(self._shapes) >= MAX_SHAPES:
-                self._shapes.clear()
-            self._shapes[key] = self._find_shape(key)
-        shape = self._shapes[key]
-        if shape is None:
-            return self.cut_example(conversation)
-        document = []
-        for parts, turn in shape:
-            text = "".join([part if isinstance(part, str) else part.of(messages) for part in parts])
-            document.append((text, turn is not None and messages[turn].train))
+        # Some templates write an end token that only the last turn of a text has; their marks include it.
+        marks = (
+            _clip(rendered.marks, end_of_last, len(text)) if self.uses_marks and len(messages) - 1 in trained else ()
+        )
+        tail = _trim(marks, text[end_of_last:], 0)
+        document.append((text[end_of_last:], tail or False))
         return [document]
 
-    def _borders(self, full: str, conversation: Conversation) -> list[tuple[int, int] | None]:
-        """The start and end of each answer in the text, or None if the template rewrote it."""
-        borders: list[tuple[int, int] | None] = []
-        for i, message in enumerate(conversation.messages):
-            if message.role == "assistant":
-                head = self.render(conversation.until(i), add_generation_prompt=True)
-                through = self.render(conversation.until(i + 1))
-                holds = full.startswith(head.text) and full.startswith(through.text)
-                borders.append((len(head.text), len(through.text)) if holds else None)
-        return borders
+    def trained_turns(self, conversation: Conversation) -> list[int]:
+        """The numbers of the answers that are trained on."""
+        turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        if self.train_on.last_turn_only:
+            turns = turns[-1:]
+        return [i for i in turns if conversation.messages[i].train and self.train_on.selects(conversation.messages[i])]
 
-    def _answer(self, conversation: Conversation) -> Document:
+    def _closed(self, text: str, last: Message) -> str:
+        """A text that ends with an answer, with the token that ends it, also where the template leaves that to the next turn."""
+        token = self.ending.next_token_after_calls if last.tool_calls else self.ending.next_token
+        return text.rstrip().removesuffix(token) + token if token and last.role == "assistant" else text
+
+    def _answers(self, text: str, conversation: Conversation) -> dict[int, tuple[int, int, Answer]]:
+        """Where each answer begins and ends in a text, by turn, without those that the template has rewritten."""
+        answers: dict[int, tuple[int, int, Answer]] = {}
+        end_of_last = 0
+        for i, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            prompt = self.render(conversation.until(i), add_generation_prompt=True).text
+            start = len(prompt)
+            if start < end_of_last or not text.startswith(prompt):
+                continue
+            try:
+                answer = self._reader.read(conversation.until(i + 1), prompt)
+            except DataError:  # of a trained answer it is raised by `_document`
+                continue
+            if text.startswith(answer.text[: answer.end], start):
+                end = start + answer.end
+                rest = answer.text[answer.end :]
+                after = rest[: shared_length(rest, text[end : end + len(rest)])]
+                end_of_last = end + len(after) - len(after.lstrip())
+                answers[i] = (start, end_of_last, answer)
+        return answers
+
+    def _document(self, conversation: Conversation) -> Document:
         """The last message after its prompt, which is cut as for the endpoint."""
         last = len(conversation.messages) - 1
         prompt = self.cut_prompt(conversation.until(last))
-        rendered, start = self.render(conversation), sum(map(len, prompt))
-        if not rendered.text.startswith("".join(prompt)):
-            raise DataError(
-                f"the chat template renders turn {last} after another prompt than the endpoint would receive; "
-                "use a base with another template"
-            )
-        return [*((text, False) for text in prompt), *self._marked(rendered, start, len(rendered.text), True)]
+        answer = self._reader.read(conversation, "".join(prompt))
+        check_answer(conversation.messages[last], last, prompt[-1] + answer.text)
+        text = answer.text
+        if not self.uses_marks:
+            after = text[answer.end :]
+            text = text[: len(text) - len(after.lstrip())]
+        trained = self._trained(answer, conversation.messages[last], _trim(answer.marks, text, answer.body))
+        return [*((part, False) for part in prompt), (text, trained)]
 
-    def _marked(self, rendered: Rendered, start: int, end: int, trained: bool) -> Document:
-        """The segments of an answer. All of it is trained on, or the marked parts."""
-        segments: Document = []
-        end_of_last = start
-        for mark in rendered.marks if self.uses_marks else ():
-            low, high = max(mark[0], start), min(mark[1], end)
-            if low < high:
-                segments += [(rendered.text[end_of_last:low], False), (rendered.text[low:high], trained)]
-                end_of_last = high
-        return [*segments, (rendered.text[end_of_last:end], trained and not self.uses_marks)]
-
-    def _find_shape(self, key: ShapeKey) -> _Shape | None:
-        if self.uses_marks or not self._only_copies:
-            return None
-        probe = _PlaceholderSegmenter(self._template, self._names)
-        texts = [f"{BLANK}{MARK}{i}{MARK}{BLANK}" if has_text else "" for i, (_, has_text) in enumerate(key)]
-        try:
-            turns = tuple(Message(role, text) for (role, _), text in zip(key, texts, strict=True))
-            documents = probe.cut_example(Conversation(turns))
-        except DataError:
-            self._only_copies = not probe.inspects_texts
-            return None
-        if len(documents) != 1 or len(documents[0]) != 2 * sum(role == "assistant" for role, _ in key) + 1:
-            return None
-        answers = [i for i, (role, _) in enumerate(key) if role == "assistant"]
-        shape: list[tuple[list[str | _TextSpan], int | None]] = []
-        for n, (text, _) in enumerate(documents[0]):
-            pieces = PLACEHOLDER.split(text)  # literal, blank, number, blank, literal, …
-            parts: list[str | _TextSpan] = [pieces[0]]
-            for before, number, after, literal in zip(*(pieces[k::4] for k in (1, 2, 3, 4)), strict=True):
-                if before != after:
-                    return None  # stripped on one side, or together with its neighbor
-                parts += [_TextSpan(int(number), stripped=not before), literal]
-            shape.append(([p for p in parts if p != ""], answers[n // 2] if n % 2 else None))
-        return shape
-
-    def _run(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
-        from ftray.chat.template import compiled
-
-        turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
-        return compiled(self._template).render(turns, add_generation_prompt, **self._names)
-
-    def _why_missing(self, role: str) -> str | None:
-        """The reason why the template cannot show messages of a role, or None. A probe shows it: some drop them silently."""
-        if role not in self._missing_roles:
-            rest = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-            at = 0 if role == "system" else 2
-            probe = [*rest[:at], Message(role, "7919"), *rest[at:]]
-            self._missing_roles[role] = None
-            try:
-                self._run(Conversation(tuple(rest)), True)
-                if "7919" not in self._run(Conversation(tuple(probe)), True).text:
-                    self._missing_roles[role] = "it leaves such turns out"
-            except Exception as err:  # noqa: BLE001 - as in `render`
-                if self._renders(Conversation(tuple(rest))):
-                    self._missing_roles[role] = _one_line(err)
-        return self._missing_roles[role]
-
-    def _renders(self, conversation: Conversation) -> bool:
-        try:
-            self._run(conversation, True)
-        except Exception:  # noqa: BLE001 - as in `render`
-            return False
-        return True
+    def _trained(self, answer: Answer, message: Message, marks: Ranges) -> bool | Ranges:
+        if self.train_on.is_whole:
+            return marks if self.uses_marks else True
+        ranges = trained_ranges(answer, message, self.train_on)
+        return tuple(part for mark in marks for part in _clip(ranges, *mark, shift=0)) if self.uses_marks else ranges
 
 
-class _PlaceholderSegmenter(TemplateSegmenter):
-    """Renders placeholders instead of the messages' texts."""
-
-    inspects_texts = False
-
-    def _run(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
-        from jinja2 import TemplateError
-
-        from ftray.chat.template import Placeholder, compiled
-
-        turns = [{"role": m.role, "content": m.content and Placeholder(m.content)} for m in conversation.messages]
-        try:
-            return compiled(self._template).render(turns, add_generation_prompt, **self._names)
-        except TemplateError:  # it refuses these roles, whatever the texts are
-            raise
-        except Exception:
-            self.inspects_texts = True
-            raise
+def _trim(marks: Ranges, text: str, body: int) -> Ranges:
+    """Marks without the white space after the end token, which begins at `body`: the model stops before it."""
+    ends = [(a, len(text[:b].rstrip()) if b > body else b) for a, b in marks]
+    return tuple((a, b) for a, b in ends if a < b)
 
 
-@dataclass(frozen=True)
-class _TextSpan:
-    """The place of a message's text in a segment."""
-
-    turn: int
-    stripped: bool
-
-    def of(self, messages: Sequence[Message]) -> str:
-        text = messages[self.turn].content
-        return text.strip() if self.stripped else text
-
-
-_Shape = list[tuple[list[str | _TextSpan], int | None]]  # segments: their parts, and the message of an answer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _clip(ranges: Sequence[tuple[int, int]], start: int, end: int, shift: int | None = None) -> Ranges:
+    """The parts of ranges in [start, end), counted from start, or from `shift`."""
+    base = start if shift is None else shift
+    return tuple((max(a, start) - base, min(b, end) - base) for a, b in ranges if a < end and b > start)

@@ -64,6 +64,10 @@ class TextChecker:
         self._keeps_ascii = self._normalize is None or self._normalize.keeps_ascii
         self._forgeries = forgeries(tokenizer, specials, self._normalize)
 
+    def normalized(self, text: str) -> str:
+        """The text as its ids decode, if the tokenizer composes or decomposes characters."""
+        return self._normalize(text) if self._normalize is not None and self._keeps_ascii else text
+
     def is_plain(self, text: str) -> bool:
         """A quick test that `check` would accept the text."""
         return self._keeps_ascii and text.isascii() and not any(start in text for start in self._special_starts)

@@ -38,6 +38,7 @@ from ftray.chat.template_limits import (
     charge_tree,
     check_format,
     check_operator,
+    count_chars,
     current,
     prepare_call,
 )
@@ -147,12 +148,19 @@ class Template:
         self._template = environment.from_string(_AddCharges().visit(environment.parse(source)))
         self.has_marks = re.search(r"{%-?\s*generation\s*-?%}", source) is not None
 
-    def render(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool, **names: Any) -> Rendered:
+    def render(
+        self,
+        turns: Sequence[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+        **names: Any,
+    ) -> Rendered:
         """Renders a conversation.
 
         Args:
             turns: The messages. Their contents are texts, or Placeholders in a probe.
             add_generation_prompt: Whether the text ends where the next answer begins.
+            tools: The tools that the assistant may call.
             names: Special tokens by their names.
 
         Raises:
@@ -161,15 +169,16 @@ class Template:
             RecursionError: Its macros call each other too deeply.
             InspectedError: It does more with a Placeholder than copying it.
         """
-        contents = [turn["content"] for turn in turns]
-        num_chars = sum(len(text) for text in contents if isinstance(text, str))
-        state = RenderState(
-            BUDGET + STEPS_PER_CHAR * num_chars, is_probe=any(isinstance(text, Placeholder) for text in contents)
-        )
+        is_probe = any(isinstance(turn.get("content"), Placeholder) for turn in turns)
+        state = RenderState(BUDGET + STEPS_PER_CHAR * count_chars([*turns, *tools]), is_probe)
         token = current.set(state)
         try:
             for piece in self._template.generate(
-                messages=list(turns), tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
+                messages=list(turns),
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **names,
             ):
                 state.write(piece)
         finally:

@@ -111,6 +111,20 @@ def measure(value: Any) -> tuple[int, int, int]:
     return number, chars, deepest
 
 
+def count_chars(value: Any) -> int:
+    """The characters of all texts in nested lists and objects. Other values count as one."""
+    stack, chars = [value], 0
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            stack += item
+        else:
+            chars += len(item) if isinstance(item, str) else 1
+    return chars
+
+
 def check_size(num_chars: int) -> None:
     if num_chars > MAX_CHARS:
         raise TemplateLimitError("the chat template makes a text that is too long; it may not end")

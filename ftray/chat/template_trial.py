@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from typing import Any
 
 from ftray.errors import ModelError
 
@@ -21,7 +22,9 @@ MEMORY_BYTES = 1 << 30
 OUT_OF_MEMORY = 3  # exit status
 ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH")
 LONG_TEXT = "A line of text, <b>tags</b> and 'quotes' {\"a\": 1}.\n" * 200
-CONVERSATIONS = [
+TOOL = {"type": "object", "properties": {"a": {"type": "string", "description": "b"}}, "required": ["a"]}
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f", "description": "g", "parameters": TOOL}}]
+CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": role, "content": content} for role in roles]
     for roles in (
         ("user",),
@@ -31,6 +34,18 @@ CONVERSATIONS = [
         ("user", "assistant") * 8,
     )
     for content in ("Hello", LONG_TEXT)
+]
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": "Hello"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": LONG_TEXT,
+        "tool_calls": [
+            {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"a": LONG_TEXT}}}
+        ],
+    },
+    {"role": "tool", "content": LONG_TEXT, "tool_call_id": "call00000", "name": "f"},
 ]
 
 
@@ -83,9 +98,10 @@ def main() -> None:
         os._exit(OUT_OF_MEMORY)
     except Exception:  # noqa: BLE001 - a template may raise anything
         os._exit(0)
-    for turns in CONVERSATIONS:
+    for turns in (*CONVERSATIONS, CALLING):
+        tools = TOOLS if turns is CALLING else ()
         try:
-            template.render(turns, turns[-1]["role"] != "assistant", bos_token="<s>", eos_token="</s>")
+            template.render(turns, turns[-1]["role"] != "assistant", tools, bos_token="<s>", eos_token="</s>")
         except MemoryError:
             status = OUT_OF_MEMORY
         except Exception:  # noqa: BLE001 - as above

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, normalizers
 
 from bench.hostile.templates import IN_C, NESTED
 from ftray.chat import ChatFormat, Conversation, Message, template_trial, try_template
-from ftray.chat.segments import TemplateSegmenter
+from ftray.chat.renderer import TemplateRenderer
 from ftray.chat.template import FILTERS, TESTS, Template
 from ftray.config import ModelConfig
 from ftray.data.tokenizer import pack_tokenizer
@@ -56,7 +56,7 @@ TAKES_MEMORY = (
 @pytest.mark.parametrize("name", IN_C)
 def test_a_template_has_no_way_around_its_budget(name: str) -> None:
     with pytest.raises(DataError, match="the chat template ") as caught:
-        TemplateSegmenter(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
+        TemplateRenderer(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -66,7 +66,7 @@ def test_a_template_that_would_take_gigabytes_takes_none(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="the chat template "):
-            TemplateSegmenter(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
+            TemplateRenderer(IN_C[name], {}).render(Conversation((Message("user", "hello there"),)))
         assert tracemalloc.get_traced_memory()[1] < 100 * MIB
     finally:
         tracemalloc.stop()
@@ -133,7 +133,7 @@ def test_a_template_that_takes_too_long_or_too_much_is_refused_where_it_is_tried
         "t.CPU_S, t.MEMORY_BYTES = 2, 1 << 28\n"
         "class Open:\n"
         "    def __init__(self, source): self.t = jinja2.Template(source)\n"
-        "    def render(self, turns, prompt, **names): return self.t.render(messages=turns)\n"
+        "    def render(self, turns, prompt, tools, **names): return self.t.render(messages=turns)\n"
         "s.Template = Open\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.chat import ChatFormat, Conversation, Encoded, Message
+from ftray.chat.placeholders import ShapeCache
+from ftray.chat.renderer import TemplateRenderer
 from ftray.chat.segments import TemplateSegmenter
 from ftray.config import ModelConfig
 from ftray.data import tokenizer as tokenize
@@ -194,15 +196,19 @@ def test_a_template_that_copies_is_rendered_once_for_all_conversations_of_its_sh
         talk(Message("user", f"{n}?"), Message("assistant", f" {n}! ")) for n in range(20)
     ]
     chat.encode_examples(conversations[:1])
-    chat._segmenter.render = None  # type: ignore[assignment]
+    chat._segmenter.renderer.render = None  # type: ignore[method-assign,assignment]
     assert not any(isinstance(e, DataError) for e in chat.encode_examples(conversations))
 
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_a_template_that_looks_into_texts_is_rendered_for_each(name: str) -> None:
     key = tuple((role, True) for role in ("system", "user", "assistant", "user", "assistant"))
-    assert TemplateSegmenter(tiny.TEMPLATE, {})._find_shape(key) is not None
-    assert TemplateSegmenter(LOOKING[name], {})._find_shape(key) is None
+
+    def shape_of(template: str) -> object:
+        return ShapeCache(TemplateSegmenter(TemplateRenderer(template, {}))).find_shape(key)
+
+    assert shape_of(tiny.TEMPLATE) is not None
+    assert shape_of(LOOKING[name]) is None
 
 
 def test_a_template_that_trims_two_texts_together_is_rendered_for_each() -> None:
