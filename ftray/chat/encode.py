@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ftray.chat.answer import ANSWERED, CALLED
+from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.placeholders import ShapeCache
@@ -30,34 +29,6 @@ if TYPE_CHECKING:
     EncodeBatch = Callable[[Sequence[str]], tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]
 
 ANCHORS = ("\n", "x", "|", ".")  # put before a text that continues a sequence; one that does not merge with it is used
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids and, for each, whether it is trained on.
-
-    Attributes:
-        input_ids: A list; from `encode_examples` int32 [tokens].
-        loss_mask: A list; from `encode_examples` bool [tokens].
-        starts: Where its documents begin. There are several, one per answer, if the template rewrites earlier messages. No
-            token of one document may see another.
-    """
-
-    input_ids: list[int] | npt.NDArray[np.int32]
-    loss_mask: list[bool] | npt.NDArray[np.bool_]
-    starts: tuple[int, ...] = (0,)
-
-    def documents(self) -> list[tuple[Any, Any]]:
-        """(ids, mask) of each document."""
-        if len(self.starts) == 1:
-            return [(self.input_ids, self.loss_mask)]
-        borders = pairwise([*self.starts, len(self.input_ids)])
-        return [(self.input_ids[a:b], self.loss_mask[a:b]) for a, b in borders]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of its longest document."""
-        return max(b - a for a, b in pairwise([*self.starts, len(self.input_ids)]))
 
 
 class ChatFormat:
@@ -214,6 +185,37 @@ class ChatFormat:
         )
         # If a character of several tokens is cut between the two, head ends with a replacement character.
         return whole[len(head) :] if whole.startswith(head) else whole[len(head.rstrip("\ufffd")) :]
+
+    def decode_many(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of many sequences, with special tokens, in one call."""
+        backend = self._tokenizer.backend_tokenizer
+        return list(backend.decode_batch([list(ids) for ids in sequences], skip_special_tokens=False))
+
+    def expected(self, conversation: Conversation) -> list[ExpectedDocument]:
+        """The texts that the ids of a conversation must decode to, each made by renderings of this conversation alone.
+
+        Raises:
+            DataError: As `encode_example`.
+        """
+        return [
+            ExpectedDocument(
+                "".join(text for text, _ in document),
+                [part for text, trained in document for part in self._segmenter.trained_texts(text, trained)],
+            )
+            for document in self._segmenter.cut_example(conversation)
+        ]
+
+    def trained_turns(self, conversation: Conversation) -> list[int]:
+        """The numbers of the turns whose answers are trained on."""
+        return self._segmenter.trained_turns(conversation)
+
+    def normalized(self, text: str) -> str:
+        """A text as its ids decode, if the tokenizer composes or decomposes characters."""
+        return self._checker.normalized(text)
+
+    def without_specials(self, text: str) -> str:
+        """A text without special tokens and the white space around them, which some tokenizers do not keep."""
+        return self._segmenter.without_specials(text)
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as the template renders it. Raises DataError if it cannot."""

@@ -8,6 +8,7 @@ becomes a document of its own: the prompt that the endpoint would receive, and t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ class TemplateSegmenter:
     def __init__(self, renderer: TemplateRenderer, specials: Collection[str] = (), train_on: TrainOn = WHOLE) -> None:
         self.renderer, self.train_on = renderer, train_on
         self._specials = specials
+        pattern = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        self._special = re.compile(pattern) if pattern else None
+        self._around = re.compile(rf"\s*(?:{pattern})\s*") if pattern else None
         self._reader = AnswerReader(renderer, specials)
         self.uses_marks = False
 
@@ -105,6 +109,17 @@ class TemplateSegmenter:
         tail = _trim(marks, text[end_of_last:], 0)
         document.append((text[end_of_last:], tail or False))
         return [document]
+
+    def trained_texts(self, text: str, trained: bool | Ranges) -> list[str]:
+        """The parts of a segment that are trained on."""
+        if not isinstance(trained, bool):
+            return [text[start:end] for start, end in trained]
+        ends = [match.end() for match in self._special.finditer(text)] if trained and self._special else []
+        return [text[: ends[-1]] if ends else text] if trained and text else []
+
+    def without_specials(self, text: str) -> str:
+        """A text without special tokens and the white space around them."""
+        return " ".join(self._around.split(text)) if self._around else text
 
     def trained_turns(self, conversation: Conversation) -> list[int]:
         """The numbers of the answers that are trained on."""

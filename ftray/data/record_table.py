@@ -29,6 +29,7 @@ from ftray.data.checks.dedup import NUM_PERM, Signatures, record_keys, signature
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.examples import Example, Quarantined
 from ftray.data.sources import Chunk
+from ftray.data.verify_records import verifier_of
 
 LABEL_CHARS = 60  # a longer answer is not a label
 # bits of `flags`: quality rules, then the style of the answer
@@ -87,8 +88,13 @@ class ChunkSummary:
 
 
 def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) -> bytes:
-    """A chunk's summary and records, as bytes for `read_described`. Raises DataError as `pack_chunk` does."""
+    """A chunk's summary and records, as bytes for `read_described`. Verifies every record.
+
+    Raises:
+        DataError: As `pack_chunk`, or the ids or the mask of a record are wrong.
+    """
     packed = pack_chunk(chunk, stream)
+    verifier_of(stream.load_tokenizer).verify(packed.examples, chunk.uri)
     scripts: Counter[str] = Counter()
     lines = [_describe(example, required, scripts) for example in packed.examples]
     summary = ChunkSummary(

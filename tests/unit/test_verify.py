@@ -17,6 +17,7 @@ from ftray.data import verify
 from ftray.data.chunks import pack_chunk, streams
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.packing import IGNORE_INDEX, PackedSequence
+from ftray.data.record_table import RequiredFields, describe_chunk
 from ftray.data.sources import cut_shard, list_shards
 from ftray.errors import DataError
 from tests import tiny
@@ -130,6 +131,23 @@ def test_it_finds_what_is_wrong_and_names_the_record(tmp_path: Path, monkeypatch
         verify.verify_sample(stream, index, "train")
 
 
+@pytest.mark.parametrize("how", [*WRONG, "a token is lost before the answer"])
+def test_every_record_is_verified_in_the_index_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    stream, index = index_of(tiny.write_records(tmp_path / "data", 100), tiny.make_tokenizer)
+    required = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
+    describe_chunk(index.facts[1].chunk, stream, required)
+    plain = ChatFormat.encode_examples
+
+    def spoiled(self: ChatFormat, conversations: Any) -> Any:
+        encoded = plain(self, conversations)
+        encoded[41] = broken(encoded[41], how)
+        return encoded
+
+    monkeypatch.setattr(ChatFormat, "encode_examples", spoiled)
+    with pytest.raises(DataError, match=r"part-001\.jsonl, line 42: .* cannot be trained on exactly"):
+        describe_chunk(index.facts[1].chunk, stream, required)
+
+
 def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> None:
     ids = np.arange(8, dtype=np.int32)
     labels = np.array([IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, 6, IGNORE_INDEX, IGNORE_INDEX], dtype=np.int32)
@@ -145,11 +163,12 @@ def test_it_finds_labels_that_are_not_the_tokens_and_that_cross_documents() -> N
         verify.read_back(replace(row, labels=unshifted))
 
 
-def test_a_template_that_changes_the_answer_is_found(tmp_path: Path) -> None:
+def test_a_record_whose_text_the_template_changes_is_bad(tmp_path: Path) -> None:
     changing = tiny.TEMPLATE.replace("m['content']", "m['content'] | replace('hears', 'sees')")
     stream, index = index_of(tiny.write_records(tmp_path / "data", 3), lambda: tokenizer_with(changing))
-    with pytest.raises(DataError, match="the template changes the answer of turn 1"):
-        verify.verify_sample(stream, index, "train")
+    bad = pack_chunk(index.facts[0].chunk, stream).bad
+    assert [each.rule for each in bad] == ["bad_turn"] * 3
+    assert bad[0].detail.startswith("the chat template leaves out or changes the text of turn 1 (assistant)")
 
 
 def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
