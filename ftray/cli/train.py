@@ -258,7 +258,6 @@ def export(
             output = pushed = _export_gguf(run, run_dir, whole, converter_path, console, step)
         if repository is not None:
             output = f"{output}\npushed: {_push(pushed, repository, run, console)}"
-    is_example = any(source.path.startswith("embedded:") for source in run.data.train)
     is_served = run.method.type != "prompt-tuning" and not (quantize or to)
     further = f"\nnext: ftray serve {target}" if is_served else ""
     console.say(f"done: {output}{further}" + (" (an adapter for PEFT)" if run.method.type == "prompt-tuning" else ""))
