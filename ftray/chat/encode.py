@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ftray.chat.answer import ANSWERED, CALLED
+from ftray.chat.answer_text import ANSWERED, CALLED
 from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message

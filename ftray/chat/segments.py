@@ -1,7 +1,7 @@
 """Cuts the text of a rendered conversation at the borders that no token may cross. Knows no tokenizer.
 
 The text is cut before and after each answer: where the text ends that the template renders for the preceding messages with
-the generation prompt, and where the answer ends (`answer`). Some templates rewrite earlier messages (they drop the reasoning
+the generation prompt, and where the answer ends (`answer_text`). Some templates rewrite earlier messages (they drop the reasoning
 of all answers but the last, for example), so that no single text contains each answer after its own prompt. Then each answer
 becomes a document of its own: the prompt that the endpoint would receive, and the answer.
 """
@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ftray.chat.answer import Answer, AnswerReader, Ending
+from ftray.chat.answer_text import AnswerReader, AnswerText, Ending
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.renderer import TemplateRenderer, check_answer, check_context, shared_length
 from ftray.chat.train_on import Ranges, TrainOn, trained_ranges
@@ -133,9 +133,9 @@ class TemplateSegmenter:
         token = self.ending.next_token_after_calls if last.tool_calls else self.ending.next_token
         return text.rstrip().removesuffix(token) + token if token and last.role == "assistant" else text
 
-    def _answers(self, text: str, conversation: Conversation) -> dict[int, tuple[int, int, Answer]]:
+    def _answers(self, text: str, conversation: Conversation) -> dict[int, tuple[int, int, AnswerText]]:
         """Where each answer begins and ends in a text, by turn, without those that the template has rewritten."""
-        answers: dict[int, tuple[int, int, Answer]] = {}
+        answers: dict[int, tuple[int, int, AnswerText]] = {}
         end_of_last = 0
         for i, message in enumerate(conversation.messages):
             if message.role != "assistant":
@@ -169,7 +169,7 @@ class TemplateSegmenter:
         trained = self._trained(answer, conversation.messages[last], _trim(answer.marks, text, answer.body))
         return [*((part, False) for part in prompt), (text, trained)]
 
-    def _trained(self, answer: Answer, message: Message, marks: Ranges) -> bool | Ranges:
+    def _trained(self, answer: AnswerText, message: Message, marks: Ranges) -> bool | Ranges:
         if self.train_on.is_whole:
             return marks if self.uses_marks else True
         ranges = trained_ranges(answer, message, self.train_on)

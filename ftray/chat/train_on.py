@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ftray.chat.answer import Answer
+from ftray.chat.answer_text import AnswerText
 from ftray.chat.messages import Message
 from ftray.errors import DataError
 
@@ -56,7 +56,7 @@ class _Part:
     end: int
 
 
-def trained_ranges(answer: Answer, message: Message, train_on: TrainOn) -> Ranges:
+def trained_ranges(answer: AnswerText, message: Message, train_on: TrainOn) -> Ranges:
     """The parts of an answer that are trained on. The end token is one of them if any other part is.
 
     Template text between two parts belongs to the reasoning before it, or else to the part after it.

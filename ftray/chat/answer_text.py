@@ -26,7 +26,7 @@ CALLED = Conversation((QUESTION, CALLING))
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerText:
     """An answer's text.
 
     Attributes:
@@ -88,7 +88,7 @@ class AnswerReader:
             return Ending()
         return Ending("", self._next_token(alone, followed), self._next_token_after_calls())
 
-    def read(self, conversation: Conversation, prompt: str) -> Answer:
+    def read(self, conversation: Conversation, prompt: str) -> AnswerText:
         """The last message of a conversation, as the text after a prompt.
 
         Args:
@@ -116,7 +116,7 @@ class AnswerReader:
             answer, token = answer.rstrip().removesuffix(next_token) + next_token, next_token
         token = token or self._last_special(answer)
         body = answer.rfind(token) if token else len(answer)
-        return Answer(answer, body, body + len(token), tuple(marks))
+        return AnswerText(answer, body, body + len(token), tuple(marks))
 
     def _start(self, conversation: Conversation, text: str, prompt: str) -> tuple[str, int]:
         """What the model has to write before the rest of the rendered text, and where this rest begins."""
