@@ -72,7 +72,7 @@ def _summary(run: config.RunConfig, sweep: str | None) -> list[tuple[str, str]]:
         batch += f" (or {', '.join(map(str, run.world_sizes[1:]))} workers)"
     return [
         ("run", f"{run.directory}  (config hash {run.config_hash})"),
-        ("model", f"{run.model.base}, {run.method.type}, {train.precision}"),
+        ("model", f"{run.model.base}, {run.method.type}, learning rate {train.learning_rate:g}, {train.precision}"),
         ("data", f"{len(data.train)} training sources, eval: {eval_data}"),
         ("sequences", f"{data.max_seq_len} tokens, {'packed' if data.packing else 'one record each'}"),
         ("epoch", epoch),

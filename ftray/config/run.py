@@ -25,6 +25,8 @@ from ftray.config.tune import TuneConfig
 from ftray.errors import ConfigError
 from ftray.redact import holds_secret
 
+FULL_LEARNING_RATE = 2e-5  # that of TRL and the usual recipes for all weights
+
 
 class RunConfig(Section):
     """One run: the whole file."""
@@ -51,6 +53,16 @@ class RunConfig(Section):
         if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value):
             raise ValueError("must be 1 to 63 letters, digits, '.', '_' or '-', with a letter or digit at both ends")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_method(cls, tree: Any) -> Any:
+        """Full fine-tuning needs a smaller learning rate than adapters."""
+        sections = [tree.get(key) if isinstance(tree, dict) else None for key in ("method", "train")]
+        method, train = ({} if section is None else section for section in sections)
+        if isinstance(method, dict) and isinstance(train, dict) and method.get("type") == "full":
+            return {**tree, "train": {"learning_rate": FULL_LEARNING_RATE, **train}}
+        return tree
 
     @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:

@@ -23,11 +23,11 @@ class TrainConfig(Section):
     """Packed sequences per forward pass of a worker. `auto`: the fastest size that fits into GPU memory, 1 on CPU. A
     resumed run keeps its size if it fits."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate. Default for `method.type` full: 2e-05."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after warmup; cosine and linear end at 0."""
+    """Learning rate schedule after warmup; cosine and linear reach 0 one step after the last."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps with a linear warmup from 0."""
+    """Share of the steps with a linear warmup. The first step has a rate above 0, so that it is not wasted."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged"] = "adamw"
     """`adamw`: fp32 moments; `adamw-8bit`: moments in two bytes per weight, for full fine-tuning on few GPUs
     (`deepspeed.zero_stage` 0); `…-paged`: the same moments in host memory, fetched per weight during the update."""

@@ -581,6 +581,15 @@ def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
     assert capsys.readouterr().err == f"ftray: {told}\n"
 
 
+def test_all_weights_are_trained_at_a_lower_rate_than_adapters_unless_the_run_file_says_otherwise() -> None:
+    tree: dict[str, Any] = {"name": "r", "model": {"base": "m"}, "data": {"train": [{"path": "p"}]}}
+    full = {**tree, "method": {"type": "full"}}
+    assert config.parse_run(tree, "f").train.learning_rate == 2e-4
+    assert config.parse_run(full, "f").train.learning_rate == 2e-5
+    assert config.parse_run({**full, "train": {"epochs": 2}}, "f").train.learning_rate == 2e-5
+    assert config.parse_run({**full, "train": {"learning_rate": 1e-3}}, "f").train.learning_rate == 1e-3
+
+
 def test_check_prints_what_follows_from_the_file(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train.global_batch_size=8", "scale.num_workers=2", "train.micro_batch_size=2", "train.max_steps=5"]
     assert main.main(["check", str(run_file), *arguments]) == 0
