@@ -257,8 +257,8 @@ def print_plan(run: config.RunConfig, data: PreparedData, newest: CheckpointRef 
     console.say(
         f"train: {plan.num_steps} steps of {size} packed sequences ({used / per_epoch:.2f} epochs of {per_epoch} sequences"
         f"{f'; {tail} left over at the end' if tail else ''}), {run.method.type}, "
-        f"learning rate {run.train.learning_rate:g}, {run.train.precision}, ZeRO-{run.deepspeed.zero_stage}, {run.world_sizes[0]} workers × micro-batch "
-        f"{run.micro_batch_size} × {run.accumulation_steps} accumulated"
+        f"learning rate {run.train.learning_rate:g}, {run.train.precision}, ZeRO-{run.deepspeed.zero_stage}, "
+        f"{run.world_sizes[0]} workers × micro-batch {run.micro_batch_size} × {run.accumulation_steps} accumulated"
     )
     if newest is not None:
         console.say(f"train: continuing at step {newest.step} from {newest.uri}")

@@ -139,6 +139,13 @@ def _num_shares(task: ScoreTask, most: int) -> int:
     return max(1, min(most, max(len(task.examples), len(task.prompts)) // MIN_SHARE))
 
 
+def eval_data_of(data: config.DataConfig) -> str:
+    """The eval data as a verdict names it: `10% of tickets.jsonl`, or the sources' paths."""
+    sources = data.eval if isinstance(data.eval, list) else data.train
+    paths = ", ".join(source.path for source in sources[:3]) + (" …" if len(sources) > 3 else "")
+    return f"{100 * data.eval.fraction:.3g}% of {paths}" if isinstance(data.eval, config.SplitConfig) else paths
+
+
 def _assemble(
     run: config.RunConfig,
     checkpoint: CheckpointRef,
@@ -163,7 +170,7 @@ def _assemble(
     if plan.pairs:
         pair_answers = {name: scored[name].answers[len(plan.questions) :] for name in ("base", "tuned")}
         pairs = summary.pairs_of(plan.pairs, pair_answers)
-    verdict = summary.verdict_of(differences)
+    verdict = summary.verdict_of(differences, eval_data_of(run.data))
     comparison = Comparison(
         checkpoint.step,
         run.config_hash,

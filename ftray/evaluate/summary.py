@@ -15,6 +15,9 @@ from ftray.evaluate.results import ModelScores
 from ftray.evaluate.stats import Difference, difference
 
 COSTS = {"loss", "perplexity", "token_accuracy"}  # metrics over examples; the others are over answers
+MIN_EXAMPLES = 30  # for a verdict
+MIN_CHANGE = 0.005  # for a verdict: of the loss, or of a score between 0 and 1
+OUT_OF_100 = ("bleu", "chrf")  # scores between 0 and 100
 MODELS = {"base": "base", "few_shot": "few-shot base", "tuned": "tuned model"}
 
 
@@ -143,22 +146,42 @@ def pairs_of(pairs: Sequence[tuple[str, str]], answers: Mapping[str, Sequence[st
     return consistency
 
 
-def verdict_of(differences: Mapping[str, Mapping[str, Difference]]) -> list[str]:
-    """One sentence per pair of models: the metrics that are better, worse, or not significantly different."""
-    return [_verdict(pair, of_pair) for pair, of_pair in differences.items() if of_pair]
+def verdict_of(differences: Mapping[str, Mapping[str, Difference]], eval_data: str = "") -> list[str]:
+    """One sentence per pair of models: the metrics that are better, worse, or cannot be told apart.
+
+    Args:
+        differences: Differences of each pair, "tuned - base" for example, by metric.
+        eval_data: The eval data, as the sentences name it.
+    """
+    where = f"on {eval_data}, " if eval_data else ""
+    return [where + _verdict(pair, of_pair) for pair, of_pair in differences.items() if of_pair]
 
 
 def _verdict(pair: str, differences: Mapping[str, Difference]) -> str:
     new, _, old = pair.partition(" - ")
-    sides: dict[str, list[str]] = {"better": [], "worse": [], "unsure": []}
-    for name, d in differences.items():
-        if name == "perplexity":
-            continue  # a function of the loss
-        side = (
-            "unsure" if not d.is_sure else "better" if (d.difference > 0) == FIGURES[name].higher_is_better else "worse"
-        )
-        sides[side].append(FIGURES[name].title)
-    parts = [f"{side} by {', '.join(names)}" for side, names in sides.items() if names and side != "unsure"]
+    sides: dict[str, list[str]] = {}
+    for name, change in differences.items():
+        if name != "perplexity":  # a function of the loss
+            sides.setdefault(_side_of(name, change), []).append(FIGURES[name].title)
+    parts = [f"{side} by {', '.join(sides[side])}" for side in ("better", "worse") if side in sides]
     text = f"the {MODELS[new]} is {'; '.join(parts)}" if parts else f"the {MODELS[new]} is neither better nor worse"
-    unsure = f"; no statistically significant difference in {', '.join(sides['unsure'])}" if sides["unsure"] else ""
-    return f"{text} than the {MODELS[old]}{unsure}"
+    text += f" than the {MODELS[old]}"
+    reasons = {
+        "unsure": "no statistically significant difference in",
+        "small": f"less than {MIN_CHANGE:.1%} of difference in",
+        "few": f"fewer than {MIN_EXAMPLES} examples, which is too few to compare",
+    }
+    return text + "".join(f"; {reason} {', '.join(sides[side])}" for side, reason in reasons.items() if side in sides)
+
+
+def _side_of(name: str, difference: Difference) -> str:
+    """`better`, `worse`, or why neither can be said: `few` examples, `unsure`, `small`."""
+    if difference.num < MIN_EXAMPLES:
+        return "few"
+    if not difference.is_sure:
+        return "unsure"
+    is_loss = not FIGURES[name].higher_is_better
+    change = difference.ratio if is_loss and difference.ratio is not None else difference.difference
+    if abs(change) < MIN_CHANGE * (100 if name in OUT_OF_100 else 1):
+        return "small"
+    return "better" if (difference.difference > 0) == FIGURES[name].higher_is_better else "worse"

@@ -30,6 +30,7 @@ from ftray.evaluate.results import (
     with_gates,
     write_results,
 )
+from ftray.evaluate.run import eval_data_of
 from ftray.evaluate.score import ScoreResult, ScoreTask, merge, score, score_documents
 from ftray.evaluate.stats import Difference
 from ftray.model.lora import add_prompt
@@ -228,7 +229,7 @@ def test_each_group_has_the_figures_of_its_own_examples_and_answers() -> None:
 
 def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
     def d(value: float, reach: float) -> Difference:
-        return Difference(value, value - reach, value + reach, 10, None, None, None)
+        return Difference(value, value - reach, value + reach, 30, None, None, None)
 
     found = {
         "loss": d(-1, 0.5),
@@ -237,13 +238,40 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
         "bleu": d(3, 1),
         "general_loss": d(0.2, 0.1),
     }
-    assert summary.verdict_of({"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}) == [
+    pairs = {"tuned - base": found, "few_shot - base": {"chrf": d(0.0, 1)}}
+    assert summary.verdict_of(pairs, "10% of tickets.jsonl") == [
         (
-            "the tuned model is better by eval loss, BLEU; worse by general loss than the base; "
+            "on 10% of tickets.jsonl, the tuned model is better by eval loss, BLEU; worse by general loss than the base; "
             "no statistically significant difference in ROUGE-L"
         ),
-        "the few-shot base is neither better nor worse than the base; no statistically significant difference in chrF",
+        "on 10% of tickets.jsonl, the few-shot base is neither better nor worse than the base; no statistically significant difference in chrF",
     ]
+
+
+def test_a_change_that_is_tiny_or_rests_on_few_examples_is_no_verdict() -> None:
+    def d(value: float, number: int, ratio: float | None = None) -> Difference:
+        return Difference(value, value - 1e-6, value + 1e-6, number, ratio, ratio, ratio)
+
+    differences = {
+        "loss": d(-0.012, 30, -0.0049),
+        "general_loss": d(0.012, 30, 0.0051),
+        "rouge_l": d(0.0049, 30),
+        "chrf": d(0.49, 30),
+        "bleu": d(0.51, 30),
+        "exact_match": d(0.9, 29),
+    }
+    assert summary.verdict_of({"tuned - base": differences}) == [
+        "the tuned model is better by BLEU; worse by general loss than the base; less than 0.5% of difference in eval loss, "
+        "ROUGE-L, chrF; fewer than 30 examples, which is too few to compare exact match"
+    ]
+
+
+def test_a_verdict_names_its_data(tmp_path: Path) -> None:
+    run = make_run(tmp_path, tmp_path, tmp_path / "tickets.jsonl")
+    split = run.data.model_copy(update={"eval": config.SplitConfig(fraction=0.125)})
+    assert eval_data_of(split) == f"12.5% of {run.data.train[0].path}"
+    own = run.data.model_copy(update={"eval": [config.SourceConfig(path=f"e{i}") for i in range(4)]})
+    assert eval_data_of(own) == "e0, e1, e2 …"
 
 
 def comparison(run: config.RunConfig) -> Comparison:
@@ -339,7 +367,7 @@ def test_the_report_says_all_of_it_in_lines(tmp_path: Path) -> None:
         f"eval loss       {base.loss:>10.4f}{tuned.loss:>10.4f}    -50.0%   -50.0% to -50.0%",
         f"accuracy        {base.accuracy:>10.4f}{tuned.accuracy:>10.4f}    +0.250",
         "(loss over 8 tokens of the eval set, other metrics over 4 answers; intervals by paired bootstrap)",
-        "verdict: the tuned model is better by eval loss than the base",
+        "verdict: the tuned model is neither better nor worse than the base; fewer than 30 examples, which is too few to compare",
         "by kind (base → tuned)",
         "labels with the lowest F1 of the tuned model, of 3",
         "  1 × red classified as blue",
