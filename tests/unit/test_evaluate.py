@@ -244,7 +244,10 @@ def test_the_verdict_names_what_is_better_worse_and_unsure() -> None:
             "on 10% of tickets.jsonl, the tuned model is better by eval loss, BLEU; worse by general loss than the base; "
             "no statistically significant difference in ROUGE-L"
         ),
-        "on 10% of tickets.jsonl, the few-shot base is neither better nor worse than the base; no statistically significant difference in chrF",
+        (
+            "on 10% of tickets.jsonl, the few-shot base is neither better nor worse than the base; "
+            "no statistically significant difference in chrF"
+        ),
     ]
 
 
@@ -261,8 +264,10 @@ def test_a_change_that_is_tiny_or_rests_on_few_examples_is_no_verdict() -> None:
         "exact_match": d(0.9, 29),
     }
     assert summary.verdict_of({"tuned - base": differences}) == [
-        "the tuned model is better by BLEU; worse by general loss than the base; less than 0.5% of difference in eval loss, "
-        "ROUGE-L, chrF; fewer than 30 examples, which is too few to compare exact match"
+        (
+            "the tuned model is better by BLEU; worse by general loss than the base; less than 0.5% of difference in eval "
+            "loss, ROUGE-L, chrF; fewer than 30 examples, which is too few to compare exact match"
+        )
     ]
 
 
