@@ -9,10 +9,10 @@ prompt of the endpoint is therefore, id for id, the beginning of the training ex
 border between the prompt and the answer.
 """
 
-from ftray.chat.encode import ChatFormat, template_of
+from ftray.chat.encode import ChatFormat
 from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.messages import Conversation, Message, ToolCall, read_messages, read_tools
-from ftray.chat.renderer import is_plain
+from ftray.chat.renderer import is_plain, template_of
 from ftray.chat.template_trial import try_template
 
 __all__ = [

@@ -7,7 +7,7 @@ roles if the template only copies the messages' texts (`segments.cut_by_shape`),
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftray.chat.answer_text import ANSWERED, CALLED
@@ -15,9 +15,10 @@ from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.placeholders import ShapeCache
-from ftray.chat.renderer import TemplateRenderer, is_plain, texts_of
+from ftray.chat.renderer import TemplateRenderer, is_plain, template_of, texts_of
 from ftray.chat.segments import WHOLE, Document, TemplateSegmenter
 from ftray.chat.special_tokens import TextChecker, special_tokens
+from ftray.chat.spelled_tokens import SpelledTokens
 from ftray.chat.train_on import Ranges, TrainOn
 from ftray.errors import DataError, ModelError
 
@@ -56,6 +57,7 @@ class ChatFormat:
         names = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
         renderer = TemplateRenderer(template_of(tokenizer), names)
         self._segmenter = TemplateSegmenter(renderer, self._specials, train_on)
+        self._spelled = SpelledTokens(tokenizer, self._specials)
         self._shapes = ShapeCache(self._segmenter)
         self._loss_mask = LossMask(self._special_ids, self._continued, self._checker.normalized)
         self.unknown_token = str(getattr(tokenizer, "unk_token", None) or "")
@@ -144,19 +146,41 @@ class ChatFormat:
         except DataError as err:
             return err
 
-    def encode_prompt(self, conversation: Conversation) -> list[int]:
+    def encode_prompt(
+        self, conversation: Conversation, *, is_request: bool = False, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Ids up to and including the generation prompt, cut into segments as in training.
+
+        Args:
+            conversation: Messages and tools.
+            is_request: Whether it is from a client: its texts may spell special tokens, which are encoded as plain text, and
+                earlier answers may be empty.
+            variables: Values for `variables` of the template.
 
         Raises:
             DataError: As `encode_example`, or the last message is the assistant's.
         """
-        self._check(conversation)
+        if is_request:
+            conversation = self._spelled.hide(conversation)
+        self._check(conversation, allows_empty=is_request)
         if conversation.messages[-1].role == "assistant":
             raise DataError("the last turn is the assistant's; end with the turn that it should answer")
+        segments = self._segmenter.with_variables(variables or {}).cut_prompt(conversation)
+        if is_request:
+            self._spelled.check_shown(conversation, "".join(segments))
         ids: list[int] = []
-        for text in self._segmenter.cut_prompt(conversation):
-            ids += self._tokenize(text, is_first=not ids)
+        for segment in segments:
+            for text, is_spelling in self._spelled.split(segment) if is_request else ((segment, False),):
+                if is_spelling:
+                    ids += self._spelled.encode(text, anchor=ANCHORS[0] if ids and self._inserts_prefix else "")
+                else:
+                    ids += self._tokenize(text, is_first=not ids)
         return ids
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template uses besides messages, tools and special tokens: `enable_thinking`, for example."""
+        return self._segmenter.renderer.variables
 
     def encode_text(self, text: str) -> Encoded:
         """Ids of `text_prefix`, plain text and the end token. All but the prefix are trained on."""
@@ -341,11 +365,11 @@ class ChatFormat:
         self._checker.check(text, "the text")
         self._checker.check_writable(text, "the text")
 
-    def _check(self, conversation: Conversation) -> None:
+    def _check(self, conversation: Conversation, *, allows_empty: bool = False) -> None:
         for i, message in enumerate(conversation.messages):
             if not self._checker.is_plain(message.content):
                 self._checker.check(message.content, f"turn {i} ({message.role})")
-            if message.role == "assistant" and not (message.content.strip() or message.tool_calls):
+            if message.role == "assistant" and not (allows_empty or message.content.strip() or message.tool_calls):
                 raise DataError(f"turn {i} (assistant) is empty")
             if message.weight != 1:
                 raise DataError(f"turn {i} (assistant) has the weight {message.weight}; only 0 and 1 are supported")
@@ -369,15 +393,3 @@ class ChatFormat:
             ends += [token for token in self._tokenize(text) if token in self._special_ids][-1:]
         eos = self._tokenizer.eos_token_id
         return tuple(dict.fromkeys([*ends, *([eos] if eos is not None else [])]))
-
-
-def template_of(tokenizer: Any) -> str:
-    """The template's source; of several named ones, the default. Raises ModelError."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise ModelError(
-                f"the tokenizer has several chat templates ({', '.join(sorted(template))}), but none is named default; rename one"
-            )
-        template = template["default"]
-    return str(template)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.template_limits import TemplateLimitError
 from ftray.chat.turn_shape import CALLING, LONG_ID, QUESTION, RESULT, TOOL, TurnShape, find_turn_shape
-from ftray.errors import DataError
+from ftray.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from ftray.chat.template import Rendered
@@ -27,14 +27,25 @@ class TemplateRenderer:
         names: Special tokens by the names under which the template knows them.
     """
 
-    def __init__(self, template: str, names: dict[str, str]) -> None:
-        self.template, self.names = template, names
+    def __init__(self, template: str, names: Mapping[str, Any]) -> None:
+        self.template, self.names = template, dict(names)
         self._missing_roles: dict[str, str | None] = {}
 
     @cached_property
     def shape(self) -> TurnShape:
         """The form of turns that the template reads."""
         return find_turn_shape(self.template, lambda turns, tools, prompt: self.run(turns, tools, prompt).text)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template uses besides messages, tools and special tokens."""
+        from ftray.chat.template import compiled
+
+        return compiled(self.template).variables - self.names.keys()
+
+    def with_names(self, names: Mapping[str, Any]) -> TemplateRenderer:
+        """A renderer for which the template knows more names."""
+        return TemplateRenderer(self.template, {**self.names, **names})
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation.
@@ -219,3 +230,15 @@ def shared_length(one: str, other: str) -> int:
 def one_line(error: Exception) -> str:
     """An error's text as one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def template_of(tokenizer: Any) -> str:
+    """The template's source; of several named ones, the default. Raises ModelError."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ModelError(
+                f"the tokenizer has several chat templates ({', '.join(sorted(template))}), but none is named default; rename one"
+            )
+        template = template["default"]
+    return str(template)

@@ -8,9 +8,10 @@ becomes a document of its own: the prompt that the endpoint would receive, and t
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ftray.chat.answer_text import AnswerReader, AnswerText, Ending
 from ftray.chat.messages import Conversation, Message
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Segment = tuple[str, bool | Ranges]
 Document = list[Segment]
 WHOLE = TrainOn()
+MAX_VARIANTS = 16  # values of a template's variables whose segmenters are kept
 
 
 class TemplateSegmenter:
@@ -45,6 +47,7 @@ class TemplateSegmenter:
         pattern = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         self._special = re.compile(pattern) if pattern else None
         self._around = re.compile(rf"\s*(?:{pattern})\s*") if pattern else None
+        self._variants: dict[str, TemplateSegmenter] = {}
         self._reader = AnswerReader(renderer, specials)
         self.uses_marks = False
 
@@ -53,6 +56,17 @@ class TemplateSegmenter:
         other = TemplateSegmenter(renderer, self._specials, self.train_on)
         other._reader = AnswerReader(renderer, self._specials, self.ending)
         return other
+
+    def with_variables(self, variables: Mapping[str, Any]) -> TemplateSegmenter:
+        """A segmenter of the same template with values for its variables."""
+        if not variables:
+            return self
+        key = json.dumps(variables, sort_keys=True)
+        if key not in self._variants:
+            if len(self._variants) >= MAX_VARIANTS:
+                self._variants.clear()
+            self._variants[key] = self.with_renderer(self.renderer.with_names(variables))
+        return self._variants[key]
 
     @property
     def has_marks(self) -> bool:

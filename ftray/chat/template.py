@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -103,6 +104,7 @@ TESTS = _words(
     "iterable le lessthan lower lt mapping ne none number odd sameas sequence string true undefined upper"
 )
 GLOBALS = _words("dict namespace range")
+ALWAYS_SET = _words("add_generation_prompt documents messages tools")  # by `Template.render`
 METHODS = {
     str: _words(
         "capitalize count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
@@ -145,7 +147,9 @@ class Template:
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateLimitError(f"the chat template is longer than {MAX_SOURCE_CHARS} characters")
         environment = _environment()
-        self._template = environment.from_string(_AddCharges().visit(environment.parse(source)))
+        tree = environment.parse(source)
+        self.variables = frozenset(find_undeclared_variables(tree)) - ALWAYS_SET - environment.globals.keys()
+        self._template = environment.from_string(_AddCharges().visit(tree))
         self.has_marks = re.search(r"{%-?\s*generation\s*-?%}", source) is not None
 
     def render(

@@ -63,7 +63,7 @@ class ChatEncoder:
         try:
             messages = read_messages([message.turn() for message in body.messages])
             conversation = Conversation(messages, read_tools(tools))
-            ids = self._format.encode_prompt(conversation)
+            ids = self._format.encode_prompt(conversation, is_request=True, variables=self._variables(body))
         except DataError as err:
             raise RequestError(400, str(err), param="messages") from None
         end = self._format.decode(ids[-_END:])
@@ -119,6 +119,22 @@ class ChatEncoder:
                 400, f"the schemas of all tools have more than {MAX_GRAMMAR_CHARS} characters", param="tools"
             )
         return None, grammar, constraint
+
+    def _variables(self, body: ChatRequest) -> dict[str, str | int | float | bool]:
+        """Values for the template. Raises RequestError (400) for names that it does not use."""
+        variables = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None and not (
+            "reasoning_effort" in variables or body.reasoning_effort == "none"
+        ):
+            if "reasoning_effort" not in self._format.variables:
+                message = "reasoning_effort is not used by this model's chat template; remove it"
+                raise RequestError(400, message, param="reasoning_effort", code="unsupported")
+            variables["reasoning_effort"] = body.reasoning_effort
+        if unknown := sorted(variables.keys() - self._format.variables):
+            names = ", ".join(sorted(self._format.variables)) or "none"
+            message = f"the chat template does not use {unknown[0][:80]} (it uses: {names}); remove it"
+            raise RequestError(400, message, param="chat_template_kwargs")
+        return variables
 
     def _tools(self, body: ChatRequest) -> list[dict[str, Any]]:
         """The tools that the model sees: none with `tool_choice: none`, so that it cannot call any."""

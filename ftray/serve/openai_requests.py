@@ -86,8 +86,8 @@ class ChatMessage(StrictModel):
         return self.reasoning_content or self.reasoning or ""
 
     def turn(self) -> dict[str, Any]:
-        """The message as `chat.read_messages` expects it. `developer` is OpenAI's newer name for system."""
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        """The message as `chat.read_messages` expects it, and as a training record has it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.text}
         if self.thoughts:
             turn["reasoning_content"] = self.thoughts
         if self.tool_calls:
@@ -209,6 +209,9 @@ class ModelRequest(StrictModel):
         return self.max_tokens
 
 
+_TemplateValue = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | bool | int | float
+
+
 class ChatRequest(ModelRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -219,7 +222,7 @@ class ChatRequest(ModelRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, _TemplateValue] | None = None
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ChatRequest:
@@ -324,13 +327,16 @@ def parse_request(body: bytes, kind: type[R], *, max_tokens: int) -> R:
     ignored = (_UNSUPPORTED.keys() | _HARMLESS) - kind.model_fields.keys()
     known = {key: value for key, value in raw.items() if key not in ignored}
     request = validate(known, kind)
+    check_limit(request, "max_tokens" if request.max_tokens is not None else "max_completion_tokens", max_tokens)
+    return request
+
+
+def check_limit(request: ModelRequest, field: str, max_tokens: int) -> None:
+    """Raises RequestError (400) if a request asks for more tokens than the endpoint allows."""
     num_requested = request.num_tokens_asked
     if num_requested is not None and num_requested > max_tokens:
-        field = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
-        raise RequestError(
-            400, f"{field} ({str(num_requested)[:40]}) exceeds the endpoint's limit of {max_tokens}", param=field
-        )
-    return request
+        message = f"{field} ({str(num_requested)[:40]}) exceeds the endpoint's limit of {max_tokens}"
+        raise RequestError(400, message, param=field)
 
 
 def _same(a: object, b: object) -> bool:

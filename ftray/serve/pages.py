@@ -18,6 +18,7 @@ from starlette.routing import Route
 from ftray.serve.openai import MAX_BODY_BYTES
 from ftray.serve.openai_answers import ModelList
 from ftray.serve.openai_requests import ChatRequest, CompletionRequest, FeedbackRequest
+from ftray.serve.responses_requests import ResponsesRequest
 
 _FILES = {
     "/docs": ("docs.html", "text/html; charset=utf-8"),
@@ -64,6 +65,10 @@ def openapi() -> dict[str, Any]:
     schemas: dict[str, Any] = {"Error": _ERROR}
     bodies: dict[str, tuple[type[BaseModel], str]] = {
         "/v1/chat/completions": (ChatRequest, "Answers a conversation; with stream: true as server-sent events"),
+        "/v1/responses": (
+            ResponsesRequest,
+            "Answers a conversation, in the form of OpenAI's newer API; nothing is stored",
+        ),
         "/v1/completions": (CompletionRequest, "Continues a text"),
         "/v1/feedback": (FeedbackRequest, "Keeps what a user thought of an answer, for the next training run"),
     }

@@ -38,6 +38,8 @@ from ftray.serve.openai_answers import AnswerFrame, ChatFrame, CompletionFrame, 
 from ftray.serve.openai_requests import ChatRequest, CompletionRequest, FeedbackRequest, ModelRequest, parse_request
 from ftray.serve.pages import page_routes
 from ftray.serve.rate_limit import RateLimiter, RateLimits
+from ftray.serve.responses_answers import ResponsesFrame
+from ftray.serve.responses_requests import read_responses_request
 from ftray.serve.routing import ALIAS, Router
 from ftray.serve.sampling import sampling_params, token_speller
 from ftray.serve.streaming import AnswerStream, RequestStats
@@ -108,6 +110,7 @@ def _starlette(api: _Routes, lifespan: Callable[[Starlette], Any], *, keeps_feed
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
+            Route("/v1/responses", api.responses, methods=["POST"]),
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
             Route("/v1/models/{model_id:path}", api.model, methods=["GET"]),
@@ -227,6 +230,20 @@ class _Routes:
         stats, caller = self._admit(request)
         body = parse_request(await read_body(request), ChatRequest, max_tokens=self._max_tokens)
         model_id = self._route(body)
+        frame = ChatFrame(model_id, answer_id("chatcmpl", caller), self._token_bytes, body.include_usage)
+        return await self._answer_chat(body, model_id, frame, stats, caller)
+
+    async def responses(self, request: Request) -> Response:
+        stats, caller = self._admit(request)
+        raw = read_object(await read_body(request))
+        asked, body = read_responses_request(raw, max_tokens=self._max_tokens)
+        model_id = self._route(body)
+        frame = ResponsesFrame(answer_id("resp", caller), model_id, asked)
+        return await self._answer_chat(body, model_id, frame, stats, caller)
+
+    async def _answer_chat(
+        self, body: ChatRequest, model_id: str, frame: AnswerFrame, stats: RequestStats, caller: str
+    ) -> Response:
         if self._chats is None:
             message = f"the model {model_id} has no chat template; use /v1/completions"
             raise RequestError(400, message, param="model")
@@ -235,21 +252,11 @@ class _Routes:
         stats.scripts = await _beside(size, scripts_of, prompt.text)
         await self._check_constraint(prompt)
         params = self._sampling(body, len(prompt.ids), prompt)
-        frame = ChatFrame(model_id, answer_id("chatcmpl", caller), self._token_bytes, body.include_usage)
-        answer = partial(read_answer, max_calls=prompt.max_calls, is_named=prompt.is_named)
-        return await self._answer(
-            _Question(
-                body,
-                [prompt.ids],
-                params,
-                lambda stream, _: answer(stream, prompt.new_parser()),
-                frame,
-                prompt.constraint,
-            ),
-            model_id,
-            stats,
-            caller,
+        read = partial(read_answer, max_calls=prompt.max_calls, is_named=prompt.is_named)
+        question = _Question(
+            body, [prompt.ids], params, lambda stream, _: read(stream, prompt.new_parser()), frame, prompt.constraint
         )
+        return await self._answer(question, model_id, stats, caller)
 
     async def completions(self, request: Request) -> Response:
         stats, caller = self._admit(request)
