@@ -15,12 +15,20 @@ from ftray.cli.context import AsJson, Overrides, RunTarget, command, launch, ope
 from ftray.console import Console
 
 if TYPE_CHECKING:
+    from ftray.data.spot_check import SourceSample
     from ftray.report.plan import ProbeResult
 
 
 @command()
-def check(target: RunTarget, overrides: Overrides = None, as_json: AsJson = False, *, console: Console) -> int:
-    """Validate a run file and print the settings derived from it. Starts no Ray."""
+def check(
+    target: RunTarget,
+    overrides: Overrides = None,
+    fast: Annotated[bool, Option("--fast", help="Only the run file: look at no data and no model.")] = False,
+    as_json: AsJson = False,
+    *,
+    console: Console,
+) -> int:
+    """Validate a run file, its base and a sample of its data; print the settings derived from it. Starts no Ray."""
     from ftray import storage
     from ftray.report.gpu_specs import check_accelerator
     from ftray.train.zero.config import deepspeed_config
@@ -39,12 +47,42 @@ def check(target: RunTarget, overrides: Overrides = None, as_json: AsJson = Fals
 
         sweep = describe(check_tune(run))
     check_serving(run, is_local=is_local)
+    samples = [] if fast else _look_at_data(run, Console(sys.stderr) if as_json else console)
     if as_json:
         console.say(json.dumps(run.model_dump(mode="json"), indent=1))
         return 0
-    for name, text in _summary(run, sweep):
+    for name, text in [*_summary(run, sweep), *samples]:
         console.say(f"{name:<11}{text}")
     return 0
+
+
+def _look_at_data(run: config.RunConfig, console: Console) -> list[tuple[str, str]]:
+    """Reads a sample of each source and checks the base; prints warnings. Returns pairs of a name and a text."""
+    from functools import partial
+
+    from ftray.data import spot_check
+    from ftray.data.chunks import streams
+    from ftray.driver.preflight import preflight
+    from ftray.evaluate.plan import check_inputs
+    from ftray.model.load import load_tokenizer
+
+    preflight(run)
+    check_inputs(run)
+    train, evals = streams(run.data, partial(load_tokenizer, run.model), run.evaluate.slices)
+    is_split = isinstance(run.data.eval, config.SplitConfig)
+    samples = spot_check.sample_sources(train, run.data.max_bad_records)
+    others = [] if evals is None or is_split else spot_check.sample_sources(evals, run.data.max_bad_records)
+    for sentence in spot_check.compare(samples, others, is_split):
+        console.warn(sentence)
+    return [("sample", _describe(sample)) for sample in [*samples, *others]]
+
+
+def _describe(sample: SourceSample) -> str:
+    num_records, num_files = len(sample.lengths), sample.num_files
+    return (
+        f"{sample.path}: {num_records} record{'s' * (num_records > 1)} of {num_files} file{'s' * (num_files > 1)}, "
+        f"{min(sample.lengths)} to {max(sample.lengths)} tokens, {sample.median_length} in the middle"
+    )
 
 
 def _summary(run: config.RunConfig, sweep: str | None) -> list[tuple[str, str]]:

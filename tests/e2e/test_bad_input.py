@@ -385,13 +385,13 @@ def test_a_port_that_is_taken_is_refused_before_ray_starts(desk: Place, typed: T
 
 def test_a_learning_rate_as_people_write_it_is_a_number(desk: Place, typed: Typed) -> None:
     for text in ("2e-4", "1e3", ".5"):
-        shown = typed("check", "run.yaml", f"train.learning_rate={text}", "--json")
+        shown = typed("check", "--fast", "run.yaml", f"train.learning_rate={text}", "--json")
         assert shown.code == 0, shown.err
         assert json.loads(shown.out)["train"]["learning_rate"] == float(text)
 
 
 def test_several_mistakes_are_told_at_once(desk: Place, typed: Typed) -> None:
-    refused = typed("check", "run.yaml", "train.epoch=1", "serve.port=x", "evaluate.metrics=[blue]")
+    refused = typed("check", "--fast", "run.yaml", "train.epoch=1", "serve.port=x", "evaluate.metrics=[blue]")
     assert refused.code == 2
     first, *rest = refused.err.splitlines()
     assert first == "ftray: run.yaml:"
@@ -404,7 +404,7 @@ def test_several_mistakes_are_told_at_once(desk: Place, typed: Typed) -> None:
 
 def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
     """As a process: what Python prints at its end would show here."""
-    assert_refused(desk.ftray("check", "run.yaml", "train.max_step=3"), "did you mean train.max_steps?")
+    assert_refused(desk.ftray("check", "--fast", "run.yaml", "train.max_step=3"), "did you mean train.max_steps?")
     usage = desk.ftray("trian", "run.yaml")
     assert usage.code == 2
     assert "Did you mean 'train'?" in usage.err
@@ -415,7 +415,7 @@ def test_the_command_itself_says_it_in_one_line(desk: Place) -> None:
 
 
 def test_output_that_nobody_reads_any_more_is_no_fault(desk: Place) -> None:
-    command = [sys.executable, "-m", "ftray.cli.main", "check", "run.yaml"]
+    command = [sys.executable, "-m", "ftray.cli.main", "check", "--fast", "run.yaml"]
     ends: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=desk.directory, env=desk.env, **ends) as process:
         process.stdout.close()  # type: ignore[union-attr] - as `| head` does

@@ -565,18 +565,18 @@ def test_checkpoint_intervals_are_read() -> None:
 
 
 def test_check_ends_with_code_2_and_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["check", str(run_file), "train.learning_rat=1"]) == 2
+    assert main.main(["check", "--fast", str(run_file), "train.learning_rat=1"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == f"ftray: {run_file}: unknown key train.learning_rat; did you mean train.learning_rate?\n"
-    assert main.main(["check", str(run_file.with_name("none.yaml"))]) == 2
+    assert main.main(["check", "--fast", str(run_file.with_name("none.yaml"))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["check", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
+    assert main.main(["check", "--fast", str(run_file), "deepspeed.overrides={zero_optimization: {stage: 3}}"]) == 2
     told = "deepspeed.overrides.zero_optimization.stage is set by deepspeed.zero_stage; change that instead"
     assert capsys.readouterr().err == f"ftray: {told}\n"
 
@@ -592,7 +592,7 @@ def test_all_weights_are_trained_at_a_lower_rate_than_adapters_unless_the_run_fi
 
 def test_check_prints_what_follows_from_the_file(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train.global_batch_size=8", "scale.num_workers=2", "train.micro_batch_size=2", "train.max_steps=5"]
-    assert main.main(["check", str(run_file), *arguments]) == 0
+    assert main.main(["check", "--fast", str(run_file), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "step       8 packed sequences = 2 workers × micro-batch 2 × 2 accumulated" in lines
     assert "tokens     at most 16384 per step" in lines
@@ -618,15 +618,15 @@ def test_every_key_is_described() -> None:
 
 
 def test_overrides_may_stand_before_and_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["check", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
+    assert main.main(["check", "--fast", "jobs/quickstart.yaml", "train.seed=3", "--json", "train.epochs=2"]) == 0
     shown = json.loads(capsys.readouterr().out)["train"]
     assert (shown["seed"], shown["epochs"]) == (3, 2.0)
-    assert main.main(["check", "jobs/quickstart.yaml", "--jsn"]) == 2
+    assert main.main(["check", "--fast", "jobs/quickstart.yaml", "--jsn"]) == 2
     assert "No such option: --jsn. Did you mean --json?" in capsys.readouterr().err
 
 
 def test_a_double_dash_in_front_of_an_override_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["check", "jobs/quickstart.yaml", "--train.seed=3", "--json"]) == 0
+    assert main.main(["check", "--fast", "jobs/quickstart.yaml", "--train.seed=3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["seed"] == 3
 
 

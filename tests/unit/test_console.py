@@ -104,10 +104,10 @@ def test_the_variable_is_checked_and_answers_stay_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FTRAY_LOG", "xml")
-    assert main.main(["check", "jobs/quickstart.yaml"]) == 2
+    assert main.main(["check", "--fast", "jobs/quickstart.yaml"]) == 2
     assert capsys.readouterr().err == "ftray: FTRAY_LOG is xml; use json, text, or unset it\n"
     monkeypatch.setenv("FTRAY_LOG", "json")
-    assert main.main(["check", "jobs/quickstart.yaml"]) == 0
+    assert main.main(["check", "--fast", "jobs/quickstart.yaml"]) == 0
     assert "config hash" in capsys.readouterr().out.splitlines()[0]
     assert main.main(["train", "no.yaml"]) == 2
     failed = json.loads(capsys.readouterr().err)

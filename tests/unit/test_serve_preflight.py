@@ -53,7 +53,7 @@ def test_check_tells_what_an_engine_can_not_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with_vllm(monkeypatch, is_there=is_there)
-    code = main.main(["check", str(run_file), *words])
+    code = main.main(["check", "--fast", str(run_file), *words])
     err = capsys.readouterr().err
     assert code == (2 if fragments else 0), err
     assert all(fragment in err for fragment in fragments), err
@@ -74,7 +74,7 @@ def test_a_sweep_is_asked_by_what_it_will_train(
     tree["method"]["rank"], tree["data"]["eval"] = rank, {"fraction": 0.1}
     tree["tune"] = {"space": {"method.rank": {"type": "choice", "values": ranks}}, "num_trials": 2}
     run_file.write_text(yaml.safe_dump(tree))
-    assert main.main(["check", str(run_file)]) == code
+    assert main.main(["check", "--fast", str(run_file)]) == code
     assert ("method.rank is 128" in capsys.readouterr().err) == (code == 2)
 
 
@@ -83,4 +83,4 @@ def test_where_a_cluster_is_asked_it_may_have_what_this_machine_has_not(
 ) -> None:
     with_vllm(monkeypatch, is_there=False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert main.main(["check", str(run_file)]) == 0
+    assert main.main(["check", "--fast", str(run_file)]) == 0

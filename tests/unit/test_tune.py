@@ -197,9 +197,12 @@ def test_layers_and_files_that_only_some_trials_name_are_looked_at_before_ray_st
 def test_check_tells_what_a_sweep_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {**copy.deepcopy(BASE), "tune": {"num_trials": 2, "space": {"train.learning_rate": LR}}}
     (tmp_path / "f.yaml").write_text(yaml.safe_dump(tree))
-    assert main.main(["check", str(tmp_path / "f.yaml")]) == 0
+    assert main.main(["check", "--fast", str(tmp_path / "f.yaml")]) == 0
     assert "2 trials (random) over train.learning_rate; early stopping by successive halving" in capsys.readouterr().out
-    assert main.main(["check", str(tmp_path / "f.yaml"), "tune.space={train.lr: {type: choice, values: [1]}}"]) == 2
+    assert (
+        main.main(["check", "--fast", str(tmp_path / "f.yaml"), "tune.space={train.lr: {type: choice, values: [1]}}"])
+        == 2
+    )
 
 
 def test_a_space_of_many_keys_has_each_value_validated_in_a_second() -> None:
