@@ -70,7 +70,9 @@ def _replay_source(plan: LoadPlan, source: int) -> Iterator[tuple[Row, list[tupl
             for at in sequence_order(len(found.sequences), plan.seed, epoch, source, path, start):
                 row = found.sequences[at]
                 digest = hashlib.sha256(row.input_ids.tobytes() + row.labels.tobytes()).hexdigest()
-                records = [(path, found.examples[d].position) for d in row.documents]
+                chunk = plan.sources[source][number].chunk
+                places = [chunk.locate(found.examples[found.owners[d]].position) for d in row.documents]
+                records = [(piece.path, position) for piece, position in places]
                 yield (source, epoch, number, at, digest), records
         epoch += 1
 

@@ -75,15 +75,19 @@ def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
     packed = pack_chunk(facts.chunk, stream)
     if packed.digest != facts.digest:  # size and etag are unchanged, the content is not
         raise DataError(
-            f"{facts.chunk.uri} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run "
-            "was using it; restore it, or start a new run under another name"
+            f"{facts.chunk.name} no longer gives the sequences that were indexed: the file or the tokenizer changed while the "
+            "run was using it; restore it, or start a new run under another name"
         )
     return _ordered(packed.examples, facts.chunk)
 
 
 def _ordered(examples: Iterable[Example], chunk: Chunk) -> list[EvalExample]:
-    ordered = sorted(examples, key=lambda e: key(chunk.path, e.position))
-    return [EvalExample(f"{chunk.path}:{e.position}", e.encoded.documents(), e.conversation, e.slice) for e in ordered]
+    def place(example: Example) -> tuple[str, int]:
+        piece, position = chunk.locate(example.position)
+        return piece.path, position
+
+    ordered = sorted(examples, key=lambda e: key(*place(e)))
+    return [EvalExample("{}:{}".format(*place(e)), e.encoded.documents(), e.conversation, e.slice) for e in ordered]
 
 
 def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[EvalExample]:

@@ -35,7 +35,7 @@ class Example:
     """A record that is ready for packing.
 
     Attributes:
-        position: Its identity in the shard.
+        position: Its position in the chunk.
         encoded: Its token ids and loss mask.
         conversation: None for plain text.
         text: None for conversations.
@@ -139,7 +139,7 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
         bad += isinstance(item, Quarantined)
         if bad > MAX_BAD_RECORDS and isinstance(item, Quarantined):
             raise DataError(
-                f"{chunk.uri} has more than {MAX_BAD_RECORDS} bad records in one piece, the last at {item.position}: "
+                f"{chunk.name} has more than {MAX_BAD_RECORDS} bad records in one piece, the last at {item.position}: "
                 f"{item.detail}; {item.fix}"
             )
         yield item
@@ -261,7 +261,8 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Exampl
 
 def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:
     detail, fix = _clip(str(bad), DETAIL_CHARS), FIXES.get(bad.rule.partition(":")[0], "correct it, or remove it")
-    return Quarantined(chunk.uri, raw.position, bad.rule, detail, _excerpt(raw.value), fix)
+    piece, position = chunk.locate(raw.position)
+    return Quarantined(piece.uri, position, bad.rule, detail, _excerpt(raw.value), fix)
 
 
 def _excerpt(value: bytes | dict[str, Any]) -> str:

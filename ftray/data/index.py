@@ -38,7 +38,7 @@ from ftray.data.record_table import (
     open_writer,
     read_described,
 )
-from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
+from ftray.data.sources import Chunk, cut_source, line_number, list_shards
 from ftray.errors import DataError
 
 VERSION = 7  # increase it when sequences, facts or records of a chunk change their meaning
@@ -109,8 +109,8 @@ class Index:
         moved to the other side of the split.
         """
         parts = [
-            (f.chunk.source, f.chunk.path, f.chunk.start, f.num_sequences, f.digest, f.chunk.dropped, f.chunk.moved)
-            for f in self.facts
+            ([p.path for p in c.pieces], c.source, c.start, f.num_sequences, f.digest, c.dropped, c.moved)
+            for f, c in ((facts, facts.chunk) for facts in self.facts)
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -194,8 +194,7 @@ def _list_chunks(stream: DatasetSpec, chunk_bytes: int) -> list[Chunk]:
     return [
         chunk
         for i, source in enumerate(stream.sources)
-        for shard in list_shards(source.path)
-        for chunk in cut_shard(shard, i, chunk_bytes)
+        for chunk in cut_source(list_shards(source.path), i, chunk_bytes)
     ]
 
 

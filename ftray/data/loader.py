@@ -112,7 +112,7 @@ def sequence_table(item: tuple[int, int, ChunkFacts], stream: DatasetSpec, seed:
     packed = pack_chunk(chunk, stream)
     if packed.digest != facts.digest:  # size and etag are unchanged, the content is not
         raise DataError(
-            f"{chunk.uri} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run was "
+            f"{chunk.name} no longer gives the sequences that were indexed: the file or the tokenizer changed while the run was "
             "using it; restore it, or start a new run under another name"
         )
     n = len(packed.sequences)

@@ -12,7 +12,7 @@ from ftray.console import Console
 from ftray.data.chunks import DatasetSpec
 from ftray.data.examples import Example, Quarantined, read_examples
 from ftray.data.packing import best_fit
-from ftray.data.sources import Chunk, cut_shard, line_number, list_shards
+from ftray.data.sources import Chunk, Piece, cut_source, line_number, list_shards
 
 # kind of a span → escape codes before and after it: green, dim, inverted
 COLORS = {"trained": ("\x1b[32m", "\x1b[0m"), "context": ("\x1b[2m", "\x1b[0m"), "special": ("\x1b[7m", "\x1b[0m")}
@@ -40,8 +40,9 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
         console.say(f"\n{source.path}")
         lengths = []
         for chunk, item in islice(_records(stream, i, chunk_bytes, chat), number):
-            line = line_number(chunk.uri, item.position)
-            where = f"{chunk.path}, {f'line {line}' if line else f'record {item.position}'}"
+            piece, position = place_of(chunk, item)
+            line = line_number(piece.uri, position)
+            where = f"{piece.path}, {f'line {line}' if line else f'record {position}'}"
             if isinstance(item, Quarantined):
                 console.say(f"\n--- {where}: bad ({item.rule}): {item.detail}")
                 continue
@@ -58,13 +59,19 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
             console.say(f"\npacked alone, in sequences of {stream.max_seq_len} tokens: {packed}")
 
 
+def place_of(chunk: Chunk, item: Example | Quarantined) -> tuple[Piece, int]:
+    """The file of a record, and its identity in it."""
+    if isinstance(item, Example):
+        return chunk.locate(item.position)
+    return next(piece for piece in chunk.pieces if piece.uri == item.uri), item.position
+
+
 def _records(
     stream: DatasetSpec, source: int, chunk_bytes: int, chat: ChatFormat
 ) -> Iterator[tuple[Chunk, Example | Quarantined]]:
-    for shard in list_shards(stream.sources[source].path):
-        for chunk in cut_shard(shard, source, chunk_bytes):
-            for item in read_examples(chunk, chat, stream.rules(source)):
-                yield chunk, item
+    for chunk in cut_source(list_shards(stream.sources[source].path), source, chunk_bytes):
+        for item in read_examples(chunk, chat, stream.rules(source)):
+            yield chunk, item
 
 
 def pieces(chat: ChatFormat, encoded: Encoded) -> list[TokenSpan]:

@@ -28,7 +28,7 @@ from ftray.data.checks.contamination import NgramHashes, eval_fingerprints, fing
 from ftray.data.checks.dedup import NUM_PERM, Signatures, record_keys, signature, spoken_text
 from ftray.data.chunks import DatasetSpec, pack_chunk
 from ftray.data.examples import Example, Quarantined
-from ftray.data.sources import Chunk
+from ftray.data.sources import Chunk, Piece
 from ftray.data.verify_records import verifier_of
 
 LABEL_CHARS = 60  # a longer answer is not a label
@@ -94,7 +94,7 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) 
         DataError: As `pack_chunk`, or the ids or the mask of a record are wrong.
     """
     packed = pack_chunk(chunk, stream)
-    verifier_of(stream.load_tokenizer).verify(packed.examples, chunk.uri)
+    verifier_of(stream.load_tokenizer).verify(packed.examples, chunk)
     scripts: Counter[str] = Counter()
     lines = [_describe(example, required, scripts) for example in packed.examples]
     summary = ChunkSummary(
@@ -240,16 +240,16 @@ class RecordTable:
         """int32 [records]: the chunk of each record."""
         return np.repeat(np.arange(len(self.chunks), dtype=np.int32), np.diff(self.offsets))
 
-    def where(self, place: int) -> tuple[Chunk, int]:
-        """Chunk and position of a record."""
+    def where(self, place: int) -> tuple[Piece, int]:
+        """The file of a record, and its identity in it."""
         chunk = self.chunk_of(place)
-        return self.chunks[chunk], self.position(chunk, place)
+        return self.chunks[chunk].locate(self.position(chunk, place))
 
     def chunk_of(self, place: int) -> int:
         """Number of a record's chunk."""
         return int(np.searchsorted(self.offsets, place, "right")) - 1
 
     def position(self, chunk: int, place: int) -> int:
-        """Position of a record in its shard. chunk: the number of its chunk."""
+        """Position of a record in its chunk. chunk: the number of its chunk."""
         position: int = self.described[chunk].batch.column("position")[place - int(self.offsets[chunk])].as_py()
         return position

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,8 @@ from ftray.errors import DataError
 
 READ_AHEAD = 1 << 16  # bytes fetched to find the end of a chunk's last record; doubled until it is found
 PIECE = 1 << 24  # bytes read at once to count lines
+FILE_BITS = 40
+SMALL_SHARE, MAX_FILES = 16, 500  # a small file is less than this part of a chunk; at most so many are read by one task
 READ_BYTES = 1 << 20  # per read of a file that is not cut
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".arrow")
 LINES = (".jsonl", ".ndjson")
@@ -43,10 +45,25 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a file: bytes [start, end) of a .jsonl or .arrow file, row groups [start, end) of Parquet, or all of it."""
+
+    uri: str
+    path: str
+    etag: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A piece of a shard: bytes [start, end) of a .jsonl file, row groups [start, end) of Parquet, otherwise the whole file.
+    """The unit that is read, packed and shuffled as a whole: a piece of a file, or several small files.
+
+    A position in the n-th file of a chunk is n · 2^FILE_BITS plus the record's identity in its file.
 
     Attributes:
+        uri: The first file. path, etag, start and end belong to it.
+        more: The other files, whole.
         dropped: Positions of training records that `data.clean` removes.
         moved: Positions of records that are on the other side of the split than their hash says, so that their class has an
             eval record.
@@ -60,11 +77,27 @@ class Chunk:
     end: int
     dropped: tuple[int, ...] = ()
     moved: tuple[int, ...] = ()
+    more: tuple[Piece, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All of its parts of files, in the order in which they are read."""
+        return (Piece(self.uri, self.path, self.etag, self.start, self.end), *self.more)
+
+    @property
+    def name(self) -> str:
+        """Its file, for messages."""
+        return f"{self.uri} (or one of {len(self.more)} small files packed with it)" if self.more else self.uri
+
+    def locate(self, position: int) -> tuple[Piece, int]:
+        """The file of a record, and the record's identity in it."""
+        number, local = divmod(position, 1 << FILE_BITS)
+        return self.pieces[number], local
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """position: byte offset, or number in the file. value: the bytes of a line, or an object."""
+    """position: byte offset, or number in the file; see `Chunk` for several files. value: the bytes of a line, or an object."""
 
     position: int
     value: bytes | dict[Any, Any]
@@ -169,6 +202,35 @@ def cut_shard(shard: Shard, source: int, chunk_bytes: int) -> list[Chunk]:
     return [Chunk(source, shard.uri, shard.path, shard.etag, a, b) for a, b in pairwise(edges)]
 
 
+def cut_source(shards: Sequence[Shard], source: int, chunk_bytes: int) -> list[Chunk]:
+    """The chunks of a source in file order, a pure function of the listing.
+
+    The end of a chunk is the end of a packed sequence, so a file of a few records alone would leave most of its sequence empty.
+    Small files are therefore grouped in the order of the listing, up to `chunk_bytes` and MAX_FILES.
+
+    Args:
+        shards: The files, from `list_shards`.
+        source: The number of the source.
+        chunk_bytes: The size of a chunk.
+
+    Raises:
+        DataError: As `cut_shard`.
+    """
+    chunks: list[Chunk] = []
+    place, size = -1, 0  # of the group that is being filled
+    for shard in shards:
+        own = cut_shard(shard, source, chunk_bytes)
+        if len(own) != 1 or shard.size_bytes * SMALL_SHARE >= chunk_bytes:
+            chunks += own
+        elif place < 0 or size + shard.size_bytes > chunk_bytes or len(chunks[place].more) + 1 == MAX_FILES:
+            place, size = len(chunks), shard.size_bytes
+            chunks += own
+        else:
+            size += shard.size_bytes
+            chunks[place] = replace(chunks[place], more=(*chunks[place].more, *own[0].pieces))
+    return chunks
+
+
 def read_chunk(chunk: Chunk, needs: Callable[[str], bool] = is_any) -> Iterator[RawRecord]:
     """The raw records of a chunk in file order.
 
@@ -179,20 +241,26 @@ def read_chunk(chunk: Chunk, needs: Callable[[str], bool] = is_any) -> Iterator[
     Raises:
         DataError: The shard changed since it was listed, or cannot be read.
     """
-    _, etag = storage.size_and_etag(chunk.uri)
-    if etag != chunk.etag:
+    for number, piece in enumerate(chunk.pieces):
+        for record in _read_piece(piece, needs):
+            yield RawRecord((number << FILE_BITS) + record.position, record.value) if number else record
+
+
+def _read_piece(piece: Piece, needs: Callable[[str], bool]) -> Iterator[RawRecord]:
+    _, etag = storage.size_and_etag(piece.uri)
+    if etag != piece.etag:
         raise DataError(
-            f"{chunk.uri} changed while the run was using it; restore it, or start a new run under another name"
+            f"{piece.uri} changed while the run was using it; restore it, or start a new run under another name"
         )
-    if is_lines(chunk.path):
-        return _read_lines(chunk)
-    if kind_of(chunk.path) == ".parquet":
-        rows = ParquetShard(chunk.uri).read(chunk.start, chunk.end, needs)
+    if is_lines(piece.path):
+        return _read_lines(piece)
+    if kind_of(piece.path) == ".parquet":
+        rows = ParquetShard(piece.uri).read(piece.start, piece.end, needs)
         return (RawRecord(number, row) for number, row in rows)
-    if kind_of(chunk.path) == ".arrow":
-        rows = ArrowShard(chunk.uri).read(chunk.start, chunk.end, needs)
+    if kind_of(piece.path) == ".arrow":
+        rows = ArrowShard(piece.uri).read(piece.start, piece.end, needs)
         return (RawRecord(number, row) for number, row in rows)
-    return _read_whole(chunk)
+    return _read_whole(piece)
 
 
 def line_number(uri: str, position: int) -> int | None:
@@ -203,7 +271,7 @@ def line_number(uri: str, position: int) -> int | None:
     return 1 + sum(storage.read_range(uri, start, end).count(b"\n") for start, end in pieces)
 
 
-def _read_lines(chunk: Chunk) -> Iterator[RawRecord]:
+def _read_lines(chunk: Piece) -> Iterator[RawRecord]:
     # From one byte before the chunk: if that is a newline, a record begins at the chunk's first byte.
     at = max(chunk.start - 1, 0)
     data = storage.read_range(chunk.uri, at, chunk.end)
@@ -236,7 +304,7 @@ def _rest_of_line(uri: str, start: int) -> bytes:
         decompress.check_record(uri, start - begin, f"byte {begin}")
 
 
-def _read_whole(chunk: Chunk) -> Iterator[RawRecord]:
+def _read_whole(chunk: Piece) -> Iterator[RawRecord]:
     """The records of a file that is not cut: compressed, a JSON array, or CSV. Position: the number of the line or item."""
     kind = kind_of(chunk.path)
     with io.BufferedReader(StoredFile(chunk.uri), READ_BYTES) as source:

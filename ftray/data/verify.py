@@ -21,6 +21,7 @@ from ftray.data.examples import Example, read_examples
 from ftray.data.index import Index
 from ftray.data.loader import LoaderConfig, LoadPlan, RankLoader
 from ftray.data.packing import IGNORE_INDEX, PackedSequence, pack_examples
+from ftray.data.sources import Chunk
 from ftray.data.tokenizer import BatchTokenizer, backend_json
 from ftray.data.verify_records import Mismatch, expected_documents, inexact, verify
 from ftray.errors import DataError
@@ -50,18 +51,20 @@ def verify_sample(stream: DatasetSpec, index: Index, split: str, number: int = N
                 break
             items = read_examples(facts.chunk, fast, stream.rules(source))
             examples = list(islice((e for e in items if isinstance(e, Example)), left))
-            _verify_examples(chat, examples, stream, facts.chunk.uri, split)
+            _verify_examples(chat, examples, stream, facts.chunk, split)
             left -= len(examples)
         num_verified += number - left
     return num_verified
 
 
-def _verify_examples(chat: ChatFormat, examples: Sequence[Example], stream: DatasetSpec, uri: str, split: str) -> None:
-    """Packs the examples of one shard and verifies the sequences. Raises DataError naming the record."""
+def _verify_examples(
+    chat: ChatFormat, examples: Sequence[Example], stream: DatasetSpec, chunk: Chunk, split: str
+) -> None:
+    """Packs the examples of one chunk and verifies the sequences. Raises DataError naming the record."""
     expected = [(example, document) for example in examples for document in expected_documents(chat, example)]
     documents = [document for example in examples for document in example.encoded.documents()]
     if len(documents) != len(expected):
-        raise DataError(f"{len(documents)} documents instead of {len(expected)} in {uri}: a bug in ftray.chat")
+        raise DataError(f"{len(documents)} documents instead of {len(expected)} in {chunk.uri}: a bug in ftray.chat")
     verified: set[int] = set()
     for sequence in pack_examples(documents, stream.max_seq_len, 0, stream.packing):
         for place, ids, mask in read_back(sequence):
@@ -69,10 +72,10 @@ def _verify_examples(chat: ChatFormat, examples: Sequence[Example], stream: Data
             try:
                 verify(chat, expected[place][1], ids, mask)
             except Mismatch as err:
-                raise inexact(f"data.{split}: {uri}", uri, expected[place][0].position, err) from None
+                raise inexact(f"data.{split}: ", chunk, expected[place][0].position, err) from None
     if lost := len(expected) - len(verified):
         raise DataError(
-            f"data.{split}: packing lost {lost} of {len(expected)} documents of {uri}; this is a bug in packing"
+            f"data.{split}: packing lost {lost} of {len(expected)} documents of {chunk.uri}; this is a bug in packing"
         )
 
 
@@ -140,8 +143,9 @@ class TracingRank:
             at = slice(place * length, (place + 1) * length)
             digest = hashlib.sha256(ids[at].tobytes() + labels[at].tobytes()).hexdigest()
             sequences.append([sequence["source"], sequence["epoch"], sequence["chunk"], sequence["sequence"], digest])
-            path = self._plan.sources[sequence["source"]][sequence["chunk"]].chunk.path
-            records += [[path, position] for position in sequence["records"]]
+            chunk = self._plan.sources[sequence["source"]][sequence["chunk"]].chunk
+            places = [chunk.locate(position) for position in sequence["records"]]
+            records += [[piece.path, position] for piece, position in places]
         return {"sequences": sequences, "records": records}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ftray.chat import ChatFormat, ExpectedDocument, is_plain
 from ftray.data.examples import Example
-from ftray.data.sources import line_number
+from ftray.data.sources import Chunk, line_number
 from ftray.errors import DataError
 
 MAX_FRAMES = 10_000  # kept by a process
@@ -39,12 +39,13 @@ def verify(chat: ChatFormat, expected: ExpectedDocument | str, ids: Sequence[int
         verify_document(chat, expected, ids, mask)
 
 
-def inexact(what: str, uri: str, position: int, error: Exception) -> DataError:
-    """The error for a record whose ids or mask are wrong."""
-    line = line_number(uri, position)
-    where = f"line {line}" if line else f"record {position}"
+def inexact(what: str, chunk: Chunk, position: int, error: Exception) -> DataError:
+    """The error for a record whose ids or mask are wrong. what: the beginning of the message."""
+    piece, local = chunk.locate(position)
+    line = line_number(piece.uri, local)
+    where = f"line {line}" if line else f"record {local}"
     return DataError(
-        f"{what}, {where}: {error}. This record cannot be trained on exactly with this tokenizer and chat template; correct "
+        f"{what}{piece.uri}, {where}: {error}. This record cannot be trained on exactly with this tokenizer and chat template; correct "
         "the record or the template, or use another base"
     )
 
@@ -62,8 +63,8 @@ class RecordVerifier:
         self._chat = chat
         self._verified: set[tuple[str, str]] = set()  # around the texts: of whole documents, and of their trained parts
 
-    def verify(self, examples: Sequence[Example], uri: str) -> None:
-        """Verifies the examples of a shard. Raises DataError naming a record whose ids or mask are wrong."""
+    def verify(self, examples: Sequence[Example], chunk: Chunk) -> None:
+        """Verifies the examples of a chunk. Raises DataError naming a record whose ids or mask are wrong."""
         documents = [document for example in examples for document in example.encoded.documents()]
         texts = self._chat.decode_many([ids for ids, _ in documents])
         trained = self._chat.decode_many([np.asarray(ids)[np.asarray(mask)] for ids, mask in documents])
@@ -72,7 +73,7 @@ class RecordVerifier:
             number = len(example.encoded.starts)
             frame = self._frame(example, texts[at], trained[at], number)
             if frame not in self._verified:
-                self._verify_exactly(example, uri)
+                self._verify_exactly(example, chunk)
                 if len(self._verified) >= MAX_FRAMES:
                     self._verified.clear()
                 if frame is not None:
@@ -92,7 +93,7 @@ class RecordVerifier:
         frames = _around(text, contents), _around(trained, learned)
         return None if frames[0] is None or frames[1] is None else (frames[0], frames[1])
 
-    def _verify_exactly(self, example: Example, uri: str) -> None:
+    def _verify_exactly(self, example: Example, chunk: Chunk) -> None:
         expected = expected_documents(self._chat, example)
         try:
             if len(expected) != len(example.encoded.starts):
@@ -100,7 +101,7 @@ class RecordVerifier:
             for document, (ids, mask) in zip(expected, example.encoded.documents(), strict=True):
                 verify(self._chat, document, [int(i) for i in ids], [bool(m) for m in mask])
         except Mismatch as err:
-            raise inexact(uri, uri, example.position, err) from None
+            raise inexact("", chunk, example.position, err) from None
 
 
 @lru_cache(maxsize=2)
@@ -125,7 +126,7 @@ def verify_text(chat: ChatFormat, text: str, ids: Sequence[int], mask: Sequence[
     """Raises Mismatch if ids or mask are not those of a plain text."""
     prefix = chat.decode(chat.text_prefix) if list(ids[: len(chat.text_prefix)]) == list(chat.text_prefix) else ""
     _compare(chat, "the sequence", chat.decode(ids), prefix + text + chat.decode(ids[-1:]))
-    if not all(mask[1:]):
+    if not all(mask[max(1, len(chat.text_prefix)) :]):
         raise Mismatch("a token of a plain text is not trained on")
 
 

@@ -168,10 +168,15 @@ def _data_files(data: PreparedData) -> list[dict[str, Any]]:
     """Each shard with its etag and a hash of its packed sequences."""
     files = []
     for part, index in (("train", data.index), ("eval", data.eval_index)):
-        for (source, uri), group in groupby(index.facts if index else (), key=lambda f: (f.chunk.source, f.chunk.uri)):
+        for (source, _), group in groupby(index.facts if index else (), key=lambda f: (f.chunk.source, f.chunk.uri)):
             facts = list(group)
             rows = hashlib.sha256(json.dumps([f.digest for f in facts]).encode()).hexdigest()[:16]
-            files.append({"part": part, "source": source, "uri": uri, "etag": facts[0].chunk.etag, "rows": rows})
+            common = {
+                "part": part,
+                "source": source,
+                "rows": rows,
+            }  # small files that are packed together share sequences
+            files += [{**common, "uri": piece.uri, "etag": piece.etag} for piece in facts[0].chunk.pieces]
     return files
 
 

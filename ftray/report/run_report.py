@@ -331,7 +331,15 @@ def _sources(run: config.RunConfig, index: Index) -> HtmlTable:
         chunks, source = list(group), run.data.train[number]
         totals = [sum(getattr(f, name) for f in chunks) for name in ("num_records", "num_tokens", "num_sequences")]
         weight = "–" if source.weight is None else f"{source.weight:g}"
-        rows.append([source.path, f"{len({f.chunk.uri for f in chunks}):,}", weight, *(f"{n:,}" for n in totals)])
+        num_files = len({piece.uri for f in chunks for piece in f.chunk.pieces})
+        rows.append(
+            [
+                source.path,
+                f"{num_files:,}",
+                weight,
+                *(f"{n:,}" for n in totals),
+            ]
+        )
     head = ["source", "files", "weight", "records", "tokens", "packed sequences"]
     return HtmlTable("training sources", head, rows)
 

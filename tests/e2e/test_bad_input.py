@@ -493,7 +493,9 @@ READ_CASES = [
         write("bad/a.jsonl", lines({"q": "a", "r": "b"})),
     ),
     Case("blank-lines-only", ("bad has no usable record", "data.train"), DATA, write("bad/a.jsonl", "\n\n")),
-    Case("not-an-array", ("bad/a.json is not a JSON array", ".jsonl"), DATA, write("bad/a.json", '{"a": 1}')),
+    Case(
+        "not-an-array", ("bad/a.json is not a JSON array", "one record a line"), DATA, write("bad/a.json", '{"a":\n1}')
+    ),
     Case("half-a-gzip", ("bad/a.jsonl.gz is not a whole gzip file", "write it again"), DATA, write_gzip(HALF)),
     Case("no-parquet", ("bad/a.parquet",), DATA, write("bad/a.parquet", "PAR1 and no more")),
     Case(

@@ -163,7 +163,7 @@ def test_resume_reads_no_chunk_that_lies_behind_it(base: Path, tmp_path: Path) -
         tmp_path / "run",
         base,
         [{"path": str(data)}],
-        data__chunk_mb=0.1,
+        data__chunk_mb=0.02,
         train__max_steps=None,
         train__epochs=1,
         scale__num_workers=1,

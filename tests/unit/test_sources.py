@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 
 from ftray import storage
 from ftray.data import sources
-from ftray.data.sources import RawRecord, Shard, cut_shard, line_number, list_shards, other_files, read_chunk
+from ftray.data.sources import (
+    RawRecord,
+    Shard,
+    cut_shard,
+    cut_source,
+    line_number,
+    list_shards,
+    other_files,
+    read_chunk,
+)
 from ftray.errors import DataError, StorageError
 from tests.s3 import S3Server
 
@@ -454,3 +463,51 @@ def test_the_random_access_format_of_arrow_is_read_too_and_compressed_buffers_ar
         writer.write_table(table)
     with pytest.raises(DataError, match=r"part\.arrow cannot be read as an Arrow file: its buffers are compressed"):
         values(path)
+
+
+# --- small files
+
+
+def small_files(directory: Path, number: int) -> list[Shard]:
+    for n in range(number):
+        (directory / f"f{n:03d}.jsonl").write_text(json.dumps({"n": n}) + "\n")
+    return list_shards(str(directory))
+
+
+def test_small_files_share_a_chunk_by_the_listing_alone_and_each_record_comes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = small_files(tmp_path, 200)
+    (chunk,) = cut_source(shards, 0, 1 << 20)
+    assert [piece.path for piece in chunk.pieces] == [shard.path for shard in shards]
+    found = list(read_chunk(chunk))
+    assert [json.loads(r.value) for r in found] == [{"n": n} for n in range(200)]
+    assert len({r.position for r in found}) == 200
+    assert [chunk.locate(r.position)[0].uri for r in found] == [shard.uri for shard in shards]
+    assert all(chunk.locate(r.position)[1] == 0 for r in found)
+    assert cut_source(shards, 0, 1 << 20) == [chunk]
+    monkeypatch.setattr(sources, "MAX_FILES", 60)
+    assert [len(c.pieces) for c in cut_source(shards, 0, 1 << 20)] == [60, 60, 60, 20]
+    size = sum(shard.size_bytes for shard in shards[:20])
+    assert sum(len(c.pieces) for c in cut_source(shards, 0, size)) == 200
+    assert max(sum(p.end - p.start for p in c.pieces) for c in cut_source(shards, 0, size)) <= size
+
+
+def test_a_large_file_between_small_ones_keeps_its_own_chunks(tmp_path: Path) -> None:
+    small_files(tmp_path, 3)
+    (tmp_path / "f001.jsonl").write_text(json.dumps({"n": "x" * 3000}) + "\n")
+    pq.write_table(pa.table({"n": [7, 8]}), tmp_path / "f003.parquet")
+    chunks = cut_source(list_shards(str(tmp_path)), 0, 40_000)
+    assert [[piece.path for piece in chunk.pieces] for chunk in chunks] == [
+        ["f000.jsonl", "f002.jsonl", "f003.parquet"],
+        ["f001.jsonl"],
+    ]
+    values = [r.value for r in read_chunk(chunks[0])]
+    assert [json.loads(v) if isinstance(v, bytes) else v for v in values] == [{"n": 0}, {"n": 2}, {"n": 7}, {"n": 8}]
+
+
+def test_a_changed_file_of_a_group_is_named(tmp_path: Path) -> None:
+    (chunk,) = cut_source(small_files(tmp_path, 3), 0, 1 << 20)
+    (tmp_path / "f001.jsonl").write_text('{"n": "changed"}\n')
+    with pytest.raises(DataError, match=r"f001\.jsonl changed while the run was using it"):
+        list(read_chunk(chunk))

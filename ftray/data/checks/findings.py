@@ -113,14 +113,14 @@ class CheckResult:
             yield self._finding(pairs, RULES[rule], bool(drops[i - begins[part]]), int(i - begins[part]))
 
     def _finding(self, pairs: DuplicatePairs, rule: str, dropped: bool, i: int) -> DataFinding:
-        chunk, position = self._train.where(int(pairs.places[i]))
+        piece, position = self._train.where(int(pairs.places[i]))
         of, similarity = int(pairs.of[i]), float(pairs.similarity[i])
         if of < 0:
-            return DataFinding(rule, chunk.uri, position, None, None, None, dropped)
+            return DataFinding(rule, piece.uri, position, None, None, None, dropped)
         others = self._eval if rule == "contamination" and self._eval is not None else self._train
         other, of_position = others.where(of)
         known = None if np.isnan(similarity) else similarity
-        return DataFinding(rule, chunk.uri, position, other.uri, of_position, known, dropped)
+        return DataFinding(rule, piece.uri, position, other.uri, of_position, known, dropped)
 
 
 def find_all(train: RecordTable, eval_set: RecordTable | None, clean: config.CleanConfig) -> CheckResult:
