@@ -23,8 +23,7 @@ from ftray.data.verify import verify_sample
 from ftray.errors import ConfigError, DataError, StorageError
 
 SUMMARY = "summary.json"
-REFERENCE = "reference.json"
-DECILES = range(10, 100, 10)
+POOR_FILL, MIN_SEQUENCES = 0.7, 16  # below this share of tokens a run wastes time; a few sequences may be poorly filled
 REFERENCE = "reference.json"
 DECILES = range(10, 100, 10)
 COUNTS = ("num_records", "num_tokens", "num_trained_tokens", "num_sequences")
@@ -175,7 +174,26 @@ def _index(
         f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_trained_tokens')} trained), "
         f"{sequences} packed sequences, {fill:.1%} full{bad}; {num_verified} examples verified"
     )
+    if what == "train" and (warning := fill_warning(fill, sequences, run.data)) is not None:
+        console.warn(warning)
     return index
+
+
+def fill_warning(fill: float, num_sequences: int, data: config.DataConfig) -> str | None:
+    """A sentence about packed sequences that are mostly padding, with a remedy, or None.
+
+    Args:
+        fill: Share of the sequences' tokens that are not padding.
+        num_sequences: The number of packed sequences.
+        data: The section of the run file.
+    """
+    if fill >= POOR_FILL or num_sequences < MIN_SEQUENCES:
+        return None
+    remedy = "lower data.max_seq_len, raise data.chunk_mb, or join small compressed files"
+    return (
+        f"the packed sequences are only {fill:.1%} full, so most of the work is padding; "
+        f"{remedy if data.packing else 'set data.packing: true'}"
+    )
 
 
 def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: int, directory: str) -> None:

@@ -20,7 +20,7 @@ from ftray.console import Console
 from ftray.data.checks.labels import count_labels
 from ftray.data.chunks import DatasetSpec
 from ftray.data.index import Index, read_record_table
-from ftray.data.prepare import PreparedData
+from ftray.data.prepare import PreparedData, fill_warning
 from ftray.data.record_table import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, RecordTable
 
 PERCENTILES = (1, 10, 50, 90, 99)
@@ -131,9 +131,17 @@ def _count(entries: Sequence[Any]) -> dict[str, int]:
     return dict(Counter(entry.rule for entry in entries).most_common())
 
 
-def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int) -> list[str]:
-    """Departures from common advice, each with a remedy. global_batch_size: in sequences."""
-    warnings = []
+def warn(train: SplitStats, eval_set: SplitStats | None, global_batch_size: int, data: config.DataConfig) -> list[str]:
+    """Departures from common advice, each with a remedy.
+
+    Args:
+        train: The training data.
+        eval_set: The eval set, if there is one.
+        global_batch_size: In sequences.
+        data: The section of the run file.
+    """
+    poor = fill_warning(train.fill, train.num_sequences, data)
+    warnings = [] if poor is None else [poor]
     if train.num_records < FEW_RECORDS:
         warnings.append(
             f"only {train.num_records} training records. Below {FEW_RECORDS}, use LoRA with a low rank, and watch the "
@@ -205,7 +213,7 @@ def show_stats(data: PreparedData, run: config.RunConfig, run_dir: str, console:
         if stream is not None and index is not None
     ]
     eval_set = parts[1] if len(parts) > 1 else None
-    stats = DatasetStats(parts[0], eval_set, warn(parts[0], eval_set, run.train.global_batch_size))
+    stats = DatasetStats(parts[0], eval_set, warn(parts[0], eval_set, run.train.global_batch_size, run.data))
     for line in as_text(stats):
         console.say(line)
     if data.index.findings is not None:

@@ -45,8 +45,8 @@ def inexact(what: str, chunk: Chunk, position: int, error: Exception) -> DataErr
     line = line_number(piece.uri, local)
     where = f"line {line}" if line else f"record {local}"
     return DataError(
-        f"{what}{piece.uri}, {where}: {error}. This record cannot be trained on exactly with this tokenizer and chat template; correct "
-        "the record or the template, or use another base"
+        f"{what}{piece.uri}, {where}: {error}. This record cannot be trained on exactly with this tokenizer and chat template; "
+        "correct the record or the template, or use another base"
     )
 
 

@@ -321,7 +321,7 @@ def _data(data: ReportData) -> Markup:
     if not splits or splits[0].name != "train":
         return render_parts(None, sources=sources, note="For lengths, labels and duplicates run: ftray data stats")
     eval_split = splits[1] if len(splits) > 1 else None
-    warnings = warn(splits[0], eval_split, data.run.train.global_batch_size)
+    warnings = warn(splits[0], eval_split, data.run.train.global_batch_size, data.run.data)
     return render_parts(DatasetStats(splits[0], eval_split, warnings), level=3, sources=sources)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ftray import config
 from ftray.chat.scripts import count_scripts
 from ftray.data.record_table import (
     CAPITAL,
@@ -23,6 +24,8 @@ from ftray.data.record_table import (
 from ftray.data.stats import DatasetStats, SplitStats, _labels, as_text, warn
 from ftray.report.data_page import render_page
 from tests.unit.test_duplicates import chat
+
+DATA = config.DataConfig(train=[config.SourceConfig(path="data")])
 
 
 def part(**changes: Any) -> SplitStats:
@@ -47,12 +50,16 @@ def part(**changes: Any) -> SplitStats:
 
 
 def test_sound_data_gives_no_warning() -> None:
-    assert warn(part(), part(name="eval", num_records=100), 8) == []
+    assert warn(part(), part(name="eval", num_records=100), 8, DATA) == []
 
 
 TAIL = np.array([10] * 950 + [500] * 50, np.int32)
 WARNINGS: list[tuple[dict[str, Any], str]] = [
     ({"num_records": 499}, "only 499 training records. Below 500"),
+    (
+        {"fill": 0.032},
+        "the packed sequences are only 3.2% full, so most of the work is padding; lower data.max_seq_len",
+    ),
     ({"num_sequences": 7}, "an epoch has 7 sequences, fewer than a global batch (8); lower train.global_batch_size"),
     ({"labels": {"a": 900, "b": 80}}, "classes are unbalanced: 900 records of 'a', but 80 of 'b'"),
     ({"labels": {"a": 90, "b": 9}}, "1 labels have fewer than 10 records ('b')"),
@@ -70,18 +77,25 @@ WARNINGS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "words"), WARNINGS, ids=[w.split(":")[0] for _, w in WARNINGS])
 def test_what_is_unsound_is_told_once_with_a_remedy(changes: dict[str, Any], words: str) -> None:
-    (said,) = warn(part(**changes), part(name="eval"), 8)
+    (said,) = warn(part(**changes), part(name="eval"), 8, DATA)
     assert said.startswith(words)
     assert re.search(r"; |, use ", said)
 
 
+def test_poor_fill_names_the_remedy_that_fits_and_is_no_matter_for_a_few_sequences() -> None:
+    bare = DATA.model_copy(update={"packing": False})
+    (warning,) = warn(part(fill=0.3), part(name="eval"), 8, bare)
+    assert warning.endswith("set data.packing: true")
+    assert warn(part(fill=0.3, num_sequences=15), part(name="eval"), 8, DATA) == []
+
+
 def test_what_was_taken_out_is_no_warning() -> None:
-    assert warn(part(found={"contamination": 9, "duplicate": 99}), part(name="eval"), 8) == []
+    assert warn(part(found={"contamination": 9, "duplicate": 99}), part(name="eval"), 8, DATA) == []
 
 
 def test_held_out_data_that_is_missing_or_small_is_told() -> None:
-    assert "there is no eval set" in warn(part(), None, 8)[0]
-    assert "only 49 eval records" in warn(part(), part(num_records=49), 8)[0]
+    assert "there is no eval set" in warn(part(), None, 8, DATA)[0]
+    assert "only 49 eval records" in warn(part(), part(num_records=49), 8, DATA)[0]
 
 
 def test_lengths_are_counted_whole() -> None:
