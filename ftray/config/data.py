@@ -115,13 +115,20 @@ class DataConfig(Section):
     """Data sources, and how records become packed sequences."""
 
     max_seq_len: Annotated[Int, Field(ge=16)] = 2048
-    """Tokens per packed sequence. A longer record is a bad record; records are never truncated."""
+    """Tokens per packed sequence."""
+    too_long: Literal["error", "quarantine", "split", "truncate"] = "error"
+    """Records longer than max_seq_len: `error` makes them bad records (see max_bad_records); `quarantine` sets them aside
+    without limit; `split` makes several examples of a record, and `truncate` keeps its beginning. Conversations are cut after
+    answers only, and what is lost is counted."""
     train: Annotated[list[SourceConfig], Field(min_length=1)]
     """Training sources."""
     eval: SplitConfig | list[SourceConfig] | None = None
     """Eval data: `{fraction: 0.1}` of the training records, or separate sources."""
     packing: bool = True
     """Pack several records into one sequence, without attention between them. `false`: one record per sequence."""
+    pack_text: Literal["separate", "concatenate"] = "separate"
+    """Plain text: `separate` packs each text whole; `concatenate`, for continued pretraining, joins the texts of a chunk and
+    cuts where a sequence is full, so sequences have no gaps. A text continues in the next sequence without its beginning."""
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """For classification: the only allowed answers. A record with another answer is a bad record."""
     clean: CleanConfig = defaults()
@@ -139,6 +146,12 @@ class DataConfig(Section):
         if isinstance(value, list) and not value:
             raise ValueError("is an empty list; add a source, or remove the key")
         return value
+
+    @model_validator(mode="after")
+    def _text_fits_packing(self) -> DataConfig:
+        if self.pack_text == "concatenate" and not self.packing:
+            raise ValueError("pack_text: concatenate and packing: false exclude each other; remove one of them")
+        return self
 
     @field_validator("labels")
     @classmethod

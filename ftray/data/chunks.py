@@ -7,16 +7,17 @@ machine and in any process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from ftray import config, storage
 from ftray.chat import ChatFormat, read_tools
 from ftray.data.decompress import MAX_RECORD_BYTES
 from ftray.data.examples import Example, Quarantined, Rules, read_examples
-from ftray.data.packing import PackedSequence, pack_examples
+from ftray.data.packing import PackedSequence, concatenate, pack_documents, pack_examples
 from ftray.data.sources import Chunk
 from ftray.data.tokenizer import BatchTokenizer, TokenizerLoader, backend_json
 from ftray.errors import DataError
@@ -64,7 +65,14 @@ class DatasetSpec:
             self.slices,
             frozenset(s.ignore),
             self.tools[source] if self.tools else (),
+            self.data.too_long if self.data else "error",
+            self.joins_text,
         )
+
+    @property
+    def joins_text(self) -> bool:
+        """Whether the texts of a chunk are joined and cut where a sequence is full."""
+        return self.data is not None and self.data.pack_text == "concatenate"
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,31 @@ def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:
             examples.append(item)
         else:
             bad.append(item)
-    documents = [document for example in examples for document in example.encoded.documents()]
-    owners = [i for i, example in enumerate(examples) for _ in example.encoded.starts]
-    sequences = pack_examples(documents, stream.max_seq_len, pad_id, stream.packing)
+    sequences, owners = pack_all(examples, stream, pad_id)
     return PackedChunk(sequences, examples, owners, bad)
+
+
+def pack_all(examples: Sequence[Example], stream: DatasetSpec, pad_id: int) -> tuple[list[PackedSequence], list[int]]:
+    """Packs examples as the settings say. Texts that are joined come first.
+
+    Returns:
+        The sequences, and for each document in them the index of its example.
+    """
+    joined = [i for i, e in enumerate(examples) if e.conversation is None] if stream.joins_text else []
+    texts = [examples[i].encoded for i in joined]
+    pieces = concatenate([len(text.input_ids) for text in texts], stream.max_seq_len)
+    documents = [(texts[n].input_ids[a:b], texts[n].loss_mask[a:b]) for sequence in pieces for n, a, b in sequence]
+    owners = [joined[n] for sequence in pieces for n, _, _ in sequence]
+    ends = list(accumulate(len(sequence) for sequence in pieces))
+    sequences = pack_documents(
+        documents, [range(e - len(s), e) for s, e in zip(pieces, ends, strict=True)], stream.max_seq_len, pad_id
+    )
+    whole = set(range(len(examples))).difference(joined)
+    others = [(i, document) for i in sorted(whole) for document in examples[i].encoded.documents()]
+    packed = pack_examples([document for _, document in others], stream.max_seq_len, pad_id, stream.packing)
+    first = len(owners)
+    sequences += [replace(p, documents=[first + place for place in p.documents]) for p in packed]
+    return sequences, owners + [i for i, _ in others]
 
 
 @lru_cache(maxsize=2)

@@ -78,16 +78,24 @@ def _read_chunk(facts: ChunkFacts, stream: DatasetSpec) -> list[EvalExample]:
             f"{facts.chunk.name} no longer gives the sequences that were indexed: the file or the tokenizer changed while the "
             "run was using it; restore it, or start a new run under another name"
         )
-    return _ordered(packed.examples, facts.chunk)
+    return _ordered(packed.examples, facts.chunk, stream.max_seq_len)
 
 
-def _ordered(examples: Iterable[Example], chunk: Chunk) -> list[EvalExample]:
+def _ordered(examples: Iterable[Example], chunk: Chunk, max_seq_len: int) -> list[EvalExample]:
     def place(example: Example) -> tuple[str, int]:
         piece, position = chunk.locate(example.position)
         return piece.path, position
 
-    ordered = sorted(examples, key=lambda e: key(*place(e)))
-    return [EvalExample("{}:{}".format(*place(e)), e.encoded.documents(), e.conversation, e.slice) for e in ordered]
+    def documents(example: Example) -> list[Document]:
+        return [
+            (ids[at : at + max_seq_len], mask[at : at + max_seq_len])  # a text that is joined with others may be longer
+            for ids, mask in example.encoded.documents()
+            for at in range(0, len(ids), max_seq_len)
+        ]
+
+    ordered = sorted(examples, key=lambda e: (key(*place(e)), e.part))
+    names = ["{}:{}".format(*place(e)) + (f"#{e.part}" if e.part else "") for e in ordered]
+    return [EvalExample(name, documents(e), e.conversation, e.slice) for name, e in zip(names, ordered, strict=True)]
 
 
 def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[EvalExample]:
@@ -101,7 +109,7 @@ def read_set(path: str, what: str, chat: ChatFormat, max_seq_len: int) -> list[E
                 line = line_number(bad.uri, bad.position)
                 place = f"line {line}" if line else f"record {bad.position}"
                 raise DataError(f"{what}: {bad.uri}, {place}: {bad.detail}; {bad.fix}")
-            examples_of_set += _ordered([e for e in examples if isinstance(e, Example)], chunk)
+            examples_of_set += _ordered([e for e in examples if isinstance(e, Example)], chunk, max_seq_len)
     return examples_of_set
 
 

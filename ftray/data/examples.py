@@ -23,6 +23,7 @@ from ftray.chat import ChatFormat, Conversation, Encoded
 from ftray.data.checks.labels import check_labels
 from ftray.data.formats import HARMLESS_KEYS, BadRecord, read_record, used_columns
 from ftray.data.sources import Chunk, RawRecord, read_chunk
+from ftray.data.too_long import RecordPart, num_trained, split, truncate
 from ftray.errors import DataError
 
 EXCERPT_CHARS, DETAIL_CHARS = 160, 400
@@ -42,6 +43,9 @@ class Example:
         digest: 64 bits of the record's hash, if the split needs it.
         stratum: Its class, if the split needs it.
         slice: Its value in the column `evaluate.slices`, as text.
+        part: The number of this part of a record that `data.too_long` shortens, else 0.
+        is_cut: Whether it is a text that does not end with the end token.
+        num_lost: Trained tokens of the record that are in none of its parts. Only its first part has the number.
     """
 
     position: int
@@ -51,6 +55,9 @@ class Example:
     digest: int = 0
     stratum: str | None = None
     slice: str | None = None
+    part: int = 0
+    is_cut: bool = False
+    num_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Rules:
         slices: A column that examples keep.
         ignore: Keys of records and turns that are left out.
         tools: The tools of records that have none of their own.
+        too_long: `data.too_long`.
+        joins_text: Whether texts may be of any length, because they are cut where a sequence is full.
     """
 
     max_seq_len: int
@@ -90,6 +99,8 @@ class Rules:
     slices: str | None = None
     ignore: frozenset[str] = frozenset()
     tools: tuple[dict[str, Any], ...] = ()
+    too_long: str = "error"
+    joins_text: bool = False
 
     @cached_property
     def used_elsewhere(self) -> frozenset[str]:
@@ -111,13 +122,14 @@ FIXES = {
     "bad_tools": "write the tools as OpenAI's API has them",
     "bad_turn": "correct this turn",
     "dropped": "no action needed if it is a duplicate; otherwise set its rule in data.clean to report",
+    "fractional_weight": "set the weight to 0 or 1",
     "invalid_json": "write one JSON object per line",
     "invalid_utf8": "save the file as UTF-8",
     "missing_field": "fill in the field, or remove the record",
     "no_answer": "add the answer, or name its column in the source's columns",
     "not_an_object": "write one JSON object per line",
     "no_trained_tokens": "give it an answer of at least two tokens, or remove it",
-    "too_long": "raise data.max_seq_len, or split the record",
+    "too_long": "raise data.max_seq_len, or set data.too_long to quarantine, split or truncate",
     "too_many_fields": "put quotes around fields that contain commas",
     "unknown_label": "correct the answer, or add it to data.labels",
     "unknown_shape": "give the source columns: {user: …, assistant: …}, or a format",
@@ -170,7 +182,7 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
                 yield draft
                 continue
             try:
-                yield _finish(draft, next(encoded), rules)
+                yield from _finish(draft, next(encoded), rules, chat)
             except BadRecord as bad:
                 yield _quarantine(chunk, draft.raw, bad)
 
@@ -240,23 +252,39 @@ def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
             raise BadRecord("missing_field", f"{rules.stratify} is missing, the column that data.eval.stratify names")
         digest, stratum = content_hash(record), str(record[rules.stratify])
     conversation = read_record(record, rules.format, rules.columns, rules.ignore, rules.tools, rules.used_elsewhere)
+    for i, message in enumerate(() if isinstance(conversation, str) else conversation.messages):
+        if message.train and message.weight != 1:
+            raise BadRecord(
+                "fractional_weight",
+                f"turn {i} ({message.role}) has the weight {message.weight:g}; only 0 and 1 are supported",
+            )
     if rules.labels is not None:
         check_labels(conversation, rules.labels)
     value = record.get(rules.slices) if rules.slices is not None else None
     return _Draft(raw, conversation, digest, stratum, None if value is None else str(value))
 
 
-def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules) -> Example:
+def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules, chat: ChatFormat) -> list[Example]:
     if isinstance(encoded, DataError):
         raise BadRecord("bad_turn", str(encoded))
-    num_tokens = encoded.longest
-    if num_tokens > rules.max_seq_len:
-        raise BadRecord("too_long", f"{num_tokens} tokens, more than data.max_seq_len ({rules.max_seq_len})")
+    raw = draft.conversation
+    parts = [RecordPart(raw, encoded)]
+    if encoded.longest > rules.max_seq_len and not (rules.joins_text and isinstance(raw, str)):
+        shorten = {"split": split, "truncate": truncate}.get(rules.too_long)
+        parts = shorten(raw, encoded, chat, rules.max_seq_len) if shorten else []
+        if not parts:
+            reason = ", even one question with its answer" if shorten else ""
+            limit = f"more than data.max_seq_len ({rules.max_seq_len})"
+            raise BadRecord("too_long", f"{encoded.longest} tokens, {limit}{reason}")
     if not np.any(encoded.loss_mask[1:]):
         raise BadRecord("no_trained_tokens", "it has no token to train on")
-    raw = draft.conversation
-    conversation, text = (None, raw) if isinstance(raw, str) else (raw, None)
-    return Example(draft.raw.position, encoded, conversation, text, draft.digest, draft.stratum, draft.slice)
+    lost = num_trained(encoded) - sum(num_trained(part.encoded) for part in parts)
+    examples = []
+    for number, part in enumerate(parts):
+        conversation, text = (None, part.content) if isinstance(part.content, str) else (part.content, None)
+        kept = (draft.digest, draft.stratum, draft.slice, number, part.is_cut, 0 if number else lost)
+        examples.append(Example(draft.raw.position, part.encoded, conversation, text, *kept))
+    return examples
 
 
 def _quarantine(chunk: Chunk, raw: RawRecord, bad: BadRecord) -> Quarantined:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -73,6 +74,7 @@ class Index:
         found: For each rule, the number of records that it found in the whole set, and how many of them stay.
         findings: Name of the file that lists the findings, if there are any.
         shards: Names of the files with the record tables.
+        shortened: What `data.too_long` did: numbers of `records`, of the `examples` that they became, of `lost` trained tokens.
     """
 
     facts: tuple[ChunkFacts, ...]
@@ -81,6 +83,7 @@ class Index:
     found: dict[str, tuple[int, int]] = field(default_factory=dict)
     findings: str | None = None
     shards: tuple[str, ...] = ()
+    shortened: dict[str, int] = field(default_factory=dict)
 
     def total(self, field: str) -> int:
         """Sum of a numeric field of ChunkFacts."""
@@ -315,7 +318,9 @@ def _assemble(
                 bad.append(entry)
             else:
                 dropped.append(replace(entry, rule=finding.rule, detail=finding.detail))
-    return Index(facts, tuple(bad), tuple(dropped), findings.counts() if findings is not None else {})
+    counts = findings.counts() if findings is not None else {}
+    shortened = sum((Counter(summary.shortened) for summary in summaries.values()), Counter[str]())
+    return Index(facts, tuple(bad), tuple(dropped), counts, shortened=dict(shortened))
 
 
 def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:
@@ -326,6 +331,7 @@ def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
     split = stream.data.eval if stream.data and isinstance(stream.data.eval, config.SplitConfig) else None
     labels = stream.data.labels if stream.data else None
     shape = [stream.max_seq_len, stream.packing, stream.eval_fraction, stream.part]
+    shape += [stream.data.too_long, stream.data.pack_text] if stream.data else []
     return [VERSION, shape, split.stratify if split else None, split.group if split else None, labels, tokenizer_hash]
 
 

@@ -93,11 +93,36 @@ def shift_labels(input_ids: Sequence[int] | Array, loss_mask: Sequence[bool] | n
     return labels
 
 
+Document = tuple[Sequence[int] | Array, Sequence[bool] | npt.NDArray[np.bool_]]
+
+
+def concatenate(lengths: Sequence[int], max_seq_len: int) -> list[list[tuple[int, int, int]]]:
+    """Fills sequences with documents one after another, and cuts a document where a sequence is full.
+
+    Args:
+        lengths: Tokens of each document.
+        max_seq_len: Tokens of a sequence.
+
+    Returns:
+        For each sequence, (document, start, end) of its pieces. All but the last sequence are full.
+    """
+    sequences: list[list[tuple[int, int, int]]] = []
+    space = 0
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if space == 0:
+                sequences.append([])
+                space = max_seq_len
+            end = min(length, start + space)
+            sequences[-1].append((number, start, end))
+            space -= end - start
+            start = end
+    return sequences
+
+
 def pack_examples(
-    examples: Sequence[tuple[Sequence[int] | Array, Sequence[bool] | npt.NDArray[np.bool_]]],
-    max_seq_len: int,
-    pad_id: int,
-    packing: bool = True,
+    examples: Sequence[Document], max_seq_len: int, pad_id: int, packing: bool = True
 ) -> list[PackedSequence]:
     """Packs examples.
 
@@ -107,9 +132,24 @@ def pack_examples(
         pad_id: The token id of padding.
         packing: If off, each sequence contains one document.
     """
+    lengths = [len(ids) for ids, _ in examples]
+    sequences = best_fit(lengths, max_seq_len) if packing else [[i] for i in range(len(lengths))]
+    return pack_documents(examples, sequences, max_seq_len, pad_id)
+
+
+def pack_documents(
+    examples: Sequence[Document], sequences: Sequence[Sequence[int]], max_seq_len: int, pad_id: int
+) -> list[PackedSequence]:
+    """Makes sequences of the documents that are assigned to them.
+
+    Args:
+        examples: (input_ids, loss_mask) of each document.
+        sequences: For each sequence, the indices of its documents.
+        max_seq_len: Tokens of a sequence.
+        pad_id: The token id of padding.
+    """
     documents = [(np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=np.bool_)) for ids, mask in examples]
     lengths = [len(ids) for ids, _ in documents]
-    sequences = best_fit(lengths, max_seq_len) if packing else [[i] for i in range(len(lengths))]
     padding = np.full(max_seq_len, pad_id, dtype=np.int32)
     untrained = np.zeros(max_seq_len, dtype=np.bool_)
     positions = np.arange(max_seq_len, dtype=np.int32)
@@ -126,5 +166,7 @@ def pack_examples(
         mask = np.concatenate([*(documents[i][1] for i in sequence), untrained[:space]])
         mask[ends[:-1]] = False  # nothing predicts the first token of a document, least of all the document before it
         position_ids = np.concatenate([positions[:n] for n in (*own_lengths, space)])
-        packed.append(PackedSequence(input_ids, shift_labels(input_ids, mask), position_ids, own_lengths, sequence))
+        packed.append(
+            PackedSequence(input_ids, shift_labels(input_ids, mask), position_ids, own_lengths, list(sequence))
+        )
     return packed

@@ -118,7 +118,8 @@ def _is_count(counts: object) -> bool:
 
 
 def _settings_of(data: config.DataConfig) -> dict[str, Any]:
-    return data.model_dump(mode="json", include={"train", "eval", "max_seq_len", "packing", "labels", "clean"})
+    keys = {"train", "eval", "max_seq_len", "too_long", "packing", "pack_text", "labels", "clean"}
+    return data.model_dump(mode="json", include=keys)
 
 
 def plan_sequences(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> LoadPlan:
@@ -169,6 +170,7 @@ def _index(
     num_verified = verify_sample(stream, index, what)
     tokens, sequences = index.total("num_tokens"), index.total("num_sequences")
     bad = f", {len(index.bad)} bad records quarantined" if index.bad else ""
+    bad += f", {shortened_text(index.shortened, run.data.too_long)}" if index.shortened else ""
     fill = tokens / max(1, sequences * run.data.max_seq_len)
     console.say(
         f"data.{what}: {index.total('num_records')} records, {tokens} tokens ({index.total('num_trained_tokens')} trained), "
@@ -177,6 +179,14 @@ def _index(
     if what == "train" and (warning := fill_warning(fill, sequences, run.data)) is not None:
         console.warn(warning)
     return index
+
+
+def shortened_text(shortened: dict[str, int], policy: str) -> str:
+    """What `data.too_long` did to records, in words."""
+    if policy == "truncate":
+        return f"{shortened['records']} records truncated ({shortened['lost']} trained tokens lost)"
+    lost = shortened.get("lost", 0)
+    return f"{shortened['records']} records split into {shortened['examples']} examples ({lost} trained tokens lost)"
 
 
 def fill_warning(fill: float, num_sequences: int, data: config.DataConfig) -> str | None:
@@ -213,12 +223,14 @@ def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: i
     uri = storage.join(directory, "quarantine", f"{what}.jsonl")
     if index.bad or index.dropped:
         write_lines(uri, [*index.bad, *index.dropped])
-    if len(index.bad) > max_bad_records:
-        first = index.bad[0]
+    is_free = stream.data is not None and stream.data.too_long == "quarantine"
+    bad = [entry for entry in index.bad if not (is_free and entry.rule == "too_long")]
+    if len(bad) > max_bad_records:
+        first = bad[0]
         line = line_number(first.uri, first.position)
         place = f"line {line}" if line else f"record {first.position}"
-        rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in index.bad).most_common())
-        number = "1 bad record" if len(index.bad) == 1 else f"{len(index.bad)} bad records"
+        rules = ", ".join(f"{n} {rule}" for rule, n in Counter(b.rule for b in bad).most_common())
+        number = "1 bad record" if len(bad) == 1 else f"{len(bad)} bad records"
         raise DataError(
             f"data.{what}: {number} ({rules}). The limit data.max_bad_records is {max_bad_records}. The first is {first.uri}, "
             f"{place}: {first.detail}. {uri} lists all of them. Correct them, or raise the limit"

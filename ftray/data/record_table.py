@@ -85,6 +85,7 @@ class ChunkSummary:
     bad: list[Quarantined]
     scripts: dict[str, int]
     most_documents: int  # in one sequence
+    shortened: dict[str, int]  # by data.too_long: records, their examples, trained tokens that are lost
 
 
 def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) -> bytes:
@@ -98,7 +99,7 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) 
     scripts: Counter[str] = Counter()
     lines = [_describe(example, required, scripts) for example in packed.examples]
     summary = ChunkSummary(
-        len(packed.examples),
+        len({example.position for example in packed.examples}),
         len(packed.sequences),
         sum(r.num_tokens for r in packed.sequences),
         sum(r.num_trained_tokens for r in packed.sequences),
@@ -106,11 +107,20 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) 
         packed.bad,
         dict(scripts),
         max((len(r.lengths) for r in packed.sequences), default=0),
+        _shortened(packed.examples),
     )
     sink = io.BytesIO()
     with open_writer(sink) as write:
         write(ChunkRecords(summary, pa.RecordBatch.from_pylist(lines, schema=SCHEMA)))
     return sink.getvalue()
+
+
+def _shortened(examples: Sequence[Example]) -> dict[str, int]:
+    """What `data.too_long` did to the records of a chunk."""
+    num_parts = Counter(example.position for example in examples)
+    short = [e for e in examples if num_parts[e.position] > 1 or e.is_cut or e.num_lost]
+    records = len({example.position for example in short})
+    return {"records": records, "examples": len(short), "lost": sum(e.num_lost for e in short)} if short else {}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ftray.console import Console
 from ftray.data.checks.labels import count_labels
 from ftray.data.chunks import DatasetSpec
 from ftray.data.index import Index, read_record_table
-from ftray.data.prepare import PreparedData, fill_warning
+from ftray.data.prepare import PreparedData, fill_warning, shortened_text
 from ftray.data.record_table import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, RecordTable
 
 PERCENTILES = (1, 10, 50, 90, 99)
@@ -49,6 +49,7 @@ class SplitStats:
         bad: Bad records by rule.
         found: Records with a finding, by rule.
         left: Records with a finding that are still in the sequences, by rule.
+        shortened: What `data.too_long` did to records, in words.
     """
 
     name: str
@@ -64,6 +65,7 @@ class SplitStats:
     bad: dict[str, int]
     found: dict[str, int]
     left: dict[str, int]
+    shortened: str = ""
 
     def percentile(self, share: float) -> int:
         """The length in tokens that this percentage of the records does not exceed."""
@@ -116,6 +118,7 @@ def collect(stream: DatasetSpec, index: Index, table: RecordTable, name: str, la
         _count(index.bad),
         {rule: number for rule, (number, _) in index.found.items()},
         {rule: left for rule, (_, left) in index.found.items() if left},
+        shortened_text(index.shortened, stream.data.too_long) if index.shortened and stream.data else "",
     )
 
 
@@ -252,6 +255,8 @@ def facts(part: SplitStats) -> list[tuple[str, str]]:
     if part.labels is not None:
         shown = ", ".join(f"{label} {number}" for label, number in list(part.labels.items())[:12])
         pairs.append(("labels", f"{len(part.labels)}: {shown}{', …' if len(part.labels) > 12 else ''}"))
+    if part.shortened:
+        pairs.append(("too long", part.shortened))
     pairs += [("found", f"{n} {_DESCRIPTIONS[rule]}{_removed(part, rule)}") for rule, n in part.found.items()]
     pairs += [("quarantined", f"{number} {rule}") for rule, number in part.bad.items()]
     return pairs

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from ftray.chat import ChatFormat
-from ftray.data.chunks import DatasetSpec
+from ftray.data.chunks import DatasetSpec, pack_all
 from ftray.data.examples import Example, read_examples
 from ftray.data.index import Index
 from ftray.data.loader import LoaderConfig, LoadPlan, RankLoader
@@ -61,6 +61,8 @@ def _verify_examples(
     chat: ChatFormat, examples: Sequence[Example], stream: DatasetSpec, chunk: Chunk, split: str
 ) -> None:
     """Packs the examples of one chunk and verifies the sequences. Raises DataError naming the record."""
+    if stream.joins_text:
+        examples = _verify_joined(examples, stream, chunk, split)
     expected = [(example, document) for example in examples for document in expected_documents(chat, example)]
     documents = [document for example in examples for document in example.encoded.documents()]
     if len(documents) != len(expected):
@@ -77,6 +79,19 @@ def _verify_examples(
         raise DataError(
             f"data.{split}: packing lost {lost} of {len(expected)} documents of {chunk.uri}; this is a bug in packing"
         )
+
+
+def _verify_joined(examples: Sequence[Example], stream: DatasetSpec, chunk: Chunk, split: str) -> list[Example]:
+    """Verifies that the pieces of joined texts are the texts' ids, in order. Returns the other examples."""
+    texts = [example for example in examples if example.conversation is None]
+    sequences, owners = pack_all(texts, stream, 0)
+    pieces = sorted((place, ids) for sequence in sequences for place, ids, _ in read_back(sequence))
+    joined: dict[int, list[int]] = {}
+    for place, ids in pieces:
+        joined.setdefault(owners[place], []).extend(ids)
+    if [joined.get(i) for i in range(len(texts))] != [[int(t) for t in text.encoded.input_ids] for text in texts]:
+        raise DataError(f"data.{split}: joining the texts of {chunk.uri} changed them; this is a bug in packing")
+    return [example for example in examples if example.conversation is not None]
 
 
 def read_back(sequence: PackedSequence) -> list[tuple[int, list[int], list[bool]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +24,23 @@ class Mismatch(Exception):
     """Ids or mask do not match their record."""
 
 
-def expected_documents(chat: ChatFormat, example: Example) -> list[ExpectedDocument | str]:
-    """What the example's documents must decode to. Of plain text: the text."""
+class PlainText(NamedTuple):
+    """A text, and whether an end token follows it."""
+
+    text: str
+    has_end: bool
+
+
+def expected_documents(chat: ChatFormat, example: Example) -> list[ExpectedDocument | PlainText]:
+    """What the example's documents must decode to."""
     if example.conversation is None:
-        return [example.text or ""]
+        return [PlainText(example.text or "", not example.is_cut)]
     return list(chat.expected(example.conversation))
 
 
-def verify(chat: ChatFormat, expected: ExpectedDocument | str, ids: Sequence[int], mask: Sequence[bool]) -> None:
+def verify(chat: ChatFormat, expected: ExpectedDocument | PlainText, ids: Sequence[int], mask: Sequence[bool]) -> None:
     """Raises Mismatch if ids or mask are not the expected ones."""
-    if isinstance(expected, str):
+    if isinstance(expected, PlainText):
         verify_text(chat, expected, ids, mask)
     else:
         verify_document(chat, expected, ids, mask)
@@ -122,10 +129,15 @@ def _around(text: str, parts: Sequence[str]) -> str | None:
     return "".join([*frame, text[at:]])
 
 
-def verify_text(chat: ChatFormat, text: str, ids: Sequence[int], mask: Sequence[bool]) -> None:
+def verify_text(chat: ChatFormat, expected: PlainText, ids: Sequence[int], mask: Sequence[bool]) -> None:
     """Raises Mismatch if ids or mask are not those of a plain text."""
     prefix = chat.decode(chat.text_prefix) if list(ids[: len(chat.text_prefix)]) == list(chat.text_prefix) else ""
-    _compare(chat, "the sequence", chat.decode(ids), prefix + text + chat.decode(ids[-1:]))
+    _compare(
+        chat,
+        "the sequence",
+        chat.decode(ids),
+        prefix + expected.text + (chat.decode(ids[-1:]) if expected.has_end else ""),
+    )
     if not all(mask[max(1, len(chat.text_prefix)) :]):
         raise Mismatch("a token of a plain text is not trained on")
 

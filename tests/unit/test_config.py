@@ -193,6 +193,9 @@ TOGETHER = {
     ("data.train=[{path: a, weight: 1}, {path: b}]",): (
         "data.train has sources with and without a weight (b has none); set weight for all sources or for none"
     ),
+    ("data.pack_text=concatenate", "data.packing=false"): (
+        "data: pack_text: concatenate and packing: false exclude each other; remove one of them"
+    ),
     ("data.train.0.format=columns",): (
         "data.train.0: format is 'columns' but the key columns is missing; add columns: {user: …, assistant: …}"
     ),
@@ -388,6 +391,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "train": [{"path": "o"}],
         "eval": {"fraction": 0.3},
         "packing": False,
+        "too_long": "split",
+        "pack_text": "concatenate",
         "labels": ["yes", "no"],
         "clean": {"duplicates": "drop"},
         "chunk_mb": 3.0,
