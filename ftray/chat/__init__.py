@@ -14,6 +14,7 @@ from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.messages import Conversation, Message, ToolCall, read_messages, read_tools
 from ftray.chat.renderer import is_plain, template_of
 from ftray.chat.template_trial import try_template
+from ftray.chat.train_on import TrainOn
 
 __all__ = [
     "ChatFormat",
@@ -22,6 +23,7 @@ __all__ = [
     "ExpectedDocument",
     "Message",
     "ToolCall",
+    "TrainOn",
     "is_plain",
     "read_messages",
     "read_tools",

@@ -70,6 +70,7 @@ ALIASES: dict[str, str] = {
     "template": "the chat template is read from the tokenizer of model.base",
     "chat_template": "the chat template is read from the tokenizer of model.base",
     "chat_template_path": "the chat template is read from the tokenizer of model.base",
+    "mask_history": "data.train_on.last_turn_only",
     "train_on_inputs": "only assistant turns are trained",
     "train_on_prompt": "only assistant turns are trained",
     "assistant_only_loss": "only assistant turns are trained; remove the key",

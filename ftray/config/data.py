@@ -111,6 +111,27 @@ class CleanConfig(Section):
     """Shorter answers count as very short (not checked with data.labels)."""
 
 
+class TrainOnConfig(Section):
+    """The parts of a conversation that are trained on. The end token of an answer is trained on if any of its parts is."""
+
+    assistant: bool = True
+    """The text of the assistant's answers."""
+    reasoning: bool = True
+    """The reasoning before an answer: the fields `reasoning_content`, `thinking` and `reasoning`, or `<think>` in the text."""
+    tool_calls: bool = True
+    """The assistant's tool calls."""
+    last_turn_only: bool = False
+    """Only the last answer of a conversation."""
+
+    @model_validator(mode="after")
+    def _something(self) -> TrainOnConfig:
+        if not (self.assistant or self.reasoning or self.tool_calls):
+            raise ValueError(
+                "assistant, reasoning and tool_calls are all false, so nothing is trained on; set one to true"
+            )
+        return self
+
+
 class DataConfig(Section):
     """Data sources, and how records become packed sequences."""
 
@@ -129,6 +150,7 @@ class DataConfig(Section):
     pack_text: Literal["separate", "concatenate"] = "separate"
     """Plain text: `separate` packs each text whole; `concatenate`, for continued pretraining, joins the texts of a chunk and
     cuts where a sequence is full, so sequences have no gaps. A text continues in the next sequence without its beginning."""
+    train_on: TrainOnConfig = defaults()
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     """For classification: the only allowed answers. A record with another answer is a bad record."""
     clean: CleanConfig = defaults()

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from ftray import config, storage
-from ftray.chat import ChatFormat, read_tools
+from ftray.chat import ChatFormat, TrainOn, read_tools
 from ftray.data.decompress import MAX_RECORD_BYTES
 from ftray.data.examples import Example, Quarantined, Rules, read_examples
 from ftray.data.packing import PackedSequence, concatenate, pack_documents, pack_examples
@@ -46,6 +46,11 @@ class DatasetSpec:
     is_eval: bool = False
     slices: str | None = None
     tools: tuple[tuple[dict[str, Any], ...], ...] = ()
+
+    @property
+    def train_on(self) -> TrainOn:
+        """The parts of answers to train on."""
+        return TrainOn(**self.data.train_on.model_dump()) if self.data else TrainOn()
 
     def rules(self, source: int) -> Rules:
         """Cleaning rules of one source."""
@@ -150,7 +155,7 @@ def pack_chunk(chunk: Chunk, stream: DatasetSpec) -> PackedChunk:
     Raises:
         DataError: The shard changed or cannot be read.
     """
-    chat, pad_id = _tokenizer(stream.load_tokenizer)
+    chat, pad_id = _tokenizer(stream.load_tokenizer, stream.train_on)
     examples: list[Example] = []
     bad: list[Quarantined] = []
     for item in read_examples(chunk, chat, stream.rules(chunk.source)):
@@ -186,7 +191,7 @@ def pack_all(examples: Sequence[Example], stream: DatasetSpec, pad_id: int) -> t
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(load: Callable[[], Any]) -> tuple[ChatFormat, int]:
+def _tokenizer(load: Callable[[], Any], train_on: TrainOn) -> tuple[ChatFormat, int]:
     tokenizer = load()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer))), int(pad or 0)
+    return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)), train_on), int(pad or 0)

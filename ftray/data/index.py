@@ -42,7 +42,7 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_source, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 7  # increase it when sequences, facts or records of a chunk change their meaning
+VERSION = 8  # increase it when sequences, facts or records of a chunk change their meaning
 SUM = "sha256"  # of the rest of an index: a damaged number would look like changed data
 NUM_LINES = 50  # entries of a quarantine file that get a line number
 NO_FIELDS = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
@@ -332,7 +332,8 @@ def _settings(stream: DatasetSpec, tokenizer_hash: str) -> list[Any]:
     labels = stream.data.labels if stream.data else None
     shape = [stream.max_seq_len, stream.packing, stream.eval_fraction, stream.part]
     shape += [stream.data.too_long, stream.data.pack_text] if stream.data else []
-    return [VERSION, shape, split.stratify if split else None, split.group if split else None, labels, tokenizer_hash]
+    columns = [split.stratify if split else None, split.group if split else None]
+    return [VERSION, shape, *columns, labels, asdict(stream.train_on), tokenizer_hash]
 
 
 def _shard_key(stream: DatasetSpec, required: RequiredFields, chunks: Sequence[Chunk], tokenizer_hash: str) -> str:

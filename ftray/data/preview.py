@@ -34,7 +34,7 @@ class TokenSpan:
 def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Console) -> None:
     """Prints the first `number` records of each source as the model will see them. Raises DataError."""
     color = console.is_terminal and not os.environ.get("NO_COLOR")
-    chat = ChatFormat(stream.load_tokenizer())
+    chat = ChatFormat(stream.load_tokenizer(), train_on=stream.train_on)
     console.say(LEGEND[color], styled=True)
     for i, source in enumerate(stream.sources):
         console.say(f"\n{source.path}")

@@ -95,7 +95,7 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) 
         DataError: As `pack_chunk`, or the ids or the mask of a record are wrong.
     """
     packed = pack_chunk(chunk, stream)
-    verifier_of(stream.load_tokenizer).verify(packed.examples, chunk)
+    verifier_of(stream.load_tokenizer, stream.train_on).verify(packed.examples, chunk)
     scripts: Counter[str] = Counter()
     lines = [_describe(example, required, scripts) for example in packed.examples]
     summary = ChunkSummary(

@@ -42,7 +42,8 @@ def verify_sample(stream: DatasetSpec, index: Index, split: str, number: int = N
         DataError: An example is wrong. The message names its record.
     """
     tokenizer = stream.load_tokenizer()
-    chat, fast = ChatFormat(tokenizer), ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)))
+    chat = ChatFormat(tokenizer, train_on=stream.train_on)
+    fast = ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)), stream.train_on)
     num_verified = 0
     for source in range(len(stream.sources)):
         left = number

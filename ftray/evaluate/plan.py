@@ -174,7 +174,9 @@ def make_plan(run: config.RunConfig, run_dir: str) -> EvalPlan:
         few_shot_of = [i for i, s in enumerate(samples) if s.conversation is not None]
         tasks = {
             "base": whole,
-            "few_shot": _few_shot(run, chat, samples, few_shot_of, questions, shots),
+            "few_shot": _few_shot(
+                run, ChatFormat(tokenizer, train_on=stream.train_on), samples, few_shot_of, questions, shots
+            ),
             "tuned": whole,
         }
     return EvalPlan(samples, questions, pairs, tasks, few_shot_of, labels)

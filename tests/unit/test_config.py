@@ -394,6 +394,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "too_long": "split",
         "pack_text": "concatenate",
         "labels": ["yes", "no"],
+        "train_on": {"reasoning": False},
         "clean": {"duplicates": "drop"},
         "chunk_mb": 3.0,
     },
