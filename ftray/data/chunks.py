@@ -24,6 +24,9 @@ from ftray.errors import DataError
 from ftray.storage import strict_json
 
 
+WHOLE = TrainOn()
+
+
 @dataclass(frozen=True)
 class DatasetSpec:
     """Training or eval data: its sources, and the settings that turn a chunk into packed sequences.
@@ -50,7 +53,7 @@ class DatasetSpec:
     @property
     def train_on(self) -> TrainOn:
         """The parts of answers to train on."""
-        return TrainOn(**self.data.train_on.model_dump()) if self.data else TrainOn()
+        return TrainOn(**self.data.train_on.model_dump()) if self.data else WHOLE
 
     def rules(self, source: int) -> Rules:
         """Cleaning rules of one source."""
@@ -191,7 +194,7 @@ def pack_all(examples: Sequence[Example], stream: DatasetSpec, pad_id: int) -> t
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(load: Callable[[], Any], train_on: TrainOn) -> tuple[ChatFormat, int]:
+def _tokenizer(load: Callable[[], Any], train_on: TrainOn = WHOLE) -> tuple[ChatFormat, int]:
     tokenizer = load()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)), train_on), int(pad or 0)
