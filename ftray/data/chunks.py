@@ -23,7 +23,6 @@ from ftray.data.tokenizer import BatchTokenizer, TokenizerLoader, backend_json
 from ftray.errors import DataError
 from ftray.storage import strict_json
 
-
 WHOLE = TrainOn()
 
 

@@ -60,7 +60,7 @@ def sample_sources(stream: DatasetSpec, max_bad_records: int) -> list[SourceSamp
         ModelError: The tokenizer has no usable chat template.
     """
     whole = replace(stream, part=None)
-    chat = ChatFormat(whole.load_tokenizer())
+    chat = ChatFormat(whole.load_tokenizer(), train_on=whole.train_on)
     return [_sample_source(whole, i, chat, max_bad_records) for i in range(len(whole.sources))]
 
 
