@@ -2,7 +2,8 @@
 
 Every record must come out as an example or as a quarantine entry: in = examples + quarantined. None may crash, hang or
 vanish. Broken JSON, bad UTF-8, nulls, wrong types, huge and deeply nested values, empty turns, wrong role order, forged
-turns and template code, half surrogates, stray carriage returns.
+turns and template code, half surrogates, stray carriage returns; and records of agents (tools, tool calls, tool results,
+reasoning, flags) with a value anywhere in them replaced, removed, moved or repeated. Long records are split, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,58 @@ JUNK: list[Any] = [
 ROLES = ["user", "assistant", "assistant", "system", "tool", "USER", "", None, 7]
 
 
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}"
+    "</think>{% endif %}{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}<call>{{ c['function']['name'] }} "
+    "{{ c['function']['arguments'] | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def agent(number: int) -> dict[str, Any]:
+    """A sound record with tools, parallel calls, their results, reasoning and flags."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": f"Rome {number}"}}}
+    other = {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    return {
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": f"Weather {number}?"}]},
+            {"role": "assistant", "content": None, "reasoning_content": "look it up", "tool_calls": [call, other]},
+            {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "sun"},
+            {"role": "tool", "tool_call_id": "c2", "name": "weather", "content": "rain"},
+            {"role": "assistant", "content": "Sun, and rain.", "weight": 1},
+        ],
+        "id": number,
+    }
+
+
+def twist(tree: Any, junk: Callable[[], Any], rng: random.Random) -> Any:
+    """Changes one place of a record: replaces, removes, moves or repeats a value, or adds a key."""
+    spots: list[tuple[Any, Any]] = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        spots += [(node, key) for key in keys]
+        waiting += [node[key] for key in keys if isinstance(node[key], dict | list)]
+    node, key = rng.choice(spots)
+    how = rng.random()
+    if how < 0.5:
+        node[key] = junk()
+    elif how < 0.7:
+        del node[key]
+    elif how < 0.8:
+        node[key] = [node[key]]
+    elif how < 0.9 and isinstance(node, dict):
+        node[rng.choice(["score", "train", "weight", "tool_calls", "images", "x", ""])] = junk()
+    else:
+        other, place = rng.choice(spots)
+        other[place] = json.loads(json.dumps(node[key]))
+    return tree
+
+
 def spoil(rng: random.Random) -> bytes:
     """One line, mostly broken, in one of many ways; it may hold a newline and so be two."""
 
@@ -71,6 +125,9 @@ def spoil(rng: random.Random) -> bytes:
             lambda: {"instruction": value(), "input": value(), "output": value()},
             lambda: {"text": value()},
             lambda: {"prompt": "a", "completion": nested()},
+            lambda: twist(agent(rng.randrange(1000)), value, rng),
+            lambda: twist(twist(agent(rng.randrange(1000)), value, rng), value, rng),
+            lambda: {**agent(1), "tools": rng.choice([value(), json.dumps(agent(1)["tools"])])},
             value,
         ]
     )()
@@ -86,7 +143,8 @@ def spoil(rng: random.Random) -> bytes:
 def write_spoiled(path: Path, number: int, seed: int = 0) -> int:
     """Writes `number` spoiled records, a good one after every four; returns how many lines hold something."""
     rng = random.Random(seed)
-    good = [json.dumps({"prompt": f"question {n}", "completion": "an answer", "id": n}).encode() for n in range(number)]
+    plain = [{"prompt": f"question {n}", "completion": "an answer", "id": n} for n in range(number)]
+    good = [json.dumps(agent(n) if n % 2 else plain[n]).encode() for n in range(number)]
     lines = [spoil(rng) if n % 5 else good[n] for n in range(number)]
     content = b"\n".join(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +159,10 @@ def main(number: int = 10_000, seed: int = 0) -> int:
     from ftray.data.sources import cut_shard, list_shards
     from tests import tiny
 
-    chat = ChatFormat(tiny.make_tokenizer())
-    slowest, out, rules = 0.0, 0, Counter[str]()
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chat = ChatFormat(tokenizer)
+    slowest, out, rules, splits = 0.0, 0, Counter[str](), set[int]()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "part.jsonl"
         num_lines = write_spoiled(path, number, seed)
@@ -115,12 +175,16 @@ def main(number: int = 10_000, seed: int = 0) -> int:
                     out += 1
                     rules["kept" if isinstance(item, Example) else item.rule] += 1
         seconds = time.monotonic() - begin
+        for chunk in [c for shard in list_shards(str(path)) for c in cut_shard(shard, 0, 50_000)]:
+            short = Rules(200, "auto", None, None, None, too_long="split")
+            splits |= {item.position for item in read_examples(chunk, chat, short)}
     print(
         f"{num_lines} records in, {out} out ({rules['kept']} kept) in {seconds:.1f} s, the slowest took {slowest:.2f} s"
     )
     for rule, count in rules.most_common():
         print(f"  {count:6d} {rule}")
-    return int(out != num_lines)
+    print(f"with data.max_seq_len 200 and data.too_long split: {len(splits)} of {num_lines} records came out")
+    return int(out != num_lines or len(splits) != num_lines)
 
 
 if __name__ == "__main__":

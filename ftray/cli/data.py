@@ -84,15 +84,15 @@ def preview(
     *,
     console: Console,
 ) -> int:
-    """Show records as the model will see them. Starts no Ray."""
+    """Show records as the model will see them. Starts no Ray. Ends with 1 if one of them is bad."""
     from ftray.data.chunks import streams
     from ftray.data.preview import show_preview
     from ftray.model.load import load_tokenizer
 
     run = open_target(target, overrides)
     stream, _ = streams(run.data, partial(load_tokenizer, run.model), run.evaluate.slices)
-    show_preview(stream, int(run.data.chunk_mb * 1e6), number, console)
-    return 0
+    num_bad = show_preview(stream, int(run.data.chunk_mb * 1e6), number, console)
+    return 1 if num_bad else 0
 
 
 def _step_range(text: str) -> tuple[int, int]:

@@ -167,12 +167,13 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
             try:
                 if raw.position in dropped:
                     raise BadRecord("dropped", "removed by data.clean")
-                record = {key: value for key, value in parse_record(raw).items() if rules.needs(key)}
-                part = split_part(record, rules.eval_fraction, rules.group)
+                record = parse_record(raw)
+                used = {key: value for key, value in record.items() if rules.needs(key)}
+                part = split_part(used, rules.eval_fraction, rules.group)
                 if raw.position in moved:
                     part = "eval" if part == "train" else "train"
                 if rules.part in (None, part):
-                    drafts.append(_read(raw, record, rules))
+                    drafts.append(_read(raw, record, used, rules))
             except BadRecord as bad:
                 if rules.part in (None, part):
                     drafts.append(_quarantine(chunk, raw, bad))
@@ -245,12 +246,13 @@ class _Draft(NamedTuple):
     slice: str | None
 
 
-def _read(raw: RawRecord, record: dict[str, Any], rules: Rules) -> _Draft:
+def _read(raw: RawRecord, record: dict[str, Any], used: dict[str, Any], rules: Rules) -> _Draft:
+    """Reads a record. used: the part of it that can have an effect, which is what its hash covers."""
     digest, stratum = 0, None
     if rules.stratify is not None:
         if record.get(rules.stratify) is None:
             raise BadRecord("missing_field", f"{rules.stratify} is missing, the column that data.eval.stratify names")
-        digest, stratum = content_hash(record), str(record[rules.stratify])
+        digest, stratum = content_hash(used), str(record[rules.stratify])
     conversation = read_record(record, rules.format, rules.columns, rules.ignore, rules.tools, rules.used_elsewhere)
     for i, message in enumerate(() if isinstance(conversation, str) else conversation.messages):
         if message.train and message.weight != 1:

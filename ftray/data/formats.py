@@ -32,6 +32,7 @@ HARMLESS_KEYS = frozenset(
 )  # fmt: skip
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "objects")
 PREFERENCE_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "ranking")
+KEY_CHARS = 60  # of a key in the name of a rule
 RATING_KEYS = ("label", "kto_tag")
 
 
@@ -103,13 +104,18 @@ def _check_supported(key: str) -> None:
     }
     for keys, reason in reasons.items():
         if key in keys:
-            raise BadRecord(f"unused_key:{key}", f"it has the key {key}, {reason}")
+            raise _unused(key, reason)
 
 
 def _check_used(present: Mapping[str, Any], used: Collection[str]) -> None:
     for key in present:
         if key not in used and key not in HARMLESS_KEYS:
-            raise BadRecord(f"unused_key:{key}", f"it has the key {key}, which has no effect in this format")
+            raise _unused(key, "which has no effect in this format")
+
+
+def _unused(key: str, reason: str) -> BadRecord:
+    name = "".join(c if c.isprintable() else "\ufffd" for c in key[:KEY_CHARS])
+    return BadRecord(f"unused_key:{name}", f"it has the key {name or repr(name)}, {reason}")
 
 
 def _copies(present: Mapping[str, Any], messages: tuple[Message, ...]) -> set[str]:

@@ -31,9 +31,23 @@ class TokenSpan:
     trained: bool
 
 
-def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Console) -> None:
-    """Prints the first `number` records of each source as the model will see them. Raises DataError."""
-    color = console.is_terminal and not os.environ.get("NO_COLOR")
+def uses_color(console: Console) -> bool:
+    """Whether trained tokens are shown in color instead of plain marks."""
+    return console.is_terminal and not os.environ.get("NO_COLOR")
+
+
+def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Console) -> int:
+    """Prints the first `number` records of each source as the model will see them.
+
+    Returns:
+        The number of bad records among them.
+
+    Raises:
+        DataError: A source is missing or cannot be read.
+    """
+    color, num_bad = uses_color(console), 0
+    for source in stream.sources:
+        list_shards(source.path)  # an error about a path needs no legend above it
     chat = ChatFormat(stream.load_tokenizer(), train_on=stream.train_on)
     console.say(LEGEND[color], styled=True)
     for i, source in enumerate(stream.sources):
@@ -44,7 +58,8 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
             line = line_number(piece.uri, position)
             where = f"{piece.path}, {f'line {line}' if line else f'record {position}'}"
             if isinstance(item, Quarantined):
-                console.say(f"\n--- {where}: bad ({item.rule}): {item.detail}")
+                num_bad += 1
+                console.say(f"\n--- {where}: bad ({item.rule}): {item.detail}; {item.fix}")
                 continue
             documents = [Encoded(ids, mask) for ids, mask in item.encoded.documents()]
             for n, document in enumerate(documents, 1):
@@ -57,6 +72,7 @@ def show_preview(stream: DatasetSpec, chunk_bytes: int, number: int, console: Co
             sequences = [[lengths[place] for place in sequence] for sequence in best_fit(lengths, stream.max_seq_len)]
             packed = ", ".join(" + ".join(map(str, sequence)) for sequence in sequences)
             console.say(f"\npacked alone, in sequences of {stream.max_seq_len} tokens: {packed}")
+    return num_bad
 
 
 def place_of(chunk: Chunk, item: Example | Quarantined) -> tuple[Piece, int]:

@@ -1,14 +1,14 @@
 """Statistics of a data set before training: counts, lengths, labels, scripts, duplicates, and warnings.
 
-Everything comes from the index and its record tables, so the data is not read again. `collect` computes the statistics,
-`show_stats` prints them.
+Everything comes from the index and its record tables. Of the data, only the records that are shown are read again. `collect`
+computes the statistics, `show_stats` prints them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from ftray.data.checks.labels import count_labels
 from ftray.data.chunks import DatasetSpec
 from ftray.data.index import Index, read_record_table
 from ftray.data.prepare import PreparedData, fill_warning, shortened_text
+from ftray.data.preview import LEGEND, paint, uses_color
 from ftray.data.record_table import CAPITAL, FINAL_MARK, JSON_LIKE, MANY_LINES, RecordTable
+from ftray.data.shown_records import ShownRecord, pick_records
 
 PERCENTILES = (1, 10, 50, 90, 99)
 NUM_BINS = 24
@@ -83,22 +85,17 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Statistics of both splits, and warnings."""
+    """Statistics of both splits, warnings, and records of the training data to show."""
 
     train: SplitStats
     eval_set: SplitStats | None
     warnings: list[str]
+    records: list[ShownRecord] = field(default_factory=list)
 
 
 def collect(stream: DatasetSpec, index: Index, table: RecordTable, name: str, labels: list[str] | None) -> SplitStats:
     """Statistics of the records that are in the sequences of a training or eval set."""
-    kept = np.concatenate(
-        [
-            np.isin(records.batch.column("position").to_numpy(), facts.chunk.dropped, invert=True)
-            for records, facts in zip(table.described, index.facts, strict=True)
-        ]
-        or [np.zeros(0, bool)]
-    )
+    kept = _kept(index, table)
     flags = table.column("flags")[kept]
     answers = table.texts("label").filter(pa.array(kept))
     scripts = sum((Counter(s.scripts) for s in table.summaries), Counter[str]())
@@ -119,6 +116,17 @@ def collect(stream: DatasetSpec, index: Index, table: RecordTable, name: str, la
         {rule: number for rule, (number, _) in index.found.items()},
         {rule: left for rule, (_, left) in index.found.items() if left},
         shortened_text(index.shortened, stream.data.too_long) if index.shortened and stream.data else "",
+    )
+
+
+def _kept(index: Index, table: RecordTable) -> npt.NDArray[np.bool_]:
+    """bool [records]: those that `data.clean` does not remove."""
+    return np.concatenate(
+        [
+            np.isin(records.batch.column("position").to_numpy(), facts.chunk.dropped, invert=True)
+            for records, facts in zip(table.described, index.facts, strict=True)
+        ]
+        or [np.zeros(0, bool)]
     )
 
 
@@ -216,12 +224,25 @@ def show_stats(data: PreparedData, run: config.RunConfig, run_dir: str, console:
         if stream is not None and index is not None
     ]
     eval_set = parts[1] if len(parts) > 1 else None
-    stats = DatasetStats(parts[0], eval_set, warn(parts[0], eval_set, run.train.global_batch_size, run.data))
+    table = read_record_table(data.index, directory)
+    labels = list(parts[0].labels or {})
+    records = pick_records(data.index, table, _kept(data.index, table), data.plan.stream, labels)
+    stats = DatasetStats(parts[0], eval_set, warn(parts[0], eval_set, run.train.global_batch_size, run.data), records)
     for line in as_text(stats):
         console.say(line)
+    _show_records(records, console)
     if data.index.findings is not None:
         console.say(f"\nAll findings: {storage.join(directory, data.index.findings)}")
     return stats
+
+
+def _show_records(records: Sequence[ShownRecord], console: Console) -> None:
+    color = uses_color(console)
+    console.say(f"\nrecords: {LEGEND[color]}", styled=True)
+    for record in records:
+        console.say(f"\n--- {record.title}: {record.note}")
+        for spans in record.documents:
+            console.say(paint(spans, color), styled=True)
 
 
 def as_text(stats: DatasetStats) -> list[str]:

@@ -18,7 +18,7 @@ def render_page(stats: DatasetStats, name: str) -> str:
 def render_parts(
     stats: DatasetStats | None, level: int = 2, sources: HtmlTable | None = None, note: str = ""
 ) -> Markup:
-    """Renders a note, the sources, the warnings and both splits.
+    """Renders a note, the sources, the warnings, both splits and the shown records.
 
     Args:
         stats: The statistics, if they are known.
@@ -34,6 +34,7 @@ def render_parts(
         sources=sources,
         warnings=stats.warnings if stats else [],
         splits=[_split(each) for each in splits],
+        records=stats.records if stats else [],
     )
 
 

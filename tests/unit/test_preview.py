@@ -11,6 +11,7 @@ from ftray.chat import ChatFormat, Conversation, Message
 from ftray.console import Console
 from ftray.data.chunks import streams
 from ftray.data.preview import paint, pieces, show_preview
+from ftray.errors import DataError
 from tests import tiny
 
 
@@ -49,6 +50,22 @@ def test_a_bad_record_is_shown_as_one(tmp_path: Path) -> None:
     assert "--- part.jsonl, line 1: bad (no_answer): completion is missing; the record has prompt" in shown(
         tmp_path, io.StringIO()
     )
+
+
+def test_bad_records_are_counted_and_a_wrong_column_lists_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "part.jsonl").write_text('{"q": "a", "a": "b"}\n' * 3)
+    source = {"path": str(tmp_path), "columns": {"user": "question", "assistant": "a"}}
+    data = config.DataConfig.model_validate({"max_seq_len": 256, "train": [source]})
+    stream = io.StringIO()
+    assert show_preview(streams(data, tiny.make_tokenizer)[0], 1 << 20, 2, Console(stream)) == 2
+    assert "bad (missing_field): question is missing; the record has a, q; fill in the field" in stream.getvalue()
+
+
+def test_a_missing_path_is_all_that_is_said(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with pytest.raises(DataError, match="no such file or directory"):
+        shown(tmp_path / "nowhere", stream)
+    assert stream.getvalue() == ""
 
 
 def test_the_pieces_together_are_the_whole_text_and_name_what_is_learned() -> None:

@@ -86,9 +86,7 @@ def test_a_record_trains_on_its_answer_or_is_rejected_by_name(
 def test_dollys_context_and_orcas_empty_system_prompt_are_mapped_by_columns(tmp_path: Path) -> None:
     dolly = {"instruction": "Where?", "context": "Born in London.", "response": "London", "category": "closed_qa"}
     (tmp_path / "dolly.jsonl").write_text(json.dumps(dolly) + "\n")
-    assert outcomes(tmp_path / "dolly.jsonl")[0].startswith(
-        "no_answer: output is missing; the record has context, inst"
-    )
+    assert outcomes(tmp_path / "dolly.jsonl")[0].startswith("no_answer: output is missing; the record has category, c")
     columns = {"user": "{instruction}[\n\n{context}]", "assistant": "response"}
     assert outcomes(tmp_path / "dolly.jsonl", columns) == ["London"]
     orca = [

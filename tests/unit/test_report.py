@@ -17,6 +17,8 @@ import pytest
 import ftray.report.html as report_html
 from ftray.cli import main
 from ftray.console import Console
+from ftray.data.preview import TokenSpan
+from ftray.data.shown_records import ShownRecord
 from ftray.driver.worker_group import GroupResult
 from ftray.errors import ConfigError, Interrupted, Preempted, RunError, StorageError
 from ftray.events.bus import EventBus
@@ -328,7 +330,8 @@ def test_templates_escape_every_text_also_in_attributes_and_charts() -> None:
     values = {"level": 2, "note": evil, "warnings": [evil], "sources": HtmlTable(evil, [evil], [[evil]], best=0)}
     plots = [columns(evil, [(evil, 1)], evil), bars(evil, [(evil, 1.0)], "{}")]
     split = {"title": evil, "facts": [(evil, evil)], "plots": plots}
-    text = render("data.html", splits=[split], **values)
+    record = ShownRecord(evil, evil, [[TokenSpan(evil, "trained", trained=True)]])
+    text = render("data.html", splits=[split], records=[record], **values)
     made = chart(evil, evil, evil, [Series(evil, [(0, 1.0)])], evil)
     text += render("sweep.html", level=2, best=evil, command=evil, parallel=plots[0], chart=made, importance=None,
                    trials=values["sources"])  # fmt: skip
