@@ -31,7 +31,7 @@ HARMLESS_KEYS = frozenset(
     }
 )  # fmt: skip
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "objects")
-PREFERENCE_KEYS = ("chosen", "rejected", "rejected_response", "rejected_messages", "ranking")
+PREFERENCE_KEYS = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "ranking")
 KEY_CHARS = 60  # of a key in the name of a rule
 RATING_KEYS = ("label", "kto_tag")
 
