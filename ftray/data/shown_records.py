@@ -60,7 +60,7 @@ def pick_records(
             place = next((int(p) for p in places if answers[p] == label), None)
             if place is not None:
                 chosen[f"a record of the class {label!r}"] = place
-    chat = ChatFormat(stream.load_tokenizer())
+    chat = ChatFormat(stream.load_tokenizer(), train_on=stream.train_on)
     shown = [_shown(title, place, index, table, stream, chat) for title, place in chosen.items()]
     return [record for record in shown if record is not None] + rejected_records(index)
 

@@ -66,7 +66,7 @@ def split(content: Conversation | str, encoded: Encoded, chat: ChatFormat, max_s
     messages = content.messages
     head = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
     parts: list[RecordPart] = []
-    start, last = head, max(_answers(content), default=0)
+    start, last = head, max(_answers(content, chat), default=0)
     while start < last:
         part = _longest(content, head, start, chat, max_seq_len)
         if part is None:
@@ -74,14 +74,14 @@ def split(content: Conversation | str, encoded: Encoded, chat: ChatFormat, max_s
         parts.append(part[0])
         end = part[1]
         question = next((i for i in range(end, len(messages)) if messages[i].role == "user"), len(messages))
-        has_answer_before = any(end < answer <= question for answer in _answers(content))
+        has_answer_before = any(end < answer <= question for answer in _answers(content, chat))
         start = end if has_answer_before else question
     return parts
 
 
-def _answers(conversation: Conversation) -> list[int]:
+def _answers(conversation: Conversation, chat: ChatFormat) -> list[int]:
     """For each answer that is trained on, the number of the message after it."""
-    return [i + 1 for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.train]
+    return [i + 1 for i in chat.trained_turns(conversation)]
 
 
 def _longest(
@@ -97,7 +97,7 @@ def _longest(
             return None
         return RecordPart(piece, encoded)
 
-    ends = [end for end in _answers(conversation) if end > start]
+    ends = [end for end in _answers(conversation, chat) if end > start]
     number = bisect_right(ends, 0, key=lambda end: int(part(end) is None))  # longer parts have more tokens
     found = part(ends[number - 1]) if number else None
     return None if found is None else (found, ends[number - 1])
