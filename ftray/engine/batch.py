@@ -131,12 +131,20 @@ def load_engine(
     Raises:
         ModelError: The directory is not a model. The message names what is missing.
     """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    model, tokenizer = load_model(model_dir, dtype=dtype, revision=revision)
+    return TransformersEngine(
+        model, tokenizer, name=name, max_num_seqs=max_num_seqs, max_context=max_context, adapters=adapters
+    )
+
+
+def load_model(model_dir: str | Path, *, dtype: str | None = None, revision: str | None = None) -> tuple[Any, Any]:
+    """A model, on the GPU if there is one, and its tokenizer. Arguments and errors are those of `load_engine`."""
     is_local = isinstance(model_dir, Path) or Path(model_dir).is_absolute() or Path(model_dir).is_dir()
     directory = Path(model_dir) if is_local else model_dir
     if isinstance(directory, Path):
         check_model_directory(directory)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     options = {"local_files_only": is_local, "trust_remote_code": False, "revision": None if is_local else revision}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a replica's log is not a terminal
@@ -153,6 +161,4 @@ def load_engine(
             transformers_logging.enable_progress_bar()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return TransformersEngine(
-        model, tokenizer, name=name, max_num_seqs=max_num_seqs, max_context=max_context, adapters=adapters
-    )
+    return model, tokenizer
