@@ -48,6 +48,8 @@ class Engine:
     def check_schema(self, schema: str) -> None:
         json.loads(schema)
 
+    def check_grammar(self, grammar: str) -> None: ...
+
     def generate(
         self, request_id: str, prompt_ids: list[int], params: Any, *, adapter: str | None = None
     ) -> AsyncIterator[Any]:

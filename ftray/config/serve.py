@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -77,6 +78,9 @@ class ServeConfig(Section):
     trusted_keys: list[str] = Field([])
     """Public Ed25519 keys as printed by `ftray publish --sign` (`ed25519:…`). If set, only published adapters signed by
     one of these keys are served; if empty, signatures are ignored."""
+    cors_origins: list[str] = Field([])
+    """Origins of web pages that may call the endpoint from a browser (CORS), for example `https://app.example.com`;
+    `"*"`: any page. API keys in a page are readable by its users."""
     feedback: FeedbackConfig | None = None
     """Store user feedback as records that training can read. Default: `POST /v1/feedback` is refused."""
     ab: dict[str, Annotated[Float, Field(ge=0)]] = Field({})
@@ -89,6 +93,16 @@ class ServeConfig(Section):
     def proxy_timeout_s(self) -> float:
         """Seconds until the proxy ends a request, long enough for a replica to start and answer."""
         return self.max_answer_s + 600
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin):
+                raise ValueError(
+                    f"{origin[:60]!r} is not an origin; write scheme, host and port, such as https://app.example.com, or *"
+                )
+        return origins
 
     @field_validator("trusted_keys")
     @classmethod

@@ -103,6 +103,7 @@ class ModelReplica:
             feedback=cfg.feedback,
             first_times=self._first_times,
             metrics=self._metrics,
+            cors_origins=cfg.cors_origins,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

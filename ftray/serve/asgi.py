@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -130,3 +131,15 @@ class ErrorMiddleware:
                     f"unexpected {kind}"
                 ) from None  # breaks the connection, so the answer does not look complete
             await refuse(send, RequestError(500, "internal error; see the server's log"))
+
+
+def with_cors(app: Any, origins: Sequence[str]) -> Any:
+    """Answers browsers' preflight requests, which carry no key, and names the allowed origins in every answer."""
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after"],
+        max_age=3600,
+    )

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,15 @@ from ftray.engine.protocol import ContextLengthError, Engine, EngineError, Outpu
 from ftray.errors import DataError, StorageError
 from ftray.serve.adapter_cache import AdapterCache, ServedModels
 from ftray.serve.answers import AnswerChunk, read_answer, read_text
-from ftray.serve.asgi import ErrorMiddleware, StreamedResponse, on_http_error, on_request_error, read_body, unavailable
+from ftray.serve.asgi import (
+    ErrorMiddleware,
+    StreamedResponse,
+    on_http_error,
+    on_request_error,
+    read_body,
+    unavailable,
+    with_cors,
+)
 from ftray.serve.auth import CALLER, AuthMiddleware, answer_id
 from ftray.serve.autoscaling import TtftWindow
 from ftray.serve.chat_prompts import ChatEncoder, ChatPrompt
@@ -60,6 +68,7 @@ def build_api(
     feedback: config.FeedbackConfig | None = None,
     first_times: TtftWindow | None = None,
     metrics: ServeMetrics | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Any:
     """An ASGI app that owns the engine: its lifespan starts and stops it.
 
@@ -75,6 +84,7 @@ def build_api(
         feedback: Limits of feedback. Without it or `place`, feedback is refused.
         first_times: Collects times to first token, for autoscaling.
         metrics: The replica's metrics.
+        cors_origins: Origins of web pages that may call the endpoint; `*` for all.
     """
     metrics, router = metrics or ServeMetrics(), router or Router({})
     adapters = AdapterCache(engine, served, lambda rejected: metrics.rejected.labels(rejected.kind).inc())
@@ -103,7 +113,8 @@ def build_api(
             await adapters.stop()
             await engine.stop()
 
-    return AuthMiddleware(_starlette(api, lifespan, keeps_feedback=box is not None), key_hashes)
+    app = AuthMiddleware(_starlette(api, lifespan, keeps_feedback=box is not None), key_hashes)
+    return with_cors(app, cors_origins) if cors_origins else app
 
 
 def _starlette(api: _Routes, lifespan: Callable[[Starlette], Any], *, keeps_feedback: bool) -> Starlette:

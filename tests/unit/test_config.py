@@ -468,6 +468,7 @@ SAME: dict[str, dict[str, Any]] = {
         "max_adapters": 3,
         "max_adapter_mb": 3,
         "trusted_keys": ["ed25519:" + "A" * 43 + "="],
+        "cors_origins": ["https://a.example"],
         "feedback": {"max_bytes": 100},
         "requests_per_minute": 3,
         "tokens_per_minute": 3,

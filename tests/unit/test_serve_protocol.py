@@ -590,6 +590,29 @@ def test_every_path_but_health_needs_a_key(header: str | None, path: str, status
         assert answer.error["code"] == "invalid_api_key"
 
 
+def test_pages_of_allowed_origins_may_call_the_endpoint() -> None:
+    def asked(origin: str, origins: tuple[str, ...], method: str) -> tuple[int, str | None]:
+        app = build_api(
+            PaperEngine(), ServedModels("m"), max_tokens=50, key_hashes=(hash_key("k"),), cors_origins=origins
+        )
+        headers = {"origin": origin, "authorization": "Bearer k"}
+        if method == "OPTIONS":  # the browser's question before the request, without a key
+            headers = {"origin": origin, "access-control-request-method": "POST"}
+            headers["access-control-request-headers"] = "authorization,content-type,x-stainless-lang"
+        answer = asyncio.run(call(app, "/v1/models", headers=headers, method=method))
+        return answer.status, answer.headers.get("access-control-allow-origin")
+
+    page = "https://app.example"
+    for method in ("OPTIONS", "GET"):
+        assert asked(page, (page,), method) == (200, page)
+        assert asked(page, ("*",), method) == (200, "*")
+        assert asked("https://evil.example", (page,), method)[1] is None
+    assert asked(page, (), "OPTIONS") == (401, None)
+    for origin in ("app.example", "https://app.example/x", "https://a b", ""):
+        with pytest.raises(ValueError, match="is not an origin"):
+            ServeConfig.model_validate({"cors_origins": [origin]})
+
+
 def test_an_open_host_without_a_key_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FTRAY_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "10.0.0.5", "example.org"):
