@@ -35,7 +35,7 @@ from ftray.storage import strict_json
 from tests.unit.test_serve_policies import TALK
 from tests.unit.test_serve_protocol import CHAT, HI, TEXT, PaperEngine, call
 
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/feedback"]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/responses"]
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 JSON = st.recursive(
     st.none()
@@ -52,7 +52,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from(
     ["model", "messages", "prompt", "n", "stop", "seed", "stream", "stream_options", "temperature", "top_p", "user", "logprobs",
      "top_logprobs", "max_tokens", "max_completion_tokens", "response_format", "safety_identifier", "rating", "comment", "id",
-     "correction", "tools", "metadata", "\ud800"]
+     "correction", "tools", "tool_choice", "chat_template_kwargs", "logit_bias", "echo", "input", "text", "metadata", "\ud800"]
 )  # fmt: skip
 
 
@@ -93,7 +93,11 @@ def test_any_json_is_answered_or_refused(tree: Any) -> None:
 
 
 @QUICK
-@given(st.sampled_from([CHAT, TEXT, {"rating": "up", "messages": TALK, "id": "x"}]), FIELDS, JSON)
+@given(
+    st.sampled_from([CHAT, TEXT, {"model": "m", "input": "x"}, {"rating": "up", "messages": TALK, "id": "x"}]),
+    FIELDS,
+    JSON,
+)
 def test_a_good_body_with_one_field_of_anything_is_answered_or_refused(
     body: dict[str, Any], field: str, value: Any
 ) -> None:

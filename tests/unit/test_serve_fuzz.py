@@ -18,15 +18,20 @@ from tests.unit.test_serve_policies import Explaining
 from tests.unit.test_serve_protocol import CHAT, TEXT, PaperEngine, call
 
 NUM_BODIES = 5000
+CALL = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
 SCRAPS: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 1e308, 0.5, "", "x", "\x00", "🐦", "\ud7ff", "../../etc/passwd",
     "small:../polite", "x" * 3000, [], {}, [[]], [None], ["a", 1], {"a": {"b": [1]}}, [{"role": "user"}], {"type": "text"},
     [{"role": "user", "content": "x"}], [{"role": "system", "content": [{"type": "text", "text": "t"}]}], "{{ 7 * 7 }}",
+    [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], "required",
+    [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}],
+    [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}],
 ]  # fmt: skip
 KEYS = [
     "model", "messages", "prompt", "n", "stop", "seed", "stream", "stream_options", "temperature", "top_p", "max_tokens",
     "max_completion_tokens", "logprobs", "top_logprobs", "user", "tools", "chat_template", "response_format", "rating",
-    "__class__", "", "logit_bias", "best_of", "echo", "id", "comment",
+    "__class__", "", "logit_bias", "best_of", "echo", "id", "comment", "tool_choice", "parallel_tool_calls", "top_k", "min_p",
+    "chat_template_kwargs", "reasoning_effort", "input", "instructions", "text", "reasoning",
 ]  # fmt: skip
 
 
@@ -51,7 +56,12 @@ def test_five_thousand_spoiled_bodies_are_answered_or_refused(tmp_path: Path) ->
     rng, seen = random.Random(7), Counter[int]()
     turns = [*CHAT["messages"], {"role": "assistant", "content": "y"}]  # type: ignore[misc]
     talk = {"rating": "up", "messages": turns, "id": answer_id("chatcmpl", "")}
-    bodies = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/feedback": talk}
+    bodies = {
+        "/v1/chat/completions": CHAT,
+        "/v1/completions": TEXT,
+        "/v1/responses": {"model": "m", "input": "hi"},
+        "/v1/feedback": talk,
+    }
 
     async def work() -> None:
         bounds = config.FeedbackConfig(records_per_day=10_000)
