@@ -134,7 +134,7 @@ class ResponsesFrame:
     def _response(self, usage: Usage | None) -> dict[str, Any]:
         """The response object: in progress without usage."""
         status = "in_progress" if usage is None else "incomplete" if self._end == "length" else "completed"
-        repeated = self.request.model_dump(mode="json", by_alias=True)
+        repeated = self.request.model_dump(mode="json", by_alias=True, include={"text", "tool_choice", "tools"})
         return {
             "id": self.id,
             "object": "response",
