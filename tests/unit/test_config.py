@@ -588,6 +588,12 @@ def test_check_refuses_a_deepspeed_setting_that_another_key_decides(
     assert capsys.readouterr().err == f"ftray: {told}\n"
 
 
+def test_the_page_for_users_of_other_trainers_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_migrating.py"))
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    assert text == page["render"](), "write it again: python docs/make_migrating.py"
+
+
 def test_all_weights_are_trained_at_a_lower_rate_than_adapters_unless_the_run_file_says_otherwise() -> None:
     tree: dict[str, Any] = {"name": "r", "model": {"base": "m"}, "data": {"train": [{"path": "p"}]}}
     full = {**tree, "method": {"type": "full"}}
