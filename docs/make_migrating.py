@@ -11,8 +11,8 @@ HEAD = """\
 
 # Coming from TRL, axolotl or LLaMA-Factory
 
-`ftray init DATA` writes a run file for your data. On the same batches, the losses equal TRL's within 1e-6. If you type a key of another
-trainer, the error names ftray's.
+`ftray init DATA` writes a run file for your data. On the same batches, the losses equal TRL's within 1e-6. If you type a key of
+another trainer, the error names ftray's.
 
 ## Defaults that differ
 
@@ -34,12 +34,12 @@ DEFAULTS = (
     ),
     ("train.schedule", "linear", "cosine is the usual choice of published recipes"),
     ("train.warmup", "0", "the first steps of an optimizer without history are the least reliable"),
-    ("train.epochs", "3", "steps are counted before training, so more epochs are a choice, not a surprise"),
+    ("train.epochs", "3", "a pass is enough for large data sets; `ftray init` proposes 3 for small ones"),
     ("train.global_batch_size", "8 records per device", "it does not depend on the number of devices"),
     ("data.max_seq_len", "1024", "longer records are an error instead of being cut"),
     ("data.packing", "false", "packed documents do not see each other, so packing changes no loss"),
     ("train.seed", "42", "any number will do"),
-    ("train.weight_decay", "0", "the same"),
+    ("train.weight_decay", "0", "the value is the same, but ftray's decay also applies to norms and biases"),
 )
 
 
