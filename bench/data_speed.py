@@ -53,7 +53,7 @@ def rows_by_ftray(stream: DatasetSpec) -> pa.Table:
     items = [(i, 0, ChunkFacts(c, 0, 0, 0, 0, pack_chunk(c, stream).digest)) for i, c in enumerate(cut)]
 
     def run(item: tuple[int, int, ChunkFacts]) -> pa.Table:
-        chat, _ = chunks._tokenizer(stream.load_tokenizer)
+        chat, _ = chunks._tokenizer(stream.load_tokenizer, stream.train_on)
         chat.encode_examples(["a"])  # so that the engine is open
         began = time.process_time()
         table = sequence_table(item, stream, None)
@@ -142,7 +142,7 @@ def measure(directory: Path, base: config.ModelConfig) -> dict[str, Any]:
     bare = rows_by_hand(directory, base, with_masks=False)
     num_tokens = sum(ours.column("num_tokens").to_pylist())
     speeds = [num_tokens / cpu_seconds(table) for table in (ours, plain, bare)]
-    chat, _ = chunks._tokenizer(stream.load_tokenizer)
+    chat, _ = chunks._tokenizer(stream.load_tokenizer, stream.train_on)
     return {
         "equal": all(np.array_equal(matrix(ours, name), matrix(plain, name)) for name in COLUMNS),
         "engine": getattr(chat._encode_batch, "engine", "transformers"),

@@ -12,7 +12,7 @@ border between the prompt and the answer.
 from ftray.chat.encode import ChatFormat
 from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.messages import Conversation, Message, ToolCall, read_messages, read_tools
-from ftray.chat.renderer import is_plain, template_of
+from ftray.chat.renderer import template_of
 from ftray.chat.template_trial import try_template
 from ftray.chat.train_on import TrainOn
 
@@ -24,7 +24,6 @@ __all__ = [
     "Message",
     "ToolCall",
     "TrainOn",
-    "is_plain",
     "read_messages",
     "read_tools",
     "template_of",

@@ -15,7 +15,7 @@ from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.placeholders import ShapeCache
-from ftray.chat.renderer import TemplateRenderer, is_plain, template_of, texts_of
+from ftray.chat.renderer import TemplateRenderer, template_of, texts_of
 from ftray.chat.segments import WHOLE, Document, TemplateSegmenter
 from ftray.chat.special_tokens import TextChecker, special_tokens
 from ftray.chat.spelled_tokens import SpelledTokens
@@ -351,7 +351,7 @@ class ChatFormat:
         self._check(conversation)
         for i, message in enumerate(conversation.messages):
             self._checker.check_writable(message.content, f"turn {i} ({message.role})")
-        if not is_plain(conversation):
+        if not conversation.is_plain:
             for i, what, text in texts_of(conversation):
                 self._checker.check_writable(text, what if i < 0 else f"turn {i} ({what})")
         if not self._segmenter.trained_turns(conversation):
@@ -373,7 +373,7 @@ class ChatFormat:
                 raise DataError(f"turn {i} (assistant) is empty")
             if message.weight != 1:
                 raise DataError(f"turn {i} (assistant) has the weight {message.weight}; only 0 and 1 are supported")
-        if not is_plain(conversation):
+        if not conversation.is_plain:
             for i, what, text in texts_of(conversation):
                 if not self._checker.is_plain(text):
                     self._checker.check(text, what if i < 0 else f"turn {i} ({what})")

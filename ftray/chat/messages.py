@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ftray.errors import DataError
@@ -102,6 +103,13 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = field(default=())
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it consists of texts only, so that every template reads it in the same form."""
+        return not self.tools and not any(
+            m.tool_calls or m.reasoning or m.name or m.tool_call_id or m.role == "developer" for m in self.messages
+        )
+
     def until(self, end: int) -> Conversation:
         """The conversation before the message with this number."""
         return Conversation(self.messages[:end], self.tools)
@@ -111,7 +119,7 @@ def read_messages(raw: object) -> tuple[Message, ...]:
     """Reads turns: `[{"role": …, "content": …}]`, or ShareGPT's `[{"from": …, "value": …}]`. Raises DataError naming the turn."""
     if not isinstance(raw, list) or not raw:
         raise DataError("messages must be a list with at least one turn")
-    return tuple(_read_turn(f"turn {i}", turn) for i, turn in enumerate(raw))
+    return tuple([_plain_turn(turn) or _read_turn(f"turn {i}", turn) for i, turn in enumerate(raw)])
 
 
 def read_tools(raw: object) -> tuple[dict[str, Any], ...]:
@@ -148,6 +156,14 @@ def _read_tool(where: str, tool: object) -> dict[str, Any]:
     ]:
         raise DataError(f"{where} ({function['name']}) has {extra[0]} beside its function; move it into the function")
     return {"type": "function", "function": function}
+
+
+def _plain_turn(raw: object) -> Message | None:
+    """A turn of a role and a text only, which are most turns; None for all others."""
+    if not isinstance(raw, dict) or len(raw) != 2:
+        return None
+    role, content = raw.get("role"), raw.get("content")
+    return Message(role, content) if isinstance(content, str) and isinstance(role, str) and role in ROLES else None
 
 
 def _read_turn(where: str, raw: object) -> Message:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftray.chat.messages import Conversation, Message
-from ftray.chat.renderer import TemplateRenderer, is_plain
+from ftray.chat.renderer import TemplateRenderer
 from ftray.chat.segments import Document, TemplateSegmenter
 from ftray.chat.template_limits import MARK
 from ftray.chat.turn_shape import TurnShape
@@ -42,7 +42,7 @@ class ShapeCache:
 
     def cut(self, conversation: Conversation) -> list[Document]:
         """The documents of a conversation. Raises DataError as `cut_example`."""
-        if not is_plain(conversation) or not self._segmenter.train_on.is_whole:
+        if not conversation.is_plain or not self._segmenter.train_on.is_whole:
             return self._segmenter.cut_example(conversation)
         messages = conversation.messages
         key = tuple([(m.role, bool(m.content)) for m in messages])
@@ -53,12 +53,13 @@ class ShapeCache:
         shape = self._shapes[key]
         if shape is None:
             return self._segmenter.cut_example(conversation)
-        trained = set(self._segmenter.trained_turns(conversation))
-        document: Document = []
-        for parts, turn in shape:
-            text = "".join([part if isinstance(part, str) else part.of(messages) for part in parts])
-            document.append((text, turn in trained))
-        return [document]
+        trained = self._segmenter.trained_turns(conversation)
+        return [
+            [
+                ("".join([part if isinstance(part, str) else part.of(messages) for part in parts]), turn in trained)
+                for parts, turn in shape
+            ]
+        ]
 
     def find_shape(self, key: ShapeKey) -> _Shape | None:
         """The segments of all conversations of a shape, or None if the template does more than copying their texts."""

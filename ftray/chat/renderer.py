@@ -70,7 +70,7 @@ class TemplateRenderer:
 
     def try_render(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
         """`render` without checks. Raises whatever the template raises."""
-        shape = TurnShape() if is_plain(conversation) else self.shape
+        shape = TurnShape() if conversation.is_plain else self.shape
         return self.run(shape.turns(conversation), conversation.tools, add_generation_prompt)
 
     def run(
@@ -123,13 +123,6 @@ class TemplateRenderer:
         except Exception as err:  # noqa: BLE001 - as in `render`
             return one_line(err)
         return None if MARK_TEXT in text else "it leaves such turns out"
-
-
-def is_plain(conversation: Conversation) -> bool:
-    """Whether a conversation consists of texts only, so that every template reads it in the same form."""
-    return not conversation.tools and not any(
-        m.tool_calls or m.reasoning or m.name or m.tool_call_id or m.role == "developer" for m in conversation.messages
-    )
 
 
 def check_context(conversation: Conversation, text: str) -> None:

@@ -137,6 +137,8 @@ class TemplateSegmenter:
 
     def trained_turns(self, conversation: Conversation) -> list[int]:
         """The numbers of the answers that are trained on."""
+        if self.train_on == WHOLE:
+            return [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.train]
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self.train_on.last_turn_only:
             turns = turns[-1:]

@@ -193,7 +193,7 @@ def pack_all(examples: Sequence[Example], stream: DatasetSpec, pad_id: int) -> t
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(load: Callable[[], Any], train_on: TrainOn = WHOLE) -> tuple[ChatFormat, int]:
+def _tokenizer(load: Callable[[], Any], train_on: TrainOn) -> tuple[ChatFormat, int]:
     tokenizer = load()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return ChatFormat(tokenizer, BatchTokenizer(tokenizer, backend_json(tokenizer)), train_on), int(pad or 0)

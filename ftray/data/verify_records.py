@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftray.chat import ChatFormat, ExpectedDocument, TrainOn, is_plain
+from ftray.chat import ChatFormat, ExpectedDocument, TrainOn
 from ftray.data.examples import Example
 from ftray.data.sources import Chunk, line_number
 from ftray.errors import DataError
@@ -89,7 +89,7 @@ class RecordVerifier:
 
     def _frame(self, example: Example, text: str, trained: str, number: int) -> tuple[str, str] | None:
         """What the template writes around the texts of a document. None: they have to be compared with a rendering."""
-        if number > 1 or (example.conversation is not None and not is_plain(example.conversation)):
+        if number > 1 or (example.conversation is not None and not example.conversation.is_plain):
             return None
         if example.conversation is None:
             contents = learned = [self._chat.normalized(example.text or "")]

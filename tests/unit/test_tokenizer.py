@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftray.chat import ChatFormat, Conversation, Encoded, Message
+from ftray.chat import ChatFormat, Conversation, Encoded, Message, TrainOn
 from ftray.chat.placeholders import ShapeCache
 from ftray.chat.renderer import TemplateRenderer
 from ftray.chat.segments import TemplateSegmenter
@@ -306,7 +306,9 @@ def test_a_tokenizer_travels_as_itself_and_is_loaded_once_a_process() -> None:
     pickle.dumps(loader)
     assert len(calls) == 1
     assert there == pickle.loads(pickle.dumps(loader))
-    assert _tokenizer(there) is _tokenizer(pickle.loads(pickle.dumps(loader)))  # a task unpickles its own copy
+    assert _tokenizer(there, TrainOn()) is _tokenizer(
+        pickle.loads(pickle.dumps(loader)), TrainOn()
+    )  # a task unpickles its own copy
     chat, other = ChatFormat(loader()), ChatFormat(there())
     assert chat.identity == other.identity
     conversation = talk(Message("system", "s"), Message("user", "Is it so?"), Message("assistant", "Yes 🙂."))
@@ -347,8 +349,8 @@ def test_a_task_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     saved.write_bytes(pickle.dumps(TokenizerLoader(tiny.make_tokenizer)))
     code = (
         "import pickle, sys; from pathlib import Path\n"
-        "from ftray.chat import Conversation, Message; from ftray.data.chunks import _tokenizer\n"
-        f"chat, _ = _tokenizer(pickle.loads(Path({str(saved)!r}).read_bytes()))\n"
+        "from ftray.chat import Conversation, Message, TrainOn; from ftray.data.chunks import _tokenizer\n"
+        f"chat, _ = _tokenizer(pickle.loads(Path({str(saved)!r}).read_bytes()), TrainOn())\n"
         "assert len(chat.encode_examples([Conversation((Message('user', 'a'), Message('assistant', 'b')))])[0].input_ids) > 5\n"
         "assert not {'torch', 'transformers', 'ray'} & set(sys.modules), 'heavy'"
     )
