@@ -90,6 +90,14 @@ class Message:
     tool_call_id: str = ""
     name: str = ""
 
+    @property
+    def text(self) -> str:
+        """All that it says: its reasoning, its content and its calls."""
+        if not (self.reasoning or self.tool_calls):
+            return self.content
+        calls = [f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in self.tool_calls]
+        return "\n".join(part for part in (self.reasoning, self.content, *calls) if part)
+
 
 @dataclass(frozen=True)
 class Conversation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -44,7 +44,7 @@ class EvalExample:
     def is_question(self) -> bool:
         """Whether it ends with an answer that a model can be asked for."""
         turns = self.conversation.messages if self.conversation is not None else ()
-        return len(turns) > 1 and turns[-1].role == "assistant"
+        return len(turns) > 1 and turns[-1].role == "assistant" and bool(turns[-1].content.strip())
 
 
 def read_samples(index: Index, stream: DatasetSpec, number: int | None = None) -> list[EvalExample]:
@@ -131,7 +131,7 @@ def pick_shots(index: Index, stream: DatasetSpec, number: int, questions: Sequen
         turns = [m for m in (sample.conversation.messages if sample.conversation else ()) if m.role != "system"]
         if [m.role for m in turns] == ["user", "assistant"] and turns[0].content not in questions_used:
             questions_used.add(turns[0].content)
-            shots.append([turns[0], Message("assistant", turns[1].content, train=False)])
+            shots.append([turns[0], replace(turns[1], train=False)])
     if len(shots) < number:
         raise DataError(
             f"evaluate.few_shot ({number}): training has only {len(shots)} conversations of one question and one answer "

@@ -153,9 +153,9 @@ def read_described(data: bytes | mmap.mmap) -> list[ChunkRecords]:
 def _describe(example: Example, required: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
     turns = example.conversation.messages if example.conversation else (Message("assistant", example.text or ""),)
     keys = record_keys(turns)
-    answer = next((turn.content for turn in reversed(turns) if turn.role == "assistant"), "").strip()
+    answer = next((turn.text for turn in reversed(turns) if turn.role == "assistant"), "").strip()
     for turn in turns:
-        count_scripts(turn.content, scripts)
+        count_scripts(turn.text, scripts)
     mask = example.encoded.loss_mask
     every, chosen = eval_fingerprints(turns) if required.grams and required.is_eval else ([], [])
     if required.grams and not required.is_eval:
@@ -178,7 +178,7 @@ def _describe(example: Example, required: RequiredFields, scripts: Counter[str])
 
 
 def _flags(turns: Sequence[Message], answer: str, min_answer_chars: int) -> int:
-    text = "\n".join(turn.content for turn in turns)
+    text = "\n".join(turn.text for turn in turns)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     odd = len(text) - len(re.sub(r"[^\n\t\r\x20-\x7e]", "", text))
     unprintable = sum(not (c.isprintable() or c.isspace()) or c == "\ufffd" for c in text) if odd else 0

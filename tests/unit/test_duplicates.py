@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ftray.chat import Message
+from ftray.chat import Message, ToolCall
 from ftray.data.checks import contamination
 from ftray.data.checks.contamination import Keys, NgramHashes, eval_fingerprints, find_leaks, fingerprints
 from ftray.data.checks.dedup import (
@@ -70,6 +70,17 @@ def test_records_are_equal_but_for_white_space_and_in_nothing_else() -> None:
     other = record_keys(chat("How much? Two", "four"))
     assert (other.prompt, other.answer == base.answer) == (base.prompt, False)
     assert record_keys([Message("assistant", "plain text")]).prompt == 0
+
+
+def test_records_that_differ_in_a_call_or_in_reasoning_are_no_copies() -> None:
+    def record(city: str, reasoning: str = "") -> list[Message]:
+        call = ToolCall("get_weather", {"city": city})
+        return [Message("user", "How is it?"), Message("assistant", "", reasoning=reasoning, tool_calls=(call,))]
+
+    assert record_keys(record("Oslo")) == record_keys(record("Oslo"))
+    keys = [record_keys(each) for each in (record("Oslo"), record("Rome"), record("Oslo", "I look."))]
+    assert len({each.whole for each in keys}) == len({each.answer for each in keys}) == 3
+    assert len({each.prompt for each in keys}) == 1
 
 
 def test_of_equal_records_the_first_stays() -> None:

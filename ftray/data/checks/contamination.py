@@ -47,13 +47,13 @@ class Leak:
 
 def fingerprints(turns: Sequence[Message]) -> Keys:
     """The sorted distinct hashes of a training record's n-grams, without system turns."""
-    spoken = [words(turn.content) for turn in turns if turn.role != "system"]
+    spoken = [words(turn.text) for turn in turns if turn.role != "system"]
     return _union([_grams(turn) if len(turn) <= SHORT_WORDS else _winnow(_grams(turn)) for turn in spoken])
 
 
 def eval_fingerprints(turns: Sequence[Message]) -> tuple[Keys, Keys]:
     """The hashes of an eval record's n-grams: of all n-grams, and of those selected by winnowing."""
-    grams = [_grams(words(turn.content)) for turn in turns if turn.role != "system"]
+    grams = [_grams(words(turn.text)) for turn in turns if turn.role != "system"]
     return _union(grams), _union([_winnow(each) for each in grams])
 
 

@@ -101,7 +101,7 @@ NO_PAIRS = DuplicatePairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros
 
 def record_keys(turns: Sequence[Message]) -> RecordKeys:
     """The keys of a conversation. Plain text is one assistant turn."""
-    parts = [f"{turn.role}\x1f{' '.join(turn.content.split())}" for turn in turns]
+    parts = [f"{turn.role}\x1f{' '.join(turn.text.split())}" for turn in turns]
     last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
     prompt = _hash("\x1e".join(parts[:last])) if last else 0
     return RecordKeys(_hash("\x1e".join(parts)), prompt, _hash(parts[last]))
@@ -113,7 +113,7 @@ def _hash(text: str) -> int:
 
 def spoken_text(turns: Sequence[Message]) -> str:
     """The text for the comparison of near-duplicates: case-folded words without punctuation and system turns."""
-    raw = " ".join(turn.content for turn in turns if turn.role != "system").casefold()
+    raw = " ".join(turn.text for turn in turns if turn.role != "system").casefold()
     return " ".join(re.findall(r"[^\W_]+", raw)) or " ".join(raw.split())
 
 
