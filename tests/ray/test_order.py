@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,3 +230,35 @@ def test_local_disk_and_s3_give_the_same_rows_also_when_a_third_of_the_requests_
         assert rows.fed_steps(remote, 2) == expected
         spoiled = sum(proxy.count[kind] for kind in ("503", "reset", "cut"))
         assert spoiled >= max(10, 0.15 * sum(proxy.count.values()))
+
+
+def test_small_files_and_joined_texts_keep_exact_counts_and_order(base: Path, tmp_path: Path) -> None:
+    for n in range(200):
+        record: dict[str, Any] = {"text": f"The hen of farm {n} clucks. " * 3}
+        if n % 4 == 0:
+            record = {"prompt": f"What does the hen of farm {n} say?", "completion": "cluck"}
+        (tmp_path / "data" / f"{n % 7}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / f"{n % 7}/f{n:03d}.jsonl").write_text(json.dumps(record) + "\n")
+    plan = rows.make_plan(
+        tmp_path / "run",
+        base,
+        [{"path": str(tmp_path / "data")}],
+        data__pack_text="concatenate",
+        data__chunk_mb=1.0,
+        data__max_seq_len=256,
+        train__global_batch_size=4,
+        train__max_steps=None,
+        train__epochs=2,
+        scale__num_workers=1,
+    )
+    (facts,) = plan.sources[0]
+    assert (facts.num_records, len(facts.chunk.pieces)) == (200, 200)
+    assert facts.num_tokens > 0.95 * 256 * facts.num_sequences
+    expected = rows.expected_steps(plan)
+    assert sum(len(step) for step in expected) == plan.num_steps * 4
+    for world_size, start in ((1, 0), (2, 5), (4, plan.num_steps - 2)):
+        assert rows.fed_steps(plan, world_size, start) == dict(list(enumerate(expected))[start:])
+    seen = {
+        record for step, _ in zip(rows.replay(plan), range(facts.num_sequences), strict=False) for record in step[1]
+    }
+    assert len(seen) == 200
