@@ -177,6 +177,8 @@ def _plain_turn(raw: object) -> Message | None:
 def _read_turn(where: str, raw: object) -> Message:
     if not isinstance(raw, dict):
         raise DataError(f"{where} must be an object with role and content")
+    if len(raw) == 2 and raw.get("role") in ROLES and isinstance(raw.get("content"), str):
+        return Message(raw["role"], raw["content"])  # most turns, and millions of them
     turn = {key: value for key, value in raw.items() if not _is_empty(value)}
     label = _either(turn, "role", "from", where)
     role = _read_role(label, where)

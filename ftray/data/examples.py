@@ -111,6 +111,11 @@ class Rules:
     def _used(self) -> frozenset[str] | None:
         return None if self.columns is None else used_columns(self.columns) | self.used_elsewhere
 
+    @property
+    def hashes(self) -> bool:
+        """Whether records are hashed, for the split or its classes."""
+        return self.eval_fraction is not None or self.stratify is not None
+
     def needs(self, column: str) -> bool:
         """Whether a key of a record can have an effect, or be a reason to reject the record."""
         if self._used is not None:
@@ -168,7 +173,9 @@ def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exa
                 if raw.position in dropped:
                     raise BadRecord("dropped", "removed by data.clean")
                 record = parse_record(raw)
-                used = {key: value for key, value in record.items() if rules.needs(key)}
+                used = record
+                if rules.hashes:
+                    used = {key: value for key, value in record.items() if rules.needs(key)}
                 part = split_part(used, rules.eval_fraction, rules.group)
                 if raw.position in moved:
                     part = "eval" if part == "train" else "train"
@@ -255,7 +262,7 @@ def _read(raw: RawRecord, record: dict[str, Any], used: dict[str, Any], rules: R
         digest, stratum = content_hash(used), str(record[rules.stratify])
     conversation = read_record(record, rules.format, rules.columns, rules.ignore, rules.tools, rules.used_elsewhere)
     for i, message in enumerate(() if isinstance(conversation, str) else conversation.messages):
-        if message.train and message.weight != 1:
+        if message.weight != 1 and message.train:
             raise BadRecord(
                 "fractional_weight",
                 f"turn {i} ({message.role}) has the weight {message.weight:g}; only 0 and 1 are supported",
@@ -280,7 +287,8 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules, chat: Cha
             raise BadRecord("too_long", f"{encoded.longest} tokens, {limit}{reason}")
     if not np.any(encoded.loss_mask[1:]):
         raise BadRecord("no_trained_tokens", "it has no token to train on")
-    lost = num_trained(encoded) - sum(num_trained(part.encoded) for part in parts)
+    is_whole = parts[0].encoded is encoded
+    lost = 0 if is_whole else num_trained(encoded) - sum(num_trained(part.encoded) for part in parts)
     examples = []
     for number, part in enumerate(parts):
         conversation, text = (None, part.content) if isinstance(part.content, str) else (part.content, None)

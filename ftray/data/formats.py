@@ -18,6 +18,13 @@ from ftray.errors import DataError
 TURN_KEYS = ("messages", "conversations", "conversation")
 PAIR_KEYS = {"prompt-completion": ("prompt", "completion"), "query-response": ("query", "response")}
 TOOL_KEYS = ("tools", "functions")
+BESIDE_TURNS = frozenset({*TOOL_KEYS, "system"})
+SHAPES = dict.fromkeys(TURN_KEYS, "messages") | {
+    "prompt": "prompt-completion",
+    "query": "query-response",
+    "instruction": "alpaca",
+    "text": "text",
+}
 # Facts about a record that no model reads.
 HARMLESS_KEYS = frozenset(
     {
@@ -34,6 +41,20 @@ MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio", "objects"
 PREFERENCE_KEYS = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "ranking")
 KEY_CHARS = 60  # of a key in the name of a rule
 RATING_KEYS = ("label", "kto_tag")
+UNSUPPORTED = {
+    **dict.fromkeys(
+        MEDIA_KEYS, "but ftray trains on text only, and the answer would be learned without it; remove the record"
+    ),
+    **dict.fromkeys(
+        PREFERENCE_KEYS,
+        "but ftray trains on answers, not on preferences; make the good answer the last turn and remove the key",
+    ),
+    **dict.fromkeys(
+        RATING_KEYS,
+        "which rates or classifies it; remove records with bad answers, and then the key. For classification, set the "
+        "source's columns: {user: …, assistant: label}",
+    ),
+}
 
 
 class BadRecord(Exception):
@@ -67,11 +88,12 @@ def read_record(
     """
     if columns is not None:
         return _from_columns(record, columns, ignore, tools)
-    record = {key: value for key, value in record.items() if key not in ignore}
+    if ignore:
+        record = {key: value for key, value in record.items() if key not in ignore}
     present = {key: value for key, value in record.items() if not _is_empty(value)}
     for key in present:
-        if key not in used_elsewhere:
-            _check_supported(key)
+        if key in UNSUPPORTED and key not in used_elsewhere:
+            raise _unused(key, UNSUPPORTED[key])
     name = _detect(present) or _detect(record) if format == "auto" else format
     if name is None:
         raise BadRecord(
@@ -79,13 +101,15 @@ def read_record(
             f"its keys ({_shown(record)}) match no known format; give the source columns: {{user: …, assistant: …}}",
         )
     if name == "text":
-        _check_used(present, {"text", *used_elsewhere})
+        _check_used(present, ("text",), used_elsewhere)
         if tools:
             raise BadRecord("wrong_type", "it is plain text, but its source has tools; remove one of them")
         return _text(record, "text")
     messages, used = _turns_of(record, name, ignore)
     messages = _with_system(record, messages)
-    _check_used(present, {*used, *TOOL_KEYS, "system", *used_elsewhere, *_copies(present, messages)})
+    if present.get("prompt") == next((m.content for m in messages if m.role == "user"), None):
+        used.add("prompt")  # it only repeats the first question
+    _check_used(present, used | BESIDE_TURNS, used_elsewhere)
     return Conversation(messages, _tools_of(record, present, tools))
 
 
@@ -94,37 +118,15 @@ def used_columns(columns: Mapping[str, str]) -> frozenset[str]:
     return frozenset(name for value in columns.values() for name in parse_template(value).columns)
 
 
-def _check_supported(key: str) -> None:
-    reasons = {
-        MEDIA_KEYS: "but ftray trains on text only, and the answer would be learned without it; remove the record",
-        PREFERENCE_KEYS: "but ftray trains on answers, not on preferences; make the good answer the last turn and remove "
-        "the key",
-        RATING_KEYS: "which rates or classifies it; remove records with bad answers, and then the key. For classification, "
-        f"set the source's columns: {{user: …, assistant: {key}}}",
-    }
-    for keys, reason in reasons.items():
-        if key in keys:
-            raise _unused(key, reason)
-
-
-def _check_used(present: Mapping[str, Any], used: Collection[str]) -> None:
+def _check_used(present: Mapping[str, Any], used: Collection[str], used_elsewhere: Collection[str]) -> None:
     for key in present:
-        if key not in used and key not in HARMLESS_KEYS:
+        if key not in used and key not in HARMLESS_KEYS and key not in used_elsewhere:
             raise _unused(key, "which has no effect in this format")
 
 
 def _unused(key: str, reason: str) -> BadRecord:
     name = "".join(c if c.isprintable() else "\ufffd" for c in key[:KEY_CHARS])
     return BadRecord(f"unused_key:{name}", f"it has the key {name or repr(name)}, {reason}")
-
-
-def _copies(present: Mapping[str, Any], messages: tuple[Message, ...]) -> set[str]:
-    """Keys that only repeat a part of the conversation: the other list of turns, or the first question."""
-    copies = set()
-    question = next((m.content for m in messages if m.role == "user"), None)
-    if isinstance(present.get("prompt"), str) and present["prompt"] == question:
-        copies.add("prompt")
-    return copies
 
 
 def _is_empty(value: object) -> bool:
@@ -136,9 +138,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _detect(keys: Collection[str]) -> str | None:
-    shapes = dict.fromkeys(TURN_KEYS, "messages")
-    shapes |= {"prompt": "prompt-completion", "query": "query-response", "instruction": "alpaca", "text": "text"}
-    return next((name for key, name in shapes.items() if key in keys), None)
+    return next((name for key, name in SHAPES.items() if key in keys), None)
 
 
 def _turns_of(record: Mapping[str, Any], name: str, ignore: Collection[str]) -> tuple[tuple[Message, ...], set[str]]:
@@ -198,7 +198,9 @@ def _read(raw: object, key: str, ignore: Collection[str]) -> tuple[Message, ...]
     raw = _from_json(raw)
     if not isinstance(raw, list):
         raise BadRecord("bad_turn", f"{key} must be a list of turns")
-    turns = [turn for item in raw for turn in _single_turns(item)]
+    turns = raw
+    if raw and isinstance(raw[0], dict) and "human" in raw[0]:
+        turns = [turn for item in raw for turn in _single_turns(item)]
     if ignore:
         turns = [{k: v for k, v in t.items() if k not in ignore} if isinstance(t, dict) else t for t in turns]
     try:
@@ -240,6 +242,8 @@ def _tools_of(
     record: Mapping[str, Any], present: Mapping[str, Any], default: tuple[dict[str, Any], ...]
 ) -> tuple[dict[str, Any], ...]:
     """The record's own tools, or else the default. An empty list means that it has none."""
+    if BESIDE_TURNS.isdisjoint(record):
+        return default
     own = [key for key in TOOL_KEYS if key in present] or [key for key in TOOL_KEYS if record.get(key) is not None]
     if len(own) > 1 and record[own[0]] != record[own[1]]:
         raise BadRecord("bad_tools", "it has both tools and functions; remove one of them")

@@ -241,9 +241,10 @@ def read_chunk(chunk: Chunk, needs: Callable[[str], bool] = is_any) -> Iterator[
     Raises:
         DataError: The shard changed since it was listed, or cannot be read.
     """
-    for number, piece in enumerate(chunk.pieces):
+    yield from _read_piece(chunk.pieces[0], needs)
+    for number, piece in enumerate(chunk.more, 1):
         for record in _read_piece(piece, needs):
-            yield RawRecord((number << FILE_BITS) + record.position, record.value) if number else record
+            yield RawRecord((number << FILE_BITS) + record.position, record.value)
 
 
 def _read_piece(piece: Piece, needs: Callable[[str], bool]) -> Iterator[RawRecord]:
