@@ -277,7 +277,9 @@ def test_a_template_without_calls_refuses_tools_with_its_reason() -> None:
     engine = ScriptedEngine(tokenizer, ["Hello."], ChatFormat(tokenizer).stop_token_ids)
 
     async def refused(client: openai.AsyncOpenAI, _: ScriptedEngine) -> None:
-        with pytest.raises(openai.BadRequestError, match="chat template cannot write tool calls") as caught:
+        with pytest.raises(
+            openai.BadRequestError, match="cannot call tools: the chat template leaves out tools"
+        ) as caught:
             await client.chat.completions.create(model="m", messages=ASK, tools=TOOLS)
         assert caught.value.param == "tools"
         assert (await client.chat.completions.create(model="m", messages=ASK)).choices[0].message.content == "Hello."

@@ -119,12 +119,11 @@ def find_answer_format(chat_format: ChatFormat) -> AnswerFormat:
             return None
 
     plain = _find_plain(chat_format, write)
-    text = write("", "", (_CALL,))
-    both = write("", "", (_CALL, _SECOND))
+    text, both = write("", "", (_CALL,)), write("", "", (_CALL, _SECOND))
     calls = tuple(ToolCall(call.name, call.arguments) for call in (_CALL, _SECOND))
     problem = "no known parser reads the calls that the chat template writes"
     if text is None or _CALL.name not in text:
-        problem = "the chat template cannot write tool calls"
+        problem = _why_no_calls(chat_format)
     else:
         candidates: list[AnswerSyntax] = [MarkedAnswer(each, plain.reasoning) for each in SYNTAXES]
         for syntax in (*candidates, Harmony()):
@@ -142,6 +141,15 @@ def answer_text(chat_format: ChatFormat, conversation: Conversation) -> str:
     while trained and trained[-1] in chat_format.stop_token_ids:
         trained.pop()
     return chat_format.decode(trained)
+
+
+def _why_no_calls(chat_format: ChatFormat) -> str:
+    answer = Message("assistant", "", tool_calls=(_CALL,))
+    try:
+        answer_text(chat_format, Conversation((_QUESTION, answer), _TOOLS))
+    except DataError as err:
+        return str(err)
+    return "the chat template leaves tool calls out"
 
 
 def _reads(syntax: AnswerSyntax, text: str, expected: Answer) -> bool:
