@@ -128,6 +128,19 @@ def text(**fields: Any) -> bytes:
     return json.dumps({"model": "m", "prompt": "hi", **fields}).encode()
 
 
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "messages": HI, **fields}).encode()
+
+
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def _calling(arguments: str) -> dict[str, Any]:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 BODIES: dict[str, tuple[str, bytes]] = {
     "empty": (TEXT, b""),
     "bytes": (TEXT, bytes(range(256)) * 100),
@@ -164,6 +177,10 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "messages-without-end": (CHAT, json.dumps({"model": "m", "messages": HI * 20_000}).encode()),
     "role-unknown": (CHAT, json.dumps({"model": "m", "messages": [{"role": "{{ x }}", "content": "x"}]}).encode()),
     "template-in-request": (CHAT, json.dumps({"model": "m", "messages": HI, "chat_template": "{{ 7 * 7 }}"}).encode()),
+    "tools-without-end": (CHAT, chat(tools=[_tool(f"f{i}") for i in range(5000)])),
+    "deep-arguments": (CHAT, chat(messages=[*HI, _calling('{"a":' * 5000 + "1" + "}" * 5000)])),
+    "arguments-of-a-megabyte": (CHAT, chat(messages=[*HI, _calling('{"a": "' + "x" * 900_000)])),
+    "variables-of-the-template": (CHAT, chat(chat_template_kwargs={"messages": 1})),
     "feedback-of-another": (FEEDBACK, json.dumps({"rating": "up", "messages": TALK, "id": "chatcmpl-0"}).encode()),
     "feedback-without-id": (FEEDBACK, json.dumps({"rating": "up", "messages": TALK}).encode()),
     "feedback-too-large": (FEEDBACK, b" " * 500_000),

@@ -127,8 +127,8 @@ def test_refusals_reach_the_client_as_its_own_errors(client: openai.OpenAI) -> N
         create(model="other", messages=HI)
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        create(model="tiny", messages=HI, frequency_penalty=1)
-    assert (bad.value.param, bad.value.code) == ("frequency_penalty", "unsupported")
+        create(model="tiny", messages=HI, verbosity="low")
+    assert (bad.value.param, bad.value.code) == ("verbosity", "unsupported")
     with pytest.raises(openai.BadRequestError) as many:
         create(model="tiny", messages=HI, n=1000)
     assert many.value.param == "n"

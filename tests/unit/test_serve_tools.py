@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from ftray.chat import ChatFormat, Conversation, Message, ToolCall, read_messages, read_tools
 from ftray.chat.parsers.probe import answer_text
+from ftray.engine.transformers.engine import TransformersEngine
 from ftray.errors import DataError
 from ftray.serve.adapter_cache import ServedModels
 from ftray.serve.routes import build_api
@@ -21,6 +22,7 @@ from ftray.serve.sampling import token_speller
 from tests import tiny
 from tests.call_templates import SINGLE, TEMPLATES, THINKING, with_template
 from tests.scripted_engine import ScriptedEngine
+from tests.unit.test_adapter_cache import life
 
 WEATHER = {
     "type": "object",
@@ -346,3 +348,35 @@ def test_a_token_that_is_part_of_a_character_has_its_bytes() -> None:
     assert len(ids) > 2
     assert b"".join(map(spell, ids)) == "é€".encode()
     assert spell(engine.stop_token_ids[0]) == b"<|im_end|>"
+
+
+def test_the_embedded_engine_is_forced_to_call_as_the_schema_says() -> None:
+    """A random model, which would never call by itself: three answers to one request, each its own."""
+    tokenizer = with_template(tiny.make_tokenizer(), "hermes")
+    parameters = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}, "days": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["unit", "days"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "forecast", "parameters": parameters}}
+    engine = TransformersEngine(tiny.make_model(), tokenizer, max_num_seqs=3)
+
+    async def work() -> Any:
+        app = build_api(engine, ServedModels("m"), max_tokens=200)
+        transport = openai.DefaultAsyncHttpxClient(transport=ASGITransport(app=app))
+        async with (
+            life(app),
+            openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=transport) as client,
+        ):
+            return await client.chat.completions.create(
+                model="m", messages=ASK, tools=[tool], tool_choice="required", parallel_tool_calls=False, n=3, seed=1
+            )
+
+    choices = asyncio.run(asyncio.wait_for(work(), 60)).choices
+    for choice in choices:
+        (call,) = calls_of(choice)
+        assert (choice.finish_reason, call.name, choice.message.content) == ("tool_calls", "forecast", None)
+        assert call.arguments["unit"] in ("C", "F")
+        assert call.arguments["days"] in range(100)
+    assert len({choice.message.tool_calls[0].function.arguments for choice in choices}) > 1
