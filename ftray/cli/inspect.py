@@ -1,14 +1,13 @@
-"""Commands that look at a run: `check`, `plan`, `report`, `runs compare`, `runs gc`."""
+"""Commands that look at a run: `check`, `plan`, `report`."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import Option
 
 from ftray import config
 from ftray.cli.context import AsJson, Overrides, RunTarget, command, launch, open_target, owned
@@ -207,53 +206,4 @@ def report(
 
     run = open_target(target, overrides)
     report_to(run, storage.absolute(run.directory), console, html)
-    return 0
-
-
-@command()
-def compare(
-    one: Annotated[str, Argument(help="Directory of a run (local or s3://), or its run file.", show_default=False)],
-    other: Annotated[str, Argument(help="The run to compare it with.", show_default=False)],
-    *,
-    console: Console,
-) -> int:
-    """Compare two runs: settings, data, packages, metrics."""
-    from ftray import storage
-    from ftray.report.compare_runs import differences, metric_rows
-    from ftray.report.run_report import read_report_data
-
-    runs = [open_target(target) for target in (one, other)]
-    artifacts = [read_report_data(run, storage.absolute(run.directory)) for run in runs]
-    for each in artifacts:
-        for text in each.damaged:
-            console.warn(text)
-    for line in differences(*artifacts):
-        console.say(line)
-    console.say()
-    console.table(metric_rows(*artifacts))
-    return 0
-
-
-def _hours(hours: float) -> float:
-    if not 0 <= hours < math.inf:
-        raise BadParameter(f"{hours} is not a number of hours")
-    return hours
-
-
-@command()
-def gc(
-    directory: Annotated[
-        str, Argument(help="Directory of a run, or one that holds runs (local or s3://).", show_default=False)
-    ],
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be deleted.")] = False,
-    older_than: Annotated[
-        float, Option(metavar="HOURS", callback=_hours, help="Delete only files older than this.")
-    ] = 1.0,
-    *,
-    console: Console,
-) -> int:
-    """Delete files that no run needs any more."""
-    from ftray.driver.garbage_collection import collect_garbage
-
-    collect_garbage(directory, older_than * 3600, dry_run, console)
     return 0

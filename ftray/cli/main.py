@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ftray.cli import cluster, data, evaluate, init, inspect, publish, serve, train
+from ftray.cli import cluster, data, evaluate, init, inspect, publish, runs, serve, train
 
 RUN, MODEL, DATA, CLUSTER = "Run", "Model", "Data", "Cluster"
 COMMANDS: dict[str, tuple[str, Any]] = {
@@ -38,7 +38,11 @@ GROUPS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Look at a run's data: index, stats, preview, order.",
         {"index": data.index, "stats": data.stats, "preview": data.preview, "order": data.order},
     ),
-    "runs": (RUN, "Manage runs: compare, gc.", {"compare": inspect.compare, "gc": inspect.gc}),
+    "runs": (
+        RUN,
+        "Manage runs: list, rm, compare, gc.",
+        {"list": runs.list_, "rm": runs.rm, "compare": runs.compare, "gc": runs.gc},
+    ),
     "k8s": (CLUSTER, "Kubernetes: render.", {"render": cluster.k8s_render}),
 }
 TWO_WORDS = ("evaluate human", "evaluate judge")

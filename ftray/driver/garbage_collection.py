@@ -42,7 +42,7 @@ def collect_garbage(location: str, older_than_s: float, dry_run: bool, console: 
     A run that cannot be cleaned is reported and skipped. Raises ConfigError if there is no run, StorageError.
     """
     root = storage.absolute(location)
-    runs = [root] if storage.exists(storage.join(root, "run.json")) else _runs_below(root)
+    runs = [root] if storage.exists(storage.join(root, "run.json")) else runs_below(root)
     if not runs:
         raise ConfigError(f"{location} is neither the directory of a run nor one that contains runs; correct the path")
     total = 0
@@ -135,7 +135,7 @@ def _remove(orphan: Orphan) -> None:
         storage.delete_tree(orphan.uri)
 
 
-def _runs_below(root: str) -> list[str]:
+def runs_below(root: str) -> list[str]:
     """Directories directly below `root` with a run.json."""
     files = storage.glob_files(storage.join(root, "*", "run.json"))
     return [file.uri.removesuffix("/run.json") for file in files]

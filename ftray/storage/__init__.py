@@ -34,7 +34,7 @@ from ftray.storage.files import (
     size_and_etag,
     write_bytes,
 )
-from ftray.storage.lease import Lease, Token, acquire_lease, holds
+from ftray.storage.lease import Lease, Token, acquire_lease, holds, live_owner
 from ftray.storage.local import cache_directory
 from ftray.storage.s3 import RETRY_S, Upload, abort_upload, brief, list_uploads, patient
 from ftray.storage.transfer import download_file, map_file, upload_file
@@ -73,6 +73,7 @@ __all__ = [
     "list_files",
     "list_staged",
     "list_uploads",
+    "live_owner",
     "map_file",
     "parse_as",
     "parse_object",

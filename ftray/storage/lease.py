@@ -133,6 +133,13 @@ def acquire_lease(
     raise RunHeldError(f"{run_uri} changes hands too fast to be taken; try again")
 
 
+def live_owner(run_uri: str) -> str:
+    """Who holds a run now, in words; "" if nobody does. Raises StorageError."""
+    folder = join(absolute(run_uri), "lease")
+    last = max(_lease_numbers(folder), default=0)
+    return _live_owner(_lease_uri(folder, last)) if last else ""
+
+
 def _lease_uri(folder: str, number: int) -> str:
     return join(folder, f"{number:06d}.json")
 
