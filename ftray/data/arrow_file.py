@@ -6,12 +6,12 @@ more than the file holds is rejected before anything is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ftray import storage
-from ftray.data.arrow_rows import decoders, explained, is_any, rows
+from ftray.data.arrow_rows import choose_columns, decoders, explained, is_any, rows
 from ftray.data.parquet import BATCH_ROWS, FREE_VALUES, check_schema
 from ftray.errors import DataError
 
@@ -64,20 +64,23 @@ class ArrowShard:
                 edges.append(last)
         return edges if edges[-1] == last else [*edges, last]
 
-    def read(self, start: int, end: int, needs: Callable[[str], bool] = is_any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read(
+        self, start: int, end: int, needs: Callable[[str], bool] = is_any, required: Collection[str] = ()
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields (number in the file, value) of each record of the record batches in bytes [start, end).
 
         Args:
             start: Byte offset of the first record batch.
             end: Byte offset after the last one.
             needs: Whether a column is read.
+            required: Columns that the file must have.
 
         Raises:
             DataError: The file is damaged, or a record is too large.
         """
         import pyarrow as pa
 
-        names = [name for name in self._schema.names if needs(name)]
+        names = choose_columns(self._schema.names, needs, required, self._uri)
         decode, number = decoders(self._schema), 0
         for message in self._batches():
             if message.start >= end:

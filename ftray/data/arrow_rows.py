@@ -8,7 +8,7 @@ differing types as JSON text with the extension type `arrow.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,28 @@ Decoder = Callable[[Any], Any]
 def is_any(_name: str) -> bool:
     """The choice of all columns."""
     return True
+
+
+def choose_columns(
+    names: Sequence[str], needs: Callable[[str], bool], required: Collection[str], uri: str
+) -> list[str]:
+    """The columns of a file that are read.
+
+    Args:
+        names: The columns of the file.
+        needs: Whether a column is read.
+        required: Columns that the file must have.
+        uri: The file, for the message.
+
+    Raises:
+        DataError: A required column is missing, or no column is read.
+    """
+    chosen = [name for name in names if needs(name)]
+    missing = sorted(set(required).difference(names))
+    if missing or not chosen:
+        what = f"no column {missing[0]!r}" if missing else "none of the required columns"
+        raise DataError(f"{uri} has {what}; it has {', '.join(names[:20])}")
+    return chosen
 
 
 def decoders(schema: Any) -> dict[str, Decoder]:

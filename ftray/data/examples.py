@@ -111,6 +111,11 @@ class Rules:
     def _used(self) -> frozenset[str] | None:
         return None if self.columns is None else used_columns(self.columns) | self.used_elsewhere
 
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """Columns that every table must have, because `columns` names them outside brackets."""
+        return frozenset() if self.columns is None else used_columns(self.columns, only_required=True)
+
     @property
     def hashes(self) -> bool:
         """Whether records are hashed, for the split or its classes."""
@@ -164,7 +169,7 @@ def read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Exam
 
 def _read_examples(chunk: Chunk, chat: ChatFormat, rules: Rules) -> Iterator[Example | Quarantined]:
     dropped, moved = frozenset(chunk.dropped), frozenset(chunk.moved)
-    raws = read_chunk(chunk, rules.needs)
+    raws = read_chunk(chunk, rules.needs, rules.required)
     while window := list(islice(raws, WINDOW)):
         drafts: list[_Draft | Quarantined] = []
         for raw in window:

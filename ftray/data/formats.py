@@ -113,9 +113,10 @@ def read_record(
     return Conversation(messages, _tools_of(record, present, tools))
 
 
-def used_columns(columns: Mapping[str, str]) -> frozenset[str]:
-    """The columns that a value of `data.train[].columns` names."""
-    return frozenset(name for value in columns.values() for name in parse_template(value).columns)
+def used_columns(columns: Mapping[str, str], only_required: bool = False) -> frozenset[str]:
+    """The columns that a value of `data.train[].columns` names. only_required: without those in brackets."""
+    parts = [part for value in columns.values() for part in parse_template(value).parts]
+    return frozenset(name for part in parts if not (only_required and part.is_optional) for name in part.columns)
 
 
 def _check_used(present: Mapping[str, Any], used: Collection[str], used_elsewhere: Collection[str]) -> None:

@@ -8,12 +8,12 @@ can also contain billions of values, or pages that expand a thousandfold, so bot
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ftray import storage
-from ftray.data.arrow_rows import EXTENSION_KEY, JSON_TYPE, decoders, explained, is_any, rows
+from ftray.data.arrow_rows import EXTENSION_KEY, JSON_TYPE, choose_columns, decoders, explained, is_any, rows
 from ftray.data.decompress import MAX_RATIO, check_columns
 from ftray.data.parquet_pages import page_sizes
 from ftray.errors import DataError
@@ -69,21 +69,22 @@ class ParquetShard:
                 size = 0
         return edges
 
-    def read(self, start: int, end: int, needs: Callable[[str], bool] = is_any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read(
+        self, start: int, end: int, needs: Callable[[str], bool] = is_any, required: Collection[str] = ()
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields (number in the file, value) of each record of the row groups [start, end), with few in memory at a time.
 
         Args:
             start: The first row group.
             end: The row group after the last one.
             needs: Whether a column is read.
+            required: Columns that the file must have.
 
         Raises:
             DataError: The file is damaged, or a record or a page is too large.
         """
         number = sum(self.metadata.row_group(g).num_rows for g in range(start))
-        names = [name for name in self._names if needs(name)]
-        if not names:
-            raise DataError(f"{self._uri} has none of the required columns; it has {', '.join(self._names[:8])}")
+        names = choose_columns(self._names, needs, required, self._uri)
         for group in range(start, end):
             with explained(self._uri):
                 self._check_pages(group, names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -231,23 +231,26 @@ def cut_source(shards: Sequence[Shard], source: int, chunk_bytes: int) -> list[C
     return chunks
 
 
-def read_chunk(chunk: Chunk, needs: Callable[[str], bool] = is_any) -> Iterator[RawRecord]:
+def read_chunk(
+    chunk: Chunk, needs: Callable[[str], bool] = is_any, required: Collection[str] = ()
+) -> Iterator[RawRecord]:
     """The raw records of a chunk in file order.
 
     Args:
         chunk: The chunk.
-        needs: Whether a column is read. Only Parquet makes use of it.
+        needs: Whether a column is read. Only Parquet and Arrow files make use of it.
+        required: Columns that a Parquet or Arrow file must have.
 
     Raises:
         DataError: The shard changed since it was listed, or cannot be read.
     """
-    yield from _read_piece(chunk.pieces[0], needs)
+    yield from _read_piece(chunk.pieces[0], needs, required)
     for number, piece in enumerate(chunk.more, 1):
-        for record in _read_piece(piece, needs):
+        for record in _read_piece(piece, needs, required):
             yield RawRecord((number << FILE_BITS) + record.position, record.value)
 
 
-def _read_piece(piece: Piece, needs: Callable[[str], bool]) -> Iterator[RawRecord]:
+def _read_piece(piece: Piece, needs: Callable[[str], bool], required: Collection[str]) -> Iterator[RawRecord]:
     _, etag = storage.size_and_etag(piece.uri)
     if etag != piece.etag:
         raise DataError(
@@ -256,10 +259,10 @@ def _read_piece(piece: Piece, needs: Callable[[str], bool]) -> Iterator[RawRecor
     if is_lines(piece.path):
         return _read_lines(piece)
     if kind_of(piece.path) == ".parquet":
-        rows = ParquetShard(piece.uri).read(piece.start, piece.end, needs)
+        rows = ParquetShard(piece.uri).read(piece.start, piece.end, needs, required)
         return (RawRecord(number, row) for number, row in rows)
     if kind_of(piece.path) == ".arrow":
-        rows = ArrowShard(piece.uri).read(piece.start, piece.end, needs)
+        rows = ArrowShard(piece.uri).read(piece.start, piece.end, needs, required)
         return (RawRecord(number, row) for number, row in rows)
     return _read_whole(piece)
 

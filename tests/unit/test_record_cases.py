@@ -138,6 +138,13 @@ def test_an_odd_column_that_nobody_uses_does_no_harm_and_a_column_twice_is_named
         outcomes(tmp_path)
 
 
+def test_a_table_without_a_named_column_lists_those_that_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), tmp_path / "data.parquet")
+    assert outcomes(tmp_path, {"user": "{question}[{context}]", "assistant": "answer"}) == ["a"]
+    with pytest.raises(DataError, match=r"data\.parquet has no column 'reply'; it has question, answer"):
+        outcomes(tmp_path, {"user": "question", "assistant": "reply"})
+
+
 def test_records_after_an_open_quote_are_not_part_of_an_answer(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text('prompt,completion\nq1,a1\nq2,"a2 is 5 feet 3""\nq3,a3\nq4,a4\n')
     with pytest.raises(DataError, match=r"data\.csv, the row that begins in line 3: a quote is not closed"):
