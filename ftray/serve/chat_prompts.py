@@ -52,10 +52,13 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._format = ChatFormat(tokenizer)
         self._answers: AnswerFormat = find_answer_format(self._format)
-        markers = self._answers.syntax.markers
-        specials = special_tokens(tokenizer)
         self._added_tokens = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items()}
-        self._visible = frozenset(i for token, i in specials.items() if any(token in marker for marker in markers))
+        self._specials = special_tokens(tokenizer)
+        self._visible = {reads_calls: self._visible_ids(reads_calls) for reads_calls in (False, True)}
+
+    def _visible_ids(self, reads_calls: bool) -> frozenset[int]:
+        markers = self._answers.syntax.markers(reads_calls=reads_calls)
+        return frozenset(i for token, i in self._specials.items() if any(token in marker for marker in markers))
 
     def encode(self, body: ChatRequest) -> ChatPrompt:
         """Encodes a request. Raises RequestError (400)."""
@@ -80,7 +83,7 @@ class ChatEncoder:
             ids=ids,
             text="\n".join(message.content for message in messages),
             new_parser=new_parser,
-            visible_ids=self._visible,
+            visible_ids=self._visible[bool(tools)],
             max_calls=1 if is_single else None,
             json_schema=schema,
             grammar=grammar,

@@ -175,6 +175,14 @@ def test_none_hides_the_tools_and_reads_no_call() -> None:
     assert "get_weather" in engine.tokenizer.decode(engine.prompts[0]) or "none" not in str(engine.params[0])
 
 
+def test_without_tools_the_special_tokens_of_calls_are_no_text() -> None:
+    engine, (text,) = written("mistral_args", calling(NOW))
+    assert ask(engine).message.tool_calls
+    choice = ask(engine, tools=openai.NOT_GIVEN)
+    assert text == "[TOOL_CALLS]now[ARGS]{}"
+    assert (choice.message.content, choice.finish_reason) == ("now{}", "stop")
+
+
 def test_without_parallel_calls_the_answer_ends_after_the_first() -> None:
     engine, _ = written("hermes", calling(RIO, NOW, RIO))
     assert calls_of(ask(engine)) == [RIO, NOW, RIO]

@@ -74,9 +74,8 @@ class CallSyntax(Protocol):
 class AnswerSyntax(Protocol):
     """How a family of models writes whole answers."""
 
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """As in CallSyntax."""
+    def markers(self, *, reads_calls: bool) -> tuple[str, ...]:
+        """All texts of the syntax that may be special tokens."""
 
     @property
     def reasoning(self) -> tuple[str, str] | None:
@@ -98,9 +97,8 @@ class MarkedAnswer:
     calls: CallSyntax | None = None
     reasoning: tuple[str, str] | None = None
 
-    @property
-    def markers(self) -> tuple[str, ...]:
-        return (*(self.calls.markers if self.calls else ()), *(self.reasoning or ()))
+    def markers(self, *, reads_calls: bool) -> tuple[str, ...]:
+        return (*(self.calls.markers if self.calls and reads_calls else ()), *(self.reasoning or ()))
 
     def read(self, reader: TextReader, out: AnswerOutput, *, reads_calls: bool, in_reasoning: bool) -> Reading[None]:
         if self.reasoning is not None:

@@ -25,7 +25,9 @@ class Harmony:
 
     name: str = "harmony"
     reasoning: tuple[str, str] = ("<|channel|>analysis<|message|>", "<|end|>")
-    markers: tuple[str, ...] = ("<|channel|>", "<|message|>", "<|constrain|>", *ENDS)
+
+    def markers(self, *, reads_calls: bool) -> tuple[str, ...]:  # noqa: ARG002 - channels are in every answer
+        return ("<|channel|>", "<|message|>", "<|constrain|>", *ENDS)
 
     def read(self, reader: TextReader, out: AnswerOutput, *, reads_calls: bool, in_reasoning: bool) -> Reading[None]:  # noqa: ARG002
         has_reasoning = False
