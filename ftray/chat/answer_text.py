@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.renderer import TemplateRenderer, shared_length, with_other_answer
-from ftray.chat.turn_shape import ANSWER, CALLING, LONG_ID, OTHER_TOOL, QUESTION, RESULT, TOOL
+from ftray.chat.turn_shape import ANSWER, CALLING, CALLING_TWICE, LONG_ID, OTHER_TOOL, QUESTION, RESULT, TOOL
 from ftray.errors import DataError
 
 OPENING = re.compile(r"<([A-Za-z_]+)>\s*$")  # at the end of a prompt: reasoning begins
 ANSWERED = Conversation((QUESTION, Message("assistant", ANSWER)))
 CALLED = Conversation((QUESTION, CALLING))
+CALLED_TWICE = Conversation((QUESTION, CALLING_TWICE))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ftray.chat.answer_text import ANSWERED, CALLED
+from ftray.chat.answer_text import ANSWERED, CALLED, CALLED_TWICE
 from ftray.chat.encoded import Encoded, ExpectedDocument
 from ftray.chat.loss_mask import LossMask
 from ftray.chat.messages import Conversation, Message
@@ -381,13 +381,14 @@ class ChatFormat:
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """The end tokens of an answer and of tool calls, from rendered probes, and the tokenizer's own end token."""
         ends: list[int] = []
-        for probe in (ANSWERED, CALLED):
-            if probe is CALLED and not self._segmenter.renderer.shape.writes_calls:
-                continue
+        shape = self._segmenter.renderer.shape
+        # Two calls tell the token that ends an answer from one that ends each call.
+        calls = [CALLED_TWICE if shape.writes_several_calls else CALLED] if shape.writes_calls else []
+        for probe in (ANSWERED, *calls):
             try:
                 text = "".join(text for text, trained in self._segmenter.cut_example(probe)[0] if trained)
             except DataError as err:
-                if probe is CALLED:  # it writes calls in longer conversations only
+                if probe is not ANSWERED:  # it writes calls in longer conversations only
                     continue
                 raise ModelError(f"the tokenizer's chat template can't be used: {err}") from None
             ends += [token for token in self._tokenize(text) if token in self._special_ids][-1:]

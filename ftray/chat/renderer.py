@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class TemplateRenderer:
     def __init__(self, template: str, names: Mapping[str, Any]) -> None:
         self.template, self.names = template, dict(names)
         self._missing_roles: dict[str, str | None] = {}
+        self._memo: dict[tuple[int, ...], tuple[Conversation, Rendered]] | None = None
 
     @cached_property
     def shape(self) -> TurnShape:
@@ -47,12 +49,34 @@ class TemplateRenderer:
         """A renderer for which the template knows more names."""
         return TemplateRenderer(self.template, {**self.names, **names})
 
+    @contextmanager
+    def memo(self) -> Iterator[None]:
+        """Inside it, each beginning of a conversation is rendered once."""
+        is_outer = self._memo is None
+        if is_outer:
+            self._memo = {}
+        try:
+            yield
+        finally:
+            if is_outer:
+                self._memo = None
+
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation.
 
         Raises:
             DataError: The template cannot render it, or leaves out its tools, tool calls or roles.
         """
+        memo = self._memo  # another thread may end its memo meanwhile
+        if memo is None:
+            return self._render(conversation, add_generation_prompt)
+        # The memo holds the conversations, so that no other messages get the same ids.
+        key = (int(add_generation_prompt), id(conversation.tools), *map(id, conversation.messages))
+        if key not in memo:
+            memo[key] = (conversation, self._render(conversation, add_generation_prompt))
+        return memo[key][1]
+
+    def _render(self, conversation: Conversation, add_generation_prompt: bool) -> Rendered:
         messages = conversation.messages
         if not messages:
             raise DataError("the conversation begins with the assistant; begin with a system or user turn")

@@ -86,6 +86,10 @@ class TemplateSegmenter:
 
     def cut_prompt(self, conversation: Conversation) -> list[str]:
         """The text up to and including the generation prompt, cut around each answer that the template has not rewritten."""
+        with self.renderer.memo():
+            return self._cut_prompt(conversation)
+
+    def _cut_prompt(self, conversation: Conversation) -> list[str]:
         full = self.render(conversation, add_generation_prompt=True).text
         cuts = [0]
         for start, end, _ in self._answers(full, conversation).values():
@@ -98,6 +102,10 @@ class TemplateSegmenter:
         Raises:
             DataError: The template cannot render it or leaves something out, or no prompt of the endpoint would match the text.
         """
+        with self.renderer.memo():
+            return self._cut_example(conversation)
+
+    def _cut_example(self, conversation: Conversation) -> list[Document]:
         rendered, messages = self.render(conversation), conversation.messages
         check_context(conversation, rendered.text)
         text = self._closed(rendered.text, messages[-1])

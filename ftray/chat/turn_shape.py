@@ -35,6 +35,7 @@ LONG_ID = "call_7919qaqaqa7919qaqa"
 QUESTION = Message("user", "a")
 CALL = ToolCall(TOOL, {KEY: VALUE}, LONG_ID)
 CALLING = Message("assistant", "", tool_calls=(CALL,))
+CALLING_TWICE = Message("assistant", "", tool_calls=(CALL, ToolCall(OTHER_TOOL, {KEY: VALUE}, LONG_ID + "q")))
 TOOLS = tuple(
     {
         "type": "function",
@@ -158,8 +159,7 @@ def _shape_of_calls(render: Render) -> TurnShape:
     for shape in _candidates():
         text = _try(render, shape.turns(Conversation((QUESTION, CALLING, result))))
         if TOOL in text and KEY in text and VALUE in text and not re.search(rf"\\+\W*{KEY}", text):
-            two = Message("assistant", "", tool_calls=(CALL, ToolCall(OTHER_TOOL, {KEY: VALUE}, LONG_ID + "q")))
-            several = _try(render, shape.turns(Conversation((QUESTION, two))))
+            several = _try(render, shape.turns(Conversation((QUESTION, CALLING_TWICE))))
             return replace(shape, writes_calls=True, writes_several_calls=OTHER_TOOL in several)
     return TurnShape()
 

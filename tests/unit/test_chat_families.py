@@ -226,6 +226,13 @@ def test_every_token_that_ends_an_answer_stops_the_model(family: str) -> None:
     assert [chat.decode([token]) for token in chat.stop_token_ids] == STOPS[family]
 
 
+def test_a_token_that_ends_each_call_does_not_stop_the_model() -> None:
+    end = "{{ '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}"  # DeepSeek-R1's template forgets it behind a single call
+    assert end in DEEPSEEK
+    chat = ChatFormat(tokenizer_for(DEEPSEEK.replace(end, "{% if m.tool_calls | length > 1 %}" + end + "{% endif %}")))
+    assert [chat.decode([token]) for token in chat.stop_token_ids] == ["<｜end▁of▁sentence｜>", "</s>"]
+
+
 def trained_texts(family: str, *messages: Message, tools: Any = ()) -> list[str]:
     chat = format_of(family)
     texts = []
