@@ -20,7 +20,7 @@ from ftray.console import Console
 from ftray.data.preview import TokenSpan
 from ftray.data.shown_records import ShownRecord
 from ftray.driver.worker_group import GroupResult
-from ftray.errors import ConfigError, Interrupted, Preempted, RunError, StorageError
+from ftray.errors import ConfigError, Interrupted, RunError, StorageError
 from ftray.events.bus import EventBus
 from ftray.events.event_log import EventLog, read_events
 from ftray.events.types import GroupFailed, GroupLeft, GroupNotPlaced, SessionEnded, TrainingStarted
@@ -231,10 +231,10 @@ def test_a_signal_while_the_report_is_written_is_not_lost(tmp_path: Path, monkey
     run, run_dir = with_two_kills(tmp_path)
 
     def preempt(*_: object) -> None:
-        raise Preempted("preempted")
+        raise KeyboardInterrupt  # as `interrupted_by_signals` does
 
     monkeypatch.setattr("ftray.report.run_report.render_report", preempt)
-    with pytest.raises(Preempted):
+    with pytest.raises(KeyboardInterrupt):
         try_report(run, str(run_dir), Console())
 
 
