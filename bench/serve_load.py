@@ -3,6 +3,7 @@
     python -m bench.serve_load load --seconds 180 --times 5       # a fake engine: 30 tokens/s on each stream
     python -m bench.serve_load load --model runs/x/model/merged   # a real one; its capacity is measured first
     python -m bench.serve_load overhead --streams 32              # the fake engine bare, and behind Serve, in one run
+    python -m bench.serve_load burst --tokens 6 --queued 70       # 70 requests at once against 12 slots
     python -m bench.serve_load ratio --model … --engine vllm      # tokens a second of an engine bare, and behind Serve
 
 Half of the requests of `load` are streams, whose tokens are counted against the usage at their end; an answer that ends
@@ -238,6 +239,36 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+BURST, ROUNDS = 70, 5
+
+
+def burst(options: argparse.Namespace) -> dict[str, Any]:
+    """The rate of many requests at once, compared with the rate of as many as there are slots, in rounds."""
+    url = start_fake(_config(options.ongoing, options.queued))
+
+    async def rate(at_once: int) -> float:
+        """Answers per second of BURST requests, `at_once` of them at a time."""
+        seen, slots = Seen(), asyncio.Semaphore(at_once)
+
+        async def one(session: aiohttp.ClientSession) -> None:
+            async with slots:
+                await ask(session, url, "fake", options.tokens, False, seen)
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            begin = time.monotonic()
+            await asyncio.gather(*[one(session) for _ in range(BURST)])
+        assert seen.statuses == {200: BURST}, seen.statuses
+        return BURST / (time.monotonic() - begin)
+
+    asyncio.run(rate(options.ongoing))  # connections and code are warm afterwards
+    rounds = [(asyncio.run(rate(options.ongoing)), asyncio.run(rate(BURST))) for _ in range(ROUNDS)]
+    return {
+        f"{options.ongoing} at a time, per s": [round(steady, 1) for steady, _ in rounds],
+        f"{BURST} at once, per s": [round(many, 1) for _, many in rounds],
+        "ratio": [round(many / steady, 3) for steady, many in rounds],
+    }
+
+
 def ratio(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second at 1 and at 8 requests at a time: of the engine in this process, then of an endpoint around it."""
     from ftray.engine.batch import complete
@@ -292,7 +323,7 @@ def _engine(options: argparse.Namespace) -> Any:
 def main() -> None:
     """Parses, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "overhead", "ratio"])
+    parser.add_argument("what", choices=["load", "overhead", "burst", "ratio"])
     parser.add_argument("--model", help="a model directory instead of the fake engine (load, ratio)")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="for ratio")
     parser.add_argument("--cpus", type=float, default=1.0, help="of the real model's replica")
@@ -307,7 +338,11 @@ def main() -> None:
     proxy.announce()
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
     try:
-        print(json.dumps({"load": load, "overhead": overhead, "ratio": ratio}[options.what](options), indent=1))
+        print(
+            json.dumps(
+                {"load": load, "overhead": overhead, "burst": burst, "ratio": ratio}[options.what](options), indent=1
+            )
+        )
     finally:
         serve.shutdown()
         ray.shutdown()

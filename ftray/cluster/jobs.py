@@ -36,12 +36,12 @@ class JobClient:
     """
 
     def __init__(self, address: str | None, insecure: bool = False) -> None:
-        given = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-        if not given:
+        url = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        if not url:
             raise ConfigError("--address is missing: the cluster's dashboard, e.g. --address http://head:8265")
-        self.address = given if "://" in given else f"http://{given}"
+        self.address = url if "://" in url else f"http://{url}"
         if not self.address.startswith(("http://", "https://")):
-            raise ConfigError(f"--address {given}: give the dashboard's, e.g. http://head:8265")
+            raise ConfigError(f"--address {url}: give the dashboard's, e.g. http://head:8265")
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ.get("RAY_AUTH_MODE") == "token" and not insecure:
@@ -49,11 +49,11 @@ class JobClient:
         self._check_listening()
         from ray.job_submission import JobSubmissionClient
 
-        with self.told():
+        with self.explained():
             self.client = JobSubmissionClient(self.address)
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.WARNING)  # each upload and each end of a log would be told
-        with self.told():
+        with self.explained():
             self.ray_version = cluster_version(self.client)
 
     def _refuse_plain_text(self) -> None:
@@ -81,7 +81,7 @@ class JobClient:
             ) from None
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Turns what Ray's client raises into one sentence."""
         import requests
         from ray.exceptions import AuthenticationError
@@ -93,9 +93,14 @@ class JobClient:
             raise ConfigError(
                 f"the cluster at {self.address} {wrong}; set RAY_AUTH_TOKEN to the cluster's own"
             ) from None
-        except (requests.exceptions.JSONDecodeError, KeyError):
+        except (requests.exceptions.JSONDecodeError, KeyError, TypeError):
             raise ConfigError(
                 f"--address {self.address} is not a Ray dashboard; give its address, e.g. http://head:8265"
+            ) from None
+        except RuntimeError as err:  # any status that is not 200
+            raise ConfigError(
+                f"--address {self.address}: the server refuses ({short(err)}); give the address of a Ray dashboard, e.g. "
+                "http://head:8265"
             ) from None
         except (ConnectionError, requests.exceptions.RequestException) as err:
             raise Preempted(
@@ -105,7 +110,7 @@ class JobClient:
 
     def of(self, run_name: str | None = None) -> list[Any]:
         """Jobs that ftray submitted, oldest first; those of one run, if named. The looks at the cluster aren't among them."""
-        with self.told():
+        with self.explained():
             jobs = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("run")]
         return sorted(
             (job for job in jobs if run_name in (None, job.metadata["run"]) and job.metadata.get("verb") != "doctor"),
@@ -123,7 +128,7 @@ class JobClient:
     def start(self, job_id: str, entrypoint: str, directory: Path, metadata: dict[str, str]) -> None:
         """Submits. Raises ConfigError for what the job server refuses."""
         environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}, "working_dir": str(directory)}
-        with self.told():
+        with self.explained():
             deadline = time.monotonic() + AGENT_S
             while True:
                 try:
@@ -138,7 +143,7 @@ class JobClient:
 
     def info(self, job_id: str) -> Any:
         """What is known of a job."""
-        with self.told():
+        with self.explained():
             return self.client.get_job_info(job_id)
 
 

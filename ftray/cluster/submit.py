@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import shutil
 import tempfile
 import time
@@ -79,7 +80,7 @@ def submit(run: config.RunConfig, stem: str, options: SubmitOptions, jobs: JobCl
             if options.look or options.start_nodes:
                 _look(jobs, run, stem, options, directory, console)
             job_id = next_id(run.name, [job.submission_id for job in jobs.of(run.name)])
-            jobs.start(job_id, f"ftray {options.verb} {stem}.yaml", directory, metadata)
+            jobs.start(job_id, f"ftray {options.verb} {shlex.quote(f'{stem}.yaml')}", directory, metadata)
         console.say(f"submitted {job_id} to {jobs.address}  (config hash {run.config_hash})")
     return follow(jobs, job_id, console) if options.wait else 0
 
@@ -143,7 +144,7 @@ def _look(
                 f"the cluster did not start the job {job_id} within {duration(patience_s)}; see its dashboard"
             )
         time.sleep(POLL_S)
-    with jobs.told():
+    with jobs.explained():
         text = jobs.client.get_job_logs(job_id)
     findings = [json.loads(line) for line in text.splitlines() if line.startswith('{"check": ')]
     if not findings:
@@ -249,7 +250,7 @@ def logs(jobs: JobClient, name: str, wait: bool, console: Console) -> int:
     job = jobs.find(name)
     if wait:
         return follow(jobs, job.submission_id, console)
-    with jobs.told():
+    with jobs.explained():
         console.say(jobs.client.get_job_logs(job.submission_id).rstrip("\n"))
     return 0
 
@@ -260,7 +261,7 @@ def stop(jobs: JobClient, name: str, console: Console) -> int:
     if job.status not in LIVE:
         console.say(f"the job {job.submission_id} has already ended ({job.status})")
         return 0
-    with jobs.told():
+    with jobs.explained():
         jobs.client.stop_job(job.submission_id)
     console.say(f"stopping {job.submission_id}: it commits a checkpoint first …")
     deadline = time.monotonic() + STOP_S + SILENT_S

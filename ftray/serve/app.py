@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from ftray import config
@@ -25,6 +25,7 @@ from ftray.serve.model_files import is_hub_id
 from ftray.serve.ray_metrics import RayMetricsMirror
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+MAX_BACKOFF_S = 0.02  # of the router; the longest time that a slot is idle while a request waits
 _MORE_S = 30  # time of a shutdown beyond the longest answer
 
 
@@ -130,6 +131,9 @@ def deployment_options(serve_cfg: config.ServeConfig, num_cpus: float = 1.0, num
         "max_ongoing_requests": math.ceil(1.5 * serve_cfg.target_ongoing_requests),
         "max_queued_requests": max(1, serve_cfg.max_queued_requests),  # Serve does not accept 0
         "backpressure_config": BackpressureConfig(retry_after_s=1),
+        # While all replicas are full, the router looks again after this time. Serve's default grows to 0.5 s, for which a
+        # slot stays idle although requests wait.
+        "request_router_config": RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=MAX_BACKOFF_S),
         "graceful_shutdown_timeout_s": serve_cfg.max_answer_s + _MORE_S,  # the longest answer may end
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 5,

@@ -35,11 +35,11 @@ def test_every_run_file_for_a_cluster_shows_both_ways_to_submit_it(path: Path) -
 @pytest.mark.parametrize(
     ("stem", "method", "stage", "sizes", "machine", "pods"),
     [
-        ("lora-8b", "lora", 2, [8], "p4d.24xlarge", 1),
+        ("lora-8b", "lora", 0, [8], "p4d.24xlarge", 1),
         ("full-8b", "full", 3, [16], "p4d.24xlarge", 2),
         ("qlora-70b", "qlora", 2, [8], "p4de.24xlarge", 1),
         ("lora-70b", "lora", 3, [32, 16], "p4d.24xlarge", 4),
-        ("evaluate-8b", "lora", 2, [1], "p4d.24xlarge", 1),
+        ("evaluate-8b", "lora", 0, [1], "p4d.24xlarge", 1),
     ],
 )
 def test_what_the_run_files_promise(
