@@ -185,8 +185,8 @@ def _read_turn(where: str, raw: object) -> Message:
     where = f"{where} ({role})"
     if unknown := [key for key in turn if key not in USED_KEYS and key not in HARMLESS_KEYS and turn[key] != ""]:
         raise DataError(f"{where} has the key {unknown[0]}, which is not supported; remove it")
-    text, thought = _read_content(_either(turn, "content", "value", where), where)
-    calls = _read_calls(turn, where)
+    text, thought, written_calls = _read_content(_either(turn, "content", "value", where), where)
+    calls = (*_read_calls(turn, where), *written_calls)
     if isinstance(label, str) and label.lower() in CALL_ROLES:
         calls, text = (*calls, *_parse_calls(text or "", where)), ""
     reasoning = _read_reasoning(turn, thought, where)
@@ -222,23 +222,42 @@ def _read_role(label: object, where: str) -> str:
     return role
 
 
-def _read_content(content: object, where: str) -> tuple[str | None, str]:
-    """The text of a turn, None if it has none, and the reasoning among its parts."""
+def _read_content(content: object, where: str) -> tuple[str | None, str, tuple[ToolCall, ...]]:
+    """The text of a turn, None if it has none, and the reasoning and calls among its parts.
+
+    Parts come in the order in which templates write them: reasoning, text, calls. Each holds its text under `text`, `value` (as
+    LLaMA-Factory writes it) or the name of its type.
+    """
     if content is None or isinstance(content, str):
-        return content, ""
+        return content, "", ()
     if not isinstance(content, list):
         raise DataError(f"{where}: content must be a string or a list of text parts, not {_kind(content)}")
-    texts, thoughts = [], []
+    texts: dict[str, list[str]] = {"reasoning": [], "text": [], "tool_call": []}
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else None
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-        if kind in TEXT_PARTS and isinstance(text, str):
-            texts.append(text)
-        elif kind == "thinking" and isinstance(part, dict) and isinstance(part.get("thinking"), str):
-            thoughts.append(part["thinking"])
-        else:
-            raise DataError(f"{where} has a content part of type {kind!r}; only text is supported")
-    return "".join(texts), "".join(thoughts)
+        kind, text = _read_part(part, where)
+        later = list(texts)[list(texts).index(kind) + 1 :]
+        if text and any(texts[other] for other in later):
+            raise DataError(f"{where} has {kind} after another part; put reasoning first, then text, then calls")
+        texts[kind].append(text)
+    calls = [call for text in texts["tool_call"] for call in _parse_calls(text, where)]
+    is_call_only = calls and not texts["text"]
+    return None if is_call_only else "".join(texts["text"]), "".join(texts["reasoning"]), tuple(calls)
+
+
+def _read_part(part: object, where: str) -> tuple[str, str]:
+    """The kind of a part of a content, `reasoning`, `text` or `tool_call`, and its text."""
+    if isinstance(part, str):
+        return "text", part
+    label = part.get("type") if isinstance(part, dict) else None
+    kind = "text" if label in TEXT_PARTS else "reasoning" if label in ("thinking", "reasoning") else label
+    if not isinstance(part, dict) or kind not in ("text", "reasoning", "tool_call"):
+        raise DataError(
+            f"{where} has a content part of type {label!r}; only text, reasoning and tool calls are supported"
+        )
+    values = [part[key] for key in ("text", "value", str(label)) if part.get(key) is not None]
+    if not values or any(not isinstance(value, str) or value != values[0] for value in values):
+        raise DataError(f"{where} has a content part of type {label!r} without one text; write it into its key text")
+    return kind, str(values[0])
 
 
 def _read_reasoning(turn: Mapping[str, Any], thought: str, where: str) -> str:

@@ -57,6 +57,32 @@ SAMPLES: dict[str, tuple[dict[str, Any], dict[str, str] | None, str]] = {
         "unused_key:chosen",
     ),
     "LLaMA-Factory kto_en_demo": ({"messages": [USER, ANSWER], "label": True}, None, "unused_key:label"),
+    "LLaMA-Factory v1_sft_demo": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+                {"role": "assistant", "content": [{"type": "text", "value": "a"}], "loss_weight": 1.0},
+            ]
+        },
+        None,
+        "a|",
+    ),
+    "LLaMA-Factory reason_tool_use_demo_50": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "q"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "reasoning", "value": "r"}, {"type": "tool_call", "value": CALL}],
+                },
+                {"role": "tool", "content": [{"type": "text", "value": "7.5"}]},
+                {"role": "assistant", "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}]},
+            ],
+            "tools": json.dumps([FUNCTION]),
+        },
+        None,
+        f"<think>r</think>{CALL_TEXT}|<think>r</think>a|",
+    ),
     "LLaMA-Factory mllm_demo": ({"messages": [USER, ANSWER], "images": ["1.jpg"]}, None, "unused_key:images"),
     "LLaMA-Factory mllm_video_demo": ({"messages": [USER, ANSWER], "videos": ["1.mp4"]}, None, "unused_key:videos"),
     "axolotl chat_template": ({"messages": [USER, ANSWER]}, None, "a|"),
