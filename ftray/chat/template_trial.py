@@ -101,9 +101,10 @@ def main() -> None:
     for turns in (*CONVERSATIONS, CALLING):
         tools = TOOLS if turns is CALLING else ()
         try:
-            template.render(turns, turns[-1]["role"] != "assistant", tools, bos_token="<s>", eos_token="</s>")
+            tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+            template.render(turns, turns[-1]["role"] != "assistant", tools, **tokens)
         except MemoryError:
             status = OUT_OF_MEMORY
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 # nosec B112 - as above
             continue
     os._exit(status)
