@@ -8,12 +8,12 @@ and OpenAI's clients fill missing keys in.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ftray.chat.json_text import RepeatedKey, check_writable, parse_json
 from ftray.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,6 +31,7 @@ OTHER_ROLES = {  # names of other formats and APIs
 CALL_ROLES = ("function_call", "tool_call")  # turns whose text is the JSON of one or more calls
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TRAIN_KEYS = ("train", "training", "loss", "weight", "loss_weight")
+MAX_WEIGHT, MAX_SHOWN = 1_000_000, 40  # characters of a wrong value
 CALL_KEYS = ("tool_calls", "function_call")
 USED_KEYS = ("role", "from", "content", "value", "name", "tool_call_id", *REASONING_KEYS, *TRAIN_KEYS, *CALL_KEYS)
 # Facts about a turn that no model reads: they change neither its text nor whether it is trained on.
@@ -55,6 +56,11 @@ HARMLESS_KEYS = (
     "uuid",
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
+PART_TEXT_KEYS = ("text", "value")
+# Facts about a content part that no model reads.
+HARMLESS_PART_KEYS = ("annotations", "cache_control", "citations", "id", "index", "logprobs", "signature")
+WRAPPED_CALL_KEYS, FUNCTION_KEYS = ("id", "type", "function", "index"), ("name", "arguments")
+BARE_CALL_KEYS = ("id", "type", "index", *FUNCTION_KEYS)
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ def _read_tool(where: str, tool: object) -> dict[str, Any]:
         key for key, value in tool.items() if "function" in tool and key not in ("type", "function") and value
     ]:
         raise DataError(f"{where} ({function['name']}) has {extra[0]} beside its function; move it into the function")
+    check_writable(function, f"{where} ({function['name']})")
     return {"type": "function", "function": function}
 
 
@@ -254,7 +261,9 @@ def _read_part(part: object, where: str) -> tuple[str, str]:
         raise DataError(
             f"{where} has a content part of type {label!r}; only text, reasoning and tool calls are supported"
         )
-    values = [part[key] for key in ("text", "value", str(label)) if part.get(key) is not None]
+    used = ("type", *PART_TEXT_KEYS, str(label))
+    _refuse_others(part, (*used, *HARMLESS_PART_KEYS), f"{where} has a content part of type {label!r}", "remove it")
+    values = [part[key] for key in used[1:] if part.get(key) is not None]
     if not values or any(not isinstance(value, str) or value != values[0] for value in values):
         raise DataError(f"{where} has a content part of type {label!r} without one text; write it into its key text")
     return kind, str(values[0])
@@ -275,8 +284,9 @@ def _read_training(turn: Mapping[str, Any], role: str, where: str) -> tuple[bool
     """Whether the turn is trained on, and the weight of its loss."""
     flags = {key: turn[key] for key in TRAIN_KEYS if key in turn}
     for key, value in flags.items():
-        if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
-            raise DataError(f"{where}: {key} must be true, false or a weight of at least 0, not {value!r}")
+        if not isinstance(value, bool | int | float) or not 0 <= value <= MAX_WEIGHT:  # NaN is no such number, too
+            shown = f"{value!r}"[:MAX_SHOWN]
+            raise DataError(f"{where}: {key} must be true, false or a weight from 0 to {MAX_WEIGHT}, not {shown}")
     if role != "assistant":
         if on := [key for key, value in flags.items() if value]:
             raise DataError(
@@ -317,24 +327,37 @@ def _read_call(where: str, raw: object) -> ToolCall:
     inner = raw.get("function") or raw
     if kind != "function" or not isinstance(inner, dict):
         raise DataError(f"{where} is of type {kind!r}; only functions are supported")
+    remedy = "write the parameters into arguments"
+    if inner is raw:
+        _refuse_others(raw, (*BARE_CALL_KEYS, "function"), where, remedy)
+    else:
+        _refuse_others(raw, WRAPPED_CALL_KEYS, f"{where}, beside its function,", "move it into the function")
+        _refuse_others(inner, FUNCTION_KEYS, f"{where}, in its function,", remedy)
     name, arguments, call_id = inner.get("name"), inner.get("arguments"), raw.get("id") or ""
     if not isinstance(name, str) or not name:
         raise DataError(f"{where} has no name")
     if not isinstance(call_id, str):
         raise DataError(f"{where}: id must be a string, not {_kind(call_id)}")
-    known = {"name", "arguments", "id", "type", "function", "index"}
-    if extra := [key for key, value in {**raw, **inner}.items() if key not in known and not _is_empty(value)]:
-        raise DataError(f"{where} has the key {extra[0]}, which is not supported; write the parameters into arguments")
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{where}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):
         raise DataError(f"{where}: arguments must be an object, not {_kind(arguments)}")
+    if arguments:
+        check_writable(arguments, f"{where}: arguments")
     return ToolCall(name, arguments or {}, call_id)
+
+
+def _refuse_others(value: Mapping[str, Any], known: Sequence[str], where: str, remedy: str) -> None:
+    """Raises DataError if an object has a key with a value that is not one of `known`."""
+    if others := [key for key, each in value.items() if key not in known and not _is_empty(each) and each != ""]:
+        raise DataError(f"{where} has the key {others[0]}, which is not supported; {remedy}")
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except RepeatedKey as err:
+        raise DataError(f"{where}: {err}") from None
     except (ValueError, RecursionError) as err:
         raise DataError(f"{where} is not JSON: {err}") from None
 

@@ -7,11 +7,11 @@ differing types as JSON text with the extension type `arrow.json`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ftray.chat.json_text import RepeatedKey, parse_json
 from ftray.data.decompress import MAX_RECORD_BYTES
 from ftray.errors import DataError
 
@@ -121,8 +121,8 @@ def _without_nulls(value: dict[str, Any], parts: dict[str, Decoder | None]) -> d
 
 def _from_json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except (RepeatedKey, ValueError, RecursionError):
         return text  # the record is rejected for its type
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftray.chat import ChatFormat, Conversation, Encoded
+from ftray.chat.json_text import RepeatedKey, parse_json
 from ftray.data.checks.labels import check_labels
 from ftray.data.formats import HARMLESS_KEYS, BadRecord, read_record, used_columns
 from ftray.data.sources import Chunk, RawRecord, read_chunk
@@ -139,6 +140,7 @@ FIXES = {
     "no_answer": "add the answer, or name its column in the source's columns",
     "not_an_object": "write one JSON object per line",
     "no_trained_tokens": "give it an answer of at least two tokens, or remove it",
+    "repeated_key": "keep one of the values",
     "too_long": "raise data.max_seq_len, or set data.too_long to quarantine, split or truncate",
     "too_many_fields": "put quotes around fields that contain commas",
     "unknown_label": "correct the answer, or add it to data.labels",
@@ -238,7 +240,9 @@ def parse_record(raw: RawRecord) -> dict[str, Any]:
             raise BadRecord("too_many_fields", "the line has more fields than the header; put quotes around commas")
         return raw.value
     try:
-        record = json.loads(raw.value.decode("utf-8"))
+        record = parse_json(raw.value.decode("utf-8"))
+    except RepeatedKey as err:
+        raise BadRecord("repeated_key", str(err)) from None
     except UnicodeDecodeError as err:
         raise BadRecord("invalid_utf8", f"byte {err.start} is not UTF-8") from None
     except (ValueError, RecursionError) as err:

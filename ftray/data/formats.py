@@ -6,12 +6,12 @@ reject the record. A key whose value is null or empty counts as absent.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ftray.chat import Conversation, Message, read_messages, read_tools
+from ftray.chat.json_text import RepeatedKey, parse_json
 from ftray.config.column_template import ColumnTemplate, parse_template
 from ftray.errors import DataError
 
@@ -162,7 +162,7 @@ def _turns_of(record: Mapping[str, Any], name: str, ignore: Collection[str]) -> 
 
 def _prompt(record: Mapping[str, Any], key: str, ignore: Collection[str]) -> tuple[Message, ...]:
     """The turns before the answer. They are context: answers among them are not trained on, except those of `history`."""
-    raw = record.get(key)
+    raw = _turns_or_text(record.get(key))
     if isinstance(raw, list) and raw:
         return _history(record) + tuple(
             replace(m, train=False) if m.role == "assistant" else m for m in _read(raw, key, ignore)
@@ -171,7 +171,7 @@ def _prompt(record: Mapping[str, Any], key: str, ignore: Collection[str]) -> tup
 
 
 def _completion(record: Mapping[str, Any], key: str, ignore: Collection[str]) -> tuple[Message, ...]:
-    raw = record.get(key)
+    raw = _turns_or_text(record.get(key))
     return _turns(raw, key, ignore) if isinstance(raw, list) and raw else (_answer(record, key),)
 
 
@@ -213,7 +213,7 @@ def _read(raw: object, key: str, ignore: Collection[str]) -> tuple[Message, ...]
 def _single_turns(item: object) -> list[object]:
     """The turns of an item; ms-swift has an older shape with question and answer in one item."""
     if isinstance(item, dict) and item and item.keys() <= {"human", "assistant"}:
-        return [{"role": role, "content": content} for role, content in item.items()]
+        return [{"role": role, "content": item[role]} for role in ("human", "assistant") if role in item]
     return [item]
 
 
@@ -221,10 +221,24 @@ def _from_json(raw: object) -> object:
     """A list that was stored as JSON, as tables without nested columns do, or the value itself."""
     if isinstance(raw, str) and raw.lstrip().startswith("["):
         try:
-            return json.loads(raw)
+            return parse_json(raw)
+        except RepeatedKey as err:
+            raise BadRecord("repeated_key", str(err)) from None
         except (ValueError, RecursionError):
             return raw
     return raw
+
+
+def _turns_or_text(raw: object) -> object:
+    """The turns in a text that holds them as JSON, or the value itself: an answer may be a JSON list of other objects."""
+    if not isinstance(raw, str) or not raw.lstrip().startswith("["):
+        return raw
+    try:
+        value = parse_json(raw)
+    except (RepeatedKey, ValueError, RecursionError):
+        return raw
+    is_turns = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    return value if is_turns and all("role" in each or "from" in each for each in value) else raw
 
 
 def _with_system(record: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -245,10 +259,17 @@ def _tools_of(
     """The record's own tools, or else the default. An empty list means that it has none."""
     if BESIDE_TURNS.isdisjoint(record):
         return default
-    own = [key for key in TOOL_KEYS if key in present] or [key for key in TOOL_KEYS if record.get(key) is not None]
+    own = [key for key in TOOL_KEYS if key in present and not _is_absent(record[key])] or [
+        key for key in TOOL_KEYS if not _is_absent(record.get(key))
+    ]
     if len(own) > 1 and record[own[0]] != record[own[1]]:
         raise BadRecord("bad_tools", "it has both tools and functions; remove one of them")
     return _tools(record[own[0]]) if own else default
+
+
+def _is_absent(raw: object) -> bool:
+    """Whether tools are not there, as opposed to an empty list. A table of texts has an empty text or null for them."""
+    return raw is None or (isinstance(raw, str) and raw.strip() in ("", "null"))
 
 
 def _tools(raw: object) -> tuple[dict[str, Any], ...]:
@@ -269,14 +290,17 @@ def _from_columns(
         (key,) = templates["messages"].columns
         messages = _turns(record.get(key), key, ignore)
     else:
-        messages = (Message("user", _fill(record, templates["user"])), _filled_answer(record, templates["assistant"]))
+        question = _fill(record, templates["user"])
+        if not question.strip():
+            raise BadRecord("missing_field", f"the user text is empty: {columns['user']!r} names no column with a text")
+        messages = (Message("user", question), _filled_answer(record, templates["assistant"]))
     if "system" in templates:
         _check_present(record, templates["system"])
         rules = _fill(record, templates["system"], is_optional=True)
         messages = _with_system({"system": rules}, messages)
     if "tools" in templates:
         (key,) = templates["tools"].columns
-        tools = tools if record.get(key) is None else _tools(record[key])
+        tools = tools if _is_absent(record.get(key)) else _tools(record[key])
     return Conversation(messages, tools)
 
 

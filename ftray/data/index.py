@@ -42,7 +42,7 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_source, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 8  # increase it when sequences, facts or records of a chunk change their meaning
+VERSION = 9  # increase it when sequences, facts or records of a chunk change their meaning
 SUM = "sha256"  # of the rest of an index: a damaged number would look like changed data
 NUM_LINES = 50  # entries of a quarantine file that get a line number
 NO_FIELDS = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)

@@ -118,8 +118,8 @@ def _is_count(counts: object) -> bool:
 
 
 def _settings_of(data: config.DataConfig) -> dict[str, Any]:
-    keys = {"train", "eval", "max_seq_len", "too_long", "packing", "pack_text", "labels", "clean"}
-    return data.model_dump(mode="json", include=keys)
+    """The settings that can change the counts."""
+    return data.model_dump(mode="json", exclude={"max_bad_records"})
 
 
 def plan_sequences(index: Index, stream: DatasetSpec, train: config.TrainConfig) -> LoadPlan:

@@ -152,7 +152,7 @@ def read_described(data: bytes | mmap.mmap) -> list[ChunkRecords]:
 
 def _describe(example: Example, required: RequiredFields, scripts: Counter[str]) -> dict[str, Any]:
     turns = example.conversation.messages if example.conversation else (Message("assistant", example.text or ""),)
-    keys = record_keys(turns)
+    keys = record_keys(turns, example.conversation.tools if example.conversation else ())
     answer = next((turn.text for turn in reversed(turns) if turn.role == "assistant"), "").strip()
     for turn in turns:
         count_scripts(turn.text, scripts)

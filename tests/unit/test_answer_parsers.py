@@ -111,6 +111,20 @@ CASES = [
     ),
     ("harmony", "<|channel|>final<|message|>yes\n", Answer("yes\n")),
     ("harmony", "no channel", Answer("no channel")),
+    ("harmony", "<|channel|>commentary to=functions.g<|message|><|call|>", Answer(calls=(G,))),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>fin",
+        Answer(reasoning="hm"),
+    ),
+    ("harmony", "<|channel|>final<|message|>yes<|end|>no<|start|>assistant", Answer("yesno")),
+    ("harmony", " to=functions.f<|channel|>comm", Answer()),
+    ("hermes", "Use the <tool_call> tag", Answer("Use the <tool_call> tag")),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"b": 1}, "arguments": {"b": 2}, "parameters": "{}"}</tool_call>',
+        Answer(calls=(ToolCall("f", {"b": 1}),)),
+    ),
 ]
 
 
@@ -177,6 +191,8 @@ def test_an_answer_that_is_cut_off_in_a_call_keeps_what_there_is() -> None:
         ("[1, 2]", {"type": "array"}, [1, 2]),
         ("C", {"enum": ["C", "F"]}, "C"),
         ('"x"', None, '"x"'),
+        ("NaN", {}, "NaN"),
+        ("[1e999]", {"type": "array"}, "[1e999]"),
     ],
 )
 def test_a_value_between_tags_has_the_type_of_its_schema(text: str, schema: Any, value: Any) -> None:

@@ -397,7 +397,7 @@ WRONG_TURNS: dict[str, object] = {
     r"turn 0 \(user\): content must be a string or a list of text parts, not an object": [
         {"role": "user", "content": {"a": 1}}
     ],
-    r"turn 0 \(user\): train must be true, false or a weight of at least 0, not 'no'": [
+    r"turn 0 \(user\): train must be true, false or a weight from 0 to 1000000, not 'no'": [
         {"role": "user", "content": "a", "train": "no"}
     ],
     r"turn 0 \(user\) has loss: True, but only the assistant's turns are trained on": [
@@ -409,7 +409,7 @@ WRONG_TURNS: dict[str, object] = {
     r"turn 0 \(assistant\) has weight: 0.5 and loss_weight: 0.25, which contradict": [
         {"role": "assistant", "content": "a", "weight": 0.5, "loss_weight": 0.25}
     ],
-    r"turn 0 \(assistant\): weight must be true, false or a weight of at least 0, not -1": [
+    r"turn 0 \(assistant\): weight must be true, false or a weight from 0 to 1000000, not -1": [
         {"role": "assistant", "content": "a", "weight": -1}
     ],
     r"turn 0 \(user\) has the key image, which is not supported; remove it": [
@@ -433,6 +433,39 @@ WRONG_TURNS: dict[str, object] = {
     ],
     r"turn 0 \(assistant\), tool call 0 has the key parameters, which is not supported": [
         {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"a": 1}}]}
+    ],
+    r"tool call 0, beside its function, has the key arguments, which is not supported; move it into the function": [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}
+    ],
+    r"tool call 0, beside its function, has the key name, which": [
+        {"role": "assistant", "tool_calls": [{"name": "g", "function": {"name": "f"}}]}
+    ],
+    r"tool call 0, in its function, has the key id, which": [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "id": "c1"}}]}
+    ],
+    r"tool call 0: arguments: the key 'a' occurs twice in an object": [
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}
+    ],
+    r"tool call 0: arguments cannot be written as JSON: a number in it is not finite": [
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": [1e999]}'}]}
+    ],
+    r"tool call 1: arguments cannot be written as JSON: a number in it is not finite": [
+        {
+            "role": "assistant",
+            "tool_calls": [{"name": "f"}, {"function": {"name": "f", "arguments": {"a": float("nan")}}}],
+        }
+    ],
+    r"a content part of type 'text' has the key train, which is not supported; remove it": [
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]}
+    ],
+    r"a content part of type 'text' has the key weight, which": [
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "weight": 0}]}
+    ],
+    r"a content part of type 'text' has the key image_url, which": [
+        {"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "x"}}]}
+    ],
+    r"weight must be true, false or a weight from 0 to 1000000, not 9{40}$": [
+        {"role": "assistant", "content": "a", "weight": int("9" * 400)}
     ],
     r"turn 0 \(assistant\), tool call 0 is of type 'custom'": [
         {"role": "assistant", "tool_calls": [{"type": "custom", "name": "f"}]}
@@ -534,3 +567,16 @@ def test_the_real_template_puts_its_own_system_turn_first(real_chat: ChatFormat)
 
 def test_the_real_tokenizer_came_from_the_cache_directory(real_chat: ChatFormat) -> None:
     assert Path(embedded.resolve(embedded.NAME, storage.cache_directory())).is_dir()
+
+
+def test_facts_about_a_content_part_or_a_call_have_no_effect_and_no_value_is_no_key() -> None:
+    part = {
+        "type": "text",
+        "text": "a",
+        "cache_control": {"type": "ephemeral"},
+        "annotations": [{"x": 1}],
+        "train": None,
+    }
+    call = {"index": 0, "type": "function", "id": "c", "name": "", "function": {"name": "f", "arguments": "{}"}}
+    (turn,) = read_messages([{"role": "assistant", "content": [part], "tool_calls": [call]}])
+    assert turn == Message("assistant", "a", tool_calls=(ToolCall("f", {}, "c"),))

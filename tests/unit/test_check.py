@@ -34,6 +34,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "copies.jsonl", [chat("the same", "answer")] * 30 + [chat(f"q {i}", "answer") for i in range(10)])
     write(root / "table.jsonl", [{"q": f"question {i}", "a": f"answer {i}"} for i in range(20)])
     write(root / "long.jsonl", [chat("word " * 500, "answer")])
+    write(root / "some-long.jsonl", [*[chat(f"q {i}", "a") for i in range(9)], chat("word " * 500, "answer")])
     write(root / "no-answer.jsonl", [chat("question", "")])
     (root / "bad.jsonl").write_text(json.dumps(chat("q", "a")) + "\n{broken\n")
     (root / "empty.jsonl").touch()
@@ -125,3 +126,13 @@ def test_bad_records_within_the_limit_are_no_error(
     monkeypatch.chdir(desk)
     assert main(["check", "run.yaml", "data.train=[{path: bad.jsonl}]", "data.max_bad_records=1"]) == 0
     assert "1 record of 1 file" in capsys.readouterr().out
+
+
+def test_records_that_data_too_long_quarantines_are_no_error(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)
+    settings = ["check", "run.yaml", "data.train=[{path: some-long.jsonl}]"]
+    assert main([*settings, "data.too_long=quarantine"]) == 0
+    assert "9 records of 1 file" in capsys.readouterr().out
+    assert main(settings) == 2

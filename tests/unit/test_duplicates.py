@@ -72,6 +72,15 @@ def test_records_are_equal_but_for_white_space_and_in_nothing_else() -> None:
     assert record_keys([Message("assistant", "plain text")]).prompt == 0
 
 
+def test_records_with_other_tools_or_other_trained_turns_are_no_copies() -> None:
+    base = record_keys(chat("Weather?"))
+    tools = [record_keys(chat("Weather?"), [{"function": {"name": name}}]) for name in ("f", "g")]
+    assert len({keys.whole for keys in (base, *tools)}) == len({keys.prompt for keys in (base, *tools)}) == 3
+    untrained = record_keys([*chat("Weather?")[:1], Message("assistant", "an answer", train=False)])
+    assert untrained.whole != base.whole
+    assert (untrained.prompt, untrained.answer) == (base.prompt, base.answer)  # the model reads the same
+
+
 def test_records_that_differ_in_a_call_or_in_reasoning_are_no_copies() -> None:
     def record(city: str, reasoning: str = "") -> list[Message]:
         call = ToolCall("get_weather", {"city": city})

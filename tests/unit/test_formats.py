@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from ftray.chat import Conversation, Message
+from ftray.data.examples import parse_record
 from ftray.data.formats import BadRecord, read_record
+from ftray.data.sources import RawRecord
 
 
 def talk(*messages: Message) -> Conversation:
@@ -203,7 +205,9 @@ def test_tools_are_the_records_own_or_the_sources() -> None:
         ({"tools": None}, TOOLS),
         ({"tools": []}, ()),
         ({"tools": "[]"}, ()),
-        ({"tools": "null"}, ()),
+        ({"tools": "null"}, TOOLS),
+        ({"tools": ""}, TOOLS),
+        ({"tools": " ", "functions": "null"}, TOOLS),
         ({"tools": "[]", "functions": None}, ()),
         ({"functions": [{"name": "g"}]}, ({"type": "function", "function": {"name": "g"}},)),
     ]:
@@ -270,3 +274,44 @@ def test_a_prompt_that_repeats_the_first_question_is_not_lost() -> None:
     rejects({**record, "prompt": "other"}, "unused_key:prompt", "it has the key prompt")
     assert read_record({**GOOD[0][1], "conversations": GOOD[0][1]["messages"]}, "auto", None) == ASKED
     rejects({**GOOD[0][1], "conversations": [turn()]}, "unused_key:conversations", "it has the key conversations")
+
+
+def test_question_and_answer_in_one_item_are_in_this_order_whatever_the_order_of_their_keys() -> None:
+    record = {"conversation": [{"assistant": "a", "human": "q"}, {"human": "r", "assistant": "b"}], "system": "s"}
+    assert read_record(record, "auto", None) == LONGER
+
+
+def test_a_prompt_or_completion_that_holds_turns_as_json_is_read_as_turns() -> None:
+    prompt, completion = '[{"role": "user", "content": "q"}]', '[{"from": "gpt", "value": "a"}]'
+    assert read_record({"prompt": prompt, "completion": completion}, "auto", None) == ASKED
+    for text in ('["red", "blue"]', '[{"name": "x"}]', "[1", "[]"):  # an answer may be a list of something else
+        assert read_record({"prompt": "q", "completion": text}, "auto", None) == talk(
+            Message("user", "q"), Message("assistant", text)
+        )
+
+
+def test_a_key_that_occurs_twice_in_the_json_of_a_turn_is_refused() -> None:
+    turns = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "good", "content": "bad"}]'
+    rejects({"messages": turns}, "repeated_key", "the key 'content' occurs twice in an object")
+
+
+def test_a_user_text_that_is_empty_is_refused() -> None:
+    rejects(
+        {"q": "q", "a": "a"},
+        "missing_field",
+        "the user text is empty: '[{question}]' names no column with a text",
+        columns={"user": "[{question}]", "assistant": "a"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"prompt": "q", "completion": "good", "completion": "bad"}', "completion"),
+        ('{"messages": [{"role": "assistant", "content": "a", "train": false, "train": true}]}', "train"),
+    ],
+)
+def test_a_key_that_occurs_twice_in_a_record_is_refused(line: str, key: str) -> None:
+    with pytest.raises(BadRecord, match=f"^the key '{key}' occurs twice in an object$") as caught:
+        parse_record(RawRecord(0, line.encode()))
+    assert caught.value.rule == "repeated_key"

@@ -243,8 +243,13 @@ def test_steps_time_and_cost_follow_from_the_index(indexed: tuple[config.RunConf
     assert "20 of 10 packed sequences of 4096 tokens, 100 packed sequences per epoch: 800 thousand tokens\n" in text
     assert "ESTIMATED" not in text
     assert "not measured" not in text
-    other = run.model_copy(update={"data": run.data.model_copy(update={"max_seq_len": 2048})})
-    assert make_plan(other, str(run_dir)).length.num_steps is None, "that index is of other rows"
+    for change in (
+        {"max_seq_len": 2048},
+        {"train_on": run.data.train_on.model_copy(update={"reasoning": False})},
+        {"chunk_mb": 1},
+    ):
+        other = run.model_copy(update={"data": run.data.model_copy(update=change)})
+        assert make_plan(other, str(run_dir)).length.num_steps is None, "that index is of other rows"
 
 
 def test_virtual_tokens_count_as_often_as_a_row_holds_documents(tmp_path: Path) -> None:

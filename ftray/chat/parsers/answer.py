@@ -110,7 +110,7 @@ class MarkedAnswer:
         if calls.is_bare:
             yield from _read_bare(calls, reader, out)
         while (begin := (yield from reader.until(calls.begins, out.content, strips=True))) is not None:
-            reader.record(begin)
+            reader.record(reader.stripped + begin)
             num_calls = out.num_calls
             yield from calls.read(reader, out)
             text = reader.recorded()

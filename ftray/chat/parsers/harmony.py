@@ -6,11 +6,23 @@ import re
 from dataclasses import dataclass
 
 from ftray.chat.parsers.answer import AnswerOutput
-from ftray.chat.parsers.reader import Reading, TextReader
+from ftray.chat.parsers.reader import Emit, Reading, TextReader
 
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+CUT_HEADER = re.compile(r"<\|start\|>|<\|channel\|>|<\|constrain\|>|^to=functions\.")
 ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+
+
+class _Body:
+    """Passes the text of a message on. is_blank: whether all of it so far is white space."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit, self.is_blank = emit, True
+
+    def __call__(self, text: str) -> None:
+        self.is_blank = self.is_blank and not text.strip()
+        self._emit(text)
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ class Harmony:
         while True:
             header: list[str] = []
             if (yield from reader.until(("<|message|>",), header.append)) is None:
-                if text := "".join(header).strip():  # not in the format: all of it is content
-                    out.content(text)
+                if text := CUT_HEADER.split("".join(header).strip(), maxsplit=1)[0].strip():
+                    out.content(text)  # not in the format: what is no header is content
                 return
             head = "".join(header)
             channel = CHANNEL.search(head)
@@ -48,5 +60,8 @@ class Harmony:
                 if has_reasoning:
                     out.reasoning("\n")
                 has_reasoning, emit = True, out.reasoning
-            if (yield from reader.until(ENDS, emit)) is None:
+            body = _Body(emit)
+            if (yield from reader.until(ENDS, body)) is None:
                 return
+            if emit == out.arguments and body.is_blank:
+                out.arguments("{}")

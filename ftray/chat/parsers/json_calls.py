@@ -37,7 +37,7 @@ class _CallObject:
 
 
 def read_call_object(reader: TextReader, out: AnswerOutput, *, only_known: bool = False) -> Reading[bool]:
-    """Reads `{"name": "f", "arguments": {…}}`; `parameters` is the same as `arguments`, other keys are skipped.
+    """Reads `{"name": "f", "arguments": {…}}`. `parameters` means `arguments`; the first of them counts. Other keys are skipped.
 
     Args:
         reader: The text.
@@ -79,9 +79,9 @@ def _read_member(reader: TextReader, call: _CallObject, key: str) -> Reading[boo
     if key == "name":
         call.name = yield from reader.json_string()
         return call.name is not None
-    if key in ARGUMENT_KEYS and first == "{":
+    if key in ARGUMENT_KEYS and not call.has_arguments and first == "{":
         return (yield from reader.json_value(call.arguments))
-    if key in ARGUMENT_KEYS and first == '"':  # an object as JSON in a string
+    if key in ARGUMENT_KEYS and not call.has_arguments and first == '"':  # an object as JSON in a string
         text = yield from reader.json_string()
         call.arguments(text or "{}")
         return text is not None

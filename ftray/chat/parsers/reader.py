@@ -21,12 +21,13 @@ class TextReader:
 
     Attributes:
         is_complete: Whether no more text will come.
+        stripped: The blanks before the last marker of `until`, if it left them out.
     """
 
     def __init__(self) -> None:
         self._text, self._at = "", 0
         self._record: list[str] | None = None
-        self.is_complete = False
+        self.is_complete, self.stripped = False, ""
 
     def feed(self, text: str) -> None:
         self._text, self._at = self._text[self._at :] + text, 0
@@ -68,7 +69,9 @@ class TextReader:
             if hits:
                 at, _, marker = min(hits)
                 text = self._take(at)
-                self._pass(text.rstrip(BLANKS) if strips else text, emit)
+                kept = text.rstrip(BLANKS) if strips else text
+                self.stripped = text[len(kept) :]
+                self._pass(kept, emit)
                 self._take(len(marker))
                 return marker
             if self.is_complete:

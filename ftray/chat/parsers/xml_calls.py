@@ -156,6 +156,7 @@ def typed_value(text: str, schema: Any) -> Any:
         return PYTHON[text]
     try:
         value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
     return text if isinstance(value, str) and not kinds else value

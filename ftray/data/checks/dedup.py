@@ -1,14 +1,15 @@
 """Duplicates and near-duplicates: record keys, MinHash signatures, and the search for pairs among millions of records.
 
-Two records are duplicates if their turns are equal except for white space. They are near-duplicates if the Jaccard similarity
-of their five-character shingles (letters and digits, case-folded, without system turns) is at least SIMILARITY, estimated from
-MinHash signatures (Broder 1997; datasketch). Text that most records share, such as a template or an instruction, is left out of
-the estimate. Works on conversations and arrays only.
+Two records are duplicates if their tools, their turns and the turns that are trained on are equal, except for white space. They
+are near-duplicates if the Jaccard similarity of their five-character shingles (letters and digits, case-folded, without system
+turns) is at least SIMILARITY, estimated from MinHash signatures (Broder 1997; datasketch). Text that most records share, such as
+a template or an instruction, is left out of the estimate. Works on conversations and arrays only.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -99,12 +100,17 @@ class DuplicatePairs:
 NO_PAIRS = DuplicatePairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
-def record_keys(turns: Sequence[Message]) -> RecordKeys:
-    """The keys of a conversation. Plain text is one assistant turn."""
+def record_keys(turns: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> RecordKeys:
+    """The keys of a conversation. Plain text is one assistant turn.
+
+    The tools belong to its prompt. Whether a turn is trained on matters for the whole conversation only.
+    """
     parts = [f"{turn.role}\x1f{' '.join(turn.text.split())}" for turn in turns]
     last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=0)
-    prompt = _hash("\x1e".join(parts[:last])) if last else 0
-    return RecordKeys(_hash("\x1e".join(parts)), prompt, _hash(parts[last]))
+    before = [f"tools\x1f{json.dumps(tools, sort_keys=True)}"] if tools else []
+    untrained = [f"untrained\x1f{i}" for i, turn in enumerate(turns) if not turn.train]
+    prompt = _hash("\x1e".join([*before, *parts[:last]])) if last else 0
+    return RecordKeys(_hash("\x1e".join([*before, *parts, *untrained])), prompt, _hash(parts[last]))
 
 
 def _hash(text: str) -> int:
