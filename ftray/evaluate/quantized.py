@@ -66,7 +66,7 @@ def _eval_examples(run: config.RunConfig, run_dir: str) -> list[list[Document]]:
     """The examples that `ftray evaluate` computes the loss over."""
     if run.data.eval is None:
         return []
-    only_loss = run.evaluate.model_copy(update={"metrics": ["loss"], "few_shot": 0, "slices": None, "pairs": None})
+    only_loss = run.evaluate.model_copy(update={"metrics": ["loss"], "few_shot": 0, "pairs": None})
     remote_run = run.model_copy(update={"model": absolute_base(run.model), "evaluate": only_loss})
     return make_plan(remote_run, run_dir).tasks["tuned"].examples
 

@@ -139,7 +139,7 @@ def shots_of(trained: Trained) -> list[dict[str, str]]:
     from ftray.model.load import load_tokenizer, tokenizer_hash
 
     load = partial(load_tokenizer, trained.run.model)
-    stream, _ = streams(trained.run.data, load)
+    stream, _ = streams(trained.run.data, load, trained.run.evaluate.slices)
     index = build_index(
         stream, int(trained.run.data.chunk_mb * 1e6), f"{trained.run.directory}/data", tokenizer_hash(load())
     )
@@ -230,7 +230,7 @@ def test_differences_slices_pairs_and_speed_say_what_the_lines_hold(good: Traine
     for s in speed.values():
         assert s["cost_per_1000_tokens"] == pytest.approx(0.001 * s["busy_s"] / s["num_tokens"] * 1000)
         assert s["latency_p50_s"] <= s["latency_p95_s"] <= s["busy_s"]
-    assert "verdict: the tuned model is " in good.text
+    assert "the tuned model is " in good.text
     assert "by animals (base → tuned)" in good.text
 
 

@@ -107,10 +107,10 @@ def test_a_signal_while_ray_starts_is_no_failure_of_its_start(
     quiet_console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**_: object) -> None:
-        raise Preempted("preempted")
+        raise KeyboardInterrupt  # as `interrupted_by_signals` does
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(Preempted):
+    with pytest.raises(KeyboardInterrupt):
         session._start_local(2)
 
 
