@@ -35,8 +35,11 @@ class TemplateRenderer:
 
     @cached_property
     def shape(self) -> TurnShape:
-        """The form of turns that the template reads."""
-        return find_turn_shape(self.template, lambda turns, tools, prompt: self.run(turns, tools, prompt).text)
+        """The form of turns that the template reads. Raises ModelError for a template that exceeds its budget."""
+        try:
+            return find_turn_shape(self.template, lambda turns, tools, prompt: self.run(turns, tools, prompt).text)
+        except TemplateLimitError as err:
+            raise ModelError(f"the tokenizer's chat template can't be used: {err}") from None
 
     @property
     def variables(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any
 
 from ftray.chat.messages import REASONING_KEYS, Conversation, Message, ToolCall
+from ftray.chat.template_limits import TemplateLimitError
 
 Turns = list[dict[str, Any]]
 Render = Callable[[Turns, Sequence[dict[str, Any]], bool], str]  # turns, tools, generation prompt → text
@@ -183,5 +184,7 @@ def _try(render: Render, turns: Turns, tools: Sequence[dict[str, Any]] = (), pro
     """The rendered text, empty if the template refuses."""
     try:
         return render(turns, tools, prompt)
+    except TemplateLimitError:
+        raise  # it would cost as much again for every form
     except Exception:  # noqa: BLE001 - a template may raise anything
         return ""

@@ -269,7 +269,10 @@ def test_endpoint_merged_model_and_adapter_give_the_same_greedy_tokens(
         tokens, least = greedy(merged, prompt, chat.stop_token_ids)
         of_adapter, least_of_adapter = greedy(adapted, prompt, chat.stop_token_ids)
         reply = client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": turns.messages[0].content}], max_tokens=MAX_TOKENS, temperature=0
+            model="tiny",
+            messages=[{"role": "user", "content": turns.messages[0].content}],
+            max_tokens=MAX_TOKENS,
+            temperature=0,
         )
         assert reply.usage is not None
         assert reply.usage.prompt_tokens == len(prompt)
