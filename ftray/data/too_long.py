@@ -7,7 +7,8 @@ texts are cut between tokens.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -45,12 +46,19 @@ def truncate(content: Conversation | str, encoded: Encoded, chat: ChatFormat, ma
     """
     if isinstance(content, str):
         return [_text_part(encoded, 0, max_seq_len - len(chat.text_prefix), chat)]
-    part = _longest(content, 0, 0, chat, max_seq_len)
-    return [] if part is None else [part[0]]
+    cutter = _Cutter(content, chat, max_seq_len)
+    context = next(cutter.contexts(0, 0), ()) if cutter.answers else ()
+    last = cutter.longest(context, 0)
+    part = None if last is None else cutter.part(context, 0, last)
+    return [] if part is None else [part]
 
 
 def split(content: Conversation | str, encoded: Encoded, chat: ChatFormat, max_seq_len: int) -> list[RecordPart]:
-    """A record in parts. Each part of a conversation begins with its system turn; earlier turns are no longer its context.
+    """A record in parts.
+
+    Each later part of a conversation begins with its system turn and a user turn; other earlier turns are no longer its context.
+    Parts begin at a user turn where they can. Where the turns after one question do not fit, the question is repeated, and so is
+    the call before a tool's result, but each call is trained on once. An answer that does not fit with its question is in no part.
 
     Args:
         content: The conversation or the text.
@@ -59,48 +67,90 @@ def split(content: Conversation | str, encoded: Encoded, chat: ChatFormat, max_s
         max_seq_len: The most tokens of a part.
 
     Returns:
-        The parts, or none if a question with its answer does not fit.
+        The parts, or none if no question with its answer fits.
     """
     if isinstance(content, str):
         return _split_text(encoded, chat, max_seq_len)
-    messages = content.messages
-    head = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
+    cutter = _Cutter(content, chat, max_seq_len)
     parts: list[RecordPart] = []
-    start, last = head, max(_answers(content, chat), default=0)
-    while start < last:
-        part = _longest(content, head, start, chat, max_seq_len)
-        if part is None:
-            return []
-        parts.append(part[0])
-        end = part[1]
-        question = next((i for i in range(end, len(messages)) if messages[i].role == "user"), len(messages))
-        has_answer_before = any(end < answer <= question for answer in _answers(content, chat))
-        start = end if has_answer_before else question
+    number = end = 0  # the next answer, and the first turn that is in no part yet
+    while number < len(cutter.answers):
+        for context in cutter.contexts(end, number):
+            fitting = cutter.longest(context, number)
+            last = number if fitting is None else cutter.at_question(number, fitting)
+            part = None if fitting is None else cutter.part(context, number, last)
+            if part is not None:
+                parts.append(part)
+                break
+        else:
+            last = number  # it is lost
+        number, end = last + 1, cutter.answers[last] + 1
     return parts
 
 
-def _answers(conversation: Conversation, chat: ChatFormat) -> list[int]:
-    """For each answer that is trained on, the number of the message after it."""
-    return [i + 1 for i in chat.trained_turns(conversation)]
+class _Cutter:
+    """Cuts a conversation between turns.
 
+    Attributes:
+        answers: The numbers of the turns that are trained on.
+    """
 
-def _longest(
-    conversation: Conversation, head: int, start: int, chat: ChatFormat, max_seq_len: int
-) -> tuple[RecordPart, int] | None:
-    """The longest part with messages [0, head) and [start, end) that fits, and its end. None: none does."""
-    messages = conversation.messages
+    def __init__(self, conversation: Conversation, chat: ChatFormat, max_seq_len: int) -> None:
+        self._conversation, self._chat, self._max_seq_len = conversation, chat, max_seq_len
+        messages = conversation.messages
+        others = (i for i, m in enumerate(messages) if m.role not in ("system", "developer"))
+        self._head = next(others, len(messages))
+        self._users = [i for i, m in enumerate(messages) if m.role == "user"]
+        self.answers = chat.trained_turns(conversation)
+        self._trained = frozenset(self.answers)
 
-    def part(end: int) -> RecordPart | None:
-        piece = Conversation((*messages[:head], *messages[max(head, start) : end]), conversation.tools)
-        (encoded,) = chat.encode_examples([piece])
-        if isinstance(encoded, DataError) or encoded.longest > max_seq_len:
+    def contexts(self, end: int, number: int) -> Iterator[tuple[int, ...]]:
+        """The turns that may precede an answer in a new part, apart from the system turn; the best first.
+
+        Args:
+            end: The first turn that is in no part yet.
+            number: The number of the answer.
+        """
+        answer, messages = self.answers[number], self._conversation.messages
+        if end == 0:
+            yield tuple(range(self._head, answer))
+        users = [user for user in self._users if end <= user < answer]
+        for user in dict.fromkeys((*users[:1], *users[-1:])):
+            yield tuple(range(user, answer))
+        question = max((user for user in self._users if user < answer), default=None)
+        if question is None:
+            return
+        resume = answer
+        while resume > question + 1 and messages[resume - 1].role == "tool":
+            resume -= 1
+        if resume < answer:
+            resume -= 1  # the call whose results these are
+        yield (question, *range(max(resume, question + 1), answer))
+
+    def longest(self, context: tuple[int, ...], number: int) -> int | None:
+        """The last answer up to which a part fits that begins with this context and answer. None: not even this one fits."""
+        numbers = range(number, len(self.answers))
+        num_fitting = bisect_right(numbers, 0, key=lambda last: int(self.part(context, number, last) is None))
+        return number + num_fitting - 1 if num_fitting else None  # longer parts have more tokens
+
+    def at_question(self, number: int, last: int) -> int:
+        """The last answer in [number, last] that a question or the end follows; `last` if there is none."""
+        for each in range(last, number - 1, -1):
+            later = self.answers[each + 1] if each + 1 < len(self.answers) else None
+            if later is None or any(self.answers[each] < user < later for user in self._users):
+                return each
+        return last
+
+    def part(self, context: tuple[int, ...], number: int, last: int) -> RecordPart | None:
+        """The part with the system turn, the context, and the turns from one answer to another. None: it does not fit."""
+        messages, first = self._conversation.messages, self.answers[number]
+        before = [replace(messages[i], train=False) if i in self._trained else messages[i] for i in context]
+        turns = (*messages[: self._head], *before, *messages[first : self.answers[last] + 1])
+        piece = Conversation(turns, self._conversation.tools)
+        (encoded,) = self._chat.encode_examples([piece])
+        if isinstance(encoded, DataError) or encoded.longest > self._max_seq_len:
             return None
         return RecordPart(piece, encoded)
-
-    ends = [end for end in _answers(conversation, chat) if end > start]
-    number = bisect_right(ends, 0, key=lambda end: int(part(end) is None))  # longer parts have more tokens
-    found = part(ends[number - 1]) if number else None
-    return None if found is None else (found, ends[number - 1])
 
 
 def _split_text(encoded: Encoded, chat: ChatFormat, max_seq_len: int) -> list[RecordPart]:

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 from ftray import config
-from ftray.chat import ChatFormat
+from ftray.chat import ChatFormat, Conversation, Encoded, read_messages
 from ftray.data.chunks import DatasetSpec, pack_chunk, streams
 from ftray.data.examples import Example, Quarantined, Rules, read_examples
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.prepare import check_index
 from ftray.data.record_table import RequiredFields, describe_chunk, read_described
 from ftray.data.sources import Chunk, cut_source, list_shards
+from ftray.data.too_long import RecordPart, num_trained, split
 from ftray.data.verify import _verify_examples
 from ftray.errors import DataError
 from tests import tiny
+from tests.call_templates import with_template
 
 CHAT = ChatFormat(tiny.make_tokenizer())
 LENGTH = 60
@@ -89,6 +91,69 @@ def test_two_answers_in_a_row_are_both_kept(tmp_path: Path) -> None:
     record = {"messages": [*messages[:3], {"role": "assistant", "content": "once more"}, *messages[3:]]}
     parts = read(tmp_path, record, "split")
     assert "".join(trained(parts)) == "answer one|once more|answer two|answer three|answer four|"
+
+
+def agent(*calls: str, question: str = "look up all of them") -> list[dict[str, Any]]:
+    """A round of an agent: a question, calls with their results, and an answer."""
+    turns: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    for call in calls:
+        turns.append({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": call}}]})
+        turns.append({"role": "tool", "content": f"result of {call}"})
+    return [*turns, {"role": "assistant", "content": "the end"}]
+
+
+def calling_chat() -> ChatFormat:
+    return ChatFormat(with_template(tiny.make_tokenizer(), "hermes"))
+
+
+def split_agent(messages: list[dict[str, Any]], max_seq_len: int) -> tuple[list[RecordPart], int]:
+    """The parts of a record, and the trained tokens that are in none."""
+    chat, conversation = calling_chat(), Conversation(read_messages(messages))
+    (encoded,) = chat.encode_examples([conversation])
+    assert isinstance(encoded, Encoded)
+    parts = split(conversation, encoded, chat, max_seq_len)
+    for part in parts:
+        assert part.encoded.longest <= max_seq_len
+    return parts, num_trained(encoded) - sum(num_trained(part.encoded) for part in parts)
+
+
+def outline(part: RecordPart) -> list[str]:
+    """Its turns by the first letter of their role, and the argument of a call; an answer that is trained on is a capital."""
+    assert isinstance(part.content, Conversation)
+    names = []
+    for turn in part.content.messages:
+        name = turn.role[0] + "".join(str(call.arguments["a"])[:1] for call in turn.tool_calls)
+        names.append(name.upper() if turn.role == "assistant" and turn.train else name)
+    return names
+
+
+def test_a_split_agent_repeats_its_question_and_the_call_of_a_result_but_trains_on_each_answer_once() -> None:
+    messages = [{"role": "system", "content": "be kind"}, *agent("one one", "two two", "seven", "four")]
+    parts, lost = split_agent(messages, 210)
+    assert [" ".join(outline(part)) for part in parts] == ["s u AO t AT", "s u at t AS", "s u as t AF", "s u af t A"]
+    assert lost == 0
+
+
+def test_a_split_conversation_of_agents_is_cut_before_a_question_where_it_can() -> None:
+    messages = [*agent("one"), *agent("two", "three"), *agent("four")]
+    parts, lost = split_agent(messages, 220)
+    assert [" ".join(outline(part)) for part in parts] == ["u AO t A", "u AT t AT t A", "u AF t A"]
+    assert lost == 0
+
+
+def test_what_fits_in_no_part_is_lost_and_counted_and_the_other_answers_are_kept() -> None:
+    messages = [*agent("one", "two " * 50, "three"), *agent("four")]
+    parts, lost = split_agent(messages, 130)
+    kept = [" ".join(outline(part)) for part in parts]
+    assert kept == ["u AO", "u at t A", "u AF t A"]
+    long_call, after_it = calling_chat().encode_examples(
+        [Conversation(read_messages(each)) for each in (messages[:4], messages[:6])]
+    )
+    assert isinstance(long_call, Encoded)
+    assert isinstance(after_it, Encoded)
+    (first,) = calling_chat().encode_examples([Conversation(read_messages(messages[:2]))])
+    assert isinstance(first, Encoded)
+    assert lost == num_trained(after_it) - num_trained(first)
 
 
 def test_a_split_text_has_all_of_its_tokens_and_a_truncated_one_the_first(tmp_path: Path) -> None:
