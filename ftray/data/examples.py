@@ -22,7 +22,7 @@ import numpy as np
 from ftray.chat import ChatFormat, Conversation, Encoded
 from ftray.chat.json_text import RepeatedKey, parse_json
 from ftray.data.checks.labels import check_labels
-from ftray.data.formats import HARMLESS_KEYS, BadRecord, read_record, used_columns
+from ftray.data.formats import HARMLESS_KEYS, BadRecord, optional_columns, read_record, used_columns
 from ftray.data.sources import Chunk, RawRecord, read_chunk
 from ftray.data.too_long import RecordPart, num_trained, split, truncate
 from ftray.errors import DataError
@@ -47,6 +47,7 @@ class Example:
         part: The number of this part of a record that `data.too_long` shortens, else 0.
         is_cut: Whether it is a text that does not end with the end token.
         num_lost: Trained tokens of the record that are in none of its parts. Only its first part has the number.
+        keys: The keys of the record, if its source names optional columns.
     """
 
     position: int
@@ -59,6 +60,7 @@ class Example:
     part: int = 0
     is_cut: bool = False
     num_lost: int = 0
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Rules:
     def required(self) -> frozenset[str]:
         """Columns that every table must have, because `columns` names them outside brackets."""
         return frozenset() if self.columns is None else used_columns(self.columns, only_required=True)
+
+    @cached_property
+    def optional(self) -> frozenset[str]:
+        """Columns that `columns` names and that a record may lack."""
+        return frozenset() if self.columns is None else optional_columns(self.columns)
 
     @property
     def hashes(self) -> bool:
@@ -260,6 +267,7 @@ class _Draft(NamedTuple):
     digest: int
     stratum: str | None
     slice: str | None
+    keys: tuple[str, ...]
 
 
 def _read(raw: RawRecord, record: dict[str, Any], used: dict[str, Any], rules: Rules) -> _Draft:
@@ -279,7 +287,8 @@ def _read(raw: RawRecord, record: dict[str, Any], used: dict[str, Any], rules: R
     if rules.labels is not None:
         check_labels(conversation, rules.labels)
     value = record.get(rules.slices) if rules.slices is not None else None
-    return _Draft(raw, conversation, digest, stratum, None if value is None else str(value))
+    keys = tuple(record) if rules.optional else ()
+    return _Draft(raw, conversation, digest, stratum, None if value is None else str(value), keys)
 
 
 def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules, chat: ChatFormat) -> list[Example]:
@@ -301,7 +310,7 @@ def _finish(draft: _Draft, encoded: Encoded | DataError, rules: Rules, chat: Cha
     examples = []
     for number, part in enumerate(parts):
         conversation, text = (None, part.content) if isinstance(part.content, str) else (part.content, None)
-        kept = (draft.digest, draft.stratum, draft.slice, number, part.is_cut, 0 if number else lost)
+        kept = (draft.digest, draft.stratum, draft.slice, number, part.is_cut, 0 if number else lost, draft.keys)
         examples.append(Example(draft.raw.position, part.encoded, conversation, text, *kept))
     return examples
 

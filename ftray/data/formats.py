@@ -119,6 +119,28 @@ def used_columns(columns: Mapping[str, str], only_required: bool = False) -> fro
     return frozenset(name for part in parts if not (only_required and part.is_optional) for name in part.columns)
 
 
+def optional_columns(columns: Mapping[str, str]) -> frozenset[str]:
+    """The columns that a value of `data.train[].columns` names, but that a record may lack: those in brackets, and of tools."""
+    others = {role: value for role, value in columns.items() if role != "tools"}
+    return used_columns(columns) - used_columns(others, only_required=True)
+
+
+def missing_columns(columns: Mapping[str, str], existing: Collection[str], path: str) -> list[str]:
+    """A sentence on each optional column that no record has: its name is misspelled, or it is in the way.
+
+    Args:
+        columns: Role → column or template.
+        existing: The keys of all records.
+        path: The source, for the sentence.
+    """
+    shown = ", ".join(sorted(existing)[:8])
+    return [
+        f"{path}: no record has the column {name!r}, which its columns name; the records have {shown}. Correct the "
+        "name, or remove it"
+        for name in sorted(optional_columns(columns) - set(existing))
+    ]
+
+
 def _check_used(present: Mapping[str, Any], used: Collection[str], used_elsewhere: Collection[str]) -> None:
     for key in present:
         if key not in used and key not in HARMLESS_KEYS and key not in used_elsewhere:

@@ -27,7 +27,7 @@ from ftray import config, storage
 from ftray.data.checks.findings import CheckResult, DataFinding, find_all, find_moved, with_changes
 from ftray.data.chunks import DatasetSpec, streams
 from ftray.data.examples import Quarantined
-from ftray.data.formats import HARMLESS_KEYS
+from ftray.data.formats import HARMLESS_KEYS, missing_columns
 from ftray.data.order import Mixture
 from ftray.data.ray_options import map_in_order
 from ftray.data.record_table import (
@@ -42,7 +42,7 @@ from ftray.data.record_table import (
 from ftray.data.sources import Chunk, cut_source, line_number, list_shards
 from ftray.errors import DataError
 
-VERSION = 9  # increase it when sequences, facts or records of a chunk change their meaning
+VERSION = 10  # increase it when sequences, facts or records of a chunk change their meaning
 SUM = "sha256"  # of the rest of an index: a damaged number would look like changed data
 NUM_LINES = 50  # entries of a quarantine file that get a line number
 NO_FIELDS = RequiredFields(signatures=False, grams=False, is_eval=False, min_answer_chars=0)
@@ -75,6 +75,7 @@ class Index:
         findings: Name of the file that lists the findings, if there are any.
         shards: Names of the files with the record tables.
         shortened: What `data.too_long` did: numbers of `records`, of the `examples` that they became, of `lost` trained tokens.
+        missing_columns: A sentence on each optional column that no record of its source has.
     """
 
     facts: tuple[ChunkFacts, ...]
@@ -84,6 +85,7 @@ class Index:
     findings: str | None = None
     shards: tuple[str, ...] = ()
     shortened: dict[str, int] = field(default_factory=dict)
+    missing_columns: tuple[str, ...] = ()
 
     def total(self, field: str) -> int:
         """Sum of a numeric field of ChunkFacts."""
@@ -142,7 +144,12 @@ def build_index(
     findings = None
     if stream.data is not None and not stream.is_eval:
         findings = find_all(own, tables[1] if len(tables) > 1 else None, stream.data.clean)
-    index = replace(_assemble(stream, own, findings, moved), shards=names[splits.index(stream)])
+    sharing = tables if stream.part is not None else [own]  # both sides of a split have the same sources
+    index = replace(
+        _assemble(stream, own, findings, moved),
+        shards=names[splits.index(stream)],
+        missing_columns=_missing_columns(stream, sharing),
+    )
     if findings is not None and len(findings):
         name = f"findings-{_index_key(stream, splits, chunk_lists, tokenizer_hash)}.jsonl"
         write_lines(storage.join(directory, name), findings)
@@ -321,6 +328,18 @@ def _assemble(
     counts = findings.counts() if findings is not None else {}
     shortened = sum((Counter(summary.shortened) for summary in summaries.values()), Counter[str]())
     return Index(facts, tuple(bad), tuple(dropped), counts, shortened=dict(shortened))
+
+
+def _missing_columns(stream: DatasetSpec, tables: Sequence[RecordTable]) -> tuple[str, ...]:
+    sentences: list[str] = []
+    for number, source in enumerate(stream.sources):
+        described = [
+            summary for t in tables for c, summary in zip(t.chunks, t.summaries, strict=True) if c.source == number
+        ]
+        columns = stream.rules(number).columns
+        if columns is not None and any(summary.num_records for summary in described):
+            sentences += missing_columns(columns, {key for summary in described for key in summary.keys}, source.path)
+    return tuple(sentences)
 
 
 def _numbers(s: ChunkSummary) -> tuple[int, int, int, int, str, int]:

@@ -218,7 +218,7 @@ def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: i
         directory: The run's `data/`.
 
     Raises:
-        DataError: There are too many bad records, or a source has no sequences.
+        DataError: There are too many bad records, a column is misspelled, or a source has no sequences.
     """
     uri = storage.join(directory, "quarantine", f"{what}.jsonl")
     if index.bad or index.dropped:
@@ -235,6 +235,8 @@ def check_index(index: Index, stream: DatasetSpec, what: str, max_bad_records: i
             f"data.{what}: {number} ({rules}). The limit data.max_bad_records is {max_bad_records}. The first is {first.uri}, "
             f"{place}: {first.detail}. {uri} lists all of them. Correct them, or raise the limit"
         )
+    if index.missing_columns:
+        raise DataError(f"data.{what}: {index.missing_columns[0]}")
     for i, source in enumerate(stream.sources):
         if index.of_source(i):
             continue

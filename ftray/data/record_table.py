@@ -31,6 +31,7 @@ from ftray.data.examples import Example, Quarantined
 from ftray.data.sources import Chunk, Piece
 from ftray.data.verify_records import verifier_of
 
+MAX_KEYS = 20  # of a record
 LABEL_CHARS = 60  # a longer answer is not a label
 # bits of `flags`: quality rules, then the style of the answer
 SHORT_ANSWER, REPEATED_LINES, UNPRINTABLE, CAPITAL, FINAL_MARK, MANY_LINES, JSON_LIKE = (1 << n for n in range(7))
@@ -86,6 +87,7 @@ class ChunkSummary:
     scripts: dict[str, int]
     most_documents: int  # in one sequence
     shortened: dict[str, int]  # by data.too_long: records, their examples, trained tokens that are lost
+    keys: list[str]  # of records whose source names optional columns: these, and those of the first record
 
 
 def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) -> bytes:
@@ -108,6 +110,7 @@ def describe_chunk(chunk: Chunk, stream: DatasetSpec, required: RequiredFields) 
         dict(scripts),
         max((len(r.lengths) for r in packed.sequences), default=0),
         _shortened(packed.examples),
+        _keys(packed.examples, stream.rules(chunk.source).optional),
     )
     sink = io.BytesIO()
     with open_writer(sink) as write:
@@ -121,6 +124,12 @@ def _shortened(examples: Sequence[Example]) -> dict[str, int]:
     short = [e for e in examples if num_parts[e.position] > 1 or e.is_cut or e.num_lost]
     records = len({example.position for example in short})
     return {"records": records, "examples": len(short), "lost": sum(e.num_lost for e in short)} if short else {}
+
+
+def _keys(examples: Sequence[Example], optional: frozenset[str]) -> list[str]:
+    """The optional columns that records have, and the first record's keys, which a message shows."""
+    first = examples[0].keys[:MAX_KEYS] if examples and optional else ()
+    return sorted({*first, *(key for example in examples for key in example.keys if key in optional)})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from itertools import islice
 from ftray.chat import ChatFormat
 from ftray.data.chunks import DatasetSpec
 from ftray.data.examples import Example, Quarantined, read_examples
+from ftray.data.formats import missing_columns
 from ftray.data.order import key as hash_of
 from ftray.data.sources import Chunk, Shard, cut_shard, line_number, list_shards
 from ftray.errors import DataError
@@ -56,7 +57,7 @@ def sample_sources(stream: DatasetSpec, max_bad_records: int) -> list[SourceSamp
         max_bad_records: data.max_bad_records.
 
     Raises:
-        DataError: A source cannot be read, or has more bad records than allowed.
+        DataError: A source cannot be read, has more bad records than allowed, or none with a column that its columns name.
         ModelError: The tokenizer has no usable chat template.
     """
     whole = replace(stream, part=None)
@@ -81,6 +82,9 @@ def _sample_source(stream: DatasetSpec, source: int, chat: ChatFormat, max_bad_r
         raise DataError(_explain(bad, len(good), max_bad_records))
     if not good:
         raise DataError(f"{path} has no usable record in its first files; correct data.train or data.eval")
+    columns = stream.rules(source).columns
+    if columns is not None and (missing := missing_columns(columns, {k for e in good for k in e.keys}, path)):
+        raise DataError(missing[0])
     return SourceSample(
         path,
         len(shards),

@@ -58,7 +58,7 @@ def split(content: Conversation | str, encoded: Encoded, chat: ChatFormat, max_s
 
     Each later part of a conversation begins with its system turn and a user turn; other earlier turns are no longer its context.
     Parts begin at a user turn where they can. Where the turns after one question do not fit, the question is repeated, and so is
-    the call before a tool's result, but each call is trained on once. An answer that does not fit with its question is in no part.
+    the call before a tool's result, but each call is trained on once. An answer that does not fit with its question is left out.
 
     Args:
         content: The conversation or the text.

@@ -73,6 +73,14 @@ MISTAKES = {
     "no data file": ("data.train=[{path: '*.txt'}]", "notes.txt, but no .jsonl"),
     "no format": ("data.train=[{path: table.jsonl}]", "table.jsonl, line 1: its keys (a, q) match no known format"),
     "wrong column": ("data.train=[{path: table.jsonl, columns: {user: q, assistant: b}}]", "line 1: b is missing"),
+    "misspelled optional column": (
+        "data.train=[{path: table.jsonl, columns: {user: '{q}[ ({contxt})]', assistant: a}}]",
+        "table.jsonl: no record has the column 'contxt', which its columns name; the records have a, q",
+    ),
+    "misspelled tools": (
+        "data.train=[{path: table.jsonl, columns: {user: q, assistant: a, tools: tols}}]",
+        "no record has the column 'tols'",
+    ),
     "broken line": ("data.train=[{path: bad.jsonl}]", "bad.jsonl, line 2: not JSON"),
     "too long": ("data.train=[{path: long.jsonl}]", "data.max_seq_len"),
     "no answer": ("data.train=[{path: no-answer.jsonl}]", "no-answer.jsonl, line 1"),

@@ -11,7 +11,9 @@ import pytest
 from bench.fuzz_records import TEMPLATE
 from ftray import config
 from ftray.data.chunks import DatasetSpec, pack_chunk, streams
-from ftray.data.index import _source_settings
+from ftray.data.index import NO_FIELDS, Index, _missing_columns, _source_settings
+from ftray.data.prepare import check_index
+from ftray.data.record_table import RecordTable, describe_chunk, read_described
 from ftray.data.sources import cut_source, list_shards
 from ftray.errors import DataError
 from tests import tiny
@@ -71,3 +73,27 @@ def test_a_file_of_tools_that_cannot_be_read_is_named(
         (tmp_path / "tools.json").write_text(content)
     with pytest.raises(DataError, match=rf"tools\.json.*({words})"):
         stream_of(data, tools=str(tmp_path / "tools.json"))
+
+
+def test_an_optional_column_that_no_record_of_a_source_has_is_an_error_of_the_index(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, more in (("a", {}), ("b", {"context": None})):  # a column that only some records have is no mistake
+        records = [{"question": f"q{i}", "answer": "a", **more} for i in range(3)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def missing(**columns: str) -> tuple[str, ...]:
+        stream = stream_of(folder, columns={"user": "{question}", "assistant": "answer", **columns})
+        chunks = cut_source(list_shards(str(folder)), 0, 1 << 20)
+        described = [read_described(describe_chunk(chunk, stream, NO_FIELDS))[0] for chunk in chunks]
+        return _missing_columns(stream, [RecordTable(tuple(chunks), tuple(described))])
+
+    assert missing() == missing(user="{question}[ ({context})]") == ()
+    (sentence,) = missing(user="{question}[ ({contxt})]")
+    assert sentence == (
+        f"{folder}: no record has the column 'contxt', which its columns name; the records have answer, question. "
+        "Correct the name, or remove it"
+    )
+    assert len(missing(tools="tols")) == 1
+    with pytest.raises(DataError, match=r"data.train: .* no record has the column 'contxt'"):
+        check_index(Index((), (), missing_columns=(sentence,)), stream_of(folder), "train", 0, str(tmp_path))
