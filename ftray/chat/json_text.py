@@ -20,7 +20,7 @@ def parse_json(text: str) -> Any:
         ValueError: It is not JSON.
         RecursionError: It is nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def check_writable(value: object, what: str) -> None:
@@ -37,7 +37,8 @@ def check_writable(value: object, what: str) -> None:
         raise DataError(f"{what} cannot be written as JSON: {reason}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` that raises RepeatedKey."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]

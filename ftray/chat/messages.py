@@ -262,7 +262,7 @@ def _read_part(part: object, where: str) -> tuple[str, str]:
             f"{where} has a content part of type {label!r}; only text, reasoning and tool calls are supported"
         )
     used = ("type", *PART_TEXT_KEYS, str(label))
-    _refuse_others(part, (*used, *HARMLESS_PART_KEYS), f"{where} has a content part of type {label!r}", "remove it")
+    _refuse_others(part, (*used, *HARMLESS_PART_KEYS), f"{where}, in a content part of type {label!r},", "remove it")
     values = [part[key] for key in used[1:] if part.get(key) is not None]
     if not values or any(not isinstance(value, str) or value != values[0] for value in values):
         raise DataError(f"{where} has a content part of type {label!r} without one text; write it into its key text")

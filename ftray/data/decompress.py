@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
+from ftray.chat.json_text import RepeatedKey, unique_keys
 from ftray.errors import DataError
 
 MAX_RATIO = 200  # JSON lines of real data compress by 3 to 20, repetitions of one template by 100
@@ -249,7 +250,8 @@ class _Window:
         self._uri, self._pieces = uri, pieces
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text, self._at, self._ended = "", 0, False
-        self._parse = json.JSONDecoder().raw_decode
+        self._parse = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode
+        self._parse_any = json.JSONDecoder().raw_decode
 
     def _more(self) -> None:
         if self._at:
@@ -273,12 +275,20 @@ class _Window:
                 return ""
             self._more()
 
+    def _next_value(self) -> tuple[Any, int]:
+        """The value that begins here, and its end. One that repeats a key is its text, so that its record is refused by name."""
+        try:
+            return self._parse(self._text, self._at)
+        except RepeatedKey:
+            _, end = self._parse_any(self._text, self._at)
+            return self._text[self._at : end].encode(), end
+
     def item(self) -> Any:
         """Parses the next value. If it is incomplete, the window doubles and parsing starts again."""
         self.next_character()
         while True:
             try:
-                value, end = self._parse(self._text, self._at)
+                value, end = self._next_value()
                 if end < len(self._text) or self._ended:  # otherwise a number may continue in the next piece
                     check_record(self._uri, end - self._at, "an item")
                     self._at = end

@@ -455,13 +455,13 @@ WRONG_TURNS: dict[str, object] = {
             "tool_calls": [{"name": "f"}, {"function": {"name": "f", "arguments": {"a": float("nan")}}}],
         }
     ],
-    r"a content part of type 'text' has the key train, which is not supported; remove it": [
+    r"in a content part of type 'text', has the key train, which is not supported; remove it": [
         {"role": "assistant", "content": [{"type": "text", "text": "a", "train": False}]}
     ],
-    r"a content part of type 'text' has the key weight, which": [
+    r"in a content part of type 'text', has the key weight, which": [
         {"role": "assistant", "content": [{"type": "text", "text": "a", "weight": 0}]}
     ],
-    r"a content part of type 'text' has the key image_url, which": [
+    r"in a content part of type 'text', has the key image_url, which": [
         {"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "x"}}]}
     ],
     r"weight must be true, false or a weight from 0 to 1000000, not 9{40}$": [

@@ -511,3 +511,10 @@ def test_a_changed_file_of_a_group_is_named(tmp_path: Path) -> None:
     (tmp_path / "f001.jsonl").write_text('{"n": "changed"}\n')
     with pytest.raises(DataError, match=r"f001\.jsonl changed while the run was using it"):
         list(read_chunk(chunk))
+
+
+def test_an_item_of_a_json_array_that_repeats_a_key_is_its_text_and_the_others_are_read(tmp_path: Path) -> None:
+    bad = '{"x": {"a": 1, "a": 2}, "long": "' + "é" * 200_000 + '"}'  # longer than a piece that is read at once
+    path = tmp_path / "r.json"
+    path.write_text(f'[{{"a": 1}}, {bad}, {{"a": 3}}]')
+    assert values(path) == [{"a": 1}, bad.encode(), {"a": 3}]
