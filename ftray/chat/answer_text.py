@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.renderer import TemplateRenderer, shared_length, with_other_answer
@@ -127,11 +127,12 @@ class AnswerReader:
         before = self._renderer.render(conversation.until(last)).text
         head = prompt[shared_length(prompt, before) :]
         low, high = self._last_turn(conversation, text)
-        at = text.rfind(head, 0, high) if head.strip() else -1
+        behind = self._end_of_content(conversation, text)
+        at = text.rfind(head, behind, high) if head.strip() else -1
         if at >= 0 and at + len(head) > low:
             return "", at + len(head)
         opening = OPENING.search(head)
-        at = text.rfind(head[: opening.start()], 0, high) if opening and opening.start() else -1
+        at = text.rfind(head[: opening.start()], behind, high) if opening and opening.start() else -1
         if opening is None or at < 0 or at + opening.start() <= low:
             if head.rstrip().endswith("</think>") and conversation.messages[last].reasoning:
                 raise DataError(
@@ -156,6 +157,23 @@ class AnswerReader:
         user = self._followed(Message("user", OTHER_TOOL), Conversation(tuple(messages), conversation.tools))
         other = self._renderer.render(with_other_answer(conversation, OTHER_TOOL)).text
         return shared_length(text, user), shared_length(text, other)
+
+    def _end_of_content(self, conversation: Conversation, text: str) -> int:
+        """The last answer's prompt ends after this place: where the content of the message before it ends, or earlier.
+
+        Another content changes the text up to there only. Earlier turns may hold the same prompt, also where the template
+        rewrites them for another last turn, so that `_last_turn` does not tell them apart.
+        """
+        *head, before, last = conversation.messages
+        low = 0
+        for content in (OTHER_TOOL, ANSWER + "."):  # one of them ends otherwise than the content
+            other = Message(before.role, content, tool_call_id=before.tool_call_id, name=before.name)
+            try:
+                changed = self._renderer.render(replace(conversation, messages=(*head, other, last))).text
+            except DataError:
+                continue
+            low = max(low, len(text) - shared_length(text[::-1], changed[::-1]))
+        return low
 
     def _last_special(self, text: str) -> str:
         matches = self._special.findall(text) if self._special else []

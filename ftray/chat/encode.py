@@ -225,6 +225,7 @@ class ChatFormat:
             ExpectedDocument(
                 "".join(text for text, _ in document),
                 [part for text, trained in document for part in self._segmenter.trained_texts(text, trained)],
+                self._segmenter.answer_prompt,
             )
             for document in self._segmenter.cut_example(conversation)
         ]
@@ -381,12 +382,13 @@ class ChatFormat:
     def _find_stop_tokens(self) -> tuple[int, ...]:
         """The end tokens of an answer and of tool calls, from rendered probes, and the tokenizer's own end token."""
         ends: list[int] = []
-        shape = self._segmenter.renderer.shape
+        renderer = self._segmenter.renderer
+        segmenter, shape = TemplateSegmenter(renderer, self._specials), renderer.shape
         # Two calls tell the token that ends an answer from one that ends each call.
         calls = [CALLED_TWICE if shape.writes_several_calls else CALLED] if shape.writes_calls else []
         for probe in (ANSWERED, *calls):
             try:
-                text = "".join(text for text, trained in self._segmenter.cut_example(probe)[0] if trained)
+                text = "".join(text for text, trained in segmenter.cut_example(probe)[0] if trained)
             except DataError as err:
                 if probe is not ANSWERED:  # it writes calls in longer conversations only
                     continue

@@ -41,7 +41,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ExpectedDocument:
-    """What the ids of a document must decode to: its text, and each part that is trained on."""
+    """What the ids of a document must decode to.
+
+    Attributes:
+        text: Its text.
+        trained: Each part that is trained on.
+        prompt: What the template writes before every answer. No part may contain it. Empty if there is no such text.
+    """
 
     text: str
     trained: list[str]
+    prompt: str = ""

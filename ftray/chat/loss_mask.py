@@ -83,13 +83,17 @@ class LossMask:
         """The token that has the character at a place of the text; with is_end, the number of tokens up to the place."""
         if place >= len(text):
             return len(ids)
-        place = len(self._normalized(text[:place]))
+        whole, place = self._normalized(text), len(self._normalized(text[:place]))
         low, high = 0, len(ids)
-        while low < high:  # the least number of tokens whose text reaches the place, or of a start: passes it
+        while low < high:  # the least number of tokens whose text reaches the place
             middle = (low + high) // 2
-            length = len(self._text_of(ids[:middle]))
-            if length < place or (length == place and not is_end):
+            if self._num_characters(ids[:middle], whole) < place:
                 low = middle + 1
             else:
                 high = middle
-        return low if is_end else low - 1
+        return low - 1 if not is_end and self._num_characters(ids[:low], whole) > place else low
+
+    def _num_characters(self, ids: list[int], text: str) -> int:
+        """The number of whole characters in the first ids of a text. A part of a character decodes to U+FFFD."""
+        decoded = self._text_of(ids)
+        return len(decoded if text.startswith(decoded) else decoded.rstrip("\ufffd"))

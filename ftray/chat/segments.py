@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ftray.chat.answer_text import AnswerReader, AnswerText, Ending
+from ftray.chat.answer_text import OPENING, AnswerReader, AnswerText, Ending
 from ftray.chat.messages import Conversation, Message
 from ftray.chat.renderer import TemplateRenderer, check_answer, check_context, shared_length
 from ftray.chat.train_on import Ranges, TrainOn, trained_ranges
+from ftray.chat.turn_shape import ANSWER, CALLING, CALLING_TWICE, QUESTION, THOUGHT
 from ftray.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,6 +82,29 @@ class TemplateSegmenter:
     def ending(self) -> Ending:
         """How the template ends an answer."""
         return self._reader.ending
+
+    @cached_property
+    def answer_prompt(self) -> str:
+        """What the template writes before every answer, if it has a special token and is no part of an answer; else empty.
+
+        The template may write an answer as several messages with the same beginning each (harmony).
+        """
+        question = Conversation((QUESTION,))
+        prompt = self.render(question, add_generation_prompt=True).text
+        prompt = OPENING.sub("", prompt[shared_length(prompt, self.render(question).text) :])
+        if not self._special or not self._special.search(prompt):
+            return ""
+        thought = THOUGHT if self.renderer.shape.reasoning_key else ""
+        calls = CALLING_TWICE if self.renderer.shape.writes_several_calls else CALLING
+        answers = (Message("assistant", ANSWER), *([calls] if self.renderer.shape.writes_calls else []))
+        for answer in answers:
+            try:
+                text = self.render(Conversation((QUESTION, replace(answer, reasoning=thought)))).text
+            except DataError:  # it writes calls in longer conversations only
+                continue
+            if text.count(prompt) > 1:
+                return ""
+        return prompt
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> Rendered:
         """Renders a conversation. Raises DataError if the template cannot."""

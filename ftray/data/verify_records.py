@@ -145,6 +145,8 @@ def verify_text(chat: ChatFormat, expected: PlainText, ids: Sequence[int], mask:
 def verify_document(chat: ChatFormat, expected: ExpectedDocument, ids: Sequence[int], mask: Sequence[bool]) -> None:
     """Raises Mismatch if ids or mask are not those of a document of a conversation."""
     _compare(chat, "the sequence", chat.decode(ids), expected.text)
+    for part in expected.trained:
+        _check_is_one_answer(chat, part, expected.prompt)
     runs = _runs(ids, mask)
     if len(runs) != len(expected.trained):
         whole = "".join(chat.decode(ids[start:end], before=ids[:start]) for start, end in runs)
@@ -156,6 +158,16 @@ def verify_document(chat: ChatFormat, expected: ExpectedDocument, ids: Sequence[
         _compare(chat, "a trained part", trained, wanted, spaces=True)
     if runs and ids[runs[-1][1] - 1] not in chat.stop_token_ids:
         raise Mismatch(f"the trained tokens do not end with an end token: {_end(chat.decode(ids[slice(*runs[-1])]))}")
+
+
+def _check_is_one_answer(chat: ChatFormat, part: str, prompt: str) -> None:
+    """Raises Mismatch if a trained part holds more than one answer, whatever the template was understood to write."""
+    if prompt and prompt in part:
+        raise Mismatch(f"a trained part contains the generation prompt {prompt.strip()!r}")
+    body = part.rstrip()
+    for stop in (chat.decode([token]) for token in chat.stop_token_ids):
+        if stop in body.removesuffix(stop):
+            raise Mismatch(f"a trained part goes on after the end token {stop}: {_end(body)}")
 
 
 def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[int, int]]:

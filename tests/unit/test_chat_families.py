@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from ftray.chat import ChatFormat, Conversation, Message, ToolCall
+from ftray.chat import ChatFormat, Conversation, Message, ToolCall, TrainOn
 from ftray.errors import DataError
 from tests.chat_templates import (
     CONVERSATIONS,
@@ -319,3 +319,32 @@ def test_a_special_token_in_a_call_or_in_reasoning_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}
     with pytest.raises(DataError, match="tools contains the special token"):
         chat.encode_prompt(Conversation((user(),), (tool,)))
+
+
+# Reasoning only after the last question; an answer without any is written otherwise than the prompt begins it.
+REWRITTEN = (
+    LAST_USER
+    + CHATML_HEAD
+    + "{% if m.role == 'assistant' %}{% set kept = m.reasoning_content and loop.index0 > ns.last %}{{ '<|im_start|>assistant\\n' }}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n' if kept else '<think></think>' }}{{ m.content }}"
+    + JSON_CALLS
+    + "{{ '<|im_end|>\\n' }}"
+    + CHATML_TURNS
+    + "{{ '<think>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reasoning", ["R1.", ""])
+def test_an_answer_that_begins_otherwise_than_its_prompt_is_not_sought_in_an_earlier_turn(reasoning: str) -> None:
+    chat = ChatFormat(tokenizer_for(REWRITTEN))
+    turns = Conversation((user(), call(reasoning=reasoning), result(), answer("END1")), TOOLS)
+    ids, mask = chat.encode_example(turns).documents()[-1]
+    assert chat.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == "</think>END1<|im_end|>"
+    assert broken_promises(chat, turns) == []
+
+
+@pytest.mark.parametrize("family", ["Qwen 3", "GLM", "gpt-oss"])
+def test_what_is_trained_on_does_not_change_the_stop_tokens(family: str) -> None:
+    tokenizer = tokenizer_for(FAMILIES[family])
+    for parts in (TrainOn(assistant=False), TrainOn(tool_calls=False), TrainOn(reasoning=False)):
+        assert ChatFormat(tokenizer, train_on=parts).stop_token_ids == ChatFormat(tokenizer).stop_token_ids

@@ -81,6 +81,16 @@ def test_reasoning_written_into_the_text_is_reasoning() -> None:
     assert trained(chat_with(assistant=False), conversation) == ["<think>\ntwo and two\n</think>\n\n", END]
 
 
+@pytest.mark.parametrize("text", ["look 🙂", "naïve é", "🙂", "看 \ufffd"])
+def test_a_part_may_end_in_a_character_of_several_tokens(text: str) -> None:
+    calls = Message("assistant", text, reasoning=f"so {text}", tool_calls=(ToolCall("look", {"at": "x"}),))
+    conversation = Conversation((Message("user", "a"), calls), (TOOL,))
+    assert trained(chat_with(tool_calls=False, reasoning=False), conversation) == [text, END]
+    assert trained(chat_with(tool_calls=False), conversation) == [f"<think>\nso {text}\n</think>\n\n{text}", END]
+    call = '\n<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
+    assert trained(chat_with(assistant=False, reasoning=False), conversation) == [call + END]
+
+
 def test_a_conversation_without_a_selected_part_has_nothing_to_train_on() -> None:
     plain = Conversation((Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(DataError, match="no assistant turn to train on"):

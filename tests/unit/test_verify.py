@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from ftray import config
-from ftray.chat import ChatFormat, Encoded
+from ftray.chat import ChatFormat, Conversation, Encoded, Message
 from ftray.data import verify
 from ftray.data.chunks import pack_chunk, streams
 from ftray.data.index import ChunkFacts, Index
 from ftray.data.packing import IGNORE_INDEX, PackedSequence
 from ftray.data.record_table import RequiredFields, describe_chunk
 from ftray.data.sources import cut_shard, list_shards
+from ftray.data.verify_records import Mismatch, verify_document
 from ftray.errors import DataError
 from tests import tiny
 from tests.unit.test_chat import THOUGHTFUL
@@ -180,3 +181,21 @@ def test_characters_without_a_token_are_no_false_alarm(tmp_path: Path) -> None:
     path = tmp_path / "part.jsonl"
     path.write_text('{"prompt": "日本 one", "completion": "e\\u0301 two"}\n', encoding="utf-8")
     assert verify.verify_sample(*index_of(path, load), "train") == 1
+
+
+@pytest.mark.parametrize(
+    ("begin", "words"), [("one", "end token"), ("<|im_start|>assistant\ntwo", "generation prompt")]
+)
+def test_a_trained_part_of_more_than_one_answer_is_wrong_even_if_it_was_expected(begin: str, words: str) -> None:
+    chat = ChatFormat(tiny.make_tokenizer())
+    roles, texts = ("user", "assistant") * 2, ("a", "one", "b", "two")
+    conversation = Conversation(tuple(Message(role, text) for role, text in zip(roles, texts, strict=True)))
+    ids = [int(i) for i in chat.encode_example(conversation).input_ids]
+    text = chat.decode(ids)
+    first, stop = text.index(begin), text.rindex("<|im_end|>") + len("<|im_end|>")
+    mask = [first <= len(chat.decode(ids[:i])) < stop for i in range(len(ids))]
+    (expected,) = chat.expected(conversation)
+    assert expected.prompt == "<|im_start|>assistant\n"
+    prompt = expected.prompt if words == "generation prompt" else ""
+    with pytest.raises(Mismatch, match=words):
+        verify_document(chat, replace(expected, trained=[text[first:stop]], prompt=prompt), ids, mask)
