@@ -35,12 +35,14 @@ class AnswerText:
         body: Where its end token begins.
         end: Where its end token ends. The template's text after that is not trained on.
         marks: (start, end) of the template's generation marks in it.
+        adds_reasoning: Whether it begins with the reasoning that the prompt opens and the template leaves out.
     """
 
     text: str
     body: int
     end: int
     marks: tuple[tuple[int, int], ...]
+    adds_reasoning: bool
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class AnswerReader:
             answer, token = answer.rstrip().removesuffix(next_token) + next_token, next_token
         token = token or self._last_special(answer)
         body = answer.rfind(token) if token else len(answer)
-        return AnswerText(answer, body, body + len(token), tuple(marks))
+        return AnswerText(answer, body, body + len(token), tuple(marks), bool(lead))
 
     def _start(self, conversation: Conversation, text: str, prompt: str) -> tuple[str, int]:
         """What the model has to write before the rest of the rendered text, and where this rest begins."""

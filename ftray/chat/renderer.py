@@ -172,18 +172,29 @@ def check_context(conversation: Conversation, text: str) -> None:
             )
 
 
-def check_answer(message: Message, i: int, text: str) -> None:
-    """Raises DataError if the text of a trained answer lacks its reasoning, a call, or its content."""
-    if not is_shown(message.reasoning, text):
+def check_answer(message: Message, i: int, text: str, writes_reasoning: bool) -> None:
+    """Raises DataError if the text of a trained answer lacks its reasoning, its content, or a call.
+
+    Args:
+        message: The answer.
+        i: Its turn.
+        text: What the template writes for it, without special tokens.
+        writes_reasoning: Whether it writes reasoning.
+    """
+    at = place_of(message.reasoning, text, 0)[1] if writes_reasoning or not message.reasoning.strip() else -1
+    if at < 0:
         raise DataError(
             f"the chat template leaves out the reasoning of turn {i}; write it into the content, or remove it"
         )
-    check_calls(message, i, text)
+    calls = text[at:]
     for part in message.content.replace("<think>", "</think>").split("</think>"):
-        if not is_shown(part, text):
+        start, at = place_of(part, text, at)
+        if at < 0:
             raise DataError(
                 f"the chat template leaves out or changes the text of turn {i} (assistant); write it as the template does"
             )
+        calls = calls[: len(calls) - len(text) + start] + text[at:]  # a call may not stand in the content
+    check_calls(message, i, calls)
 
 
 def check_calls(message: Message, i: int, text: str) -> None:
@@ -198,8 +209,16 @@ def check_calls(message: Message, i: int, text: str) -> None:
 
 def is_shown(part: str, text: str) -> bool:
     """Whether a text contains a part, apart from white space around it, as it is or as a JSON string."""
+    return place_of(part, text, 0)[0] >= 0
+
+
+def place_of(part: str, text: str, at: int) -> tuple[int, int]:
+    """Where a part, as it is or as a JSON string, first begins and ends behind a place of a text; (-1, -1): nowhere."""
     part = part.strip()
-    return part in text or any(json.dumps(part, ensure_ascii=escaped)[1:-1] in text for escaped in (False, True))
+    for written in (part, *(json.dumps(part, ensure_ascii=escaped)[1:-1] for escaped in (False, True))):
+        if (start := text.find(written, at)) >= 0:
+            return start, start + len(written)
+    return -1, -1
 
 
 def _leaves(value: Any) -> Iterator[str]:

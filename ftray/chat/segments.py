@@ -144,9 +144,11 @@ class TemplateSegmenter:
         for i, (start, end, answer) in answers.items():
             document.append((text[end_of_last:start], False))
             if i in trained:
-                check_answer(messages[i], i, text[end_of_last:end])
+                self._check(answer, messages[i], i)
                 marks = _trim(_clip(rendered.marks, start, end), text[start:end], answer.body)
-                document.append((text[start:end], self._trained(answer, messages[i], marks)))
+                document.append(
+                    (text[start:end], self._trained(answer, conversation.until(i + 1), text[:start], marks))
+                )
             else:
                 document.append((text[start:end], False))
             end_of_last = end
@@ -211,18 +213,30 @@ class TemplateSegmenter:
         last = len(conversation.messages) - 1
         prompt = self.cut_prompt(conversation.until(last))
         answer = self._reader.read(conversation, "".join(prompt))
-        check_answer(conversation.messages[last], last, prompt[-1] + answer.text)
+        self._check(answer, conversation.messages[last], last)
         text = answer.text
         if not self.uses_marks:
             after = text[answer.end :]
             text = text[: len(text) - len(after.lstrip())]
-        trained = self._trained(answer, conversation.messages[last], _trim(answer.marks, text, answer.body))
+        marks = _trim(answer.marks, text, answer.body)
+        trained = self._trained(answer, conversation, "".join(prompt), marks)
         return [*((part, False) for part in prompt), (text, trained)]
 
-    def _trained(self, answer: AnswerText, message: Message, marks: Ranges) -> bool | Ranges:
+    def _check(self, answer: AnswerText, message: Message, i: int) -> None:
+        text = answer.text[: answer.body]
+        writes_reasoning = answer.adds_reasoning or self.renderer.shape.reasoning_key is not None
+        check_answer(message, i, self._special.sub("\n", text) if self._special else text, writes_reasoning)
+
+    def _trained(self, answer: AnswerText, conversation: Conversation, prompt: str, marks: Ranges) -> bool | Ranges:
+        """What is trained on of the last message's text, which follows a prompt."""
         if self.train_on.is_whole:
             return marks if self.uses_marks else True
-        ranges = trained_ranges(answer, message, self.train_on)
+        *head, message = conversation.messages
+
+        def read_other(other: Message) -> str:
+            return self._reader.read(replace(conversation, messages=(*head, other)), prompt).text
+
+        ranges = trained_ranges(answer, message, self.train_on, read_other)
         return tuple(part for mark in marks for part in _clip(ranges, *mark, shift=0)) if self.uses_marks else ranges
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ftray.chat.answer_text import AnswerText
 from ftray.chat.messages import Message
+from ftray.chat.renderer import shared_length
+from ftray.chat.turn_shape import ANSWER, THOUGHT, TOOL
 from ftray.errors import DataError
 
 Ranges = tuple[tuple[int, int], ...]  # [start, end) in characters
+ReadOther = Callable[[Message], str]  # another message in the place of the answer → its text. Raises DataError.
 
 INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
@@ -42,7 +46,7 @@ class TrainOn:
         content = message.content[inline.end() :] if inline else message.content
         return (
             (self.assistant and bool(content.strip()))
-            or (self.reasoning and bool(message.reasoning or inline))
+            or (self.reasoning and bool((message.reasoning or (inline[1] if inline else "")).strip()))
             or (self.tool_calls and bool(message.tool_calls))
         )
 
@@ -56,7 +60,7 @@ class _Part:
     end: int
 
 
-def trained_ranges(answer: AnswerText, message: Message, train_on: TrainOn) -> Ranges:
+def trained_ranges(answer: AnswerText, message: Message, train_on: TrainOn, read_other: ReadOther) -> Ranges:
     """The parts of an answer that are trained on. The end token is one of them if any other part is.
 
     Template text between two parts belongs to the reasoning before it, or else to the part after it.
@@ -65,11 +69,12 @@ def trained_ranges(answer: AnswerText, message: Message, train_on: TrainOn) -> R
         answer: The answer's text.
         message: The answer.
         train_on: The parts to train on.
+        read_other: The text of another message in the same place.
 
     Raises:
         DataError: The template changes a text, so that the part cannot be found.
     """
-    parts = sorted(_parts(answer.text[: answer.body], message), key=lambda part: part.start)
+    parts = sorted(_parts(answer, message, read_other), key=lambda part: part.start)
     if not parts:
         return ((0, answer.end),) if train_on.assistant else ()
     borders = [0]
@@ -92,45 +97,58 @@ def trained_ranges(answer: AnswerText, message: Message, train_on: TrainOn) -> R
     return tuple(merged)
 
 
-def _parts(text: str, message: Message) -> list[_Part]:
-    inline = INLINE.match(message.content)
-    reasoning = (message.reasoning or (inline[1] if inline else "")).strip()
-    content = (message.content[inline.end() :] if inline else message.content).strip()
-    parts, at = [], 0
-    if reasoning:
-        parts.append(_find(text, "reasoning", reasoning, 0))
-        at = parts[-1].end
-    if content:
-        parts.append(_find(text, "assistant", content, at))
+def _parts(answer: AnswerText, message: Message, read_other: ReadOther) -> list[_Part]:
+    """The parts, found by placeholders: their texts may also stand in the template's own text, or in each other."""
+    text, content = answer.text, message.content
+    inline = INLINE.match(content)
+    head, body = (content[: inline.end()], content[inline.end() :]) if inline else ("", content)
+    parts = []
+    if message.reasoning.strip():
+        other = replace(message, reasoning=_with_core(message.reasoning, THOUGHT))
+        parts.append(_find(text, "reasoning", message.reasoning, THOUGHT, read_other(other)))
+    elif inline and inline[1].strip():
+        start, end = inline.span(1)
+        other = replace(message, content=head[:start] + _with_core(inline[1], THOUGHT) + head[end:] + body)
+        parts.append(_find(text, "reasoning", inline[1], THOUGHT, read_other(other)))
+    if body.strip():
+        other = replace(message, content=head + _with_core(body, ANSWER))
+        parts.append(_find(text, "assistant", body, ANSWER, read_other(other)))
     if message.tool_calls:
-        names = [call.name for call in message.tool_calls]
-        taken = [part for part in parts if part.kind == "assistant"]
-        first = _first(text, names[0], at, taken)
-        parts.append(_Part("tool_calls", first, _end_of_calls(text, first, taken)))
+        parts.append(_find_calls(answer, message, parts, read_other))
     return parts
 
 
-def _find(text: str, kind: str, part: str, at: int) -> _Part:
-    start = text.find(part, at)
-    if start < 0:
+def _with_core(text: str, core: str) -> str:
+    """A text with the white space around it kept."""
+    return text[: len(text) - len(text.lstrip())] + core + text[len(text.rstrip()) :]
+
+
+def _find(text: str, kind: str, part: str, placeholder: str, other: str) -> _Part:
+    """A part, where another text has its placeholder."""
+    start = other.find(placeholder)
+    after = other[start + len(placeholder) :]
+    end, part = len(text) - len(after), part.strip()
+    if start < 0 or not (text.startswith(other[:start]) and text.endswith(after) and text[start:end] == part):
         raise DataError(
             f"the chat template changes the text of an answer ({part[:40]!r}), so data.train_on cannot tell its parts apart; "
             "train on whole answers"
         )
-    return _Part(kind, start, start + len(part))
+    return _Part(kind, start, end)
 
 
-def _first(text: str, name: str, at: int, taken: list[_Part]) -> int:
-    """Where the name of a tool is written, outside the answer's text."""
-    while (start := text.find(name, at)) >= 0:
-        inside = [part for part in taken if part.start <= start < part.end]
-        if not inside:
-            return start
-        at = inside[0].end
-    raise DataError(f"the tool call {name} cannot be found in the answer; train on whole answers")
-
-
-def _end_of_calls(text: str, first: int, taken: list[_Part]) -> int:
-    """Where the calls end: before the answer's text if it follows, else at the end of the text before white space."""
-    after = [part.start for part in taken if part.start > first]
-    return min(after) if after else len(text.rstrip())
+def _find_calls(answer: AnswerText, message: Message, parts: list[_Part], read_other: ReadOther) -> _Part:
+    """The calls: between the reasoning and the text, or behind both."""
+    text, first = answer.text[: answer.body], message.tool_calls[0]
+    name = f"x{TOOL}" if first.name.startswith(TOOL[0]) else TOOL
+    other = read_other(replace(message, tool_calls=(replace(first, name=name), *message.tool_calls[1:])))
+    start = shared_length(text, other)
+    if not text.startswith(first.name, start):
+        raise DataError(f"the tool call {first.name} cannot be found in the answer; train on whole answers")
+    after = [part.start for part in parts if part.kind == "assistant" and part.start > start]
+    if (parts and parts[-1].kind == "reasoning") or after:  # what a text would follow as well belongs to the reasoning
+        inline = INLINE.match(message.content) if after else None
+        head = message.content[: inline.end()] if inline else "" if after else message.content
+        rest = read_other(replace(message, content=head + ANSWER, tool_calls=()))
+        ends = [part.end for part in parts if part.kind == "reasoning"]
+        start = min(start, max([shared_length(text, rest), *ends]))
+    return _Part("tool_calls", start, min(after) if after else len(text.rstrip()))

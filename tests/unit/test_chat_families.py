@@ -348,3 +348,20 @@ def test_what_is_trained_on_does_not_change_the_stop_tokens(family: str) -> None
     tokenizer = tokenizer_for(FAMILIES[family])
     for parts in (TrainOn(assistant=False), TrainOn(tool_calls=False), TrainOn(reasoning=False)):
         assert ChatFormat(tokenizer, train_on=parts).stop_token_ids == ChatFormat(tokenizer).stop_token_ids
+
+
+@pytest.mark.parametrize(
+    ("family", "question", "message", "words"),
+    [
+        ("Qwen 3", "Hello", answer("Hello <think>x</think> there"), r"the text of turn 1 \(assistant\)"),
+        ("Hermes, Qwen 2.5, OLMo", "Add the numbers.", answer("4", reasoning="Add the numbers."), "the reasoning"),
+        ("Hermes, Qwen 2.5, OLMo", "2+2?", answer("Two and two: 4", reasoning="Two and two"), "the reasoning"),
+        ("Llama 3", "Say: I look.", call(text="I look."), r"the text of turn 1 \(assistant\)"),
+        ("Llama 3", "a", call(text="get_weather"), "get_weather"),
+    ],
+)
+def test_a_text_that_the_template_leaves_out_is_not_taken_from_elsewhere(
+    family: str, question: str, message: Message, words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        format_of(family).encode_example(Conversation((user(question), message), TOOLS if message.tool_calls else ()))

@@ -91,6 +91,32 @@ def test_a_part_may_end_in_a_character_of_several_tokens(text: str) -> None:
     assert trained(chat_with(assistant=False, reasoning=False), conversation) == [call + END]
 
 
+@pytest.mark.parametrize("text", ["think", "i", "in", "k", "look", "final", "name", ">"])
+@pytest.mark.parametrize("is_inline", [False, True])
+def test_a_part_that_also_stands_in_the_templates_own_text_is_found_at_its_place(text: str, is_inline: bool) -> None:
+    head = f"<think>\n{text}\n</think>\n\n"
+    message = Message("assistant", head + text) if is_inline else Message("assistant", text, reasoning=text)
+    conversation = Conversation((Message("user", "a"), message))
+    assert trained(chat_with(reasoning=False), conversation) == [text + END]
+    assert trained(chat_with(assistant=False), conversation) == [head, END]
+    call = '\n<tool_call>\n{"name": "' + text + '", "arguments": {"at": "x"}}\n</tool_call>'
+    called = replace(conversation.messages[1], tool_calls=(ToolCall(text, {"at": "x"}),))
+    conversation = Conversation((Message("user", "a"), called), (TOOL,))
+    assert trained(chat_with(assistant=False), conversation) == [head, call + END]
+    assert trained(chat_with(tool_calls=False), conversation) == [head + text, END]
+    silent = replace(called, content=head if is_inline else "")
+    conversation = Conversation((Message("user", "a"), silent), (TOOL,))
+    calls = (head + call) if not is_inline else trained(chat_with(), conversation)[0].removesuffix(END)
+    assert trained(chat_with(tool_calls=False), conversation) == [calls.removesuffix(call), END]
+    assert trained(chat_with(reasoning=False), conversation) == [call + END]
+
+
+def test_blank_reasoning_is_nothing_to_train_on() -> None:
+    for message in (Message("assistant", "b", reasoning=" "), Message("assistant", "<think>\n\n</think>\n\nb")):
+        with pytest.raises(DataError, match="no assistant turn to train on"):
+            chat_with(assistant=False).encode_example(Conversation((Message("user", "a"), message)))
+
+
 def test_a_conversation_without_a_selected_part_has_nothing_to_train_on() -> None:
     plain = Conversation((Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(DataError, match="no assistant turn to train on"):
