@@ -26,6 +26,11 @@ NESTED = (list, tuple, dict, KeysView, ValuesView, ItemsView)
 SIZED = (str, bytes, range, *NESTED)
 TAKES_ATTRIBUTE = frozenset(["join", "map", "max", "min", "rejectattr", "selectattr", "sort", "unique"])
 SEARCHES = frozenset(["lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"])
+# Filters and tests that do not look inside a list or an object: a loop over the turns may ask for their number each time.
+CONSTANT_TIME = frozenset(
+    ["boolean", "count", "defined", "iterable", "length", "mapping", "none", "number", "sequence"]
+)
+CONSTANT_TIME |= frozenset(["string", "undefined"])
 # A width or precision of five digits or more, a width that is an argument, and a field inside a field's format.
 WIDE_FORMAT = re.compile(r"\d{5,}|\*|\{[^{}]*\{")
 
@@ -150,8 +155,12 @@ def prepare_call(name: str, args: Sequence[Any], kwargs: dict[str, Any], owner: 
         owner: The text or collection of a method.
     """
     subject = [] if owner is None else [owner]
+    is_quick = owner is None and name in CONSTANT_TIME and not any(map(is_iterator, args))
     for value in (*subject, *args, *kwargs.values()):
-        charge_tree(value)
+        if is_quick:
+            charge_size(value)
+        else:
+            charge_tree(value)
     if name == "join":  # a list has a known length before the work
         values = [list(charged_items(iter(a))) if isinstance(a, (Iterator, range)) else a for a in args]
     else:

@@ -365,3 +365,14 @@ def test_a_text_that_the_template_leaves_out_is_not_taken_from_elsewhere(
 ) -> None:
     with pytest.raises(DataError, match=words):
         format_of(family).encode_example(Conversation((user(question), message), TOOLS if message.tool_calls else ()))
+
+
+def test_a_template_may_ask_for_the_number_of_turns_at_each_turn() -> None:
+    """The rendering has a budget of steps. Measuring all turns at each turn would use it up."""
+    chat = ChatFormat(
+        tokenizer_for(
+            HERMES.replace("{% for m in messages %}", "{% for m in messages %}{% if messages | length %}{% endif %}")
+        )
+    )
+    turns = tuple(message for i in range(1000) for message in (user(f"q{i}"), answer(f"a{i}")))
+    assert chat.render(Conversation(turns)).count("<|im_start|>assistant") == 1000
