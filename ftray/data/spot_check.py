@@ -35,6 +35,7 @@ class SourceSample:
         size_bytes: Their size.
         lengths: Tokens of each good record.
         hashes: Of the content of each good record, its ids.
+        missing_columns: A sentence on each column of a template that no sampled record has.
     """
 
     path: str
@@ -42,6 +43,7 @@ class SourceSample:
     size_bytes: int
     lengths: tuple[int, ...]
     hashes: tuple[bytes, ...]
+    missing_columns: tuple[str, ...] = ()
 
     @property
     def median_length(self) -> int:
@@ -83,7 +85,8 @@ def _sample_source(stream: DatasetSpec, source: int, chat: ChatFormat, max_bad_r
     if not good:
         raise DataError(f"{path} has no usable record in its first files; correct data.train or data.eval")
     columns = stream.rules(source).columns
-    if columns is not None and (missing := missing_columns(columns, {k for e in good for k in e.keys}, path)):
+    missing = missing_columns(columns, {k for e in good for k in e.keys}, path) if columns is not None else ()
+    if missing and len(shards) == 1 and len(good) + len(bad) < RECORDS_PER_CHUNK:  # these are all records
         raise DataError(missing[0])
     return SourceSample(
         path,
@@ -91,6 +94,7 @@ def _sample_source(stream: DatasetSpec, source: int, chat: ChatFormat, max_bad_r
         sum(shard.size_bytes for shard in shards),
         tuple(len(example.encoded.input_ids) for example in good),
         tuple(hash_of(*map(int, example.encoded.input_ids)) for example in good),
+        tuple(missing),
     )
 
 
@@ -116,7 +120,7 @@ def _explain(bad: list[tuple[Chunk, Quarantined]], num_good: int, max_bad_record
 
 def compare(train: list[SourceSample], evals: list[SourceSample], is_split: bool) -> list[str]:
     """Sentences on what looks wrong in the samples. is_split: The eval data is a part of the training sources."""
-    warnings = []
+    warnings = [f"{sentence} (in the sample)" for sample in (*train, *evals) for sentence in sample.missing_columns]
     for sample in train:
         num_duplicates = len(sample.hashes) - len(set(sample.hashes))
         if num_duplicates >= max(2, MANY_DUPLICATES * len(sample.hashes)):
