@@ -89,6 +89,7 @@ def run_of(parts: dict[str, Path], directory: Path, data: str, **overrides: Any)
         "evaluate__metrics": ["loss", "rouge", "exact", "general"],
         "evaluate__num_generations": NUM_ASKED,
         "evaluate__max_new_tokens": 24,
+        "evaluate__slices": "animals",
         **overrides,
     }
     return cluster.make_run(directory, parts["model"], parts[data], **settings)
@@ -114,7 +115,6 @@ class Trained:
 def good(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     settings = {
         "evaluate__few_shot": NUM_SHOTS,
-        "evaluate__slices": "animals",
         "evaluate__pairs": str(parts["pairs"]),
         "evaluate__price_per_hour": 3.6,
     }
