@@ -198,6 +198,7 @@ def _known(chat: ChatFormat, decoded: str, wanted: str) -> str:
 
 def _writable(chat: ChatFormat, text: str, spaces: bool = False) -> str:
     """The part of a text that the tokenizer can write: composed characters that it has tokens for."""
+    text = chat.normalized(text)
     known = {c for c in set(text) if (c.isascii() and c.isprintable()) or chat.can_write(c)}
     kept = "".join(c for c in text if c in known and (spaces or not c.isspace()))
     return unicodedata.normalize("NFC", kept)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from ftray import config
 from ftray.chat import ChatFormat, Conversation, Encoded, Message
@@ -199,3 +200,12 @@ def test_a_trained_part_of_more_than_one_answer_is_wrong_even_if_it_was_expected
     prompt = expected.prompt if words == "generation prompt" else ""
     with pytest.raises(Mismatch, match=words):
         verify_document(chat, replace(expected, trained=[text[first:stop]], prompt=prompt), ids, mask)
+
+
+def test_a_character_that_the_tokenizer_writes_as_another_one_is_no_false_alarm() -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    chat = ChatFormat(tokenizer)
+    conversation = Conversation((Message("user", "\u212b \u1100\u1161"), Message("assistant", "5 \u212b")))
+    encoded = chat.encode_example(conversation)
+    verify_document(chat, chat.expected(conversation)[0], encoded.input_ids, encoded.loss_mask)
