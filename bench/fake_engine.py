@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ class FakeEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         if adapter is not None and adapter not in self._replies:
             raise ModelError(f"the adapter {adapter} is not loaded")
         return self._generate(len(prompt_ids), params.max_tokens, self._replies[adapter] if adapter else None)
 
-    async def _generate(self, num_prompt_tokens: int, num_tokens: int, word: str | None) -> AsyncIterator[OutputChunk]:
+    async def _generate(
+        self, num_prompt_tokens: int, num_tokens: int, word: str | None
+    ) -> AsyncGenerator[OutputChunk, None]:
         begin = time.monotonic() + self._delay_s
         for i in range(num_tokens):
             await asyncio.sleep(begin + i * self._every_s - time.monotonic())

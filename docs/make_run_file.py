@@ -17,10 +17,11 @@ HEAD = """\
 
 # The run file
 
-One YAML file describes a run. `ftray check <file>` validates it and prints the settings derived from it. An unknown key is
-an error that suggests the closest key; keys of axolotl, TRL and LLaMA-Factory are recognized. Any key can be overridden on
-the command line as `key=value` or `--key=value`: `ftray train <file> train.max_steps=10
-data.train.0.path=s3://bucket/more/`. Numbers may be written as `2e-4`. Keys without a default are required.
+One YAML file describes a run. `ftray check <file>` validates it, its base and a sample of its data, and prints the settings
+derived from it. An unknown key is an error that suggests the closest key; keys of axolotl, TRL and LLaMA-Factory are recognized.
+Any key can be overridden on the command line as `key=value` or `--key=value`:
+`ftray train <file> train.max_steps=10 data.train.0.path=s3://bucket/more/`. Numbers may be written as `2e-4`. Keys without a
+default are required.
 """
 
 

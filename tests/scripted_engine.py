@@ -7,7 +7,7 @@ constraint allows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class ScriptedEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         check_request(prompt_ids, params, len(self.tokenizer), self.max_context)
         self.prompts.append(prompt_ids)
         self.params.append(params)
@@ -72,7 +72,9 @@ class ScriptedEngine:
                 return False
         return True
 
-    async def _generate(self, num_prompt: int, ids: list[int], params: SamplingParams) -> AsyncIterator[OutputChunk]:
+    async def _generate(
+        self, num_prompt: int, ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[OutputChunk, None]:
         stream = Detokenizer(text_decoder(self.tokenizer, params.visible_ids), params.stop)
         ids = ids[: params.max_tokens]
         try:

@@ -52,7 +52,7 @@ class JobClient:
         with self.explained():
             self.client = JobSubmissionClient(self.address)
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # each upload and each end of a log would be told
+            logging.getLogger(name).setLevel(logging.WARNING)  # they report each upload and each end of a log
         with self.explained():
             self.ray_version = cluster_version(self.client)
 

@@ -80,9 +80,14 @@ def submit(run: config.RunConfig, stem: str, options: SubmitOptions, jobs: JobCl
             if options.look or options.start_nodes:
                 _look(jobs, run, stem, options, directory, console)
             job_id = next_id(run.name, [job.submission_id for job in jobs.of(run.name)])
-            jobs.start(job_id, f"ftray {options.verb} {shlex.quote(f'{stem}.yaml')}", directory, metadata)
+            jobs.start(job_id, entrypoint(options.verb, stem), directory, metadata)
         console.say(f"submitted {job_id} to {jobs.address}  (config hash {run.config_hash})")
     return follow(jobs, job_id, console) if options.wait else 0
+
+
+def entrypoint(verb: str, stem: str, *options: str) -> str:
+    """The shell command of a job: a verb on the run file, whose name may have spaces."""
+    return shlex.join(["ftray", verb, f"{stem}.yaml", *options])
 
 
 @contextmanager
@@ -132,11 +137,12 @@ def _look(
     """Checks versions, GPUs and storage from inside the cluster. Raises ConfigError for a bad check."""
     job_id = f"{run.name}-check-{int(time.time() * 1000):x}"
     metadata = {"run": run.name, "config_hash": run.config_hash, "verb": "doctor"}
-    wait = " --wait-for-nodes" if options.start_nodes else ""
-    if wait:
+    waits = options.start_nodes
+    if waits:
         console.say(f"waiting up to {duration(run.scale.wait_s)} (scale.wait_s) for machines …")
-    jobs.start(job_id, f"ftray doctor {stem}.yaml --json{wait}", directory, metadata)
-    patience_s = CHECK_S + (run.scale.wait_s if wait else 0.0)
+    command = entrypoint("doctor", stem, "--json", *(["--wait-for-nodes"] if waits else []))
+    jobs.start(job_id, command, directory, metadata)
+    patience_s = CHECK_S + (run.scale.wait_s if waits else 0.0)
     deadline = time.monotonic() + patience_s
     while (info := jobs.info(job_id)).status in LIVE:
         if time.monotonic() > deadline:

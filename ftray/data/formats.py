@@ -125,17 +125,20 @@ def optional_columns(columns: Mapping[str, str]) -> frozenset[str]:
     return used_columns(columns) - used_columns(others, only_required=True)
 
 
-def missing_columns(columns: Mapping[str, str], existing: Collection[str], path: str) -> list[str]:
+def missing_columns(
+    columns: Mapping[str, str], existing: Collection[str], path: str, records: str = "record"
+) -> list[str]:
     """A sentence on each optional column that no record has: its name is misspelled, or it is in the way.
 
     Args:
         columns: Role → column or template.
         existing: The keys of all records.
         path: The source, for the sentence.
+        records: What `existing` was read from, in the singular.
     """
     shown = ", ".join(sorted(existing)[:8])
     return [
-        f"{path}: no record has the column {name!r}, which its columns name; the records have {shown}. Correct the "
+        f"{path}: no {records} has the column {name!r}, which its columns name; the records have {shown}. Correct the "
         "name, or remove it"
         for name in sorted(optional_columns(columns) - set(existing))
     ]

@@ -85,8 +85,10 @@ def _sample_source(stream: DatasetSpec, source: int, chat: ChatFormat, max_bad_r
     if not good:
         raise DataError(f"{path} has no usable record in its first files; correct data.train or data.eval")
     columns = stream.rules(source).columns
-    missing = missing_columns(columns, {k for e in good for k in e.keys}, path) if columns is not None else ()
-    if missing and len(shards) == 1 and len(good) + len(bad) < RECORDS_PER_CHUNK:  # these are all records
+    is_whole = len(shards) == 1 and len(good) + len(bad) < RECORDS_PER_CHUNK
+    keys = {key for example in good for key in example.keys}
+    missing = missing_columns(columns or {}, keys, path, "record" if is_whole else "sampled record")
+    if missing and is_whole:
         raise DataError(missing[0])
     return SourceSample(
         path,
@@ -120,7 +122,7 @@ def _explain(bad: list[tuple[Chunk, Quarantined]], num_good: int, max_bad_record
 
 def compare(train: list[SourceSample], evals: list[SourceSample], is_split: bool) -> list[str]:
     """Sentences on what looks wrong in the samples. is_split: The eval data is a part of the training sources."""
-    warnings = [f"{sentence} (in the sample)" for sample in (*train, *evals) for sentence in sample.missing_columns]
+    warnings = [sentence for sample in (*train, *evals) for sentence in sample.missing_columns]
     for sample in train:
         num_duplicates = len(sample.hashes) - len(set(sample.hashes))
         if num_duplicates >= max(2, MANY_DUPLICATES * len(sample.hashes)):

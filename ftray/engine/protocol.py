@@ -6,7 +6,7 @@ Needs only the standard library: no HTTP, Ray, torch, transformers or chat templ
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -150,6 +150,16 @@ class Completion:
     seconds: float = field(default=0.0, compare=False)
 
 
+class OutputStream(Protocol):
+    """The chunks of one answer. Closing it early frees the request's place."""
+
+    def __aiter__(self) -> AsyncIterator[OutputChunk]: ...
+
+    def __anext__(self) -> Awaitable[OutputChunk]: ...
+
+    async def aclose(self) -> None: ...
+
+
 class Engine(Protocol):
     """One base model, and adapters if the engine supports them.
 
@@ -166,7 +176,7 @@ class Engine(Protocol):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> OutputStream:
         """adapter: a loaded adapter (otherwise ModelError), or None for the base. Unloading it ends no request."""
 
     def check_schema(self, schema: str) -> None:

@@ -147,7 +147,7 @@ def pairs_of(pairs: Sequence[tuple[str, str]], answers: Mapping[str, Sequence[st
 
 
 def verdict_of(differences: Mapping[str, Mapping[str, Difference]], eval_data: str = "") -> list[str]:
-    """One sentence per pair of models: the metrics that are better, worse, or cannot be told apart.
+    """One sentence per pair of models: the metrics that are better, worse, or not clearly different.
 
     Args:
         differences: Differences of each pair, "tuned - base" for example, by metric.

@@ -1,6 +1,6 @@
 """Dropout of LoRA's input as a pure function of a seed, so that backward computes the mask again instead of storing it.
 
-PEFT stores a dropped copy of each layer's input and its mask. On an 8B model, that is 35 GiB and a seventh of the throughput
+PEFT stores a dropped copy of each layer's input and its mask. On an 8B model, that is 35 GiB and a tenth of the throughput
 (micro-batch 4, sequences of 4,096 tokens). Here the products read the input once and drop elements on the way.
 On GPUs, Triton kernels compute the same function (`lora_dropout_kernels`).
 """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from ftray.chat.parsers.answer import AnswerParser, Delta
-from ftray.engine.protocol import OutputChunk, TokenLogprob
+from ftray.engine.protocol import OutputStream, TokenLogprob
 
 AnswerEnd = Literal["stop", "length", "tool_calls"]
 
@@ -23,9 +23,9 @@ class AnswerChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-async def read_text(stream: AsyncIterator[OutputChunk], before: str = "") -> AsyncGenerator[AnswerChunk, None]:
+async def read_text(stream: OutputStream, before: str = "") -> AsyncGenerator[AnswerChunk, None]:
     """The chunks of an answer that is text. before: text that comes first."""
-    async with aclosing(stream):  # type: ignore[type-var]
+    async with aclosing(stream):
         async for chunk in stream:
             deltas = [Delta("content", text)] if (text := before + chunk.text) else []
             before = ""
@@ -33,7 +33,7 @@ async def read_text(stream: AsyncIterator[OutputChunk], before: str = "") -> Asy
 
 
 async def read_answer(
-    stream: AsyncIterator[OutputChunk], parser: AnswerParser, max_calls: int | None, *, is_named: bool
+    stream: OutputStream, parser: AnswerParser, max_calls: int | None, *, is_named: bool
 ) -> AsyncGenerator[AnswerChunk, None]:
     """The chunks of an answer that may reason and call tools.
 
@@ -43,7 +43,7 @@ async def read_answer(
         max_calls: The answer ends before another call begins.
         is_named: The request named the function; such answers end with `stop`, as OpenAI's do.
     """
-    async with aclosing(stream):  # type: ignore[type-var]
+    async with aclosing(stream):
         async for chunk in stream:
             deltas = parser.push(chunk.text) if chunk.text else []
             end: AnswerEnd | None = chunk.finish_reason

@@ -176,8 +176,10 @@ def _chat_fields(request: ResponsesRequest, raw: dict[str, Any]) -> dict[str, An
     if request.tools:
         fields["tools"] = [_tool(tool) for tool in raw["tools"]]
     choice = request.tool_choice
-    named = isinstance(choice, NamedResponseTool)
-    fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice  # type: ignore[union-attr]
+    if isinstance(choice, NamedResponseTool):
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    else:
+        fields["tool_choice"] = choice
     if request.reasoning is not None and request.reasoning.effort is not None:
         fields["reasoning_effort"] = request.reasoning.effort
     chosen = request.text.format if request.text else None

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ftray import config
-from ftray.engine.protocol import ContextLengthError, Engine, EngineError, OutputChunk, SamplingParams, SchemaError
+from ftray.engine.protocol import ContextLengthError, Engine, EngineError, OutputStream, SamplingParams, SchemaError
 from ftray.errors import DataError, StorageError
 from ftray.serve.adapter_cache import AdapterCache, ServedModels
 from ftray.serve.answers import AnswerChunk, read_answer, read_text
@@ -160,7 +160,7 @@ class _Question:
     body: ModelRequest
     prompts: list[list[int]]
     params: list[SamplingParams]
-    read: Callable[[AsyncIterator[OutputChunk], int], AsyncIterator[AnswerChunk]]
+    read: Callable[[OutputStream, int], AsyncGenerator[AnswerChunk, None]]
     frame: AnswerFrame
     constraint: str = "response_format"
 
@@ -247,9 +247,9 @@ class _Routes:
     async def responses(self, request: Request) -> Response:
         stats, caller = self._admit(request)
         raw = read_object(await read_body(request))
-        asked, body = read_responses_request(raw, max_tokens=self._max_tokens)
+        responses_request, body = read_responses_request(raw, max_tokens=self._max_tokens)
         model_id = self._route(body)
-        frame = ResponsesFrame(answer_id("resp", caller), model_id, asked)
+        frame = ResponsesFrame(answer_id("resp", caller), model_id, responses_request)
         return await self._answer_chat(body, model_id, frame, stats, caller)
 
     async def _answer_chat(

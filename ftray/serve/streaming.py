@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +67,7 @@ class AnswerStream:
         on_end: Called when all answers have ended.
     """
 
-    streams: Sequence[AsyncIterator[AnswerChunk]]
+    streams: Sequence[AsyncGenerator[AnswerChunk, None]]
     frame: AnswerFrame
     stats: RequestStats
     max_answer_s: float
@@ -141,19 +141,21 @@ class AnswerStream:
         return [one for one in chunk.logprobs if one.token_id not in self.end_ids] if self.has_logprobs else None
 
 
-async def _merged(streams: Sequence[AsyncIterator[AnswerChunk]]) -> AsyncGenerator[tuple[int, AnswerChunk], None]:
+async def _merged(
+    streams: Sequence[AsyncGenerator[AnswerChunk, None]],
+) -> AsyncGenerator[tuple[int, AnswerChunk], None]:
     """Chunks of all streams as they arrive, each with its stream's number. The first error ends all streams."""
     if len(streams) == 1:
-        async with aclosing(streams[0]) as only:  # type: ignore[type-var]
+        async with aclosing(streams[0]) as only:
             async for chunk in only:
                 yield 0, chunk
         return
     inbox: asyncio.Queue[tuple[int, AnswerChunk | Exception | None]] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncIterator[AnswerChunk]) -> None:
+    async def pump(index: int, stream: AsyncGenerator[AnswerChunk, None]) -> None:
         end: Exception | None = None
         try:
-            async with aclosing(stream):  # type: ignore[type-var]
+            async with aclosing(stream):
                 async for chunk in stream:
                     inbox.put_nowait((index, chunk))
         except Exception as err:  # noqa: BLE001 - raised below, by whoever reads

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Slow(HoldingEngine):
 
     pause_s = 0.02
 
-    async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
+    async def _say(self, reply: str) -> AsyncGenerator[OutputChunk, None]:
         words = [*f"{reply} says {EVIL}".split(" "), ""]
         for i, word in enumerate(words):
             await asyncio.sleep(self.pause_s)
@@ -107,12 +107,12 @@ def test_two_models_answer_side_by_side_and_an_opinion_is_kept(browser: Any, tmp
         assert all(one.startswith((url, "data:")) for one in urls)
         page.close()
     (record,) = storage.list_files(str(tmp_path / "feedback/up"))
-    told = json.loads(storage.read_bytes(record.uri))
-    assert told["messages"] == [
+    rated = json.loads(storage.read_bytes(record.uri))
+    assert rated["messages"] == [
         {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": f"polite says {EVIL} "},
     ]
-    assert told["metadata"]["feedback"]["model"] == "small:polite"
+    assert rated["metadata"]["feedback"]["model"] == "small:polite"
 
 
 def test_without_feedback_the_page_asks_for_no_opinion(browser: Any, tmp_path: Path) -> None:

@@ -259,13 +259,13 @@ def test_endpoint_merged_model_and_adapter_give_the_same_greedy_tokens(
     base = AutoModelForCausalLM.from_pretrained(place.directory / "model", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model/merged")
     chat, client = ChatFormat(tokenizer), client_of(endpoint)
-    asked = [c.until(1) for c in conversations()]
-    prompts = [chat.encode_prompt(turns) for turns in asked]
+    questions = [c.until(1) for c in conversations()]
+    prompts = [chat.encode_prompt(turns) for turns in questions]
     of_base = [greedy(base, prompt, chat.stop_token_ids)[0] for prompt in prompts]
     adapted = PeftModel.from_pretrained(base, run_dir / "model").eval()
 
     answers, num_ties = [], 0
-    for turns, prompt in zip(asked, prompts, strict=True):
+    for turns, prompt in zip(questions, prompts, strict=True):
         tokens, least = greedy(merged, prompt, chat.stop_token_ids)
         of_adapter, least_of_adapter = greedy(adapted, prompt, chat.stop_token_ids)
         reply = client.chat.completions.create(

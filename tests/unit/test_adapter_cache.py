@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ class HoldingEngine(PaperEngine):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         return self._say(self.held[adapter] if adapter else "base")
 
-    async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
+    async def _say(self, reply: str) -> AsyncGenerator[OutputChunk, None]:
         await asyncio.sleep(0)
         yield OutputChunk(reply, [1], "stop", 1, 1)
 

@@ -6,9 +6,8 @@ import io
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from ftray.console import Console
 from ftray.errors import ConfigError, FtrayError, RunError
 from ftray.evaluate.judge import NUM_AT_ONCE, judge, parse_verdict
 from ftray.evaluate.stats import wilson
+from tests.http_server import Reply, http_server
 
 KEY = "sk-very-secret-0123456789"
-Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 
 
 def completion(text: object) -> Reply:
@@ -56,29 +55,11 @@ class Endpoint:
 
 @contextmanager
 def serving(endpoint: Endpoint) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            status, headers, data = endpoint.answer(self.path, self.headers["authorization"], body)
-            self.send_response(status)
-            for name, value in {**headers, "content-length": str(len(data))}.items():
-                self.send_header(name, value)
-            with suppress(ConnectionError):  # the judge's other requests end with the first that is refused
-                self.end_headers()
-                self.wfile.write(data)
+    def answer(path: str, headers: Mapping[str, str], body: bytes) -> Reply:
+        return endpoint.answer(path, headers["authorization"], json.loads(body))
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with http_server(answer) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture

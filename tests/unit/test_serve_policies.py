@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, Toke
 from ftray.errors import ConfigError
 from ftray.serve import asgi
 from ftray.serve.adapter_cache import ServedModels
+from ftray.serve.app import deployment_options
 from ftray.serve.auth import answer_id, hash_key, read_key_hashes
 from ftray.serve.autoscaling import TtftWindow
 from ftray.serve.openai import RequestError
@@ -45,11 +46,11 @@ class Explaining(PaperEngine):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         self.asked.append((request_id, params))
         return self._explain(params)
 
-    async def _explain(self, params: SamplingParams) -> AsyncIterator[OutputChunk]:
+    async def _explain(self, params: SamplingParams) -> AsyncGenerator[OutputChunk, None]:
         for token in range(4):
             await asyncio.sleep(0)
             top = tuple((t, -float(t)) for t in range(params.num_logprobs or 0))
@@ -348,7 +349,7 @@ def test_replicas_agree_on_a_return_and_other_shares_begin_anew(tmp_path: Path) 
 
 def test_default_is_split_named_models_are_not_and_a_failing_canary_ends(tmp_path: Path) -> None:
     class Failing(HoldingEngine):
-        async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
+        async def _say(self, reply: str) -> AsyncGenerator[OutputChunk, None]:
             if reply == "new":
                 raise EngineError("injected")
             async for chunk in super()._say(reply):
@@ -390,7 +391,7 @@ def test_a_canary_that_fails_one_time_in_twenty_is_out_by_its_hundredth_answer(t
     class Failing(HoldingEngine):
         num_asked = 0
 
-        async def _say(self, reply: str) -> AsyncIterator[OutputChunk]:
+        async def _say(self, reply: str) -> AsyncGenerator[OutputChunk, None]:
             self.num_asked += reply == "new"
             if reply == "new" and self.num_asked % 20 == 0:
                 raise EngineError("injected")
@@ -529,3 +530,8 @@ def test_the_described_api_is_the_one_there_is() -> None:
             assert str(answer.status) in methods[method]["responses"]
     references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(described)))
     assert references <= described["components"]["schemas"].keys()
+
+
+def test_no_slot_is_idle_for_more_than_20_ms_while_requests_wait() -> None:
+    router = deployment_options(config.ServeConfig())["request_router_config"]
+    assert 0 < router.initial_backoff_s <= router.max_backoff_s <= 0.02

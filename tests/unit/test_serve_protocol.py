@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,14 @@ class PaperEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         self.health()
         if len(prompt_ids) + params.max_tokens > self.max_context:
             raise ContextLengthError("too long for the context")
         self.asked.append(("".join(map(chr, prompt_ids)), params))
         return self._generate(len(prompt_ids))
 
-    async def _generate(self, num_prompt_tokens: int) -> AsyncIterator[OutputChunk]:
+    async def _generate(self, num_prompt_tokens: int) -> AsyncGenerator[OutputChunk, None]:
         try:
             for i, word in enumerate(self.words):
                 await asyncio.sleep(0)

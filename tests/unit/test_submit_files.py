@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -209,3 +210,8 @@ def test_the_container_refuses_to_start_ray_without_a_token(tmp_path: Path) -> N
         assert done.stderr.startswith("ftray: no token for Ray; set RAY_AUTH_TOKEN")
     done = subprocess.run(["sh", str(ROOT / "cluster/entrypoint.sh"), "echo", "hi"], capture_output=True, text=True)
     assert done.stdout == "hi\n"
+
+
+def test_a_run_file_with_a_space_in_its_name_is_one_word_of_the_jobs_command() -> None:
+    assert shlex.split(submit.entrypoint("run", "my run")) == ["ftray", "run", "my run.yaml"]
+    assert submit.entrypoint("doctor", "lora-8b", "--json") == "ftray doctor lora-8b.yaml --json"

@@ -16,7 +16,7 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from ftray.chat import ChatFormat, template_of, try_template
 from ftray.compat.transformers import attention_of
 from ftray.engine.detokenizer import Detokenizer, read_tokens, text_decoder
-from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, StuckError, check_request
+from ftray.engine.protocol import EngineError, OutputChunk, OutputStream, SamplingParams, StuckError, check_request
 from ftray.engine.rope import steady_context
 from ftray.engine.structured_output import SchemaCompiler
 from ftray.engine.transformers.mixed_lora import MixedLora
@@ -136,7 +136,7 @@ class TransformersEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> OutputStream:
         """See Engine.generate."""
         self.health()
         loaded = None if adapter is None else self._need_lora(adapter).find(adapter)
@@ -158,7 +158,7 @@ class TransformersEngine:
 
     async def _generate(
         self, request_id: str, prompt_ids: list[int], sampling: RowSampling
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> AsyncGenerator[OutputChunk, None]:
         internal_id, inbox = f"{next(self._ids)}", asyncio.Queue[Any]()
         self._inboxes[request_id] = (internal_id, inbox)
         finished = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from ftray.engine.adapter_references import AdapterReference, AdapterReferences, ReferencedChunks
 from ftray.engine.adapters import VLLM_MAX_RANK, WEIGHTS_FILE, check_adapter, layers_of, read_adapter_files
 from ftray.engine.detokenizer import Detokenizer, read_tokens, text_decoder
-from ftray.engine.protocol import EngineError, OutputChunk, SamplingParams, TokenLogprob, check_request
+from ftray.engine.protocol import EngineError, OutputChunk, OutputStream, SamplingParams, TokenLogprob, check_request
 from ftray.engine.structured_output import SchemaCompiler
 from ftray.engine.transformers.engine import MAX_CONTEXT, stop_tokens
 from ftray.errors import DataError, ModelError
@@ -131,7 +131,7 @@ class VllmEngine:
 
     def generate(
         self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, adapter: str | None = None
-    ) -> AsyncIterator[OutputChunk]:
+    ) -> OutputStream:
         """See Engine.generate."""
         self.health()
         if adapter is not None and adapter not in self._loaded:
